@@ -1,0 +1,1 @@
+"""Models, objectives, volumes and their evaluation. Nothing here knows of Ray."""

@@ -1,0 +1,1 @@
+"""Probes and metrics; everything here takes arrays."""

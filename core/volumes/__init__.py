@@ -1,0 +1,1 @@
+"""Volumes: reading, preprocessing, shards, cohorts, splits and views."""

@@ -1,0 +1,1 @@
+"""Sweeps, trials and data flow on Ray."""
