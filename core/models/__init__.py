@@ -1,0 +1,67 @@
+"""Every network that can be trained, by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from core.errors import UserError
+from core.lookup import did_you_mean, look_up
+from core.models.encoders import ResNetEncoder, resnet18, resnet34, resnet50, resnet101
+from core.models.heads import ProjectionHead, RegressionHead
+from core.models.settings import HeadSettings, ModelSettings, ResNetSettings
+
+__all__ = [
+    "MODELS",
+    "Encoder",
+    "HeadSettings",
+    "ModelSettings",
+    "ProjectionHead",
+    "RegressionHead",
+    "ResNetSettings",
+    "build",
+    "build_encoder",
+    "build_projection_head",
+]
+
+# What turns volumes (B, C, X, Y, Z) into embeddings (B, embedding_dim).
+Encoder = ResNetEncoder
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+}
+
+
+def build(name: str, **settings: Any) -> nn.Module:
+    """A freshly initialised network; without settings it is the published one.
+
+    Args:
+        name: a key of `MODELS`.
+        settings: keyword arguments of that entry; `in_channels` and `width` are understood by every encoder.
+
+    Raises:
+        UserError: for an unknown name or setting, with the nearest known one.
+    """
+    make = look_up(MODELS, name, "model")
+    known = inspect.signature(make).parameters
+    for setting in settings:
+        if setting not in known:
+            raise UserError(f"model '{name}' has no setting '{setting}'; {did_you_mean(setting, known)}")
+    return make(**settings)
+
+
+def build_encoder(settings: ModelSettings, in_channels: int = 1) -> Encoder:
+    """The encoder that `settings` describe, for volumes of `in_channels` channels."""
+    architecture = settings.model_dump(exclude={"name", "head", "readout"})
+    return cast(Encoder, build(settings.name, in_channels=in_channels, **architecture))
+
+
+def build_projection_head(settings: ModelSettings, embedding_dim: int) -> ProjectionHead:
+    """The projection head that `settings` describe, for an encoder of `embedding_dim`."""
+    return ProjectionHead(embedding_dim, settings.head.dimension, settings.head.kind)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from core.errors import UserError
+from core.models import (
+    ModelSettings,
+    ProjectionHead,
+    RegressionHead,
+    build,
+    build_encoder,
+    build_projection_head,
+)
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# spec.md A.2: encoder and head of the reference, one channel
+REFERENCE_COUNTS = {
+    "resnet18": (33_160_000, 328_320),
+    "resnet34": (63_469_632, 328_320),
+    "resnet50": (46_155_072, 4_458_624),
+    "resnet101": (85_201_216, 4_458_624),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE_COUNTS)
+def test_parameter_counts_are_the_published_ones(name: str) -> None:
+    with torch.device("meta"):
+        encoder = build(name)
+        head = ProjectionHead(encoder.embedding_dim)
+    assert (parameters(encoder), parameters(head)) == REFERENCE_COUNTS[name]
+
+
+@pytest.mark.parametrize("shape", [(23, 28, 23), (17, 20, 33)])
+def test_resnet_maps_odd_grids_to_embeddings_and_trains(shape: tuple[int, int, int]) -> None:
+    encoder = build("resnet18", in_channels=2, width=0.125)
+    embedding = encoder(torch.randn(3, 2, *shape))
+    assert embedding.shape == (3, encoder.embedding_dim) == (3, 64)
+    embedding.square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in encoder.parameters())
+
+
+def test_resnet_bottleneck_reports_its_expanded_embedding() -> None:
+    encoder = build("resnet50", width=0.0625).eval()
+    assert encoder(torch.randn(1, 1, 23, 28, 23)).shape == (1, encoder.embedding_dim) == (1, 128)
+
+
+def test_convolutions_start_from_kaiming_fan_out() -> None:
+    torch.manual_seed(0)
+    weight = build("resnet18", width=0.5).layer4[1].conv2.weight
+    fan_out = weight.shape[0] * 27
+    assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
+
+
+def test_evaluation_does_not_depend_on_the_rest_of_the_batch() -> None:
+    encoder = build("resnet18", width=0.125)
+    volumes = torch.randn(4, 1, 23, 28, 23)
+    encoder(volumes)  # moves the running statistics
+    encoder.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(volumes)[2:3], encoder(volumes[2:3]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "dimension"), [("mlp", 5), ("linear", 5), ("none", 16)])
+def test_projections_are_unit_vectors_in_float32(kind: str, dimension: int) -> None:
+    head = ProjectionHead(16, dimension=5, kind=kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projection = head(torch.randn(7, 16))
+    assert projection.dtype == torch.float32
+    assert projection.shape == (7, dimension) == (7, head.dimension)
+    torch.testing.assert_close(projection.norm(dim=1), torch.ones(7))
+
+
+def test_mlp_head_is_two_layers_with_relu() -> None:
+    head = ProjectionHead(6, dimension=4)
+    embedding = torch.randn(3, 6)
+    first, _, second = head.layers
+    hidden = (embedding @ first.weight.T + first.bias).clamp(min=0)
+    projection = hidden @ second.weight.T + second.bias
+    torch.testing.assert_close(head(embedding), projection / projection.norm(dim=1, keepdim=True))
+
+
+def test_regression_head_is_one_affine_map() -> None:
+    head = RegressionHead(6)
+    embedding = torch.randn(3, 6)
+    torch.testing.assert_close(head(embedding), embedding @ head.layer.weight[0] + head.layer.bias)
+
+
+def test_unknown_names_and_settings_are_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown model 'resnet81'; did you mean 'resnet18'\?"):
+        build("resnet81")
+    with pytest.raises(UserError, match=r"model 'resnet18' has no setting 'widht'; did you mean 'width'\?"):
+        build("resnet18", widht=0.5)
+    with pytest.raises(UserError, match=r"width 0\.001 leaves no channels"):
+        build("resnet18", width=0.001)
+
+
+def test_settings_describe_encoder_and_head() -> None:
+    settings = TypeAdapter(ModelSettings).validate_python(
+        {"name": "resnet34", "width": 0.125, "head": {"kind": "linear", "dimension": 32}}
+    )
+    encoder = build_encoder(settings, in_channels=3)
+    head = build_projection_head(settings, encoder.embedding_dim)
+    assert encoder.conv1.weight.shape == (8, 3, 7, 7, 7)
+    assert parameters(head) == 64 * 32 + 32
+
+
+def test_settings_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(ValidationError, match="widht"):
+        TypeAdapter(ModelSettings).validate_python({"name": "resnet18", "widht": 1.0})
+    with pytest.raises(ValidationError, match="resnet18"):
+        TypeAdapter(ModelSettings).validate_python({"name": "resnet19"})
