@@ -1,0 +1,77 @@
+"""Shards: HDF5 files of many volumes, one volume per chunk, written so that no half file is ever seen."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import UserError
+
+DATASET = "volumes"
+
+
+def checksum(stored: npt.NDArray[Any]) -> str:
+    """CRC-32 of the bytes of one stored volume, as eight hexadecimal digits.
+
+    CRC-32 finds every error burst of up to 32 bits, so any flipped byte, and runs at about the speed at
+    which a volume is read; blake2b and sha256 cost several times as much and guard against forgery only.
+    """
+    return f"{zlib.crc32(np.ascontiguousarray(stored).data):08x}"
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """sha256 of the settings as canonical JSON: equal settings, equal digits, whatever their order."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, on disk, when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn an OSError inside the block (read-only, full, not a folder) into a UserError naming `folder`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        raise UserError(f"cannot write to {folder}: {reason}; choose another output folder") from error
+
+
+def write_shard(path: Path, volumes: npt.NDArray[Any]) -> None:
+    """Write volumes (n, C, X, Y, Z) as one shard; equal volumes give equal bytes."""
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        # without times, because a time stamp would make equal cohorts differ
+        file.create_dataset(DATASET, data=volumes, chunks=(1, *volumes.shape[1:]), track_times=False)
+
+
+def read_shard(path: Path, positions: Sequence[int]) -> Iterator[npt.NDArray[Any]]:
+    """Stored volumes (C, X, Y, Z) at `positions`, one by one; the file is open only meanwhile.
+
+    No handle outlives the call, so a cohort can be forked, pickled or sent to another process. Raises
+    OSError or KeyError where HDF5 finds the file damaged; other damage is found by the checksum.
+    """
+    with h5py.File(path, "r", locking=False) as file:  # no lock: shards may lie on read-only storage
+        dataset = file[DATASET]
+        for position in positions:
+            yield dataset[position]
