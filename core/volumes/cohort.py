@@ -27,7 +27,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import UserError
-from core.volumes.shards import checksum, fingerprint, read_shard, replacing, write_shard, writing_to
+from core.volumes.shards import checksum, fingerprint, read_shard, replacing, widen, write_shard, writing_to
 
 FORMAT = 1
 DESCRIPTION, MANIFEST, SHARDS = "cohort.json", "manifest.parquet", "shards"
@@ -104,7 +104,7 @@ class Cohort:
             for place, stored in zip(places, self._stored(shard, wanted[places]), strict=True):
                 if verify and checksum(stored) != self._places.checksum[wanted[place]]:
                     raise self._damaged(wanted[place], "its checksum does not match")
-                volumes[place] = stored
+                widen(stored, volumes[place])
         return volumes
 
     @property

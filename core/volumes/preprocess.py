@@ -1,0 +1,268 @@
+"""From any scanner's grid to the cohort's grid, with geometry kept, and intensities on one scale.
+
+One declared pipeline: canonical RAS volume -> centred -> resampled to spacing and grid -> intensity.
+`Preprocessing` holds its settings; its hash stands in every cohort.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nibabel.affines import apply_affine, voxel_sizes
+from pydantic import BaseModel, ConfigDict, Field
+from scipy import ndimage
+
+from core.errors import UserError
+from core.lookup import look_up
+from core.volumes.nifti import Affine, Volume
+from core.volumes.shards import fingerprint
+
+PIPELINE_VERSION = 1  # raise it whenever the same settings would give other voxels
+
+FIELD_OF_VIEW = (182.0, 218.0, 182.0)
+"""Extent in mm of the MNI152 grid: 91 x 109 x 91 voxels of 2 mm."""
+FIELD_CENTRE = (0.0, -18.0, 18.0)
+"""Centre of the MNI152 grid in MNI mm."""
+
+
+def default_shape(spacing: float) -> tuple[int, int, int]:
+    """The smallest grid that covers the MNI152 field of view: 4 mm gives (46, 55, 46)."""
+    x, y, z = (math.ceil(extent / spacing - 1e-9) for extent in FIELD_OF_VIEW)
+    return x, y, z
+
+
+def grid_affine(spacing: float, shape: tuple[int, int, int], centre: npt.ArrayLike = FIELD_CENTRE) -> Affine:
+    """Affine (4, 4) of an RAS grid of `shape` voxels of `spacing` mm around `centre` (mm)."""
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    affine[:3, 3] = np.asarray(centre) - spacing * (np.asarray(shape) - 1) / 2
+    return affine
+
+
+class Preprocessing(BaseModel):
+    """Settings of the pipeline; equal settings give equal bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spacing: float = Field(default=4.0, ge=0.5, le=20, description="edge of a voxel in mm")
+    shape: tuple[int, int, int] = Field(
+        default_factory=lambda fields: default_shape(fields.get("spacing", 4.0)),
+        description="voxels along X, Y, Z; by default what covers the MNI152 field of view",
+    )
+    intensity: Literal["raw", "zscore"] = Field(
+        default="zscore",
+        description="zscore: mean 0 and SD 1 over the non-zero voxels of each volume; raw: as in the file",
+    )
+    centre: Literal["auto", "brain", "world"] = Field(
+        default="auto",
+        description="what lies in the middle of the grid. brain: the middle of the subject's own brain, for "
+        "native space; world: the middle of the MNI152 field of view, for images already in MNI space; auto: "
+        "decided once for a cohort, world if every image covers the MNI152 field of view",
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a cohort records: the fields and the version of the pipeline, as plain JSON values."""
+        return {**self.model_dump(mode="json"), "version": PIPELINE_VERSION}
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the settings as canonical JSON."""
+        return fingerprint(self.settings)
+
+    @property
+    def affine(self) -> Affine:
+        """Affine (4, 4) of the cohort's common grid: voxel to mm, MNI mm where images were in MNI space."""
+        return grid_affine(self.spacing, self.shape)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Preprocessing:
+        """The pipeline that a cohort recorded; UserError if this version would give other voxels."""
+        fields = dict(settings)
+        if (made_by := fields.pop("version", None)) != PIPELINE_VERSION:
+            raise UserError(
+                f"the cohort was made by preprocessing version {made_by}, this is {PIPELINE_VERSION}; "
+                "ingest it again"
+            )
+        return cls(**fields)
+
+
+class PreparedVolume(NamedTuple):
+    """A volume on the cohort's grid."""
+
+    voxels: Volume
+    """(X, Y, Z), exactly 0 outside the brain."""
+    affine: Affine
+    """Voxel to mm of the *source* image: a landmark keeps its place in the scanner's or MNI mm."""
+    coverage: float
+    """Fraction of the source's non-zero voxels that lie within the grid."""
+
+
+def prepare_volume(voxels: Volume, affine: Affine, preprocessing: Preprocessing) -> PreparedVolume:
+    """Run the pipeline on one canonical volume (X, Y, Z) and its affine, as `read_volume` gives them.
+
+    With `centre="brain"` the middle of the grid is `brain_centre`; the grid's axes stay those of the
+    world. Raises UserError where no brain falls inside the grid, or z-scoring finds no spread.
+    """
+    mode = preprocessing.centre
+    if mode == "auto":
+        mode = "world" if covers_template_field(voxels.shape, affine) else "brain"
+    middle = brain_centre(voxels, affine) if mode == "brain" else np.asarray(FIELD_CENTRE)
+    target = grid_affine(preprocessing.spacing, preprocessing.shape, middle)
+    resampled = resample(voxels, affine, target, preprocessing.shape)
+    if not resampled.any():
+        raise UserError(
+            f"no non-zero voxel falls into the grid around {middle.round(1).tolist()} mm; "
+            "is centre='brain' meant?"
+        )
+    if preprocessing.intensity == "zscore":
+        resampled = zscore(resampled)
+    return PreparedVolume(resampled, target, _coverage(voxels, affine, target, preprocessing.shape))
+
+
+def covers_template_field(shape: tuple[int, ...], affine: Affine) -> bool:
+    """Whether a volume lies in the MNI152 field of view: its axes along the world's, its centre within 5 mm.
+
+    NIfTI's own space codes do not tell: most tools write "aligned" for both. A scanner's field of view is
+    centred by the operator on the magnet, so it hits MNI's centre, 18 mm behind and above, only by chance.
+    """
+    directions = affine[:3, :3] / voxel_sizes(affine)
+    along_axes = np.allclose(np.abs(directions).max(axis=0), 1, atol=1e-4)
+    centre = apply_affine(affine, (np.asarray(shape[:3]) - 1) / 2)
+    return bool(along_axes and np.linalg.norm(centre - FIELD_CENTRE) <= 5)
+
+
+def brain_centre(voxels: Volume, affine: Affine) -> npt.NDArray[np.float64]:
+    """Middle of the brain in mm: of the box that holds the inner 99 % of the non-zero voxels on each axis.
+
+    A box, because it leaves equal margins on both sides of the grid; not quite all of the voxels, because
+    a few stray ones far from the brain must not move it.
+    """
+    mask = voxels != 0
+    middle = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        cumulative = np.cumsum(mask.sum(axis=others))
+        low, high = np.searchsorted(cumulative, np.array([0.005, 0.995]) * cumulative[-1])
+        middle.append((low + high) / 2)
+    return np.asarray(apply_affine(affine, middle), dtype=np.float64)
+
+
+def resample(voxels: Volume, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> Volume:
+    """Values (X, Y, Z) at the voxels of another grid, 0 where less than half a voxel's weight is non-zero.
+
+    Linear interpolation, after smoothing by what the coarser voxels blur more than the finer ones did:
+    a Gaussian of FWHM sqrt(new^2 - old^2) mm on each axis (Cardoso et al., "Scale factor point spread
+    function matching", MICCAI 2015). Values and mask go the same way and are divided by one another
+    (normalised convolution, Knutsson and Westin 1993), so the edge of the brain is not darkened by the
+    background, and the background stays exactly 0. On its own grid a volume comes back bit by bit.
+    """
+    to_source = np.linalg.inv(affine) @ target
+    old, new = voxel_sizes(affine), voxel_sizes(target)
+    sigma = np.sqrt(np.maximum(new**2 - old**2, 0)) / math.sqrt(8 * math.log(2)) / old
+    weight = _interpolated((voxels != 0).astype(np.float32), sigma, to_source, shape)
+    values = _interpolated(voxels, sigma, to_source, shape)
+    inside = weight >= 0.5
+    return np.divide(values, weight, out=np.zeros(shape, dtype=np.float32), where=inside)
+
+
+def _interpolated(
+    voxels: Volume, sigma: npt.NDArray[np.float64], to_source: Affine, shape: tuple[int, int, int]
+) -> Volume:
+    smooth = ndimage.gaussian_filter(voxels, sigma, mode="constant") if sigma.any() else voxels
+    return ndimage.affine_transform(
+        smooth, to_source, output_shape=shape, order=1, mode="grid-constant", output=np.float32
+    )
+
+
+def _coverage(voxels: Volume, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> float:
+    places = apply_affine(np.linalg.inv(target) @ affine, np.argwhere(voxels != 0))
+    within = ((places > -0.5) & (places < np.asarray(shape) - 0.5)).all(axis=1)
+    return float(within.mean())
+
+
+def zscore(voxels: Volume) -> Volume:
+    """Mean 0 and SD 1 over the non-zero voxels; zeros stay 0. UserError if the voxels do not differ."""
+    mask = voxels != 0
+    inside = voxels[mask].astype(np.float64)
+    if inside.size == 0 or inside.std() == 0:
+        raise UserError("the non-zero voxels are all alike, so they have no z-score; use intensity='raw'")
+    result = np.zeros_like(voxels)
+    result[mask] = (inside - inside.mean()) / inside.std()
+    return result
+
+
+class IntensityStatistics(NamedTuple):
+    """Mean and standard deviation of the non-zero voxels, one value per channel."""
+
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+
+
+def fit_intensity_statistics(volumes: Iterable[npt.NDArray[Any]]) -> IntensityStatistics:
+    """Statistics over the non-zero voxels of all `volumes`, each (C, X, Y, Z), read one at a time.
+
+    Fit them on the training subjects alone. In float64; volumes are merged by Chan et al.'s update
+    (1979), which does not cancel where the mean is far larger than the SD. UserError where no channel
+    or volume is given, or the voxels of a channel do not differ.
+    """
+    count = mean = squares = np.zeros(0)
+    for volume in volumes:
+        channels = [np.asarray(channel)[np.asarray(channel) != 0].astype(np.float64) for channel in volume]
+        if count.size == 0:
+            count = mean = squares = np.zeros(len(channels))
+        new = np.array([channel.size for channel in channels])
+        shift = np.array([channel.mean() if channel.size else 0.0 for channel in channels]) - mean
+        spread = np.array([channel.var() * channel.size if channel.size else 0.0 for channel in channels])
+        total = np.maximum(count + new, 1)
+        squares = squares + spread + np.where(new > 0, shift**2 * count * new / total, 0)
+        mean, count = mean + np.where(new > 0, shift * new / total, 0), count + new
+    sd = np.sqrt(squares / np.maximum(count, 1))
+    if sd.size == 0 or (sd == 0).any():
+        raise UserError("intensity statistics need volumes whose non-zero voxels differ in every channel")
+    return IntensityStatistics(tuple(mean.tolist()), tuple(sd.tolist()))
+
+
+def normalise(
+    volumes_ncxyz: torch.Tensor,
+    mode: Literal["none", "per_volume", "training"],
+    statistics: IntensityStatistics | None = None,
+) -> torch.Tensor:
+    """Volumes (N, C, X, Y, Z) on the scale that the network sees; zeros stay 0, the input stays as it is.
+
+    none: as stored. per_volume: mean 0 and SD 1 over the non-zero voxels of each volume and channel.
+    training: with the `statistics` of the training subjects, so that differences between subjects stay.
+    """
+    how = look_up(
+        {"none": _as_is, "per_volume": _per_volume, "training": _by_training}, mode, "normalisation"
+    )
+    return how(volumes_ncxyz, statistics)
+
+
+def _as_is(volumes_ncxyz: torch.Tensor, _: IntensityStatistics | None) -> torch.Tensor:
+    return volumes_ncxyz
+
+
+def _per_volume(volumes_ncxyz: torch.Tensor, _: IntensityStatistics | None) -> torch.Tensor:
+    mask = volumes_ncxyz != 0
+    values = volumes_ncxyz.float()
+    count = mask.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
+    centred = (values - values.sum(dim=(2, 3, 4), keepdim=True) / count) * mask
+    sd = (centred.square().sum(dim=(2, 3, 4), keepdim=True) / count).sqrt()
+    return (centred / torch.where(sd > 0, sd, 1)).to(volumes_ncxyz.dtype)
+
+
+def _by_training(volumes_ncxyz: torch.Tensor, statistics: IntensityStatistics | None) -> torch.Tensor:
+    channels = volumes_ncxyz.shape[1]
+    if statistics is None or len(statistics.mean) != channels:
+        given = "none were given" if statistics is None else f"those given are for {len(statistics.mean)}"
+        raise UserError(f"normalisation 'training' needs statistics for {channels} channels, {given}")
+    mean, sd = (
+        torch.tensor(values, device=volumes_ncxyz.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        for values in statistics
+    )
+    return ((volumes_ncxyz.float() - mean) / sd * (volumes_ncxyz != 0)).to(volumes_ncxyz.dtype)
