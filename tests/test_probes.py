@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+
+from core.errors import UserError
+from core.evaluation.probes import ALPHAS, REFERENCE_ALPHAS, AgeProbe, fit_age_probe, standardisation
+
+
+def unit_rows(subjects: int, features: int, seed: int = 0) -> np.ndarray:
+    embeddings = np.random.default_rng(seed).normal(size=(subjects, features)).astype(np.float32)
+    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+
+
+def ages_of(embeddings: np.ndarray, noise: float = 2.0, seed: int = 1) -> np.ndarray:
+    noise_n = np.random.default_rng(seed).normal(scale=noise, size=len(embeddings))
+    return 50 + 100 * embeddings[:, 0].astype(np.float64) - 60 * embeddings[:, 1] + noise_n
+
+
+def leave_one_out_error(embeddings: np.ndarray, ages: np.ndarray, alpha: float) -> float:
+    """Mean absolute error of the slow way: N fits, each without one subject."""
+    errors = []
+    for left_out in range(len(ages)):
+        rest = np.arange(len(ages)) != left_out
+        ridge = Ridge(alpha=alpha).fit(embeddings[rest], ages[rest])
+        errors.append(abs(ridge.predict(embeddings[[left_out]])[0] - ages[left_out]))
+    return float(np.mean(errors))
+
+
+def test_the_penalty_is_the_best_of_leaving_each_subject_out() -> None:
+    embeddings = unit_rows(24, 10)
+    ages = ages_of(embeddings, noise=8.0)
+    alphas = (0.01, 1.0, 10.0, 100.0, 1e4)
+    standard = (embeddings - embeddings.mean(axis=0)) / embeddings.std(axis=0)
+    errors = [leave_one_out_error(standard.astype(np.float64), ages, alpha) for alpha in alphas]
+    probe = fit_age_probe(embeddings, ages, alphas)
+    assert probe.alpha == alphas[int(np.argmin(errors))]
+    expected = Ridge(alpha=probe.alpha).fit(standard.astype(np.float64), ages).predict(standard)
+    np.testing.assert_allclose(probe.predict(embeddings), expected, rtol=1e-5)
+
+
+def test_unit_embeddings_that_hold_age_predict_it_for_new_subjects() -> None:
+    embeddings = unit_rows(400, 128)
+    ages = ages_of(embeddings, noise=0.5)
+    probe = fit_age_probe(embeddings[:300], ages[:300])
+    error = np.abs(probe.predict(embeddings[300:]) - ages[300:]).mean()
+    assert error < 1.0 < 0.2 * np.abs(ages[300:] - np.median(ages[:300])).mean()
+
+
+def test_embeddings_without_age_are_answered_with_about_the_mean() -> None:
+    embeddings = unit_rows(60, 32)
+    ages = np.random.default_rng(5).uniform(20, 80, 60)
+    predicted = fit_age_probe(embeddings, ages).predict(unit_rows(200, 32, seed=9))
+    assert predicted.std() < 0.25 * ages.std()
+
+
+def test_the_probe_does_not_change_with_units_or_offsets_of_features() -> None:
+    embeddings = unit_rows(40, 8).astype(np.float64)
+    ages = ages_of(embeddings)
+    scaled = embeddings * np.logspace(-4, 3, 8) + np.arange(8)
+    plain, other = fit_age_probe(embeddings, ages), fit_age_probe(scaled, ages)
+    assert plain.alpha == other.alpha
+    np.testing.assert_allclose(other.predict(scaled), plain.predict(embeddings), rtol=1e-6)
+
+
+def test_reference_probe_is_the_published_search() -> None:
+    embeddings = unit_rows(53, 16).astype(np.float64)
+    ages = ages_of(embeddings, noise=5.0)
+    folds = np.array_split(np.arange(53), 5)  # in the order of the rows
+    scores = []
+    for alpha in REFERENCE_ALPHAS:
+        of_folds = []
+        for fold in folds:
+            rest = np.setdiff1d(np.arange(53), fold)
+            predicted = Ridge(alpha=alpha).fit(embeddings[rest], ages[rest]).predict(embeddings[fold])
+            residual = ((ages[fold] - predicted) ** 2).sum()
+            of_folds.append(1 - residual / ((ages[fold] - ages[fold].mean()) ** 2).sum())
+        scores.append(np.mean(of_folds))
+    probe = fit_age_probe(embeddings, ages, reference=True)
+    assert probe.alpha == REFERENCE_ALPHAS[int(np.argmax(scores))]
+    expected = Ridge(alpha=probe.alpha).fit(embeddings, ages).predict(embeddings)
+    np.testing.assert_allclose(probe.predict(embeddings), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("subjects", [3, 6, 9])
+def test_few_subjects_are_enough(subjects: int, reference: bool) -> None:
+    embeddings = unit_rows(subjects, 128)
+    ages = np.linspace(20, 70, subjects)
+    assert np.isfinite(fit_age_probe(embeddings, ages, reference=reference).predict(embeddings)).all()
+
+
+def test_collapsed_embeddings_predict_the_mean_age_and_not_rounding() -> None:
+    rounding = np.random.default_rng(0).integers(-1, 2, size=(30, 16)) * np.float32(2**-24)
+    embeddings = np.full((30, 16), 0.25, dtype=np.float32) + rounding
+    assert np.ptp(embeddings) > 0
+    ages = np.random.default_rng(1).uniform(20, 80, 30)
+    np.testing.assert_allclose(fit_age_probe(embeddings, ages).predict(embeddings), ages.mean(), atol=0.01)
+    np.testing.assert_array_equal(standardisation(embeddings.astype(np.float64))[1], 1.0)
+
+
+def test_probe_survives_json_exactly_and_as_plain_numbers() -> None:
+    embeddings = unit_rows(20, 6)
+    probe = fit_age_probe(embeddings, ages_of(embeddings))
+    fields = json.loads(probe.to_json())
+    assert len(fields["coefficients"]) == 6
+    assert fields["subjects"] == 20
+    assert AgeProbe.from_json(probe.to_json()) == probe
+    assert fields["alpha"] in ALPHAS
+
+
+def test_unusable_subjects_are_counted_in_the_message() -> None:
+    embeddings = unit_rows(10, 4)
+    ages = np.linspace(20, 60, 10)
+    embeddings[3, 1] = np.nan
+    with pytest.raises(UserError, match="embeddings of 1 of 10 subjects hold NaN"):
+        fit_age_probe(embeddings, ages)
+    with pytest.raises(UserError, match="ages of 1 of 10 subjects are missing"):
+        fit_age_probe(unit_rows(10, 4), np.where(ages == 20, np.nan, ages))
+    with pytest.raises(UserError, match="at least 3 training subjects, got 2"):
+        fit_age_probe(unit_rows(2, 4), ages[:2])
+    with pytest.raises(ValueError, match=r"shape \(n, 4\), got \(2, 5\)"):
+        fit_age_probe(unit_rows(10, 4), ages).predict(np.zeros((2, 5)))
