@@ -1,0 +1,97 @@
+"""A configuration in few words, from its dotted settings: `exponential, cauchy, width 3.2 y, τ 0.08, …`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+# How a setting is written, by the end of its dotted name; the order is the order of a description.
+# `{}` stands for the value. A setting that is not listed is written by its own name, after these.
+PHRASES: dict[str, str] = {
+    "objective.name": "{}",
+    "objective.kernel.name": "{}",
+    "objective.kernel": "{}",
+    "objective.kernel.width": "width {} y",
+    "objective.width": "width {} y",
+    "objective.temperature": "τ {}",
+    "objective.neighbours": "neighbours {}",
+    "objective.neighbours.metric": "by {}",
+    "optimiser.name": "{}",
+    "optimiser.learning_rate": "lr {}",
+    "optimiser.weight_decay": "wd {}",
+}
+# The last word of a schedule's settings; what comes before names the quantity that is scheduled.
+SCHEDULE_KEYS = ("shape", "value", "start", "end", "rate", "step")
+
+
+def describe(settings: Mapping[str, Any], most: int | None = None) -> str:
+    """The configuration in words; settings without a value (NaN: they cannot act in it) are left out.
+
+    At most `most` parts are given, the most telling ones first, and an ellipsis stands for the rest.
+    """
+    parts = _gather({str(name): value for name, value in settings.items() if not is_absent(value)})
+    order = list(PHRASES)
+    names = sorted(parts, key=lambda name: order.index(_key(name)) if _key(name) in PHRASES else len(order))
+    words = [_phrase(name, parts[name]) for name in names]
+    if most is not None and len(words) > most:
+        words = [*words[:most], "…"]
+    return ", ".join(words) if words else "nothing was searched"
+
+
+def is_absent(value: Any) -> bool:
+    """Whether `value` is None or NaN."""
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
+
+
+def number(value: Any) -> str:
+    """A setting's value as short text: 14.0 as 14, 0.0812 as 0.081, 0.000123 as 1.2e-4."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if float(value).is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    if 0.01 <= abs(value) < 1e5:
+        return f"{float(f'{value:.2g}'):g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def _gather(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted names to text, the settings of one schedule joined into one entry."""
+    parts: dict[str, str] = {}
+    for name, value in settings.items():
+        quantity, _, key = name.rpartition(".")
+        if key not in SCHEDULE_KEYS or not quantity:
+            parts[name] = number(value)
+        elif quantity not in parts:
+            block = {
+                each: settings[f"{quantity}.{each}"]
+                for each in SCHEDULE_KEYS
+                if f"{quantity}.{each}" in settings
+            }
+            parts[quantity] = _schedule(block)
+    return parts
+
+
+def _schedule(block: Mapping[str, Any]) -> str:
+    words = []
+    if "value" in block:
+        words.append(number(block["value"]))
+    if "start" in block or "end" in block:
+        words.append(f"{number(block.get('start', '…'))}→{number(block.get('end', '…'))}")
+    if block.get("shape", "constant") != "constant":
+        words.append(str(block["shape"]))
+    words += [f"{key} {number(block[key])}" for key in ("rate", "step") if key in block]
+    return " ".join(words) or str(block.get("shape", ""))
+
+
+def _key(name: str) -> str:
+    return name if name in PHRASES else next((known for known in PHRASES if name.endswith(f".{known}")), name)
+
+
+def _phrase(name: str, value: str) -> str:
+    if _key(name) in PHRASES:
+        return PHRASES[_key(name)].format(value)
+    words = " ".join(name.split(".")[-2:]).replace("_", " ")
+    return f"{words} {value}"

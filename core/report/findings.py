@@ -1,0 +1,245 @@
+"""What a run found, in sentences: the answer, its limits, and each figure in words."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from core.report.figures import importances_of
+from core.report.record import RunRecord
+from core.report.style import NothingToDraw
+from core.report.subject_figures import held_out
+from core.report.tables import count, mean_and_sd
+from core.report.verdict import MEDIAN, WINNER, beating_the_median, comparisons, verdict
+
+
+def headline(record: RunRecord) -> str:
+    """The result in one sentence: held-out if there is one, else the best of the search, else why none."""
+    winner = record.holdout[record.holdout["method"] == WINNER]
+    if not winner.empty:
+        return _held_out_headline(record, winner)
+    if record.best is not None:
+        best = record.trial(record.best)
+        value = mean_and_sd(best["value"], best["sd"])
+        cells = "" if pd.isna(best["n"]) else f", {count(best['n'], 'cell')}"
+        return (
+            f"No held-out result yet. Best validation MAE so far: {value} years (trial {record.best}{cells}). "
+            "It is optimistic, because the search chose it."
+        )
+    return f"No trial was completed, so nothing can be said about accuracy ({states(record)})."
+
+
+def _held_out_headline(record: RunRecord, winner: pd.DataFrame) -> str:
+    error = mean_and_sd(winner["mae"].mean(), winner["mae"].std())
+    subjects = winner["n_holdout"].max()
+    n = "" if pd.isna(subjects) else f"n = {count(subjects, 'subject')}, "
+    median = record.holdout.loc[record.holdout["method"] == MEDIAN, "mae"].mean()
+    floor = "" if pd.isna(median) else f"; predicting the training median: {median:.2f}"
+    return f"Held-out MAE of the search winner: {error} years ({n}{count(len(winner), 'seed')}){floor}."
+
+
+def states(record: RunRecord) -> str:
+    """How many trials ended how: `12 completed, 9 pruned, 3 failed`."""
+    words = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "unfinished"}
+    counts = record.trials["state"].value_counts()
+    return (
+        ", ".join(f"{counts[state]} {word}" for state, word in words.items() if state in counts)
+        or "no trials"
+    )
+
+
+def verdict_lines(record: RunRecord) -> list[str]:
+    """The verdict on the winner, then each comparison with its numbers; empty before the hold-out is used."""
+    if record.holdout.empty:
+        return []
+    lines = [verdict(record.predictions), *(each.sentence() for each in comparisons(record.predictions))]
+    if record.best is not None and record.best == record.published:
+        lines.insert(
+            1, "The search found nothing better than the published configuration, which is its winner."
+        )
+    return lines
+
+
+def caveats(record: RunRecord) -> list[str]:
+    """What the numbers of this run do not show; the gravest first."""
+    lines = [
+        _synthetic(record),
+        _no_signal(record),
+        _few_subjects(record),
+        _winners_curse(record),
+        _one_look(record),
+        _single_refit(record),
+        _ages(record),
+        _sites(record),
+        _cells(record),
+        _pruning(record),
+        "The brain-age gap shrinks to the middle: young people look older and old people younger wherever "
+        "the prediction is imperfect. A gap is not a finding about a person before that is corrected for.",
+    ]
+    return [line for line in lines if line]
+
+
+def _synthetic(record: RunRecord) -> str:
+    if not (record.about.get("cohort") or {}).get("synthetic"):
+        return ""
+    return (
+        "These brains are synthetic. Age was put into them by a known recipe, so the errors say whether the "
+        "software works, and nothing about real people."
+    )
+
+
+def _no_signal(record: RunRecord) -> str:
+    if beating_the_median(record.predictions) != []:
+        return ""
+    return (
+        "No method is shown to beat predicting the training median: age has not been found in these images."
+    )
+
+
+def _few_subjects(record: RunRecord) -> str:
+    subjects = record.predictions["subject"].nunique() or record.holdout["n_holdout"].max()
+    if not subjects or pd.isna(subjects):
+        return ""
+    return (
+        f"{count(subjects, 'held-out subject')}: a few other people in the hold-out would move every number "
+        "here. The intervals resample these subjects; they do not know of people unlike them, and they are "
+        "not adjusted for there being several comparisons."
+    )
+
+
+def _winners_curse(record: RunRecord) -> str:
+    if record.best is None:
+        return ""
+    best = record.trial(record.best)
+    completed = int((record.trials["state"] == "COMPLETE").sum())
+    line = (
+        f"The winner is the best of {count(completed, 'completed trial')}, and the best of many is partly "
+        f"luck: its validation MAE ({mean_and_sd(best['value'], best['sd'])} years) is optimistic."
+    )
+    winner = record.holdout.loc[record.holdout["method"] == WINNER, "mae"]
+    if winner.empty:
+        return line
+    return f"{line} Its held-out MAE is {mean_and_sd(winner.mean(), winner.std())} years."
+
+
+def _one_look(record: RunRecord) -> str:
+    if record.holdout.empty:
+        return "The held-out subjects have not been used: no number here is an estimate for new people."
+    return (
+        "The held-out subjects were looked at once, after the search. Whoever changes something because of "
+        "this page and runs again has tuned on them."
+    )
+
+
+def _single_refit(record: RunRecord) -> str:
+    refits = int((record.holdout["method"] == WINNER).sum())
+    if refits == 1:
+        return (
+            "The winner was refitted with a single seed: how much the result depends on the seed is unknown."
+        )
+    if refits:
+        return (
+            f"The ± behind held-out errors is the SD over {refits} refits with other seeds, on the same "
+            "subjects: it is not the uncertainty for new people."
+        )
+    return ""
+
+
+def _ages(record: RunRecord) -> str:
+    ages = record.cohort["age"].dropna()
+    if ages.empty:
+        return ""
+    return f"Ages run from {ages.min():.0f} to {ages.max():.0f} years: nothing here holds outside that range."
+
+
+def _sites(record: RunRecord) -> str:
+    sites = record.cohort["site"].replace("", float("nan")).nunique()
+    if sites == 1:
+        return "All subjects come from one site: what another scanner would do is unknown."
+    if sites > 1:
+        return (
+            f"The held-out subjects come from the same {sites} sites as the training subjects: another "
+            "scanner may do worse."
+        )
+    return ""
+
+
+def _cells(record: RunRecord) -> str:
+    if record.cells.empty:
+        return ""
+    return (
+        "The ± behind validation errors is the SD over (fold, seed) cells. Cells share training subjects, so "
+        "they are not independent, and the SD is not a standard error."
+    )
+
+
+def _pruning(record: RunRecord) -> str:
+    pruned = int((record.trials["state"] == "PRUNED").sum())
+    if not pruned:
+        return ""
+    return (
+        f"{count(pruned, 'trial')} stopped early were judged by their first epochs, which favours "
+        "configurations that learn fast."
+    )
+
+
+def in_words(record: RunRecord) -> dict[str, str]:
+    """Every figure's content in a sentence with its numbers, for people who cannot see it."""
+    values = record.trials.loc[record.trials["state"] == "COMPLETE", "value"].dropna()
+    span = f", from {values.min():.2f} to {values.max():.2f} years" if len(values) else ""
+    cells = record.cells.loc[record.cells["number"] == record.best, "mae"]
+    pruned = int((record.trials["state"] == "PRUNED").sum())
+    return {
+        "history": f"Validation MAE of every trial in order: {states(record)}{span}.",
+        "importance": _importance_in_words(record),
+        "curves": f"Validation MAE of {count(len(record.trials), 'trial')} against epochs; {pruned} were pruned.",
+        "loss": f"Training loss of the winner in {count(len(cells), 'cell')} against progress.",
+        "folds": f"MAE per cell of the leading trials; best: {mean_and_sd(cells.mean(), cells.std())} years.",
+        "gains": " ".join(each.sentence() for each in comparisons(record.predictions)),
+        "predicted": _predictions_in_words(record),
+        "gap": _gaps_in_words(record),
+        "schedules": "Learning rate, temperature, width and neighbours of the winner against progress.",
+        "ages": _ages_in_words(record),
+    }
+
+
+def _importance_in_words(record: RunRecord) -> str:
+    try:
+        found = importances_of(record)
+    except NothingToDraw as reason:
+        return str(reason)
+    return (
+        "Importance of settings: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()) + "."
+    )
+
+
+def _predictions_in_words(record: RunRecord) -> str:
+    try:
+        subjects = held_out(record)
+    except NothingToDraw as reason:
+        return str(reason)
+    error, gaps = subjects["gap"].abs().mean(), mean_and_sd(subjects["gap"].mean(), subjects["gap"].std())
+    return (
+        f"Predicted against true age of {count(len(subjects), 'held-out subject')}. Mean absolute error of "
+        f"their mean predictions {error:.2f} years; mean gap {gaps} years."
+    )
+
+
+def _gaps_in_words(record: RunRecord) -> str:
+    try:
+        subjects = held_out(record)
+    except NothingToDraw as reason:
+        return str(reason)
+    means = (
+        f"{site} {mean_and_sd(group['gap'].mean(), group['gap'].std())} (n = {len(group)})"
+        for site, group in subjects.groupby("site")
+    )
+    return f"Mean brain-age gap in years by site: {', '.join(means)}."
+
+
+def _ages_in_words(record: RunRecord) -> str:
+    sites = record.cohort.groupby("site")["age"].agg(["count", "min", "max"])
+    rows = (
+        f"{site or 'no site'} {row['count']:.0f} ({row['min']:.0f} to {row['max']:.0f})"
+        for site, row in sites.iterrows()
+    )
+    return f"Subjects and ages in years by site: {', '.join(rows)}."

@@ -1,0 +1,198 @@
+"""The report of a run: one HTML file that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from core.errors import UserError
+from core.report import figures, schedule_figure, subject_figures
+from core.report.describe import describe, number
+from core.report.findings import caveats, headline, in_words, states, verdict_lines
+from core.report.record import RunRecord, read_run
+from core.report.style import NothingToDraw, as_svg
+from core.report.tables import ABSENT, failed_trials, holdout_table, leaderboard, winner_beside_published
+
+FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
+    "gains": ("Does the winner predict better?", subject_figures.gains),
+    "history": ("Every trial, in order", figures.optimisation_history),
+    "importance": ("Which settings mattered", figures.parameter_importance),
+    "curves": ("What the pruner saw", figures.learning_curves),
+    "loss": ("The winner's training loss", figures.training_loss),
+    "folds": ("Spread over folds and seeds", figures.fold_spread),
+    "predicted": ("Predicted against true age", subject_figures.predicted_age),
+    "gap": ("Brain-age gap by site", subject_figures.gap_by_site),
+    "schedules": ("The winner's schedules", schedule_figure.schedules),
+    "ages": ("Ages by site", subject_figures.cohort_ages),
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page: its SVG, or the reason why there is none."""
+
+    title: str
+    svg: Markup | None
+    reason: str = ""
+
+
+def write_report(run: Path) -> Path:
+    """Write `run`/report.html from what the sweep in folder `run` has left, however little; return its path.
+
+    Raises:
+        UserError: `run` is not the folder of a sweep, or the page cannot be written there.
+    """
+    run = Path(run)
+    page = render(read_run(run))
+    target, unfinished = run / "report.html", run / "report.html.part"
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, target)
+    except OSError as error:
+        raise UserError(f"cannot write the report to '{target}': {error.strerror}") from None
+    return target
+
+
+def render(record: RunRecord) -> str:
+    """The report as HTML text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    failed = failed_trials(record.trials)
+    return environment.get_template("report.html").render(
+        name=record.folder.resolve().name,
+        about=record.about,
+        synthetic=bool((record.about.get("cohort") or {}).get("synthetic")),
+        headline=headline(record),
+        verdict=verdict_lines(record),
+        missing=record.missing,
+        states=states(record),
+        best=record.best,
+        published=record.published,
+        what=_winner_in_words(record),
+        leaderboard=_rows(leaderboard(record.trials)),
+        holdout=_rows(holdout_table(record.holdout)),
+        beside=_rows(winner_beside_published(record)),
+        failed=_rows(failed),
+        drawings=draw_all(record),
+        unassessed=figures.unassessed_settings(record),
+        completed=int((record.trials["state"] == "COMPLETE").sum()),
+        cohort_facts=cohort_facts(record),
+        sweep_facts=sweep_facts(record),
+        roles=_roles(record),
+        versions=_pairs(record.about.get("versions") or {}),
+        caveats=caveats(record),
+        settings=json.dumps(record.about.get("settings") or {}, indent=2, ensure_ascii=False),
+        winner_settings=json.dumps(record.winner, indent=2, ensure_ascii=False),
+    )
+
+
+def draw_all(record: RunRecord) -> dict[str, Drawing]:
+    """Every figure of the page by name; a figure that cannot be drawn has its reason instead."""
+    words = in_words(record)
+    return {name: _draw(name, title, draw, record, words[name]) for name, (title, draw) in FIGURES.items()}
+
+
+def _draw(
+    name: str, title: str, draw: Callable[[RunRecord], Figure], record: RunRecord, words: str
+) -> Drawing:
+    try:
+        return Drawing(title, Markup(as_svg(draw(record), name, f"{title}. {words}")))
+    except NothingToDraw as reason:
+        return Drawing(title, None, str(reason))
+
+
+def _winner_in_words(record: RunRecord) -> str:
+    if record.best is None:
+        return ""
+    row = record.trial(record.best)
+    return describe({name: row[name] for name in record.searched()})
+
+
+def cohort_facts(record: RunRecord) -> list[tuple[str, str]]:
+    """What the run worked on, as (what, value) pairs."""
+    cohort = record.about.get("cohort") or {}
+    facts = {
+        "Cohort": cohort.get("name"),
+        "Subjects": cohort.get("n"),
+        "Channels": _joined(cohort.get("channels"), ", "),
+        "Grid": _joined(cohort.get("shape"), " × "),
+        "Spacing": f"{number(cohort['spacing'])} mm" if cohort.get("spacing") else None,
+        "Source": cohort.get("source"),
+        "Folder": cohort.get("path"),
+        "Hash": cohort.get("hash"),
+    }
+    ages = record.cohort["age"].dropna()
+    if len(ages):
+        facts["Ages"] = f"{ages.min():.1f} to {ages.max():.1f} years, median {ages.median():.1f}"
+    return _pairs(facts)
+
+
+def sweep_facts(record: RunRecord) -> list[tuple[str, str]]:
+    """How the run was made, as (what, value) pairs."""
+    about, sweep = record.about, record.about.get("sweep") or {}
+    code = about.get("code") or {}
+    changed = ", with uncommitted changes" if code.get("dirty") else ""
+    facts = {
+        "Started": about.get("created"),
+        "Finished": about.get("finished") or ("not finished" if about else None),
+        "Took": _duration(about.get("seconds")),
+        "Code": f"{code['commit']}{changed}" if code.get("commit") else None,
+        "Search space": sweep.get("space"),
+        "Trials": sweep.get("trials"),
+        "Folds": sweep.get("folds"),
+        "Seeds": _joined(sweep.get("seeds"), ", "),
+        "Search seed": sweep.get("search_seed"),
+        "Sampler": sweep.get("sampler"),
+        "Scheduler": sweep.get("scheduler"),
+        "Held out": f"{100 * sweep['holdout']:.0f} % of subjects" if sweep.get("holdout") else None,
+        "Slots": sweep.get("slots"),
+        "Workers per slot": sweep.get("workers_per_slot"),
+        "Time budget": _duration(sweep.get("time_budget")),
+    }
+    return _pairs(facts)
+
+
+def _pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in facts.items() if value is not None and value != ""]
+
+
+def _joined(values: Any, by: str) -> str | None:
+    return by.join(map(str, values)) if isinstance(values, list | tuple) else values
+
+
+def _duration(seconds: Any) -> str | None:
+    if not isinstance(seconds, int | float):
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _roles(record: RunRecord) -> list[dict[str, str]]:
+    """Subjects and ages in every role, one row per role."""
+    ages = record.splits.merge(record.cohort[["subject", "age"]], on="subject", how="left")
+    rows = []
+    for role, group in ages.groupby("role", sort=True):
+        known = group["age"].dropna()
+        span = f"{known.min():.0f} to {known.max():.0f}" if len(known) else ABSENT
+        median = f"{known.median():.1f}" if len(known) else ABSENT
+        rows.append({"role": str(role), "subjects": str(len(group)), "ages": span, "median age": median})
+    return rows
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict(orient="records")]

@@ -1,0 +1,229 @@
+"""Read a run's folder. A run may be unfinished or broken: what is absent is empty here, and named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.storages.journal import JournalFileBackend
+
+from core.errors import UserError
+
+STUDY_NAME = "brainsweep"
+TRIAL_COLUMNS = ("number", "label", "state", "value", "sd", "n", "epochs", "seconds", "reason")
+
+# Every table a run leaves: its columns, and what the reader of a report misses without it.
+TABLES: dict[str, tuple[tuple[str, ...], str]] = {
+    "trials": (TRIAL_COLUMNS, "the leaderboard"),
+    "splits": (("subject", "role"), "who was in which fold and who was held out"),
+    "cells": (
+        ("number", "fold", "seed", "mae", "r2", "site_balanced_accuracy", "median_mae", "n"),
+        "the spread over folds and seeds",
+    ),
+    "history": (
+        (
+            "number",
+            "fold",
+            "seed",
+            "epoch",
+            "progress",
+            "loss",
+            "mae",
+            "learning_rate",
+            "temperature",
+            "width",
+            "neighbours",
+            "seconds",
+        ),
+        "the epochs of every trial",
+    ),
+    "holdout": (
+        ("method", "seed", "mae", "r2", "site_balanced_accuracy", "n_train", "n_holdout"),
+        "the result on the held-out subjects",
+    ),
+    "predictions": (
+        ("method", "seed", "subject", "age", "predicted", "site"),
+        "the predicted ages of the held-out subjects",
+    ),
+}
+_TEXT_COLUMNS = ("subject", "site", "label", "reason", "role", "method", "state")
+
+
+def _empty(name: str) -> pd.DataFrame:
+    return pd.DataFrame(columns=list(TABLES[name][0]))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a sweep left in its folder. A table that is absent is empty, with its columns.
+
+    `about` is run.json, `winner` is best/settings.json, `cohort` is the manifest of the cohort the run used
+    (subject, age in years, site), `missing` has one line for every thing that is not there.
+    """
+
+    folder: Path
+    about: dict[str, Any] = field(default_factory=dict)
+    trials: pd.DataFrame = field(default_factory=lambda: _empty("trials"))
+    splits: pd.DataFrame = field(default_factory=lambda: _empty("splits"))
+    cells: pd.DataFrame = field(default_factory=lambda: _empty("cells"))
+    history: pd.DataFrame = field(default_factory=lambda: _empty("history"))
+    holdout: pd.DataFrame = field(default_factory=lambda: _empty("holdout"))
+    predictions: pd.DataFrame = field(default_factory=lambda: _empty("predictions"))
+    cohort: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["subject", "age", "site"]))
+    study: optuna.Study | None = None
+    winner: dict[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> int | None:
+        """The number of the best completed trial, or None when no trial was completed."""
+        completed = self.trials[(self.trials["state"] == "COMPLETE") & self.trials["value"].notna()]
+        return None if completed.empty else int(completed.sort_values(["value", "number"])["number"].iloc[0])
+
+    @property
+    def published(self) -> int | None:
+        """The number of the trial with the published configuration, or None when there is none."""
+        labelled = self.trials.loc[self.trials["label"] == "published", "number"]
+        return None if labelled.empty else int(labelled.iloc[0])
+
+    def trial(self, number: int) -> dict[str, Any]:
+        """The row of one trial."""
+        row = self.trials[self.trials["number"] == number].iloc[0]
+        return {str(name): value for name, value in row.items()}
+
+    def searched(self) -> list[str]:
+        """The settings that the search varied (dotted names), as the trials table has them."""
+        return [str(name) for name in self.trials.columns if name not in TRIAL_COLUMNS]
+
+
+def read_run(run: Path) -> RunRecord:
+    """The record of the sweep in folder `run`; UserError when `run` is not a folder that a sweep has left."""
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"no run at '{run}': there is no such folder; give the folder a sweep has written")
+    if not any(
+        (run / name).exists() for name in ("run.json", "study.journal", "trials.csv", "trials.parquet")
+    ):
+        raise UserError(f"'{run}' is not a run: it has none of run.json, study.journal, trials.csv")
+    missing: list[str] = []
+    about = _read_json(run / "run.json", "how the run was made", missing)
+    study = _read_study(run / "study.journal", missing)
+    tables = {name: _read_table(run, name, missing) for name in TABLES}
+    if tables["trials"].empty and study is not None:
+        tables["trials"] = _trials_of(study)
+    return RunRecord(
+        folder=run,
+        about=about,
+        cohort=_read_cohort(run, about, missing),
+        study=study,
+        winner=_read_json(run / "best" / "settings.json", "the winner's settings", missing),
+        missing=tuple(missing),
+        **tables,
+    )
+
+
+def _read_json(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
+    name = "/".join(path.parts[-2:]) if path.parent.name == "best" else path.name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        missing.append(f"{name} is absent: {what}")
+        return {}
+    except (OSError, ValueError) as error:
+        missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
+        return {}
+    if isinstance(content, dict):
+        return content
+    missing.append(f"{name} is not a JSON object: {what}")
+    return {}
+
+
+def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
+    columns, what = TABLES[name]
+    parquet, csv = run / f"{name}.parquet", run / f"{name}.csv"
+    try:
+        if parquet.exists():  # keeps types that text forgets
+            table = pd.read_parquet(parquet)
+        elif csv.exists():
+            table = _read_csv(csv)
+        else:
+            missing.append(f"{csv.name} is absent: {what}")
+            return _empty(name)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # pandas' parser errors are ValueErrors, pyarrow's OSErrors or such
+        missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
+        return _empty(name)
+    absent = [column for column in columns if column not in table]
+    if absent:
+        missing.append(f"{csv.name} has no column {', '.join(absent)}: {what} may be incomplete")
+    return table.assign(**dict.fromkeys(absent, float("nan")))
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    header = pd.read_csv(path, nrows=0).columns
+    text = {column: str for column in _TEXT_COLUMNS if column in header}  # subject '007', site '1'
+    # a site called 'NA' or a view called 'None' is a name, not an absent value
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=["", "nan", "NaN"])
+
+
+def _read_study(path: Path, missing: list[str]) -> optuna.Study | None:
+    if not path.exists():  # looked at first, because opening a journal creates it
+        missing.append(f"{path.name} is absent: parameter importance and learning curves")
+        return None
+    backend = JournalFileBackend(str(path))
+    try:
+        return optuna.load_study(study_name=STUDY_NAME, storage=optuna.storages.JournalStorage(backend))
+    except (KeyError, OSError, ValueError) as error:
+        missing.append(
+            f"{path.name} cannot be read ({_first_line(error)}): parameter importance and learning curves"
+        )
+        return None
+
+
+def _trials_of(study: optuna.Study) -> pd.DataFrame:
+    """The trials table, from the study alone: what a sweep that was killed has left."""
+    rows = [
+        {
+            "number": trial.number,
+            "label": trial.user_attrs.get("label"),
+            "state": trial.state.name,
+            "value": trial.value if trial.state.is_finished() else None,
+            "sd": trial.user_attrs.get("sd"),
+            "n": trial.user_attrs.get("n"),
+            "epochs": trial.last_step,
+            "seconds": trial.user_attrs.get("seconds"),
+            "reason": trial.user_attrs.get("reason"),
+            **trial.params,
+        }
+        for trial in study.get_trials(deepcopy=False)
+    ]
+    return pd.DataFrame(rows) if rows else _empty("trials")
+
+
+def _read_cohort(run: Path, about: dict[str, Any], missing: list[str]) -> pd.DataFrame:
+    """The manifest of the run's cohort: from its path as recorded, or as seen from the run's folder."""
+    given = (about.get("cohort") or {}).get("path")
+    for folder in (Path(given), run / given, run.parent / given) if given else ():
+        manifest = folder / "manifest.parquet"
+        if manifest.exists():
+            try:
+                return pd.read_parquet(manifest, columns=["subject", "age", "site"])
+            except (OSError, ValueError) as error:
+                missing.append(
+                    f"the cohort's manifest cannot be read ({_first_line(error)}): its ages and sites"
+                )
+                break
+    else:
+        where = f"at '{given}'" if given else "where the run says (it does not say)"
+        missing.append(f"the cohort is not {where}: its ages and sites")
+    return pd.DataFrame(columns=["subject", "age", "site"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,169 @@
+"""The figures of the people in a run: held-out subjects and their predicted ages, and the cohort.
+
+As in `figures`, every function takes the run's record, and raises `NothingToDraw` with the reason.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from core.report.record import RunRecord
+from core.report.style import (
+    ACCENT,
+    INK,
+    MARKERS,
+    MUTED,
+    PAPER,
+    SECOND,
+    SERIES,
+    NothingToDraw,
+    legend_above,
+    new_figure,
+    styled,
+)
+from core.report.verdict import IN_WORDS, MEDIAN, WINNER, comparisons
+
+MOST_SITES = 8
+NO_SITE = "no site"
+
+
+@styled
+def gains(record: RunRecord) -> Figure:
+    """How much smaller the winner's errors are than each other method's, with 95 % intervals (years)."""
+    made = [each for each in comparisons(record.predictions) if each.outcome != "too few subjects"]
+    if not made:
+        raise NothingToDraw("there are no paired predictions of enough held-out subjects")
+    figure, axes = new_figure(1.0 + 0.4 * len(made))
+    for place, each in enumerate(made):
+        told = each.outcome in ("better", "worse")
+        axes.plot([each.low, each.high], [place, place], color=ACCENT if told else MUTED, lw=2.2)
+        axes.plot(each.gain, place, "o", mfc=ACCENT if told else PAPER, mec=ACCENT if told else MUTED, ms=8)
+    axes.axvline(0, color=INK, lw=1)
+    axes.set_yticks(
+        range(len(made)), [f"against {IN_WORDS[each.other].removeprefix('the ')}" for each in made]
+    )
+    axes.set(
+        ylim=(len(made) - 0.5, -0.5), xlabel="gain of the winner (years; right of 0: the winner is better)"
+    )
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+@styled
+def predicted_age(record: RunRecord) -> Figure:
+    """Predicted against true age of the held-out subjects (winner): mean and range over refits."""
+    subjects = held_out(record)
+    figure, axes = new_figure(4.6, width=4.8)
+    ends = [subjects[["age", "least"]].min().min() - 3, subjects[["age", "most"]].max().max() + 3]
+    axes.plot(ends, ends, color=INK, lw=1, label="true age")
+    median = record.predictions.loc[record.predictions["method"] == MEDIAN, "predicted"].median()
+    if np.isfinite(median):
+        axes.axhline(median, color=MUTED, lw=1, ls=(0, (4, 3)), label="training median")
+    for index, (site, group) in enumerate(_by_site(subjects)):
+        colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+        axes.vlines(group["age"], group["least"], group["most"], color=colour, lw=1, alpha=0.6)
+        axes.plot(
+            group["age"], group["predicted"], marker, color=colour, mec=PAPER, mew=0.6, ms=7, label=site
+        )
+    axes.set(xlabel="true age (years)", ylabel="predicted age (years)", xlim=ends, ylim=ends, aspect="equal")
+    legend_above(axes, columns=3)
+    return figure
+
+
+def held_out(record: RunRecord) -> pd.DataFrame:
+    """One row per held-out subject: subject, age, site, predicted (mean over refits of the winner), least,
+    most, gap (predicted - age); years."""
+    winner = record.predictions[record.predictions["method"] == WINNER].dropna(subset=["age", "predicted"])
+    if winner.empty:
+        raise NothingToDraw("the winner has not been tried on the held-out subjects")
+    subjects = winner.groupby("subject", as_index=False).agg(
+        age=("age", "first"),
+        site=("site", "first"),
+        predicted=("predicted", "mean"),
+        least=("predicted", "min"),
+        most=("predicted", "max"),
+    )
+    return subjects.assign(site=_site_names(subjects["site"]), gap=subjects["predicted"] - subjects["age"])
+
+
+def _site_names(sites: pd.Series) -> pd.Series:
+    """Names of sites, at most MOST_SITES: the smallest ones become 'other sites'."""
+    names = sites.fillna("").astype(str).replace("", NO_SITE)
+    largest = names.value_counts().index
+    kept = largest if len(largest) <= MOST_SITES else largest[: MOST_SITES - 1]
+    return names.where(names.isin(kept), "other sites")
+
+
+def _by_site(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    return [(str(site), group) for site, group in table.groupby("site", sort=True)]
+
+
+@styled
+def gap_by_site(record: RunRecord) -> Figure:
+    """Brain-age gap (predicted minus true age, years) of the held-out subjects, by site."""
+    groups = _by_site(held_out(record))
+    figure, axes = new_figure(3.4)
+    axes.axhline(0, color=INK, lw=1)
+    line = {"color": MUTED, "lw": 1.1}
+    axes.boxplot(
+        [group["gap"] for _, group in groups],
+        positions=range(len(groups)),
+        widths=0.5,
+        showfliers=False,  # every subject is drawn as a dot
+        boxprops=line,
+        whiskerprops=line,
+        capprops=line,
+        medianprops={"color": INK, "lw": 1.8},
+    )
+    rng = np.random.default_rng(0)
+    for index, (_, group) in enumerate(groups):
+        axes.plot(
+            index + rng.uniform(-0.13, 0.13, len(group)),
+            group["gap"],
+            MARKERS[index % len(MARKERS)],
+            color=SERIES[index % len(SERIES)],
+            mec=PAPER,
+            mew=0.6,
+            ms=6,
+        )
+    axes.set_xticks(range(len(groups)), [f"{site}\nn = {len(group)}" for site, group in groups])
+    axes.set(ylabel="predicted − true age (years)")
+    axes.grid(visible=False, axis="x")
+    return figure
+
+
+@styled
+def cohort_ages(record: RunRecord) -> Figure:
+    """Ages of the cohort's subjects, a row of bars per site, training and hold-out told apart."""
+    if record.cohort.empty:
+        raise NothingToDraw("the cohort's manifest is not where the run says, so its ages are unknown")
+    cohort = record.cohort.assign(site=_site_names(record.cohort["site"]))
+    held = set(record.splits.loc[record.splits["role"] == "holdout", "subject"])
+    is_held = cohort["subject"].isin(held)
+    groups = _by_site(cohort)
+    bins = np.arange(5 * np.floor(cohort["age"].min() / 5), cohort["age"].max() + 5, 5)
+    figure, grid = new_figure(
+        0.9 + 0.85 * len(groups), nrows=len(groups), sharex=True, sharey=True, squeeze=False
+    )
+    for axes, (site, group) in zip(grid[:, 0], groups, strict=True):
+        parts = [group.loc[~is_held[group.index], "age"], group.loc[is_held[group.index], "age"]]
+        _, _, bars = axes.hist(
+            parts,
+            bins=bins,
+            stacked=True,
+            color=[ACCENT, PAPER],
+            edgecolor=[ACCENT, SECOND],
+            label=["training and validation", "held out"],
+        )
+        for bar in bars[1]:
+            bar.set(hatch="////")
+        axes.set_title(f"{site}, n = {len(group)}", fontsize=9, pad=2)
+        axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+        axes.grid(visible=False, axis="x")
+    grid[-1, 0].set_xlabel("age (years)")
+    figure.supylabel("subjects per 5 years", fontsize=10)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
