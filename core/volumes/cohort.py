@@ -213,6 +213,11 @@ class CohortWriter:
         self._records: list[dict[str, Any]] = []
         self._subjects: set[str] = set()
 
+    @property
+    def count(self) -> int:
+        """Volumes added so far."""
+        return len(self._records)
+
     def __enter__(self) -> Self:
         prepare_folder(self.folder)
         return self
@@ -220,6 +225,7 @@ class CohortWriter:
     def add(
         self,
         volume: npt.NDArray[Any],
+        /,
         *,
         subject: str,
         age: float,
@@ -305,6 +311,9 @@ def prepare_folder(folder: Path) -> None:
         raise UserError(f"{folder} already holds a complete cohort; choose another folder or delete it")
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for name in OWN_FILES:  # what a killed process left; see `replacing`
+            for leftover in folder.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         if foreign := sorted({entry.name for entry in folder.iterdir()} - OWN_FILES):
             raise UserError(f"{folder} holds other files, such as {foreign[0]}; choose an empty folder")
         _discard(folder)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from nibabel.affines import apply_affine, voxel_sizes
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from scipy import ndimage
 
 from core.errors import UserError
@@ -23,6 +23,8 @@ from core.volumes.nifti import Affine, Volume
 from core.volumes.shards import fingerprint
 
 PIPELINE_VERSION = 1  # raise it whenever the same settings would give other voxels
+
+Side = Annotated[int, Field(ge=1, le=1024)]
 
 FIELD_OF_VIEW = (182.0, 218.0, 182.0)
 """Extent in mm of the MNI152 grid: 91 x 109 x 91 voxels of 2 mm."""
@@ -49,8 +51,9 @@ class Preprocessing(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spacing: float = Field(default=4.0, ge=0.5, le=20, description="edge of a voxel in mm")
-    shape: tuple[int, int, int] = Field(
-        default_factory=lambda fields: default_shape(fields.get("spacing", 4.0)),
+    shape: tuple[Side, Side, Side] = Field(
+        default=None,
+        validate_default=True,
         description="voxels along X, Y, Z; by default what covers the MNI152 field of view",
     )
     intensity: Literal["raw", "zscore"] = Field(
@@ -63,6 +66,11 @@ class Preprocessing(BaseModel):
         "native space; world: the middle of the MNI152 field of view, for images already in MNI space; auto: "
         "decided once for a cohort, world if every image covers the MNI152 field of view",
     )
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _fill_shape(cls, shape: Any, info: ValidationInfo) -> Any:
+        return default_shape(info.data.get("spacing", 4.0)) if shape is None else shape
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -140,7 +148,8 @@ def brain_centre(voxels: Volume, affine: Affine) -> npt.NDArray[np.float64]:
     """Middle of the brain in mm: of the box that holds the inner 99 % of the non-zero voxels on each axis.
 
     A box, because it leaves equal margins on both sides of the grid; not quite all of the voxels, because
-    a few stray ones far from the brain must not move it.
+    a few stray ones far from the brain must not move it. A whole voxel, so that a volume that has the
+    cohort's spacing already is moved without interpolation (where the grid has a middle voxel).
     """
     mask = voxels != 0
     middle = []
@@ -148,7 +157,7 @@ def brain_centre(voxels: Volume, affine: Affine) -> npt.NDArray[np.float64]:
         others = tuple(other for other in range(3) if other != axis)
         cumulative = np.cumsum(mask.sum(axis=others))
         low, high = np.searchsorted(cumulative, np.array([0.005, 0.995]) * cumulative[-1])
-        middle.append((low + high) / 2)
+        middle.append((low + high) // 2)
     return np.asarray(apply_affine(affine, middle), dtype=np.float64)
 
 
