@@ -123,7 +123,7 @@ def resolve_centre(preprocessing: Preprocessing, scans: Sequence[Scan]) -> Prepr
     outside = [subject for subject, covers in placed.items() if not covers]
     if 0 < len(outside) < len(placed):
         raise UserError(
-            f"{len(placed) - len(outside)} of {len(placed)} images cover the MNI152 field of view, the others "
+            f"{len(placed) - len(outside)} of {len(placed)} images cover the MNI152 field of view, others "
             f"do not (such as {outside[0]}); choose centre=brain or centre=world"
         )
     return preprocessing.model_copy(update={"centre": "brain" if outside or not placed else "world"})
