@@ -1,0 +1,119 @@
+"""Who may repel whom: the rows nearest to an anchor in embedding space, how many being a schedule.
+
+Dynamic Localised Repulsion (arXiv 2408.00527) starts with the whole batch and narrows to the nearest few.
+
+Shape suffixes: V views of the anchor, C anchor subjects, U views of the contrasted row (as many as V),
+B subjects of the batch, D embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from core.schedules import Shape, as_schedule
+
+Metric = Literal["cosine", "euclidean", "manhattan", "chebyshev"]
+
+MINKOWSKI_ORDER: dict[str, float] = {"euclidean": 2.0, "manhattan": 1.0, "chebyshev": math.inf}
+
+
+class Neighbours(BaseModel):
+    """How many of the nearest subjects an anchor is contrasted with, over the progress of training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: int | float | None = Field(
+        None,
+        description="subjects at the start: a whole count, a fraction of the batch in (0, 1], or None: all",
+    )
+    end: int | float = Field(
+        description="subjects at the end: a whole count, or a fraction of the batch in (0, 1]"
+    )
+    shape: Literal["staircase", "linear", "cosine", "exponential"] = Field(
+        "staircase", description="how the count goes from start to end"
+    )
+    metric: Metric = Field("cosine", description="what nearest means, between embeddings")
+    step: int | None = Field(None, ge=1, description="epochs per stage of a staircase")
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of the whole run, for a staircase; None: filled in by the run"
+    )
+    min_batch: int | None = Field(
+        None,
+        ge=1,
+        description="below this many subjects every row is eligible; None: 1, the released code 32",
+    )
+
+    @model_validator(mode="after")
+    def _can_act(self) -> Neighbours:
+        for field in ("start", "end"):
+            value = getattr(self, field)
+            if (
+                value is not None
+                and not _is_count(value)
+                and not (isinstance(value, float) and 0 < value <= 1)
+            ):
+                raise ValueError(
+                    f"{field} must be a whole count, or a fraction of the batch in (0, 1], got {value}"
+                )
+        if self.shape == "staircase" and self.step is None:
+            raise ValueError("a staircase needs step, the epochs per stage")
+        if self.shape != "staircase" and (self.step is not None or self.epochs is not None):
+            raise ValueError(f"step and epochs act only with shape 'staircase', got shape '{self.shape}'")
+        return self
+
+    def with_epochs(self, epochs: int) -> Neighbours:
+        """A copy with the length of the run filled in, where a staircase lacks it."""
+        if self.shape != "staircase" or self.epochs is not None:
+            return self
+        return self.model_copy(update={"epochs": epochs})
+
+    def count(self, subjects: int, progress: float) -> int:
+        """Subjects to contrast with (the anchor's own included) in a batch of `subjects`."""
+        if subjects < (self.min_batch or 1):
+            return subjects
+        # A billionth more, because a cosine can arrive at 22.999999999 where 23 is meant.
+        count = math.floor(self._schedule(subjects)(progress) + 1e-9)
+        return min(max(count, 1), subjects)
+
+    def _schedule(self, subjects: int) -> Shape:
+        start = subjects if self.start is None else _as_count(self.start, subjects)
+        ends: dict[str, object] = {"shape": self.shape, "start": start, "end": _as_count(self.end, subjects)}
+        if self.shape == "staircase":
+            ends |= {"step": self.step, "epochs": self.epochs}
+        return as_schedule(ends, "neighbours")
+
+
+def _is_count(value: float) -> bool:
+    """An integer, or a float above 1 that is whole: 1.0 is the fraction "all", 1 is one subject."""
+    return (isinstance(value, int) and value >= 1) or (value > 1 and float(value).is_integer())
+
+
+def _as_count(value: float, subjects: int) -> int:
+    return int(value) if _is_count(value) else max(1, round(value * subjects))
+
+
+@torch.no_grad()
+def nearest(z_vcd: Tensor, z_ubd: Tensor, own_vcub: Tensor, others: int, metric: Metric) -> Tensor | None:
+    """Boolean (V, C, U, B): the `others` rows nearest to each anchor, never the anchor itself.
+
+    `own_vcub` marks each anchor's own row. None stands for every other row. No gradient passes.
+    """
+    rows = z_ubd.shape[0] * z_ubd.shape[1]
+    if others >= rows - 1:
+        return None
+    farness_nm = _farness(z_vcd.flatten(0, 1), z_ubd.flatten(0, 1), metric)
+    farness_nm = farness_nm.masked_fill(own_vcub.reshape(farness_nm.shape), math.inf)
+    nearest_nk = farness_nm.topk(max(others, 1), dim=1, largest=False, sorted=False).indices
+    return torch.zeros_like(farness_nm, dtype=torch.bool).scatter_(1, nearest_nk, True).view(own_vcub.shape)
+
+
+def _farness(z_nd: Tensor, z_md: Tensor, metric: Metric) -> Tensor:
+    """(N, M), larger for rows farther apart."""
+    if metric == "cosine":
+        return -torch.nn.functional.normalize(z_nd, dim=1) @ torch.nn.functional.normalize(z_md, dim=1).T
+    return torch.cdist(z_nd, z_md, p=MINKOWSKI_ORDER[metric])
