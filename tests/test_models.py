@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -34,6 +36,60 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
         encoder = build(name)
         head = ProjectionHead(encoder.embedding_dim)
     assert (parameters(encoder), parameters(head)) == REFERENCE_COUNTS[name]
+
+
+def test_resnext_counts_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        encoder = build("resnext50")
+        assert parameters(encoder) + parameters(RegressionHead(encoder.embedding_dim)) == 25_870_465
+        counts = [parameters(build(f"resnext{depth}")) for depth in (101, 152, 200)]
+    assert [round(count / 1e6, 1) for count in counts] == [47.5, 65.4, 70.5]
+
+
+def test_resnext_stem_keeps_the_slice_axis_whole() -> None:
+    with torch.device("meta"):
+        encoder = build("resnext50")
+        features = encoder.layer1(encoder.conv1(torch.empty(1, 1, 64, 64, 64)))
+        assert features.shape == (1, 256, 32, 32, 64)
+        assert encoder.layer4(encoder.layer3(encoder.layer2(features))).shape == (1, 2048, 4, 4, 8)
+
+
+def test_resnext_convolutions_have_their_cardinality() -> None:
+    with torch.device("meta"):
+        block = build("resnext50", cardinality=8, width=0.5).layer1[0]
+    assert (block.conv2.groups, block.conv2.in_channels) == (8, 16)
+
+
+def test_shortcut_a_lets_the_gradient_through() -> None:
+    encoder = build("resnext50", width=0.25, cardinality=8, shortcut="A")
+    entry = encoder.layer2[0]
+    for parameter in entry.bn3.parameters():
+        torch.nn.init.zeros_(parameter)  # silences the other branch
+    features = torch.randn(2, 64, 5, 6, 5, requires_grad=True)
+    out = entry(features)
+    expected = torch.zeros(2, 128, 3, 3, 3)
+    expected[:, :64] = features.detach()[:, :, ::2, ::2, ::2].clamp(min=0)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert features.grad.count_nonzero() == expected.count_nonzero()
+
+
+def test_sfcn_is_the_published_stack() -> None:
+    channels = [1, 32, 64, 128, 256, 256]
+    convolutions = sum(27 * a * b + b for a, b in pairwise(channels)) + 256 * 64 + 64
+    with torch.device("meta"):
+        encoder = build("sfcn")
+        assert encoder.stages[:5](torch.empty(1, 1, 160, 192, 160)).shape == (1, 256, 5, 6, 5)
+    assert parameters(encoder) == convolutions + 2 * (sum(channels[1:]) + 64)
+
+
+@pytest.mark.parametrize("name", ["sfcn", "resnext50"])
+def test_small_variants_train_on_odd_grids(name: str) -> None:
+    encoder = build(name, in_channels=2, width=0.25)
+    embedding = encoder(torch.randn(2, 2, 23, 28, 23))
+    assert embedding.shape == (2, encoder.embedding_dim)
+    embedding.square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in encoder.parameters())
 
 
 @pytest.mark.parametrize("shape", [(23, 28, 23), (17, 20, 33)])
@@ -110,8 +166,19 @@ def test_settings_describe_encoder_and_head() -> None:
     assert parameters(head) == 64 * 32 + 32
 
 
+@pytest.mark.parametrize("name", ["resnet101", "resnext152", "sfcn"])
+def test_the_name_alone_chooses_the_settings_and_the_published_network(name: str) -> None:
+    settings = TypeAdapter(ModelSettings).validate_python({"name": name})
+    with torch.device("meta"):
+        assert parameters(build_encoder(settings)) == parameters(build(name))
+
+
 def test_settings_refuse_what_they_do_not_know() -> None:
     with pytest.raises(ValidationError, match="widht"):
         TypeAdapter(ModelSettings).validate_python({"name": "resnet18", "widht": 1.0})
     with pytest.raises(ValidationError, match="resnet18"):
         TypeAdapter(ModelSettings).validate_python({"name": "resnet19"})
+    with pytest.raises(ValidationError, match="cardinality"):
+        TypeAdapter(ModelSettings).validate_python({"name": "resnet18", "cardinality": 8})
+    with pytest.raises(ValidationError, match=r"multiple of 0\.25"):
+        TypeAdapter(ModelSettings).validate_python({"name": "resnext50", "width": 0.3})

@@ -10,9 +10,21 @@ from torch import nn
 
 from core.errors import UserError
 from core.lookup import did_you_mean, look_up
-from core.models.encoders import ResNetEncoder, resnet18, resnet34, resnet50, resnet101
+from core.models.encoders import (
+    ResNetEncoder,
+    SFCNEncoder,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnext50,
+    resnext101,
+    resnext152,
+    resnext200,
+    sfcn,
+)
 from core.models.heads import ProjectionHead, RegressionHead
-from core.models.settings import HeadSettings, ModelSettings, ResNetSettings
+from core.models.settings import HeadSettings, ModelSettings, ResNetSettings, ResNeXtSettings, SFCNSettings
 
 __all__ = [
     "MODELS",
@@ -21,20 +33,27 @@ __all__ = [
     "ModelSettings",
     "ProjectionHead",
     "RegressionHead",
+    "ResNeXtSettings",
     "ResNetSettings",
+    "SFCNSettings",
     "build",
     "build_encoder",
     "build_projection_head",
 ]
 
 # What turns volumes (B, C, X, Y, Z) into embeddings (B, embedding_dim).
-Encoder = ResNetEncoder
+Encoder = ResNetEncoder | SFCNEncoder
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
     "resnet101": resnet101,
+    "resnext50": resnext50,
+    "resnext101": resnext101,
+    "resnext152": resnext152,
+    "resnext200": resnext200,
+    "sfcn": sfcn,
 }
 
 
@@ -59,7 +78,7 @@ def build(name: str, **settings: Any) -> nn.Module:
 def build_encoder(settings: ModelSettings, in_channels: int = 1) -> Encoder:
     """The encoder that `settings` describe, for volumes of `in_channels` channels."""
     architecture = settings.model_dump(exclude={"name", "head", "readout"})
-    return cast(Encoder, build(settings.name, in_channels=in_channels, **architecture))
+    return cast("Encoder", build(settings.name, in_channels=in_channels, **architecture))
 
 
 def build_projection_head(settings: ModelSettings, embedding_dim: int) -> ProjectionHead:

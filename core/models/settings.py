@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from core.models.heads import HeadKind
 
@@ -24,12 +24,9 @@ class HeadSettings(_Frozen):
     )
 
 
-class ResNetSettings(_Frozen):
-    """Residual encoders of system A; the defaults are the published configuration."""
-
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"
+class _EncoderSettings(_Frozen):
     width: float = Field(
-        default=1.0, ge=1 / 64, le=4.0, description="multiplies every channel count; 1 is 64 to 512 channels"
+        default=1.0, ge=1 / 64, le=4.0, description="multiplies every channel count; 1 is published"
     )
     head: HeadSettings = HeadSettings()
     readout: Literal["encoder", "projection"] = Field(
@@ -39,5 +36,33 @@ class ResNetSettings(_Frozen):
     )
 
 
-# A union discriminated on `name` as soon as a second family joins.
-ModelSettings = ResNetSettings
+class ResNetSettings(_EncoderSettings):
+    """Residual encoders of system A; the defaults are the published configuration."""
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"
+
+
+class ResNeXtSettings(_EncoderSettings):
+    """Grouped residual encoders of system B."""
+
+    name: Literal["resnext50", "resnext101", "resnext152", "resnext200"] = "resnext50"
+    cardinality: Literal[8, 16, 32] = Field(default=32, description="groups of each 3³ convolution")
+    shortcut: Literal["A", "B"] = Field(
+        default="B", description="where channels or strides change: zero channels (A) or a convolution (B)"
+    )
+
+    @field_validator("width")
+    @classmethod
+    def _whole_groups(cls, width: float) -> float:
+        if (4 * width) % 1:
+            raise ValueError("must be a multiple of 0.25 for ResNeXt, whose groups hold 32 channels")
+        return width
+
+
+class SFCNSettings(_EncoderSettings):
+    """The simple fully convolutional network, the field's light baseline."""
+
+    name: Literal["sfcn"] = "sfcn"
+
+
+ModelSettings = Annotated[ResNetSettings | ResNeXtSettings | SFCNSettings, Field(discriminator="name")]
