@@ -17,7 +17,16 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    WrapSerializer,
+)
 
 from core.errors import UserError
 
@@ -136,7 +145,17 @@ def _number_as_constant(value: Any) -> Any:
     return value
 
 
-Schedule = Annotated[Shape, Field(discriminator="shape"), BeforeValidator(_number_as_constant)]
+def _constant_as_number(schedule: Shape, serialise: SerializerFunctionWrapHandler) -> Any:
+    """And is written as one."""
+    return schedule.value if isinstance(schedule, Constant) else serialise(schedule)
+
+
+Schedule = Annotated[
+    Shape,
+    Field(discriminator="shape"),
+    BeforeValidator(_number_as_constant),
+    WrapSerializer(_constant_as_number),
+]
 """A pydantic field type: any of the shapes, chosen by `shape`; a bare number means a constant."""
 
 _ADAPTER: TypeAdapter[Shape] = TypeAdapter(Schedule)

@@ -1,0 +1,146 @@
+"""Brain age from volumes: a contrastive encoder judged by a ridge probe, or direct L1 regression (system A).
+
+    model = build_model(settings, in_channels)
+    loss, log = training_loss(model, objective, views, ages, progress)
+    outcome = judge(model, settings, training, evaluation)
+
+Shape suffixes: B subjects, V views, C channels, X, Y, Z, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from core.config import RunSettings
+from core.evaluation.probes import AgeProbe, fit_age_probe
+from core.evaluation.regression import median_baseline, regression_metrics
+from core.evaluation.site import site_balanced_accuracy
+from core.losses import REGRESSION_LOSSES
+from core.models import build_encoder, build_projection_head
+from core.models.heads import RegressionHead
+
+METRIC = "mae"
+"""What a search minimises: mean absolute error of age, in years."""
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+class ContrastiveModel(nn.Module):
+    """Encoder and projection head; `readout` says which of the two the probe sees."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, readout: str) -> None:
+        super().__init__()
+        self.encoder, self.head, self.readout = encoder, head, readout
+
+    def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """Projections (B, D) on the unit sphere."""
+        return self.head(self.encoder(volumes_bcxyz))
+
+    def embed(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """What the probe reads, (B, E)."""
+        embedding_be = self.encoder(volumes_bcxyz)
+        return self.head(embedding_be) if self.readout == "projection" else embedding_be
+
+
+class RegressionModel(nn.Module):
+    """Encoder and one linear unit that predicts age as (age − mean)/SD of the training subjects."""
+
+    age_mean: torch.Tensor
+    age_sd: torch.Tensor
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, training_ages: Floats) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self.register_buffer("age_mean", torch.tensor(float(np.mean(training_ages))))
+        self.register_buffer("age_sd", torch.tensor(max(float(np.std(training_ages)), 1e-6)))
+
+    def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """Predicted age (B, 1) in years."""
+        return (self.head(self.encoder(volumes_bcxyz)) * self.age_sd + self.age_mean).unsqueeze(-1)
+
+    def embed(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """The encoder's embedding (B, E)."""
+        return self.encoder(volumes_bcxyz)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Subjects as the probe sees them: embeddings (n, E), ages (n,) in years, sites (n,), direct predictions."""
+
+    embeddings: Floats
+    ages: Floats
+    sites: npt.NDArray[Any]
+    predicted: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trained model did on subjects it had not seen."""
+
+    metrics: dict[str, float]
+    predicted: Floats
+    probe: AgeProbe | None
+
+
+def build_model(settings: RunSettings, in_channels: int, training_ages: Floats) -> nn.Module:
+    """The model of `settings`, on the CPU, with PyTorch's current random state."""
+    encoder = build_encoder(settings.model, in_channels)
+    if is_regression(settings):
+        return RegressionModel(encoder, RegressionHead(encoder.embedding_dim), training_ages)
+    head = build_projection_head(settings.model, encoder.embedding_dim)
+    return ContrastiveModel(encoder, head, settings.model.readout)
+
+
+def build_objective(settings: RunSettings) -> nn.Module:
+    """The loss of `settings`, whose schedules know the length of the run."""
+    return settings.objective.build(settings.training.epochs)
+
+
+def is_regression(settings: RunSettings) -> bool:
+    """Whether the model predicts age itself, without a probe."""
+    return settings.objective.name in REGRESSION_LOSSES
+
+
+def training_loss(
+    model: nn.Module, objective: nn.Module, views_bvcxyz: torch.Tensor, ages_b: torch.Tensor, progress: float
+) -> torch.Tensor:
+    """Loss of one batch; `model` may be wrapped for distributed training.
+
+    Args:
+        model: as from `build_model`.
+        objective: as from `build_objective`; its `diagnostics` describe the call afterwards.
+        views_bvcxyz: views, (B, V, C, X, Y, Z).
+        ages_b: ages in years, (B,).
+        progress: e/E in epoch e of E.
+    """
+    subjects, views = views_bvcxyz.shape[:2]
+    output_bvd = model(views_bvcxyz.flatten(0, 1)).view(subjects, views, -1)
+    return objective(output_bvd, ages_b, progress)
+
+
+def judge(training: Embedded, evaluation: Embedded, *, sites: bool = True) -> Outcome:
+    """Fit the probe on the training subjects only, and measure it on the evaluation subjects.
+
+    `sites=False` leaves out how well the site can be told from the embedding, which costs more than the rest.
+    """
+    probe = None
+    predicted = evaluation.predicted
+    if predicted is None:
+        probe = fit_age_probe(training.embeddings, training.ages)
+        predicted = probe.predict(evaluation.embeddings)
+    metrics = regression_metrics(predicted, evaluation.ages)
+    metrics["median_mae"] = median_baseline(training.ages, evaluation.ages)["mae"]
+    accuracy = None
+    if sites:
+        accuracy = site_balanced_accuracy(
+            training.embeddings, training.sites, evaluation.embeddings, evaluation.sites
+        )
+    metrics["site_balanced_accuracy"] = math.nan if accuracy is None else accuracy
+    return Outcome(metrics, predicted, probe)

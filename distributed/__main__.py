@@ -1,0 +1,5 @@
+"""`python -m distributed …` is `brainsweep …`."""
+
+from distributed.cli import main
+
+main()

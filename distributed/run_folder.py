@@ -1,0 +1,243 @@
+"""What a run leaves on disk, and how its tables are made.
+
+    RUN/run.json                       request, resolved settings, seeds, versions, the cohort's hash
+        splits.csv                     subject, role
+        study.journal                  the Optuna study: the one record of the search
+        trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs
+        refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
+        trials.csv, trials.parquet, cells.csv, history.csv, holdout.csv, predictions.csv    made from the above
+        tensorboard/  best/  report.html
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.trial import TrialState
+
+from core.config import Settings
+from core.errors import UserError
+from core.volumes.cohort import Cohort
+from core.volumes.splits import Splits
+from distributed.search import STUDY, trial_name
+from distributed.train_loop import PROGRESS
+
+METHODS = {"winner": "search winner", "published": "published", "l1": "L1 baseline"}
+"""The folders under `refits/`, and what their rows are called in the tables."""
+VERSIONS_OF = ("brainsweep", "ray", "torch", "optuna", "monai", "numpy", "scikit-learn", "nibabel", "nilearn")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder and the names in it."""
+
+    path: Path
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return json.loads((self.path / "run.json").read_text())
+
+    @property
+    def journal(self) -> Path:
+        """The study's journal file."""
+        return self.path / "study.journal"
+
+    def trial(self, name: str) -> Path:
+        """The folder of a trial of the search."""
+        return self.path / "trials" / name
+
+    def refit(self, method: str) -> Path:
+        """The folder of a refit."""
+        return self.path / "refits" / method
+
+    def update(self, **changes: Any) -> None:
+        """Replace fields of run.json."""
+        _write_json(self.path / "run.json", self.about | changes)
+
+
+def create_run(out: Path, kind: str, request: dict[str, Any], settings: Settings, cohort: Cohort) -> RunFolder:
+    """A new run folder with its run.json.
+
+    Raises:
+        UserError: the folder exists with something in it, or cannot be written.
+    """
+    out = Path(out).resolve()
+    if (out / "run.json").exists():
+        raise UserError(
+            f"{out} already holds a run; continue it with `brainsweep resume {out}` or give another --out"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"the output folder {out} is not empty; give another --out")
+        _write_json(out / "run.json", _about(kind, request, settings, cohort))
+    except OSError as error:
+        raise UserError(f"cannot write a run to {out}: {error.strerror or error}") from None
+    return RunFolder(out)
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run; UserError where there is none."""
+    folder = RunFolder(Path(path).resolve())
+    try:
+        folder.about  # noqa: B018 - read to see that it can be
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a run: it has no run.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}/run.json cannot be read: {error}") from None
+    return folder
+
+
+def write_splits(folder: RunFolder, splits: Splits, cohort: Cohort) -> None:
+    """Record who is in which fold and who is held out."""
+    splits.to_frame(cohort.manifest).to_csv(folder.path / "splits.csv", index=False)
+
+
+def write_tables(folder: RunFolder, study: optuna.Study) -> None:
+    """(Re)make the tables of a run from its study and its trials' progress files."""
+    trials = study.get_trials(deepcopy=False)
+    progress = {trial.number: _progress(folder.trial(trial_name(trial.number))) for trial in trials}
+    table = pd.DataFrame([_trial_row(trial, progress[trial.number]) for trial in trials])
+    table.to_csv(folder.path / "trials.csv", index=False)
+    table.astype({"reason": str, "label": str}).to_parquet(folder.path / "trials.parquet", index=False)
+    for name, key in (("cells", "cells"), ("history", "history")):
+        rows = [{"number": number} | row for number, made in progress.items() for row in made[key]]
+        pd.DataFrame(rows).to_csv(folder.path / f"{name}.csv", index=False)
+
+
+def write_holdout(folder: RunFolder, n_train: int) -> None:
+    """holdout.csv and predictions.csv from the refits that are there, with the median predictor beside them."""
+    rows, predictions = [], []
+    for method, called in METHODS.items():
+        for cell in _progress(folder.refit(method))["cells"]:
+            of_method = {"method": called, "n_train": n_train, "n_holdout": cell["n"]}
+            rows.append(of_method | {key: cell[key] for key in ("seed", "mae", "r2", "site_balanced_accuracy")})
+            table = pd.read_csv(folder.refit(method) / f"predictions-{cell['seed']}.csv", dtype={"subject": str})
+            predictions.append(table.assign(method=called, seed=cell["seed"]))
+            median = of_method | {"method": "training median", "mae": cell["median_mae"], "seed": 0}
+    if not rows:
+        return
+    pd.DataFrame([median, *rows]).to_csv(folder.path / "holdout.csv", index=False)
+    pd.concat(predictions).to_csv(folder.path / "predictions.csv", index=False)
+
+
+def keep_best(folder: RunFolder, model: Path) -> None:
+    """Copy a model's folder to best/, replacing what is there."""
+    best = folder.path / "best"
+    shutil.rmtree(best, ignore_errors=True)
+    shutil.copytree(model, best)
+
+
+def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
+    """The completed trial with the least value; None when none was completed."""
+    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return min(completed, key=lambda trial: (trial.value, trial.number), default=None)
+
+
+def finish(folder: RunFolder, study: optuna.Study | None = None) -> None:
+    """Close run.json: when, how long, and which trial was best."""
+    about = folder.about
+    best = best_trial(study) if study else None
+    started = datetime.datetime.fromisoformat(about["created"]).timestamp()
+    folder.update(
+        finished=_now(),
+        seconds=time.time() - started,
+        best={"number": best.number, "value": best.value} if best else None,
+    )
+
+
+def _trial_row(trial: optuna.trial.FrozenTrial, progress: dict[str, Any]) -> dict[str, Any]:
+    attributes = trial.user_attrs
+    history = progress["history"]
+    return {
+        "number": trial.number,
+        "label": attributes.get("label"),
+        "state": trial.state.name,
+        "value": trial.value if trial.value is not None else _last(trial.intermediate_values),
+        "sd": attributes.get("sd"),
+        "n": attributes.get("n"),
+        "epochs": len(history),
+        "seconds": attributes.get("seconds"),
+        "reason": attributes.get("reason"),
+        **trial.params,
+    }
+
+
+def _last(values: dict[int, float]) -> float:
+    return values[max(values)] if values else math.nan
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / PROGRESS).read_text())
+    except FileNotFoundError:
+        return {"history": [], "cells": [], "answer": None}
+
+
+def _about(kind: str, request: dict[str, Any], settings: Settings, cohort: Cohort) -> dict[str, Any]:
+    description = cohort.description
+    return {
+        "kind": kind,
+        "command": " ".join(["brainsweep", *sys.argv[1:]]),
+        "created": _now(),
+        "finished": None,
+        "seconds": None,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS_OF},
+        "code": _code_version(),
+        "cohort": {
+            "path": str(cohort.folder.resolve()),
+            "n": len(cohort),
+            **description.model_dump(mode="json", include={"name", "hash", "synthetic", "spacing", "shape", "source"}),
+            "channels": list(description.channels),
+            "preprocessing": description.preprocessing,
+        },
+        "settings": settings,
+        "sweep": request,
+        "study": STUDY,
+        "best": None,
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _code_version() -> dict[str, Any]:
+    """The commit of the source tree this runs from; empty when it is not a git checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except FileNotFoundError:
+        return {"commit": "", "dirty": False}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=2, default=str))
+    beside.replace(path)

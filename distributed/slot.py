@@ -1,0 +1,204 @@
+"""A slot: one Ray Train worker group that stays alive and runs one trial after another.
+
+    Tune ──step()──▶ Slot ──order──▶ Mailbox ◀──next_order()── workers (one TorchTrainer, never restarted)
+                       ◀──────────── answer() ────────────────
+
+The documented nesting starts a driver, a controller, a worker group and a process group for every trial:
+seconds, for trials that ASHA may stop after one epoch. A slot pays that once. Checkpoints are files in the
+trial's own folder, written by rank 0, so a restarted worker, slot or sweep finds them by the trial's name
+and nothing has to travel through `ray.train.report` (which blocks for one controller poll).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import train, tune
+from ray.train.torch import TorchTrainer
+
+Order = dict[str, Any]
+"""What a worker group is to do next: {"serial": int, "assignment": {...}}; see `train_loop.Assignment`."""
+Answer = dict[str, Any]
+
+WORKER_START_TIMEOUT_S = "900"  # autoscaled GPU nodes take minutes; Train's default gives up after 60 s
+WORKER_RESTARTS = 3
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The worker group of one slot."""
+
+    count: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    @property
+    def scaling(self) -> train.ScalingConfig:
+        """The group as Ray Train wants it said; the controller itself takes no CPU."""
+        resources = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        return train.ScalingConfig(
+            num_workers=self.count, use_gpu=self.gpus > 0, resources_per_worker=resources
+        )
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Passes orders from a slot to its workers and the answer back; remembers what is unanswered.
+
+    A restarted worker group asks again and gets the same order, so no epoch is lost or run twice.
+    """
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._order: Order | None = None
+        self._answers: dict[int, Answer] = {}
+        self._serial = 0
+        self._closed = False
+
+    async def run(self, assignment: dict[str, Any]) -> Answer:
+        """Order one epoch of `assignment` and wait for its answer."""
+        async with self._changed:
+            self._serial += 1
+            serial = self._serial
+            self._order = {"serial": serial, "assignment": assignment}
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: serial in self._answers)
+            return self._answers.pop(serial)
+
+    async def next_order(self, after: int) -> Order | None:
+        """The first order later than `after`, waiting for it; None once the slot is closed."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._closed or (self._order is not None and self._order["serial"] > after)
+            )
+            return None if self._closed else self._order
+
+    async def answer(self, serial: int, answer: Answer) -> None:
+        """Hand in the answer to order `serial`; an answer that nobody waits for any more is dropped."""
+        async with self._changed:
+            if serial == self._serial:
+                self._answers[serial] = answer
+                self._changed.notify_all()
+
+    async def unanswered(self) -> int:
+        """The serial after which a newly started worker has to begin."""
+        async with self._changed:
+            waiting = self._order is not None and self._serial not in self._answers
+            return self._serial - 1 if waiting else self._serial
+
+    async def close(self) -> None:
+        """Send every worker home."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def worker_loop(config: dict[str, Any]) -> None:
+    """What every worker of a slot runs: fetch an order, run one epoch, answer; until the slot closes.
+
+    Args:
+        config: `mailbox` (the actor), `make_runner` (a function `(**arguments) -> Callable[[assignment], Answer]`
+            made once per worker: it holds what outlives a trial) and its `arguments`.
+    """
+    mailbox = config["mailbox"]
+    run_epoch: Callable[[dict[str, Any]], Answer] = config["make_runner"](**config["arguments"])
+    rank = train.get_context().get_world_rank()
+    done = ray.get(mailbox.unanswered.remote())
+    finished_at: float | None = None
+    while (order := ray.get(mailbox.next_order.remote(done))) is not None:
+        started_at = time.time()
+        answer = run_epoch(order["assignment"])
+        done = order["serial"]
+        if rank == 0:
+            answer |= {"started_at": answer.get("first_step_at", started_at), "previous_end_at": finished_at}
+            finished_at = time.time()
+            ray.get(mailbox.answer.remote(done, answer))
+
+
+@dataclass
+class WorkerGroup:
+    """A TorchTrainer running `worker_loop` in a thread, and the mailbox that feeds it."""
+
+    workers: Workers
+    make_runner: Callable[..., Callable[[dict[str, Any]], Answer]]
+    arguments: dict[str, Any]
+    storage: str
+    mailbox: Any = None
+    failure: BaseException | None = None
+    thread: threading.Thread = field(init=False)
+
+    def start(self) -> None:
+        """Bring the workers up; returns at once, the first `run` waits for them."""
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_TIMEOUT_S)
+        self.mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+        self.thread = threading.Thread(target=self._fit, name="slot-workers", daemon=True)
+        self.thread.start()
+
+    def run(self, assignment: dict[str, Any]) -> Answer:
+        """One epoch of `assignment`; raises what ended the worker group, should it end."""
+        pending = self.mailbox.run.remote(assignment)
+        while True:
+            ready, _ = ray.wait([pending], timeout=POLL_S)
+            if ready:
+                return ray.get(pending)
+            if not self.thread.is_alive():
+                raise RuntimeError(f"the slot's workers ended: {self.failure}") from self.failure
+
+    def stop(self) -> None:
+        """Send the workers home and wait for the trainer to end."""
+        ray.get(self.mailbox.close.remote())
+        self.thread.join(timeout=60)
+
+    def _fit(self) -> None:
+        trainer = TorchTrainer(
+            worker_loop,
+            train_loop_config={
+                "mailbox": self.mailbox, "make_runner": self.make_runner, "arguments": self.arguments,
+            },
+            scaling_config=self.workers.scaling,
+            run_config=train.RunConfig(
+                storage_path=self.storage,
+                name=f"slot-{os.getpid()}-{int(time.time())}",
+                failure_config=train.FailureConfig(max_failures=WORKER_RESTARTS),
+            ),
+        )
+        try:
+            trainer.fit()
+        except BaseException as failure:
+            self.failure = failure
+
+
+class Slot(tune.Trainable):
+    """Tune's face of a worker group: one `step` is one epoch of the trial the slot currently holds.
+
+    Made with `tune.with_parameters(Slot, workers=…, make_runner=…, arguments=…, storage=…)` and
+    `reuse_actors=True`. The workers receive the trial's `config["assignment"]`.
+    """
+
+    def setup(  # type: ignore[override]
+        self, config: dict[str, Any], workers: Workers, make_runner: Any, arguments: dict[str, Any], storage: str
+    ) -> None:
+        """Start the workers; Tune calls this once per slot."""
+        self.group = WorkerGroup(workers, make_runner, arguments, storage)
+        self.group.start()
+
+    def step(self) -> Answer:
+        """One epoch."""
+        return self.group.run(self.config["assignment"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial: the workers learn of it with the next order."""
+        self.config = new_config
+        return True
+
+    def cleanup(self) -> None:
+        """Close the slot."""
+        self.group.stop()

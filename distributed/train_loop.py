@@ -1,0 +1,414 @@
+"""What one worker runs: a trial, cell by cell, epoch by epoch. Plain PyTorch; Ray is not needed here.
+
+A trial is a configuration; a *cell* is one (fold, seed) it is trained and judged on. Every trial visits the
+same cells in the same order. Everything random is a function of (seed, fold, epoch, subject), so a trial that
+is interrupted and continued from its checkpoint ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from core.config import RunSettings, resolve
+from core.errors import UserError
+from core.schedules import with_epochs
+from core.tasks import TASKS
+from core.tasks.brain_age import Embedded, Outcome
+from core.volumes.preprocess import fit_intensity_statistics, normalise
+from core.volumes.splits import Splits
+from core.volumes.views import make_views
+from distributed.data import Rows, Volumes, chunks, epoch_batches, share
+
+CHECKPOINT = "checkpoint.pt"
+PROGRESS = "progress.json"
+HOLDOUT = -1
+"""The fold of a refit: trained on all development subjects, judged on the hold-out."""
+
+
+class DivergedError(RuntimeError):
+    """Training produced numbers that are not finite; the message says where."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (fold, seed) of a trial; fold `HOLDOUT` is the refit."""
+
+    fold: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A trial as a slot hands it to its workers; made of JSON values, so it survives restarts and machines."""
+
+    name: str
+    folder: str
+    settings: dict[str, Any]
+    cells: list[dict[str, int]]
+    keep_model: bool = False
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What a worker knows of the cohort: volumes, labels, splits."""
+
+    volumes: Volumes
+    manifest: pd.DataFrame
+    splits: Splits
+    channels: tuple[str, ...]
+
+    def rows_of(self, fold: int) -> tuple[Rows, Rows]:
+        """(training rows, evaluation rows) of a fold; the hold-out is read for `HOLDOUT` alone."""
+        if fold == HOLDOUT:
+            return self.splits.development, self.splits.holdout
+        return self.splits.training(fold), self.splits.folds[fold]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this worker runs."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    workers: int = 1
+
+
+class Runner:
+    """Runs one epoch of whatever trial it is assigned; lives as long as its worker."""
+
+    def __init__(self, subjects: Subjects, place: Place | None = None) -> None:
+        self.subjects = subjects
+        self.place = place or Place()
+        self.trial: Trial | None = None
+
+    def __call__(self, assignment: dict[str, Any]) -> dict[str, Any]:
+        """One epoch of `assignment` (see `Assignment`); a diverged trial is answered, not raised."""
+        if self.trial is None or dataclasses.asdict(self.trial.assignment) != assignment:
+            self.trial = None  # free the last trial's memory first
+            self.trial = Trial(Assignment(**assignment), self.subjects, self.place)
+        try:
+            return self.trial.run_epoch()
+        except DivergedError as diverged:
+            answer = {"value": math.nan, "diverged": str(diverged), "finished": False, "done": True}
+            return answer | {self.trial.clock: self.trial.epochs}
+
+
+class Trial:
+    """One configuration on its cells, continued from its folder's checkpoint where there is one."""
+
+    def __init__(self, assignment: Assignment, subjects: Subjects, place: Place) -> None:
+        self.assignment, self.subjects, self.place = assignment, subjects, place
+        self.settings = resolve(assignment.settings)
+        self.cells = [Cell(**cell) for cell in assignment.cells]
+        self.folder = Path(assignment.folder)
+        self.history: list[dict[str, Any]] = []
+        self.finished: list[dict[str, Any]] = []
+        self.answer: dict[str, Any] | None = None
+        self.training: CellTraining | None = None
+        self._restore()
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done, over all cells."""
+        return len(self.history)
+
+    def run_epoch(self) -> dict[str, Any]:
+        """Train one epoch of the current cell, judge it where that is due, save, and say how it stands."""
+        if self.answer is not None:  # finished before; the one who asked did not live to hear it
+            return self.answer
+        training = self._current_cell()
+        row = training.run_epoch()
+        last_epoch = training.epoch == self.settings.training.epochs
+        outcome = training.judge() if last_epoch or self._judges_every_epoch else None
+        row["mae"] = outcome.metrics["mae"] if outcome else math.nan
+        self.history.append(row)
+        if outcome and last_epoch:
+            self._finish_cell(training, outcome)
+        answer = row | {self.clock: self.epochs} | self._standing(row)
+        if answer["done"]:
+            self.answer = answer
+        self._save()
+        return answer
+
+    @property
+    def clock(self) -> str:
+        """The key under which epochs are counted: schedulers look for `epochs`, and must not stop a refit."""
+        return "refit_epochs" if self.cells[0].fold == HOLDOUT else "epochs"
+
+    @property
+    def _judges_every_epoch(self) -> bool:
+        """Pruning looks at every epoch of the first cell, then at whole cells; the hold-out is seen once."""
+        return not self.finished and self.cells[0].fold != HOLDOUT
+
+    def _standing(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The trial's value: of the epoch in its first cell, then the mean of its finished cells."""
+        errors = [cell["mae"] for cell in self.finished]
+        value = float(np.mean(errors)) if errors else row["mae"]
+        sd = float(np.std(errors, ddof=1)) if len(errors) > 1 else math.nan
+        finished = len(self.finished) == len(self.cells)
+        return {"value": value, "sd": sd, "n": len(errors), "finished": finished, "done": finished}
+
+    def _current_cell(self) -> CellTraining:
+        if self.training is None:
+            cell = self.cells[len(self.finished)]
+            self.training = CellTraining(self.settings, self.subjects, cell, self.place)
+        return self.training
+
+    def _finish_cell(self, training: CellTraining, outcome: Outcome) -> None:
+        cell = training.cell
+        self.finished.append({"fold": cell.fold, "seed": cell.seed, "n": len(training.evaluation_rows)} | outcome.metrics)
+        if self.place.rank == 0:
+            if cell.fold == HOLDOUT:
+                training.write_predictions(outcome, self.folder / f"predictions-{cell.seed}.csv")
+            if self.assignment.keep_model:
+                training.write_model(outcome, self.folder / f"model-{cell.seed}")
+        self.training = None
+
+    def _save(self) -> None:
+        """Rank 0 writes the checkpoint, then what people and the driver read; each replaces its file whole."""
+        if self.place.rank != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.answer is None:
+            state = self.training.state_dict() if self.training else None
+            saved = {"cell": len(self.finished), "state": state, "history": self.history, "finished": self.finished}
+            _replace(self.folder / CHECKPOINT, lambda path: torch.save(saved, path))
+        progress = {"history": self.history, "cells": self.finished, "answer": self.answer}
+        _replace(self.folder / PROGRESS, lambda path: path.write_text(json.dumps(progress)))
+        if self.answer is not None:
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+    def _restore(self) -> None:
+        progress = self.folder / PROGRESS
+        if progress.exists():
+            self.answer = json.loads(progress.read_text())["answer"]
+        checkpoint = self.folder / CHECKPOINT
+        if self.answer is not None or not checkpoint.exists():
+            return
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)  # runs no pickled code
+        self.history, self.finished = saved["history"], saved["finished"]
+        if saved["state"] is not None:
+            self._current_cell().load_state_dict(saved["state"])
+
+
+class CellTraining:
+    """One model being trained on one cell."""
+
+    def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
+        self.settings, self.subjects, self.cell, self.place = settings, subjects, cell, place
+        self.task = TASKS[settings.task]
+        self.training_rows, self.evaluation_rows = subjects.rows_of(cell.fold)
+        self.ages = subjects.manifest["age"].to_numpy(float)
+        self.channels = _channel_indices(settings, subjects.channels)
+        self.statistics = self._fit_statistics()
+        torch.manual_seed(_derive_seed(cell, "initialisation"))
+        in_channels = len(self.channels)
+        self.model = self.task.build_model(settings, in_channels, self.ages[self.training_rows]).to(place.device)
+        self.trained = DistributedDataParallel(self.model) if place.workers > 1 else self.model
+        self.objective = self.task.build_objective(settings)
+        self.optimiser = build_optimiser(settings, self.model)
+        self.epoch = 0
+
+    def run_epoch(self) -> dict[str, Any]:
+        """Train one epoch; returns its row of the history."""
+        started = time.time()
+        self.epoch += 1
+        progress = self.epoch / self.settings.training.epochs
+        rate = set_learning_rate(self.settings, self.optimiser, self.epoch)
+        torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}"))
+        self.trained.train()
+        batches = epoch_batches(
+            self.training_rows, self.settings.training.batch_size, self._order_seed, self.epoch, self.place.workers
+        )
+        losses = [self._step(share(batch, self.place.rank, self.place.workers), progress) for batch in batches]
+        loss = _mean_over_workers(torch.stack(losses).mean(), self.place)
+        if not math.isfinite(loss):
+            raise DivergedError(f"loss became {loss} in epoch {self.epoch} of fold {self.cell.fold}, seed {self.cell.seed}")
+        return {
+            "fold": self.cell.fold, "seed": self.cell.seed, "epoch": self.epoch, "progress": progress, "loss": loss,
+            "learning_rate": rate, **self._diagnostics(progress), "first_step_at": started,
+            "seconds": time.time() - started,
+        }  # fmt: skip
+
+    def judge(self) -> Outcome:
+        """Probe fitted on the training subjects, measured on the evaluation subjects."""
+        training, evaluation = self._embed(self.training_rows), self._embed(self.evaluation_rows)
+        for embedded in (training, evaluation):
+            if not np.isfinite(embedded.embeddings).all():
+                raise DivergedError(f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}")
+        return self.task.judge(training, evaluation, sites=self.epoch == self.settings.training.epochs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a continuation needs; tensors and plain numbers only."""
+        return {"epoch": self.epoch, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after `state["epoch"]`."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.epoch = state["epoch"]
+
+    def write_model(self, outcome: Outcome, folder: Path) -> None:
+        """`settings.json`, `model.safetensors`, `probe.json`, `intensity.json`: all that prediction needs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(self.settings.model_dump_json(indent=2))
+        save_model(self.model, str(folder / "model.safetensors"))
+        (folder / "probe.json").write_text(outcome.probe.to_json() if outcome.probe else "null")
+        (folder / "intensity.json").write_text(json.dumps(_as_lists(self.statistics)))
+
+    def write_predictions(self, outcome: Outcome, path: Path) -> None:
+        """One line per evaluation subject."""
+        of_subject = self.subjects.manifest.iloc[self.evaluation_rows]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = of_subject[["subject", "age", "site"]].assign(predicted=outcome.predicted)
+        table.to_csv(path, index=False)
+
+    @property
+    def _order_seed(self) -> int:
+        return _derive_seed(self.cell, "order")
+
+    def _step(self, rows: Rows, progress: float) -> torch.Tensor:
+        """One optimiser step on this worker's share of a batch; returns the loss, detached, on the device."""
+        volumes = self._load(rows)
+        views = make_views(volumes, rows, self.epoch, self.cell.seed, self.settings.views)
+        ages = torch.as_tensor(self.ages[rows], dtype=torch.float32, device=self.place.device)
+        self.optimiser.zero_grad(set_to_none=True)
+        with autocast(self.settings, self.place.device):
+            loss = self.task.training_loss(self.trained, self.objective, views, ages, progress)
+        loss.backward()
+        clip = self.settings.training.gradient_clip
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.optimiser.step()
+        return loss.detach()
+
+    def _load(self, rows: Rows) -> torch.Tensor:
+        """Normalised volumes (n, C, X, Y, Z), float32, on the device."""
+        volumes = torch.as_tensor(self.subjects.volumes.read(rows)[:, self.channels]).to(self.place.device)
+        return normalise(volumes.float(), self.settings.data.normalise, self.statistics)
+
+    @torch.no_grad()
+    def _embed(self, rows: Rows) -> Embedded:
+        """Embeddings of `rows` without augmentation, in evaluation mode, in parts over the workers."""
+        self.trained.eval()
+        mine, predicted = [], []
+        for part in chunks(share(rows, self.place.rank, self.place.workers), self.settings.training.batch_size):
+            with autocast(self.settings, self.place.device):
+                volumes = self._load(part)
+                mine.append(self.model.embed(volumes).float().cpu().numpy())
+                if self.task.is_regression(self.settings):
+                    predicted.append(self.model(volumes).squeeze(-1).float().cpu().numpy())
+        embeddings = _gather(np.concatenate(mine), self.place)
+        sites = self.subjects.manifest["site"].to_numpy(str)
+        ages = _gather(np.concatenate(predicted), self.place) if predicted else None
+        return Embedded(embeddings, self.ages[rows], sites[rows], ages)
+
+    def _fit_statistics(self) -> Any:
+        """Intensity statistics of this cell's training subjects."""
+        if self.settings.data.normalise != "training":
+            return None
+        read = self.subjects.volumes.read
+        return fit_intensity_statistics(
+            volume[self.channels] for rows in chunks(self.training_rows, 16) for volume in read(rows)
+        )
+
+    def _diagnostics(self, progress: float) -> dict[str, float]:
+        """What the objective's schedules stood at."""
+        diagnostics = {name: float(value) for name, value in self.objective.diagnostics.items()}
+        width = getattr(getattr(self.objective, "parts", None), "width", None)
+        return {
+            "temperature": diagnostics.get("temperature", math.nan),
+            "width": width(progress) if callable(width) else math.nan,
+            "neighbours": diagnostics.get("neighbours", math.nan),
+        }
+
+
+def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of `settings.optimiser` over all parameters of `model`."""
+    chosen = settings.optimiser
+    if chosen.name == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=chosen.learning_rate, momentum=chosen.momentum, weight_decay=chosen.weight_decay
+        )
+    return torch.optim.Adam(model.parameters(), lr=chosen.learning_rate, weight_decay=chosen.weight_decay)
+
+
+def set_learning_rate(settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: int) -> float:
+    """Set and return the rate of `epoch` (from 1): warm-up, then the decay's factor at e/E."""
+    rate = learning_rate(settings, epoch)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def learning_rate(settings: RunSettings, epoch: int) -> float:
+    """Learning rate in `epoch` (from 1): the warm-up rises in a line from 1 % of what the decay says."""
+    chosen, epochs = settings.optimiser, settings.training.epochs
+    rate = chosen.learning_rate * with_epochs(chosen.decay, epochs)(epoch / epochs)
+    warmup = round(chosen.warmup * epochs)
+    if epoch <= warmup:
+        rate *= 0.01 + 0.99 * (epoch - 1) / warmup
+    return rate
+
+
+def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
+    """The arithmetic of `settings.training.precision` on `device`."""
+    wanted = settings.training.precision
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted == "bfloat16" or (wanted == "auto" and on_gpu))
+
+
+def _channel_indices(settings: RunSettings, available: tuple[str, ...]) -> list[int]:
+    wanted = settings.data.channels or available
+    for channel in wanted:
+        if channel not in available:
+            raise UserError(f"data.channels asks for '{channel}', but the cohort has {', '.join(available)}")
+    return [available.index(channel) for channel in wanted]
+
+
+def _derive_seed(cell: Cell, purpose: str) -> int:
+    """A seed for one purpose of one cell; different purposes get independent streams."""
+    words = (cell.seed, cell.fold + 1, *purpose.encode())
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def _mean_over_workers(value: torch.Tensor, place: Place) -> float:
+    """The same number on every worker, so that all of them see a divergence."""
+    if place.workers > 1:
+        torch.distributed.all_reduce(value)
+        value = value / place.workers
+    return float(value)
+
+
+def _gather(mine: np.ndarray, place: Place) -> np.ndarray:
+    """The workers' parts put together in order."""
+    if place.workers == 1:
+        return mine
+    parts: list[Any] = [None] * place.workers
+    torch.distributed.all_gather_object(parts, mine)
+    return np.concatenate(parts)
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write beside `path`, then replace it: readers see the old file or the new one, whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    write(beside)
+    os.replace(beside, path)
+
+
+def _as_lists(statistics: Any) -> Any:
+    return None if statistics is None else [np.asarray(part).tolist() for part in statistics]

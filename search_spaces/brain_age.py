@@ -1,0 +1,54 @@
+"""What is worth varying in contrastive brain-age regression: the published ranges of system A, and beyond.
+
+Every parameter is named like the setting it sets, so a space returns its trial's parameters as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+
+
+def space(trial: optuna.Trial) -> dict[str, Any]:
+    """One configuration as {dotted name of a setting: value}."""
+    trial.suggest_float("optimiser.learning_rate", 1e-5, 1e-2, log=True)
+    trial.suggest_float("optimiser.weight_decay", 1e-6, 1e-2, log=True)
+    trial.suggest_categorical("model.readout", ["projection", "encoder"])
+    _objective(trial)
+    _neighbours(trial)
+    _views(trial)
+    return dict(trial.params)
+
+
+def _objective(trial: optuna.Trial) -> None:
+    """The method, and only what can act beside it."""
+    method = trial.suggest_categorical("objective.name", ["supcon", "y_aware", "threshold", "exponential"])
+    trial.suggest_float("objective.temperature", 0.03, 0.5, log=True)
+    trial.suggest_categorical("objective.normalise", ["anchor", "total"])
+    if method == "supcon":  # positives are ages in the same bin
+        trial.suggest_float("objective.bin_width", 1.0, 10.0)
+    else:  # positives are weighed by a kernel of the age difference, its width in years
+        trial.suggest_categorical("objective.kernel", ["rbf", "cauchy", "laplace"])
+        trial.suggest_float("objective.width", 0.5, 20.0, log=True)
+
+
+def _neighbours(trial: optuna.Trial) -> None:
+    """Repulsion among everyone (None), or among the nearest rows, whose share of the batch follows a schedule."""
+    shape = trial.suggest_categorical(
+        "objective.neighbours.shape", [None, "linear", "cosine", "exponential", "staircase"]
+    )
+    if shape is None:
+        return
+    trial.suggest_float("objective.neighbours.start", 0.5, 1.0)
+    trial.suggest_float("objective.neighbours.end", 0.1, 0.5)
+    trial.suggest_categorical("objective.neighbours.metric", ["cosine", "manhattan", "chebyshev"])
+    if shape == "staircase":
+        trial.suggest_int("objective.neighbours.step", 1, 10)
+
+
+def _views(trial: optuna.Trial) -> None:
+    """Augmentation; the published configuration has none."""
+    trial.suggest_categorical("views.crop", [None, 0.9, 0.8])
+    trial.suggest_categorical("views.cutout", [0.0, 0.5])
+    trial.suggest_categorical("views.noise", [0.0, 0.05, 0.2])
