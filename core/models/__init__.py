@@ -24,7 +24,17 @@ from core.models.encoders import (
     sfcn,
 )
 from core.models.heads import ProjectionHead, RegressionHead
-from core.models.settings import HeadSettings, ModelSettings, ResNetSettings, ResNeXtSettings, SFCNSettings
+from core.models.reconstruction import ReconstructionDecoder
+from core.models.settings import (
+    HeadSettings,
+    ModelSettings,
+    ResNetSettings,
+    ResNeXtSettings,
+    SFCNSettings,
+    SwinSettings,
+    SymmetrySwinSettings,
+)
+from core.models.swin import SwinEncoder, SymmetrySwinEncoder, swin, swin_symmetry
 
 __all__ = [
     "MODELS",
@@ -32,17 +42,20 @@ __all__ = [
     "HeadSettings",
     "ModelSettings",
     "ProjectionHead",
+    "ReconstructionDecoder",
     "RegressionHead",
     "ResNeXtSettings",
     "ResNetSettings",
     "SFCNSettings",
+    "SwinSettings",
+    "SymmetrySwinSettings",
     "build",
     "build_encoder",
     "build_projection_head",
 ]
 
 # What turns volumes (B, C, X, Y, Z) into embeddings (B, embedding_dim).
-Encoder = ResNetEncoder | SFCNEncoder
+Encoder = ResNetEncoder | SFCNEncoder | SwinEncoder | SymmetrySwinEncoder
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
@@ -54,6 +67,8 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "resnext152": resnext152,
     "resnext200": resnext200,
     "sfcn": sfcn,
+    "swin": swin,
+    "swin_symmetry": swin_symmetry,
 }
 
 

@@ -105,7 +105,7 @@ def _resnext(
 ) -> ResNetEncoder:
     """ResNeXt of brainMRI: 7³ stem that keeps the slice axis whole, no max-pool, stages of 128 to 1024.
 
-    Its arrays are (slice, row, column), ours (X, Y, Z) with slices along Z: stride (1, 2, 2) is (2, 2, 1) here.
+    Its arrays are (slice, row, column), ours (X, Y, Z) with slices along Z: stride (1, 2, 2) is (2, 2, 1).
     """
     planes = _planes(128, width)
     if planes[0] % 32:

@@ -65,4 +65,42 @@ class SFCNSettings(_EncoderSettings):
     name: Literal["sfcn"] = "sfcn"
 
 
-ModelSettings = Annotated[ResNetSettings | ResNeXtSettings | SFCNSettings, Field(discriminator="name")]
+class _SwinFields(_EncoderSettings):
+    patch: Literal[2, 4] = Field(default=2, description="side of a patch, in voxels")
+    window: int = Field(default=7, ge=2, le=14, description="side of an attention window, in patches")
+    pooling: Literal["mean", "corner"] = Field(
+        default="mean", description="embedding from the tokens: their mean, or the published corner token"
+    )
+    merging: Literal["v2", "legacy"] = Field(
+        default="v2",
+        description="patch merging; legacy repeats two of eight sub-lattices, as published weights do",
+    )
+    checkpointing: bool = Field(default=False, description="recompute activations: less memory, more time")
+
+    @field_validator("width")
+    @classmethod
+    def _whole_heads(cls, width: float) -> float:
+        if (4 * width) % 1:
+            raise ValueError("must be a multiple of 0.25 for Swin, whose heads need steps of 12 channels")
+        return width
+
+
+class SwinSettings(_SwinFields):
+    """3D Swin of system C, without its mirror image."""
+
+    name: Literal["swin"] = "swin"
+
+
+class SymmetrySwinSettings(_SwinFields):
+    """3D Swin of system C with cross-attention to the left-right mirror image."""
+
+    name: Literal["swin_symmetry"] = "swin_symmetry"
+    layers: int = Field(default=1, ge=1, le=4, description="cross-attention blocks")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout inside the cross-attention blocks")
+    pre_norm: bool = Field(default=False, description="layer norm before each branch; after the sum if false")
+
+
+ModelSettings = Annotated[
+    ResNetSettings | ResNeXtSettings | SFCNSettings | SwinSettings | SymmetrySwinSettings,
+    Field(discriminator="name"),
+]

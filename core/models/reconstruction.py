@@ -1,0 +1,70 @@
+"""Decoders that paint a volume back from the last feature map: (B, E, x, y, z) -> (B, C, X, Y, Z)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import nn
+
+ReconstructionKind = Literal["interpolated", "transposed", "large_kernel"]
+
+
+class ReconstructionDecoder(nn.Module):
+    """Five doublings of the grid, from the features of a patch-2 Swin back to its input (Swin UNETR).
+
+    Args:
+        embedding_dim: E, a multiple of 16.
+        out_channels: channels of the volume.
+        kind: "interpolated": five times conv 3³, instance norm, leaky ReLU, trilinear doubling, then a 1³
+            convolution (the published choice; 10,638,385 parameters with E = 768); "transposed": five 2³
+            transposed convolutions; "large_kernel": one of 32³ with stride 32.
+    """
+
+    def __init__(
+        self, embedding_dim: int, out_channels: int = 1, kind: ReconstructionKind = "interpolated"
+    ) -> None:
+        super().__init__()
+        self.layers = _decoder(embedding_dim, out_channels, kind)
+
+    def forward(self, features_bexyz: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        """(B, E, x, y, z) -> (B, C, X, Y, Z) of `grid`, which must not exceed 32 times the features' grid.
+
+        An encoder pads odd grids at their far side, so that is where the volume is cut.
+        """
+        volume = self.layers(features_bexyz)
+        if any(have < want for have, want in zip(volume.shape[2:], grid, strict=True)):
+            raise ValueError(
+                f"features of grid {tuple(features_bexyz.shape[2:])} do not reach the grid {grid}"
+            )
+        return volume[:, :, : grid[0], : grid[1], : grid[2]]
+
+
+def _decoder(embedding_dim: int, out_channels: int, kind: ReconstructionKind) -> nn.Module:
+    if kind == "large_kernel":
+        return nn.ConvTranspose3d(embedding_dim, out_channels, kernel_size=32, stride=32)
+    if kind == "transposed":
+        channels = [embedding_dim // 2**stage for stage in range(5)] + [out_channels]
+        return nn.Sequential(
+            *(
+                nn.ConvTranspose3d(before, after, kernel_size=2, stride=2)
+                for before, after in pairwise(channels)
+            )
+        )
+    if kind == "interpolated":
+        channels = [embedding_dim // 2**stage for stage in range(5)] + [embedding_dim // 16]
+        return nn.Sequential(
+            *(_doubling(before, after) for before, after in pairwise(channels)),
+            nn.Conv3d(channels[-1], out_channels, kernel_size=1),
+        )
+    raise ValueError(f"kind must be 'interpolated', 'transposed' or 'large_kernel', got '{kind}'")
+
+
+def _doubling(before: int, after: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(before, after, kernel_size=3, padding=1),
+        nn.InstanceNorm3d(after),
+        nn.LeakyReLU(inplace=True),
+        nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False),
+    )

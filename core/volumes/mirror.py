@@ -1,0 +1,40 @@
+"""Left and right: which axis of an array they lie on, and the mirror image about the grid's middle."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from core.errors import UserError
+
+RAS = np.diag([1.0, 1.0, 1.0, 1.0])
+
+
+def left_right_axis(affine: np.ndarray) -> int:
+    """The spatial axis (0, 1 or 2) that runs left-right in the world, from the voxel-to-world affine."""
+    codes = nib.orientations.aff2axcodes(affine)
+    axes = [axis for axis, code in enumerate(codes) if code in ("L", "R")]
+    if not axes:
+        raise UserError(f"the affine has no left-right axis (axes are {codes}); is it singular?")
+    return axes[0]
+
+
+def mirror(volume: torch.Tensor, affine: np.ndarray = RAS) -> torch.Tensor:
+    """The volume with left and right exchanged.
+
+    Args:
+        volume: (..., X, Y, Z), any leading axes.
+        affine: 4x4 voxel-to-world; the default is this project's own orientation, RAS, where X is left-right.
+    """
+    return volume.flip(volume.ndim - 3 + left_right_axis(affine))
+
+
+def midline_offset(affine: np.ndarray, shape: tuple[int, int, int]) -> float:
+    """Distance in mm from the grid's middle plane, about which `mirror` works, to the world's x = 0.
+
+    In a template space x = 0 is the mid-sagittal plane: more than about a voxel of offset means that
+    left and right halves are not each other's mirror image.
+    """
+    middle = np.array([*(side - 1 for side in shape), 2.0]) / 2
+    return float((affine @ middle)[0])
