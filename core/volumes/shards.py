@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -61,10 +62,17 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def write_shard(path: Path, volumes: npt.NDArray[Any]) -> None:
-    """Write volumes (n, C, X, Y, Z) as one shard; equal volumes give equal bytes."""
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    """Write volumes (n, C, X, Y, Z) as one shard; equal volumes give equal bytes.
+
+    The file is built in memory first: on a full disk HDF5 takes the whole process down (segmentation
+    fault on closing, h5py 3.16), where a plain write raises OSError.
+    """
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
         # without times, because a time stamp would make equal cohorts differ
         file.create_dataset(DATASET, data=volumes, chunks=(1, *volumes.shape[1:]), track_times=False)
+    with replacing(path) as temporary:
+        temporary.write_bytes(image.getbuffer())
 
 
 def read_shard(path: Path, positions: Sequence[int]) -> Iterator[npt.NDArray[Any]]:

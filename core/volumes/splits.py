@@ -77,7 +77,7 @@ def _hold_out(subjects: pd.DataFrame, holdout: float, seed: int) -> Subjects:
     if holdout == 0:
         return np.empty(0, dtype=object)
     line = _line_up(subjects, smallest_site=round(1 / holdout))
-    blocks = np.array_split(line, max(1, round(holdout * len(line))))
+    blocks = np.array_split(line, max(1, round(holdout * len(line)))) if len(line) else []
     generator = np.random.default_rng([seed, 0])
     return np.array([generator.choice(block) for block in blocks], dtype=object)
 
