@@ -20,13 +20,19 @@ from optuna.storages.journal import JournalFileBackend
 FOLDS, SEEDS, EPOCHS = 3, (0, 1), 12
 SITES = ("Leeds", "Lyon", "Oslo")
 PUBLISHED = {
-    "objective.name": "dynamic",
-    "objective.kernel.name": "rbf",
-    "objective.kernel.width": 2.0,
+    "objective.name": "exponential",
+    "objective.kernel": "rbf",
+    "objective.width": 2.0,
+    "objective.bin_width": None,
     "objective.temperature": 0.1,
-    "objective.neighbours.start": 32,
-    "objective.neighbours.end": 14,
     "objective.neighbours.shape": "staircase",
+    "objective.neighbours.start": 1.0,
+    "objective.neighbours.end": 0.4375,
+    "objective.neighbours.step": 2,
+    "objective.neighbours.metric": "manhattan",
+    "model.readout": "projection",
+    "views.crop": None,
+    "views.noise": 0.0,
     "optimiser.learning_rate": 1e-4,
     "optimiser.weight_decay": 5e-5,
 }
@@ -70,24 +76,32 @@ def _cohort(rng: np.random.Generator, subjects: int) -> pd.DataFrame:
 
 
 def _suggest(trial: optuna.Trial) -> None:
-    name = trial.suggest_categorical("objective.name", ["exponential", "dynamic", "threshold", "supcon"])
-    trial.suggest_float("objective.temperature", 0.03, 0.5, log=True)
-    trial.suggest_float("optimiser.learning_rate", 1e-5, 1e-3, log=True)
+    trial.suggest_float("optimiser.learning_rate", 1e-5, 1e-2, log=True)
     trial.suggest_float("optimiser.weight_decay", 1e-6, 1e-2, log=True)
-    if name != "supcon":
-        trial.suggest_categorical("objective.kernel.name", ["rbf", "cauchy"])
-        trial.suggest_float("objective.kernel.width", 0.5, 20, log=True)
-    if name == "dynamic":
-        trial.suggest_int("objective.neighbours.start", 2, 32)
-        trial.suggest_int("objective.neighbours.end", 2, 32)
-        trial.suggest_categorical("objective.neighbours.shape", ["staircase", "linear"])
+    trial.suggest_categorical("model.readout", ["projection", "encoder"])
+    name = trial.suggest_categorical("objective.name", ["supcon", "y_aware", "threshold", "exponential"])
+    trial.suggest_float("objective.temperature", 0.03, 0.5, log=True)
+    if name == "supcon":
+        trial.suggest_float("objective.bin_width", 1.0, 10.0)
+    else:
+        trial.suggest_categorical("objective.kernel", ["rbf", "cauchy", "laplace"])
+        trial.suggest_float("objective.width", 0.5, 20.0, log=True)
+    shape = trial.suggest_categorical("objective.neighbours.shape", [None, "linear", "staircase"])
+    if shape is not None:
+        trial.suggest_float("objective.neighbours.start", 0.5, 1.0)
+        trial.suggest_float("objective.neighbours.end", 0.1, 0.5)
+        trial.suggest_categorical("objective.neighbours.metric", ["cosine", "manhattan"])
+    if shape == "staircase":
+        trial.suggest_int("objective.neighbours.step", 1, 4)
+    trial.suggest_categorical("views.crop", [None, 0.9, 0.8])
+    trial.suggest_categorical("views.noise", [0.0, 0.05, 0.2])
 
 
 def _expected_mae(params: dict[str, Any]) -> float:
     mae = 5.0 + 2.2 * abs(np.log10(params["optimiser.learning_rate"] / 3e-4))
     mae += 2.5 * abs(np.log10(params["objective.temperature"] / 0.09))
     mae += {"supcon": 3.0, "threshold": 1.0}.get(params["objective.name"], 0.0)
-    return mae + 0.8 * abs(np.log10(params.get("objective.kernel.width", 3.0) / 3.0))
+    return mae + 0.8 * abs(np.log10(params.get("objective.width", 3.0) / 3.0))
 
 
 def _write_study(
@@ -99,7 +113,10 @@ def _write_study(
         storage=JournalStorage(JournalFileBackend(str(folder / "study.journal"))),
         sampler=optuna.samplers.RandomSampler(seed=3),
     )
-    study.enqueue_trial(PUBLISHED, user_attrs={"label": "published"})
+    study.enqueue_trial(
+        {name: value for name, value in PUBLISHED.items() if name != "objective.bin_width"},
+        user_attrs={"label": "published"},
+    )
     cells: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
     curves: list[list[float]] = []
@@ -183,8 +200,8 @@ def _epoch(
         "mae": mae,
         "learning_rate": trial.params["optimiser.learning_rate"] * (1 + np.cos(np.pi * progress)) / 2,
         "temperature": trial.params["objective.temperature"],
-        "width": trial.params.get("objective.kernel.width"),
-        "neighbours": None if start is None else start + (end - start) * progress,
+        "width": trial.params.get("objective.width"),
+        "neighbours": 63 if start is None else round(64 * (start + (end - start) * progress)) - 1,
         "seconds": 1.1,
     }
 
@@ -253,31 +270,23 @@ def _write_about(folder: Path, best: pd.DataFrame, subjects: int, trials: int) -
 
 
 def _write_winner(folder: Path, best: pd.Series) -> None:
-    has_neighbours = pd.notna(best["objective.neighbours.start"])
-    shape = best["objective.neighbours.shape"]
+    names = ("name", "kernel", "width", "bin_width", "temperature")
+    blocks = {key: best[f"objective.{key}"] for key in names}
+    around = {key: best[f"objective.neighbours.{key}"] for key in ("shape", "start", "end", "step", "metric")}
     settings = {
+        "views": {"count": 2},
+        "objective": {key: value for key, value in blocks.items() if pd.notna(value)}
+        | {"neighbours": {key: value for key, value in around.items() if pd.notna(value)} or None},
         "optimiser": {
             "name": "adam",
-            "learning_rate": float(best["optimiser.learning_rate"]),
+            "learning_rate": best["optimiser.learning_rate"],
             "decay": {"shape": "cosine", "start": 1.0, "end": 0.0},
+            "warmup": 0.0,
         },
-        "objective": {
-            "name": best["objective.name"],
-            "temperature": float(best["objective.temperature"]),
-            "kernel": {"name": "rbf", "width": float(best["objective.kernel.width"])},
-            "neighbours": {
-                "shape": shape,
-                "start": int(best["objective.neighbours.start"]),
-                "end": int(best["objective.neighbours.end"]),
-                **({"step": 2} if shape == "staircase" else {}),
-            }
-            if has_neighbours
-            else None,
-        },
-        "training": {"epochs": EPOCHS},
+        "training": {"epochs": EPOCHS, "batch_size": 32},
     }
     (folder / "best").mkdir()
-    (folder / "best" / "settings.json").write_text(json.dumps(settings))
+    (folder / "best" / "settings.json").write_text(json.dumps(settings, default=float))
 
 
 def _write_holdout(folder: Path, cohort: pd.DataFrame, rng: np.random.Generator) -> None:

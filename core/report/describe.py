@@ -1,4 +1,4 @@
-"""A configuration in few words, from its dotted settings: `exponential, cauchy, width 3.2 y, τ 0.08, …`."""
+"""A configuration in few words, from its dotted settings: `exponential, cauchy, width 3.2 y, τ 0.08`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from typing import Any
 
 import pandas as pd
 
-# How a setting is written, by the end of its dotted name; the order is the order of a description.
+# How a setting is written, by its dotted name; the order is the order of a description.
 # `{}` stands for the value. A setting that is not listed is written by its own name, after these.
 PHRASES: dict[str, str] = {
     "objective.name": "{}",
-    "objective.kernel.name": "{}",
     "objective.kernel": "{}",
-    "objective.kernel.width": "width {} y",
     "objective.width": "width {} y",
+    "objective.bin_width": "bins of {} y",
     "objective.temperature": "τ {}",
     "objective.neighbours": "neighbours {}",
-    "objective.neighbours.metric": "by {}",
     "optimiser.name": "{}",
     "optimiser.learning_rate": "lr {}",
     "optimiser.weight_decay": "wd {}",
+    "objective.neighbours.metric": "by {} distance",
+    "objective.normalise": "mean over {}",
+    "model.readout": "read from {}",
+    "views.crop": "crop {}",
+    "views.cutout": "cutout {}",
+    "views.noise": "noise {}",
 }
+# Views that a 0 turns off, and that are then not worth a word.
+OFF_AT_ZERO = ("views.cutout", "views.noise")
 # The last word of a schedule's settings; what comes before names the quantity that is scheduled.
 SCHEDULE_KEYS = ("shape", "value", "start", "end", "rate", "step")
 
@@ -31,9 +37,10 @@ def describe(settings: Mapping[str, Any], most: int | None = None) -> str:
 
     At most `most` parts are given, the most telling ones first, and an ellipsis stands for the rest.
     """
-    parts = _gather({str(name): value for name, value in settings.items() if not is_absent(value)})
+    acting = {name: value for name, value in settings.items() if not is_absent(value)}
+    parts = _gather({name: value for name, value in acting.items() if name not in OFF_AT_ZERO or value != 0})
     order = list(PHRASES)
-    names = sorted(parts, key=lambda name: order.index(_key(name)) if _key(name) in PHRASES else len(order))
+    names = sorted(parts, key=lambda name: order.index(name) if name in PHRASES else len(order))
     words = [_phrase(name, parts[name]) for name in names]
     if most is not None and len(words) > most:
         words = [*words[:most], "…"]
@@ -70,8 +77,17 @@ def _gather(settings: Mapping[str, Any]) -> dict[str, str]:
                 for each in SCHEDULE_KEYS
                 if f"{quantity}.{each}" in settings
             }
-            parts[quantity] = _schedule(block)
+            parts[quantity] = _share(block) if quantity == "objective.neighbours" else _schedule(block)
     return parts
+
+
+def _share(block: Mapping[str, Any]) -> str:
+    """The schedule of the neighbours, whose ends are shares of the batch when they are at most 1."""
+    ends = [block.get("start", 0), block.get("end", 0)]
+    if not all(0 < each <= 1 for each in ends):
+        return _schedule(block)
+    rest = {key: value for key, value in block.items() if key not in ("start", "end")}
+    return f"{100 * ends[0]:.0f}→{100 * ends[1]:.0f} % {_schedule(rest)}"
 
 
 def _schedule(block: Mapping[str, Any]) -> str:
@@ -86,12 +102,8 @@ def _schedule(block: Mapping[str, Any]) -> str:
     return " ".join(words) or str(block.get("shape", ""))
 
 
-def _key(name: str) -> str:
-    return name if name in PHRASES else next((known for known in PHRASES if name.endswith(f".{known}")), name)
-
-
 def _phrase(name: str, value: str) -> str:
-    if _key(name) in PHRASES:
-        return PHRASES[_key(name)].format(value)
+    if name in PHRASES:
+        return PHRASES[name].format(value)
     words = " ".join(name.split(".")[-2:]).replace("_", " ")
     return f"{words} {value}"

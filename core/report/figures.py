@@ -58,11 +58,11 @@ def optimisation_history(record: RunRecord) -> Figure:
             label="best so far",
         )
     failed = trials[trials["state"] == "FAIL"]
-    if not failed.empty:  # no value to stand at: at the foot of the figure
+    if not failed.empty:  # no value to stand at: on the axis, off the scale
         foot = axes.get_xaxis_transform()
         axes.plot(
             failed["number"],
-            np.full(len(failed), 0.03),
+            np.zeros(len(failed)),
             "x",
             color=SECOND,
             mew=1.8,
@@ -135,7 +135,7 @@ def parameter_importance(record: RunRecord) -> Figure:
 
 
 def importances_of(record: RunRecord) -> dict[str, float]:
-    """Importance of each setting that all completed and pruned trials have, greatest first.
+    """Importance of each setting that every completed trial has, greatest first.
 
     Raises NothingToDraw where fANOVA (Hutter et al., ICML 2014) has nothing to work on.
     """
@@ -184,15 +184,26 @@ def fold_spread(record: RunRecord, top: int = 5) -> Figure:
     folds = sorted(record.cells["fold"].unique())
     for place, trial in enumerate(numbers):
         _draw_cells(axes, record.cells[record.cells["number"] == trial], place, folds)
-    median = record.cells["median_mae"].mean()
-    if np.isfinite(median):
-        axes.axvline(median, color=INK, lw=1, ls=(0, (4, 3)), label="training median")
+    axes.set_xlabel(MAE_LABEL)
+    _median_beside(axes, record)
     names = [f"trial {number}" + (" (published)" if number == record.published else "") for number in numbers]
     axes.set_yticks(range(len(numbers)), names)
-    axes.set(xlabel=MAE_LABEL, ylim=(len(numbers) - 0.4, -0.6))
+    axes.set(ylim=(len(numbers) - 0.4, -0.6))
     axes.grid(visible=False, axis="y")
     legend_above(axes, columns=4)
     return figure
+
+
+def _median_beside(axes: Axes, record: RunRecord) -> None:
+    """The training median as a line where it is near; far off it would squeeze all cells, so it is told."""
+    median = record.cells["median_mae"].mean()
+    if not np.isfinite(median):
+        return
+    low, high = axes.get_xlim()
+    if median < high + (high - low):
+        axes.axvline(median, color=INK, lw=1, ls=(0, (4, 3)), label="training median")
+        return
+    axes.set_xlabel(f"{MAE_LABEL}; training median: {median:.1f}, far to the right")
 
 
 def _draw_cells(axes: Axes, cells: pd.DataFrame, place: int, folds: list[int]) -> None:
@@ -232,7 +243,7 @@ def learning_curves(record: RunRecord) -> Figure:
     figure, axes = new_figure(3.4)
     for trial in trials:
         _draw_curve(axes, trial, record)
-    axes.plot([], [], "X", mfc=PAPER, mec=INK, label="pruned here")
+    axes.plot([], [], "x", color=INK, label="pruned here")
     axes.plot([], [], color=MUTED, lw=1, alpha=0.6, label="other trials")
     _clip_curves(axes, trials)
     axes.set(xlabel="epochs done, over all folds and seeds", ylabel=MAE_LABEL)
@@ -253,7 +264,7 @@ def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord) -> None:
         look = {"color": MUTED, "lw": 1, "alpha": 0.6}
     axes.plot(steps, values, marker=marker, **look)
     if trial.state == TrialState.PRUNED:
-        axes.plot(steps[-1], values[-1], "X", mfc=PAPER, mec=INK, ms=7, zorder=5)
+        axes.plot(steps[-1], values[-1], "x", color=INK, ms=5, zorder=5)
 
 
 def _clip_curves(axes: Axes, trials: list[FrozenTrial]) -> None:

@@ -22,8 +22,9 @@ def headline(record: RunRecord) -> str:
         value = mean_and_sd(best["value"], best["sd"])
         cells = "" if pd.isna(best["n"]) else f", {count(best['n'], 'cell')}"
         return (
-            f"No held-out result yet. Best validation MAE so far: {value} years (trial {record.best}{cells}). "
-            "It is optimistic, because the search chose it."
+            "No held-out result yet. "
+            f"Best validation MAE so far: {value} years (trial {record.best}{cells}). It is optimistic, "
+            "because the search chose it."
         )
     return f"No trial was completed, so nothing can be said about accuracy ({states(record)})."
 
@@ -188,10 +189,11 @@ def in_words(record: RunRecord) -> dict[str, str]:
     span = f", from {values.min():.2f} to {values.max():.2f} years" if len(values) else ""
     cells = record.cells.loc[record.cells["number"] == record.best, "mae"]
     pruned = int((record.trials["state"] == "PRUNED").sum())
+    trials = count(len(record.trials), "trial")
     return {
         "history": f"Validation MAE of every trial in order: {states(record)}{span}.",
         "importance": _importance_in_words(record),
-        "curves": f"Validation MAE of {count(len(record.trials), 'trial')} against epochs; {pruned} were pruned.",
+        "curves": f"Validation MAE of {trials} against epochs; {pruned} were pruned.",
         "loss": f"Training loss of the winner in {count(len(cells), 'cell')} against progress.",
         "folds": f"MAE per cell of the leading trials; best: {mean_and_sd(cells.mean(), cells.std())} years.",
         "gains": " ".join(each.sentence() for each in comparisons(record.predictions)),

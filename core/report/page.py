@@ -16,11 +16,18 @@ from matplotlib.figure import Figure
 
 from core.errors import UserError
 from core.report import figures, schedule_figure, subject_figures
-from core.report.describe import describe, number
+from core.report.describe import describe, is_absent, number
 from core.report.findings import caveats, headline, in_words, states, verdict_lines
 from core.report.record import RunRecord, read_run
 from core.report.style import NothingToDraw, as_svg
-from core.report.tables import ABSENT, failed_trials, holdout_table, leaderboard, winner_beside_published
+from core.report.tables import (
+    ABSENT,
+    failed_trials,
+    holdout_table,
+    leaderboard,
+    mean_and_sd,
+    winner_beside_published,
+)
 
 FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "gains": ("Does the winner predict better?", subject_figures.gains),
@@ -31,7 +38,7 @@ FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "folds": ("Spread over folds and seeds", figures.fold_spread),
     "predicted": ("Predicted against true age", subject_figures.predicted_age),
     "gap": ("Brain-age gap by site", subject_figures.gap_by_site),
-    "schedules": ("The winner's schedules", schedule_figure.schedules),
+    "schedules": ("Over the course of training", schedule_figure.schedules),
     "ages": ("Ages by site", subject_figures.cohort_ages),
 }
 
@@ -86,6 +93,7 @@ def render(record: RunRecord) -> str:
         leaderboard=_rows(leaderboard(record.trials)),
         holdout=_rows(holdout_table(record.holdout)),
         beside=_rows(winner_beside_published(record)),
+        winner_cells=_winner_cells(record),
         failed=_rows(failed),
         drawings=draw_all(record),
         unassessed=figures.unassessed_settings(record),
@@ -96,7 +104,7 @@ def render(record: RunRecord) -> str:
         versions=_pairs(record.about.get("versions") or {}),
         caveats=caveats(record),
         settings=json.dumps(record.about.get("settings") or {}, indent=2, ensure_ascii=False),
-        winner_settings=json.dumps(record.winner, indent=2, ensure_ascii=False),
+        winner_settings=json.dumps(record.winner, indent=2, ensure_ascii=False) if record.winner else "",
     )
 
 
@@ -186,12 +194,35 @@ def _roles(record: RunRecord) -> list[dict[str, str]]:
     """Subjects and ages in every role, one row per role."""
     ages = record.splits.merge(record.cohort[["subject", "age"]], on="subject", how="left")
     rows = []
-    for role, group in ages.groupby("role", sort=True):
+    for role, group in sorted(ages.groupby("role"), key=lambda item: (item[0] == "holdout", item[0])):
         known = group["age"].dropna()
         span = f"{known.min():.0f} to {known.max():.0f}" if len(known) else ABSENT
         median = f"{known.median():.1f}" if len(known) else ABSENT
-        rows.append({"role": str(role), "subjects": str(len(group)), "ages": span, "median age": median})
+        rows.append(
+            {
+                "role": "held out" if role == "holdout" else str(role),
+                "subjects": str(len(group)),
+                "ages": span,
+                "median age": median,
+            }
+        )
     return rows
+
+
+def _winner_cells(record: RunRecord) -> list[dict[str, str]]:
+    """What the best trial scored in every cell, beside the median predictor on the same subjects."""
+    cells = record.cells[record.cells["number"] == record.best].sort_values(["fold", "seed"])
+    return [
+        {
+            "fold": number(row["fold"]),
+            "seed": number(row["seed"]),
+            "mae": mean_and_sd(row["mae"], float("nan")),
+            "median": mean_and_sd(row["median_mae"], float("nan")),
+            "r2": mean_and_sd(row["r2"], float("nan")),
+            "n": ABSENT if is_absent(row["n"]) else number(row["n"]),
+        }
+        for row in _rows(cells)
+    ]
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:

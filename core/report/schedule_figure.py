@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,19 +10,63 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pydantic import ValidationError
 
 from core.errors import UserError
+from core.losses.neighbourhood import Neighbours
+from core.losses.pairwise import other_rows
 from core.report.describe import number
 from core.report.record import RunRecord
 from core.report.style import ACCENT, PAPER, SECOND, NothingToDraw, new_figure, styled
 from core.schedules import Shape, as_schedule, with_epochs
 
-# Title with its unit, column of the history table, and where the settings may hold it (dotted names).
-QUANTITIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("learning rate", "learning_rate", ("optimiser.learning_rate",)),
-    ("temperature", "temperature", ("objective.temperature",)),
-    ("kernel width (years)", "width", ("objective.kernel.width", "objective.width")),
-    ("neighbours repelled", "neighbours", ("objective.neighbours",)),
+Curve = Callable[[Mapping[str, Any], float], float | None]
+
+
+def learning_rate(settings: Mapping[str, Any], progress: float) -> float | None:
+    """The base rate times the decay, rising from 1 % over the first epochs when there is a warm-up."""
+    base, decay = (_value(settings, f"optimiser.{name}", progress) for name in ("learning_rate", "decay"))
+    if base is None:
+        return None
+    epochs = _at(settings, "training.epochs") or 0
+    warmup = round((_at(settings, "optimiser.warmup") or 0) * epochs)
+    epoch = progress * epochs
+    rise = 0.01 + 0.99 * max(epoch - 1, 0) / warmup if warmup and epoch <= warmup else 1.0
+    return base * rise * (1.0 if decay is None else decay)
+
+
+def temperature(settings: Mapping[str, Any], progress: float) -> float | None:
+    """What divides the similarities."""
+    return _value(settings, "objective.temperature", progress)
+
+
+def kernel_width(settings: Mapping[str, Any], progress: float) -> float | None:
+    """Years of age difference over which attraction falls."""
+    return _value(settings, "objective.width", progress)
+
+
+def other_rows_repelled(settings: Mapping[str, Any], progress: float) -> float | None:
+    """Rows that an anchor of a full batch is contrasted with, its own not counted."""
+    objective = _at(settings, "objective")
+    views, subjects = _at(settings, "views.count"), _at(settings, "training.batch_size")
+    if not isinstance(objective, Mapping) or "neighbours" not in objective or not views or not subjects:
+        return None
+    if objective["neighbours"] is None:  # everyone
+        return float(other_rows(views, subjects, progress, None))
+    try:
+        neighbours = Neighbours.model_validate(objective["neighbours"])
+    except ValidationError:  # settings of another version: the report goes on without the line
+        return None
+    neighbours = neighbours.with_epochs(_at(settings, "training.epochs"))
+    return float(other_rows(views, subjects, progress, neighbours))
+
+
+# Title with its unit, column of the history table, and the value that the settings mean.
+QUANTITIES: tuple[tuple[str, str, Curve], ...] = (
+    ("learning rate", "learning_rate", learning_rate),
+    ("temperature", "temperature", temperature),
+    ("kernel width (years)", "width", kernel_width),
+    ("other rows repelled", "neighbours", other_rows_repelled),
 )
 
 
@@ -33,7 +77,7 @@ def schedules(record: RunRecord) -> Figure:
     Lines come from best/settings.json, dots are means over cells of what the epochs followed.
     """
     followed = record.history[record.history["number"] == record.best]
-    drawn = [quantity for quantity in QUANTITIES if _has(record.winner, followed, quantity)]
+    drawn = [quantity for quantity in QUANTITIES if _has(record.winner, followed, *quantity[1:])]
     if not drawn:
         raise NothingToDraw("neither the winner's settings nor its epochs were recorded")
     rows = (len(drawn) + 1) // 2
@@ -46,25 +90,17 @@ def schedules(record: RunRecord) -> Figure:
     return figure
 
 
-def value_over_progress(settings: Mapping[str, Any], names: tuple[str, ...]) -> np.ndarray | None:
-    """Progress and value, shape (2, 201), of the first of `names` that is a number or a schedule."""
-    for name in names:
-        schedule = _schedule(_at(settings, name), _epochs(settings))
-        if schedule is not None:
-            progress = np.linspace(0, 1, 201)
-            values = np.array([schedule(float(each)) for each in progress])
-            if name == "optimiser.learning_rate":
-                values = values * _learning_rate_factor(settings, progress)
-            return np.stack([progress, values])
-    return None
+def as_set(settings: Mapping[str, Any], curve: Curve) -> np.ndarray | None:
+    """Progress and value, shape (2, 201); None where the settings do not hold the quantity."""
+    progress = np.linspace(0, 1, 201)
+    values = [curve(settings, float(each)) for each in progress]
+    return None if None in values else np.stack([progress, np.array(values, dtype=float)])
 
 
-def _learning_rate_factor(settings: Mapping[str, Any], progress: np.ndarray) -> np.ndarray:
-    """The optimiser's decay, and a straight rise from 1 % over the warm-up."""
-    decay = _schedule(_at(settings, "optimiser.decay"), _epochs(settings))
-    factor = np.ones_like(progress) if decay is None else np.array([decay(float(each)) for each in progress])
-    warmup = _at(settings, "optimiser.warmup") or 0.0
-    return factor * np.minimum(1.0, 0.01 + 0.99 * progress / warmup) if warmup else factor
+def _value(settings: Mapping[str, Any], name: str, progress: float) -> float | None:
+    """The value of the setting `name`, a number or a schedule, at `progress`; None when it is neither."""
+    schedule = _schedule(_at(settings, name), _at(settings, "training.epochs"))
+    return None if schedule is None else schedule(progress)
 
 
 def _schedule(value: Any, epochs: int | None) -> Shape | None:
@@ -87,25 +123,15 @@ def _at(settings: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _epochs(settings: Mapping[str, Any]) -> int | None:
-    return _at(settings, "training.epochs")
-
-
-def _has(
-    settings: Mapping[str, Any], followed: pd.DataFrame, quantity: tuple[str, str, tuple[str, ...]]
-) -> bool:
-    _, column, names = quantity
-    return bool(followed[column].notna().any()) or value_over_progress(settings, names) is not None
+def _has(settings: Mapping[str, Any], followed: pd.DataFrame, column: str, curve: Curve) -> bool:
+    return bool(followed[column].notna().any()) or as_set(settings, curve) is not None
 
 
 def _draw(
-    axes: Axes,
-    settings: Mapping[str, Any],
-    followed: pd.DataFrame,
-    quantity: tuple[str, str, tuple[str, ...]],
+    axes: Axes, settings: Mapping[str, Any], followed: pd.DataFrame, quantity: tuple[str, str, Curve]
 ) -> None:
-    title, column, names = quantity
-    line = value_over_progress(settings, names)
+    title, column, curve = quantity
+    line = as_set(settings, curve)
     if line is not None:
         axes.plot(*line, color=ACCENT, lw=1.8)
     points = followed.dropna(subset=[column]).groupby("progress")[column].mean()

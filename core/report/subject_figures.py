@@ -43,11 +43,13 @@ def gains(record: RunRecord) -> Figure:
         axes.plot(each.gain, place, "o", mfc=ACCENT if told else PAPER, mec=ACCENT if told else MUTED, ms=8)
     axes.axvline(0, color=INK, lw=1)
     axes.set_yticks(
-        range(len(made)), [f"against {IN_WORDS[each.other].removeprefix('the ')}" for each in made]
+        range(len(made)),
+        [
+            f"against {IN_WORDS[each.other].removeprefix('the ').removeprefix('predicting the ')}"
+            for each in made
+        ],
     )
-    axes.set(
-        ylim=(len(made) - 0.5, -0.5), xlabel="gain of the winner (years; right of 0: the winner is better)"
-    )
+    axes.set(ylim=(len(made) - 0.5, -0.5), xlabel="gain of the winner (years; above 0: better)")
     axes.grid(visible=False, axis="y")
     return figure
 
@@ -159,7 +161,7 @@ def cohort_ages(record: RunRecord) -> Figure:
             label=["training and validation", "held out"],
         )
         for bar in bars[1]:
-            bar.set(hatch="////")
+            bar.set(hatch="////", visible=bar.get_height() > 0)
         axes.set_title(f"{site}, n = {len(group)}", fontsize=9, pad=2)
         axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         axes.grid(visible=False, axis="x")

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 ABSENT = "–"
+SHOWN_FAILURES = 5
 
 
 def mean_and_sd(mean: float, sd: float, digits: int = 2) -> str:
@@ -145,15 +146,17 @@ def _value(value: Any) -> str:
 def print_leaderboard(console: Console, record: RunRecord, top: int = 10) -> None:
     """Print the leaderboard, the hold-out table and the verdict of a run to a terminal."""
     table = leaderboard(record.trials, top)
-    if table.empty:
-        console.print("No trial was completed: there is no leaderboard.")
-    else:
+    if record.best is None:
+        console.print("No trial was completed.")
+    if not table.empty:
         console.print(
             _rich(table, "Leaderboard (validation MAE in years, mean ± SD over n cells)", record.best)
         )
     states = record.trials["state"].value_counts()
     if not states.empty:
         console.print("Trials: " + ", ".join(f"{number} {state}" for state, number in states.items()))
+    for failed in failed_trials(record.trials).head(SHOWN_FAILURES).itertuples():
+        console.print(escape(f"Trial {failed.trial} failed: {failed.reason}"))
     if record.holdout.empty:
         console.print("Held-out subjects: not looked at yet.")
         return
