@@ -23,6 +23,7 @@ Affine = npt.NDArray[np.float64]
 MAX_VOXELS = 2**29  # 2 GB of float32; a whole head at 0.4 mm has a tenth of it
 VOXEL_EDGES = (0.05, 50.0)  # mm: outside, the unit is wrong or the header damaged
 _DEFLATE_LIMIT = 1032  # no deflate stream expands more than this (zlib's technical notes)
+_SLACK = 2**20  # bytes that may follow the voxels
 _UNREADABLE = (
     ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, ArithmeticError, TypeError,
     MemoryError,
@@ -120,14 +121,14 @@ def _voxels(path: Path, image: nib.Nifti1Image) -> Volume:
 
 
 def _decompressed(path: Path, image: nib.Nifti1Image) -> nib.Nifti1Image:
-    """The image in memory, read to the end of the stream: only there gzip checks its CRC.
-
-    Reads one byte more than the header claims, so that a stream that goes on for ever costs nothing.
-    """
+    """The image in memory, read to the end of the stream: only there gzip checks its CRC."""
     offset = cast(ArrayProxy, image.dataobj).offset
     claimed = offset + math.prod(image.shape) * image.get_data_dtype().itemsize
     with gzip.open(path) as stream:
-        return type(image).from_bytes(stream.read(min(claimed, 9 * MAX_VOXELS) + 1))
+        content = stream.read(claimed + _SLACK + 1)
+    if len(content) > claimed + _SLACK:  # a damaged stream, or one made to fill the memory
+        raise UserError(f"{path} goes on after the {claimed:,} bytes that its header claims; it is damaged")
+    return type(image).from_bytes(content)
 
 
 def _check_values(path: Path, voxels: Volume) -> None:
