@@ -35,6 +35,8 @@ from core.models.settings import (
     SymmetrySwinSettings,
 )
 from core.models.swin import SwinEncoder, SymmetrySwinEncoder, swin, swin_symmetry
+from core.models.swin_unetr import swin_unetr, swin_unetr_symmetry
+from core.models.unet import groupnorm_unet, res_unet
 
 __all__ = [
     "MODELS",
@@ -69,6 +71,10 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "sfcn": sfcn,
     "swin": swin,
     "swin_symmetry": swin_symmetry,
+    "res_unet": res_unet,
+    "groupnorm_unet": groupnorm_unet,
+    "swin_unetr": swin_unetr,
+    "swin_unetr_symmetry": swin_unetr_symmetry,
 }
 
 
@@ -77,7 +83,7 @@ def build(name: str, **settings: Any) -> nn.Module:
 
     Args:
         name: a key of `MODELS`.
-        settings: keyword arguments of that entry; `in_channels` and `width` are understood by every encoder.
+        settings: keyword arguments of that entry; `in_channels` and `width` are understood by every one.
 
     Raises:
         UserError: for an unknown name or setting, with the nearest known one.

@@ -1,0 +1,76 @@
+"""Swin UNETR segmenters (system C), plain and symmetry-aware."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from monai.networks.nets import SwinUNETR
+
+from core.models.swin import MERGING, SymmetryAttention, feature_size
+from core.volumes.mirror import mirror
+
+
+class SymmetrySwinUNETR(SwinUNETR):
+    """Swin UNETR whose deepest features attend to those of the mirror image."""
+
+    def __init__(self, attention: SymmetryAttention, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.attention = attention
+
+    def forward(self, volumes: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, C, X, Y, Z), sides multiples of 32 -> logits (B, classes, X, Y, Z).
+
+        Args:
+            volumes: whole volumes in RAS order, or windows of them.
+            mirrored: the mirror image of each; needed for windows, whose counterpart lies on the other side
+                (`core.evaluation.inference.mirrored_sliding_window`); made by flipping if absent.
+        """
+        self._check_input_size(volumes.shape[2:])
+        mirrored = mirror(volumes) if mirrored is None else mirrored
+        both = self.swinViT(torch.cat([volumes, mirrored]), self.normalize)
+        patches, first, second, third, deepest = [stage[: len(volumes)] for stage in both]
+        deepest = self.attention(deepest, both[-1][len(volumes) :])
+        x = self.decoder5(self.encoder10(deepest), third)
+        x = self.decoder4(x, self.encoder4(second))
+        x = self.decoder3(x, self.encoder3(first))
+        x = self.decoder2(x, self.encoder2(patches))
+        return self.out(self.decoder1(x, self.encoder1(volumes)))
+
+
+def swin_unetr(
+    in_channels: int = 4,
+    out_channels: int = 3,
+    width: float = 1.0,
+    merging: Literal["v2", "legacy"] = "v2",
+    checkpointing: bool = False,
+) -> SwinUNETR:
+    """MONAI's Swin UNETR, 62,191,941 parameters as published: four contrasts, three tumour regions."""
+    return SwinUNETR(**_settings(in_channels, out_channels, width, merging, checkpointing))
+
+
+def swin_unetr_symmetry(
+    in_channels: int = 4,
+    out_channels: int = 3,
+    width: float = 1.0,
+    merging: Literal["v2", "legacy"] = "v2",
+    checkpointing: bool = False,
+    layers: int = 1,
+    dropout: float = 0.1,
+    pre_norm: bool = False,
+) -> SymmetrySwinUNETR:
+    """Symmetry-aware Swin UNETR of sa-swin, 71,643,717 parameters as published."""
+    attention = SymmetryAttention(16 * feature_size(width), layers, dropout=dropout, pre_norm=pre_norm)
+    return SymmetrySwinUNETR(attention, **_settings(in_channels, out_channels, width, merging, checkpointing))
+
+
+def _settings(
+    in_channels: int, out_channels: int, width: float, merging: str, checkpointing: bool
+) -> dict[str, Any]:
+    return {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "feature_size": feature_size(width),
+        "downsample": MERGING[merging],
+        "use_checkpoint": checkpointing,
+    }
