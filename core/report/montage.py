@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 BACKGROUND, INK = "#101014", "#e8e8ec"
+COLUMN = 1.6  # inches
 
 
 def montage(
@@ -39,23 +40,36 @@ def montage(
         colour_maps: C matplotlib colour maps.
         units: C labels of the colour bars.
         limits: C lowest and highest values shown; None takes 0 to the 99.5th percentile inside the heads.
-        cut: where X, Y and Z are sliced, as fractions of each axis.
+        cut: where X, Y and Z are sliced, as fractions of the box that holds all heads.
         dpi: resolution; a column is 1.6 inches wide.
     """
     channels = volumes[:, None] if volumes.ndim == 4 else volumes
     count, kinds = channels.shape[:2]
     if len(captions) != count or not len(titles) == len(colour_maps) == len(units) == kinds:
         raise ValueError(f"{count} volumes of {kinds} channels need as many captions, titles, maps and units")
-    width, height = 1.6 * count + 0.75, 0.35 + kinds * 4.9
+    channels = _cropped(channels)
+    size_x, size_y, size_z = channels.shape[2:]
+    rows = [size_y / size_x, size_z / size_x, size_z / size_y] * kinds
+    width, height = COLUMN * count + 1.05, COLUMN * sum(rows) + 0.45
     figure = Figure(figsize=(width, height), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
-    _, size_x, size_y, size_z = channels[:, 0].shape
     grid = figure.add_gridspec(
-        3 * kinds, count, left=0.35 / width, right=1 - 0.7 / width, top=1 - 0.4 / height, bottom=0.05 / height,
-        wspace=0.03, hspace=0.03, height_ratios=[size_y / size_x, size_z / size_x, size_z / size_y] * kinds,
-    )  # fmt: skip
+        3 * kinds,
+        count,
+        left=0.35 / width,
+        right=1 - 0.7 / width,
+        bottom=0.1 / height,
+        top=1 - 0.35 / height,
+        wspace=0.04,
+        hspace=0.04,
+        height_ratios=rows,
+    )
     for kind in range(kinds):
-        shown = limits[kind] if limits else (0.0, float(np.percentile(channels[:, kind][channels[:, kind] > 0], 99.5)))
+        shown = (
+            limits[kind]
+            if limits
+            else (0.0, float(np.percentile(channels[:, kind][channels[:, kind] > 0], 99.5)))
+        )
         scale = ScalarMappable(Normalize(*shown), colour_maps[kind])
         for column in range(count):
             for row, plane in enumerate(_slices(channels[column, kind], cut)):
@@ -63,9 +77,26 @@ def montage(
                 _draw(axes, plane, scale)
                 if kind == row == 0:
                     axes.set_title(captions[column], color=INK, fontsize=10, pad=4)
-        _add_scale(figure, grid[3 * kind : 3 * kind + 3, :].get_position(figure), scale, titles[kind], units[kind])
+        _add_scale(
+            figure, grid[3 * kind : 3 * kind + 3, :].get_position(figure), scale, titles[kind], units[kind]
+        )
     figure.savefig(path, dpi=dpi, facecolor=BACKGROUND, metadata={"Software": None})
     return Path(path)
+
+
+def _cropped(channels: NDArray[Any]) -> NDArray[Any]:
+    """(N, C, X, Y, Z) without the margins where every volume is 0."""
+    inside = np.argwhere(channels.any(axis=(0, 1)))
+    if not inside.size:
+        raise ValueError("all volumes are 0; there is nothing to draw")
+    x, y, z = map(slice, inside.min(axis=0), inside.max(axis=0) + 1)
+    return channels[:, :, x, y, z]
+
+
+def _range(volumes: NDArray[Any]) -> tuple[float, float]:
+    """0 to the 99.5th percentile inside the heads."""
+    values = volumes[volumes > 0]
+    return 0.0, float(np.percentile(values, 99.5)) if values.size else 1.0
 
 
 def _slices(volume: NDArray[Any], cut: tuple[float, float, float]) -> list[NDArray[Any]]:
@@ -90,4 +121,4 @@ def _add_scale(figure: Figure, box: Any, scale: ScalarMappable, title: str, unit
     bar = figure.colorbar(scale, cax=figure.add_axes(place))
     bar.set_label(unit, color=INK, fontsize=9)
     bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)

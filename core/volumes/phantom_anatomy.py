@@ -29,12 +29,12 @@ from core.volumes.phantom_ageing import (
     median_grey_ml,
     median_ventricle_ml,
 )
-from core.volumes.phantom_templates import CROP_START, Floats, Mask, Templates, load_templates
+from core.volumes.phantom_templates import CROP_START, Floats, Mask, Templates, fade, load_templates
 
 SPACINGS = {2.0: (91, 109, 91), 4.0: (46, 55, 46), 8.0: (23, 28, 23)}  # mm: voxels, the MNI field of view
 ORIGIN = (-90, -126, -72)  # mm, centre of the first voxel
-STAGE_AGES = np.array([0.0, 35.0, 70.0, 105.0])  # years
-WALL_SHIFTS_MM = np.arange(-4.0, 4.1, 1.0)  # at which the volume of the ventricles is tabulated
+STAGE_AGES = np.array([0.0, 40.0, 62.0, 80.0, 95.0, 108.0])  # years, closer where ventricles grow faster
+WALL_SHIFTS_MM = np.arange(-3.0, 3.1, 1.0)  # at which the volume of the ventricles is tabulated
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,18 +114,17 @@ class _Pull:
         places = np.stack(np.unravel_index(where, templates.inside.shape)).astype(np.float32)
         return cls(where, places, push[:, where], templates.inside.shape)
 
-    def origin(self, shift_mm: float, every: int = 1) -> NDArray[np.intp]:
-        """Flat index of where the value of each moving voxel (or `every` k-th) comes from."""
-        places = self.places[:, ::every] - np.float32(shift_mm) * self.push[:, ::every]
-        indices = np.rint(places).astype(np.intp)
+    def origin(self, shift_mm: float) -> NDArray[np.intp]:
+        """(n,) flat indices of where the values of the moving voxels come from."""
+        indices = np.rint(self.places - np.float32(shift_mm) * self.push).astype(np.intp)
         return np.ravel_multi_index(tuple(indices), self.shape, mode="clip")
 
-    def shift_for(self, ventricle: Mask, voxels: float) -> float:
-        """The mm by which the wall must move for the ventricles to fill `voxels`."""
-        shifts = np.arange(-6.0, 14.1, 2.0)
-        every = 7  # a sample is enough, and 7 divides no side of the crop
-        counts = [every * int(ventricle.flat[self.origin(shift, every)].sum()) for shift in shifts]
-        return float(np.interp(voxels, np.maximum.accumulate(counts), shifts))
+
+def _shift_for(depth: Floats, voxels: float) -> float:
+    """The mm by which the ventricles' wall must move for them to fill `voxels`."""
+    shifts = np.arange(-6.0, 20.1, 1.0)
+    near = depth[depth < 25]
+    return float(np.interp(voxels, [np.sum(near < shift * fade(near)) for shift in shifts], shifts))
 
 
 def _stage(
@@ -133,7 +132,7 @@ def _stage(
 ) -> Stage:
     """The average brain with the median volumes of `age`, on the coarse grid that `push` has."""
     voxels_per_ml = templates.inside.sum() / INTRACRANIAL_ML  # for 1 mL in a person with a median head
-    shift = pull.shift_for(templates.ventricle, float(median_ventricle_ml(age)) * voxels_per_ml)
+    shift = _shift_for(templates.depth, float(median_ventricle_ml(age)) * voxels_per_ml)
     origin = pull.origin(shift)
 
     def pulled(values: NDArray[Any]) -> NDArray[Any]:
@@ -141,7 +140,8 @@ def _stage(
         moved.flat[pull.where] = values.flat[origin]
         return moved
 
-    ventricle = pulled(templates.ventricle)
+    # not pulled: at the middle of thin horns one would pull from beyond the other wall
+    ventricle = templates.depth < shift * fade(templates.depth)
     brain_ml, grey_ml = float(median_brain_ml(age)), float(median_grey_ml(age))
     brain = _highest(pulled(templates.tissue), templates.inside & ~ventricle, brain_ml * voxels_per_ml)
     white = _highest(pulled(templates.whiteness), brain, (brain_ml - grey_ml) * voxels_per_ml)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-
 from typing import TypeVar
 
 import numpy as np
@@ -41,16 +40,16 @@ Number = TypeVar("Number", bound=np.generic)
 # Streams of random numbers.
 PERSON, SHAPE, STIFFNESS, TEXTURE, SITE, SCANNER, PATTERN = range(7)
 
-ANATOMICAL_AGE_SD = 8.0  # years by which a person's atrophy is ahead of or behind the median
-VENTRICLE_LOG_SD = 0.3
+ANATOMICAL_AGE_SD = 6.0  # years by which a person's atrophy is ahead of or behind the median
+VENTRICLE_LOG_SD = 0.22  # beyond what goes with atrophy
 STRETCH_SD = 0.025  # of each axis
-DISPLACEMENT_MM, DISPLACEMENT_WIDTH_MM = 2.5, 36.0  # SD and smoothness of the individual shape
+DISPLACEMENT_MM, DISPLACEMENT_WIDTH_MM = 2.0, 36.0  # SD and smoothness of the individual shape
 CENTRE_MM = np.array([[0.0], [-18.0], [8.0]], dtype=np.float32)  # heads are scaled about this point
 
 # Voxel texture as fractions of the local stiffness, SD and smoothness in mm. A pattern that all brains share
 # and one of each brain, as in the MRE134 maps, where they are of about equal size.
 PATTERN_SD, PATTERN_WIDTH_MM = 0.17, 6.0
-FINE_SD, FINE_WIDTH_MM = 0.22, 8.0
+FINE_SD, FINE_WIDTH_MM = 0.235, 8.0
 BROAD_SD, BROAD_WIDTH_MM = 0.14, 20.0
 SOFTEST_KPA = 0.1  # 0 means background
 
@@ -132,8 +131,10 @@ def make_brain(person: Person, spacing: float, channels: Sequence[str]) -> Phant
     """The brain of `person` on the grid of `spacing` mm, with "stiffness", "t1w" or both."""
     anatomy = load_anatomy(spacing)
     draws = person.stream(SHAPE)
-    stage = aged(anatomy, person.age + ANATOMICAL_AGE_SD * draws.standard_normal())
-    head = _shape_head(person, anatomy, stage, draws)
+    anatomical_age = person.age + ANATOMICAL_AGE_SD * draws.standard_normal()
+    stage = aged(anatomy, anatomical_age)
+    ventricle_ml = median_ventricle_ml(anatomical_age) * np.exp(VENTRICLE_LOG_SD * draws.standard_normal())
+    head = _shape_head(anatomy, stage, float(ventricle_ml), draws)
     grey, white, ventricle = head.read(stage.grey), head.read(stage.white), head.read(stage.ventricle)
     csf = np.clip(head.inside - grey - white, 0, None)
     labels = np.where(head.inside >= 0.5, 1 + np.argmax([csf, grey, white], axis=0), 0).astype(np.uint8)
@@ -176,13 +177,15 @@ def aged(anatomy: Anatomy, age: float) -> Stage:
     )
 
 
-def _shape_head(person: Person, anatomy: Anatomy, stage: Stage, draws: np.random.Generator) -> _Head:
-    """Scale, stretch and bend the average head, then move the ventricles' wall to give them their volume."""
+def _shape_head(anatomy: Anatomy, stage: Stage, ventricle_ml: float, draws: np.random.Generator) -> _Head:
+    """Scale, stretch and bend the average head, and move its ventricles' wall.
+
+    They will hold `ventricle_ml` in a head of median size; larger heads have larger ventricles.
+    """
     shape, spacing = stage.grey.shape, np.float32(anatomy.spacing)
     size = INTRACRANIAL_ML * (1 + INTRACRANIAL_SD * draws.standard_normal()) / anatomy.intracranial_ml
     stretch = np.exp(STRETCH_SD * draws.standard_normal(3))
     scale = stretch * (size / stretch.prod()) ** (1 / 3)
-    ventricle_ml = median_ventricle_ml(person.age) * np.exp(VENTRICLE_LOG_SD * draws.standard_normal())
 
     origin = np.array(ORIGIN, dtype=np.float32)[:, None]
     here = np.stack(np.unravel_index(anatomy.near_head, shape)).astype(np.float32) * spacing + origin
@@ -194,7 +197,6 @@ def _shape_head(person: Person, anatomy: Anatomy, stage: Stage, draws: np.random
     inside = ndimage.map_coordinates(anatomy.inside, places, order=1)
     touched = np.flatnonzero(inside)
     places = places[:, touched]
-    # the head's median volumes are those of a head of INTRACRANIAL_ML: larger heads have larger ventricles
     wanted = ventricle_ml * anatomy.intracranial_ml / INTRACRANIAL_ML
     shift = np.float32(np.interp(wanted, stage.ventricle_ml, WALL_SHIFTS_MM))
     push = np.stack([ndimage.map_coordinates(component, places, order=1) for component in anatomy.push])
@@ -208,27 +210,30 @@ def _stiffness(person: Person, anatomy: Anatomy, head: _Head, stage: Stage, tiss
     kpa = head.read(np.tensordot(kept, stage.stiffness, axes=1)) / np.maximum(tissue, np.float32(0.01))
     offset = SUBJECT_SD_KPA * draws.standard_normal() + SITE_SD_KPA * person.site_stream().standard_normal()
     kpa = (kpa + np.float32(offset)) * np.float32(person.relative_stiffness)
-    fine = smooth_field(draws, anatomy.spacing, FINE_WIDTH_MM).flat[head.where]
-    broad = smooth_field(draws, anatomy.spacing, BROAD_WIDTH_MM).flat[head.where]
-    pattern = head.read(_common_pattern(anatomy.spacing))
-    texture = 1 + np.float32(FINE_SD) * fine + np.float32(BROAD_SD) * broad + np.float32(PATTERN_SD) * pattern
-    return np.where(tissue >= 0.5, np.maximum(kpa * texture, np.float32(SOFTEST_KPA)), np.float32(0))
+    fine = FINE_SD * smooth_field(draws, anatomy.spacing, FINE_WIDTH_MM).flat[head.where]
+    broad = BROAD_SD * smooth_field(draws, anatomy.spacing, BROAD_WIDTH_MM).flat[head.where]
+    in_brain = tissue >= 0.5
+    texture = fine + broad
+    texture = texture - texture[in_brain].mean()  # the mean of a brain is the offset's to decide
+    texture = 1 + texture + PATTERN_SD * head.read(_common_pattern(anatomy.spacing))
+    return np.where(in_brain, np.maximum(kpa * texture, SOFTEST_KPA), 0).astype(np.float32)
 
 
-def _t1w(person: Person, anatomy: Anatomy, head: _Head, fractions: Sequence[Floats]) -> Floats:
+def _t1w(person: Person, anatomy: Anatomy, head: _Head, fractions: tuple[Floats, Floats, Floats]) -> Floats:
     """(n,) intensities where at least half of the voxel is inside the skull, 0 elsewhere.
 
-    Gain, coil shading and noise belong to the scanner; a little of the shading changes with the person.
+    Gain, coil shading and noise belong to the scanner; shading changes with the person.
     """
     scanner, draws = person.site_stream(), person.stream(SCANNER)
     scanner.standard_normal()  # the site's offset of stiffness
     gain = 800 * np.exp(0.2 * scanner.standard_normal())
     noise = scanner.uniform(0.015, 0.03)
-    clean = head.read(anatomy.residual_t1)
+    _, grey, white = fractions
+    clean = head.read(anatomy.residual_t1) * (grey + white)
     for intensity, fraction in zip(T1_OF_TISSUE, fractions, strict=True):
         clean = clean + np.float32(intensity) * fraction
-    shading = 0.10 * smooth_field(scanner, anatomy.spacing, BIAS_WIDTH_MM)
-    shading = shading + 0.03 * smooth_field(draws, anatomy.spacing, BIAS_WIDTH_MM)
+    shading = 0.04 * smooth_field(scanner, anatomy.spacing, BIAS_WIDTH_MM)
+    shading = shading + 0.07 * smooth_field(draws, anatomy.spacing, BIAS_WIDTH_MM)
     clean = clean * np.exp(shading.flat[head.where])
     # the magnitude of a complex signal: Rician noise (Gudbjartsson and Patz 1995), never 0 in the head
     real, imaginary = noise * draws.standard_normal((2, clean.size))

@@ -33,8 +33,8 @@ class Templates:
     """Probability of grey or white matter: the lower, the sooner a voxel turns into CSF."""
     whiteness: Floats
     """White share of the tissue."""
-    ventricle: Mask
-    """Lateral and third ventricles."""
+    depth: Floats
+    """Distance in mm to the wall of the lateral and third ventricles, smooth, negative inside them."""
     push: Floats
     """(3, X, Y, Z) displacement in mm for each mm by which the ventricles' wall moves outwards."""
     regions: NDArray[np.uint8]
@@ -51,18 +51,19 @@ def load_templates() -> Templates:
     white = _cropped(datasets.load_mni152_wm_template(resolution=1))
     t1 = _cropped(datasets.load_mni152_template(resolution=1))
     inside = _cropped(datasets.load_mni152_brain_mask(resolution=1)) > 0
-    ventricle = _find_ventricles(grey + white, inside)
+    depth = _depth(_find_ventricles(grey + white, inside))
     # the maps have 256 levels; a little smoothing leaves no ties, and no jagged borders
     tissue = ndimage.gaussian_filter(grey + white, 0.6)
     return Templates(
         inside=inside,
         tissue=tissue,
         whiteness=ndimage.gaussian_filter(white, 0.6) / np.maximum(tissue, np.float32(1e-3)),
-        ventricle=ventricle,
-        push=_push_field(ventricle),
+        depth=depth,
+        push=np.array(np.gradient(depth)) * fade(depth) * np.clip(1 + depth / 3, 0, 1),
         regions=_draw_regions(),
-        # 0.66, 0.88 and 0.28 are the least-squares intensities of grey, white and CSF in the template
-        residual_t1=np.where(inside, t1 - 0.28 - 0.38 * grey - 0.60 * white, 0).astype(np.float32),
+        # 0.66, 0.88 and 0.28 are the least-squares intensities of grey, white and CSF in the template;
+        # what remains at the ventricles' wall does not belong where the wall is in another brain
+        residual_t1=(t1 - 0.28 - 0.38 * grey - 0.60 * white) * inside * np.clip(depth / 4 - 1, 0, 1),
     )
 
 
@@ -87,15 +88,16 @@ def _find_ventricles(tissue: Floats, inside: Mask) -> Mask:
     return np.isin(labels, np.unique(labels[seeds & (labels > 0)]))
 
 
-def _push_field(ventricle: Mask) -> Floats:
-    """Along the gradient of the distance to the ventricles: 1 mm at their wall, none at PUSH_REACH_MM."""
+def _depth(ventricle: Mask) -> Floats:
     depth = ndimage.distance_transform_edt(~ventricle).astype(np.float32)
     around = ndimage.find_objects(ndimage.binary_dilation(ventricle).astype(np.uint8))[0]
     depth[around] -= ndimage.distance_transform_edt(ventricle[around]).astype(np.float32)
-    # smoothing ends the gradient at the ventricles' own middle, where the two walls part
-    depth = ndimage.gaussian_filter(depth, 2.0)
-    fade = np.clip(1 - np.clip(depth, 0, None) / np.float32(PUSH_REACH_MM), 0, None) ** 2
-    return np.stack([component * fade for component in np.gradient(depth)])
+    return ndimage.gaussian_filter(depth, 1.5)
+
+
+def fade(depth: Floats) -> Floats:
+    """How much of the shift of the ventricles' wall is felt at `depth` mm: all at the wall, then less."""
+    return np.clip(1 - np.clip(depth, 0, None) / np.float32(PUSH_REACH_MM), 0, None) ** 2
 
 
 # Centre (|x|, y, z) and half axes of an ellipsoid on each side, MNI mm, read off the template.
