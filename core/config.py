@@ -155,7 +155,9 @@ def read_settings(path: Path) -> Settings:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"settings in {path} must be a mapping of names to values, got {type(settings).__name__}")
+        raise UserError(
+            f"settings in {path} must be a mapping of names to values, got {type(settings).__name__}"
+        )
     return settings
 
 
@@ -180,7 +182,8 @@ def _assign(settings: Settings, path: list[str], value: Any) -> None:
     """Set `path` in nested settings, in place; see `merge` for what a discriminator does."""
     *parents, key = path
     if key in DISCRIMINATORS and value is None:
-        return _assign(settings, parents, None)
+        _assign(settings, parents, None)
+        return
     block = settings
     for parent in parents:
         if not isinstance(block.get(parent), dict):
@@ -228,5 +231,7 @@ def _setting_name(location: list[str]) -> str:
         if candidate in known_names():
             path = candidate
     last = f"{path}.{location[-1]}" if path else location[-1]
-    is_tag = path and last not in known_names() and location[-1] in ("float", "int", "str", "constrained-float")
+    is_tag = (
+        path and last not in known_names() and location[-1] in ("float", "int", "str", "constrained-float")
+    )
     return path if is_tag else last

@@ -66,7 +66,7 @@ class Resident:
         for start in range(0, len(cohort), READ_ROWS_PER_TASK):
             rows = list(range(start, min(start + READ_ROWS_PER_TASK, len(cohort))))
             task = _read_rows.options(num_returns=len(rows))
-            taken = task.remote(str(cohort.folder.resolve()), rows)
+            taken: Any = task.remote(str(cohort.folder.resolve()), rows)
             references.extend(taken if len(rows) > 1 else [taken])
         try:
             ray.wait(references, num_returns=len(references), fetch_local=False)

@@ -1,12 +1,12 @@
 """What a run leaves on disk, and how its tables are made.
 
-    RUN/run.json                       request, resolved settings, seeds, versions, the cohort's hash
-        splits.csv                     subject, role
-        study.journal                  the Optuna study: the one record of the search
-        trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs
-        refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
-        trials.csv, trials.parquet, cells.csv, history.csv, holdout.csv, predictions.csv    made from the above
-        tensorboard/  best/  report.html
+RUN/run.json                       request, resolved settings, seeds, versions, the cohort's hash
+    splits.csv                     subject, role
+    study.journal                  the Optuna study: the one record of the search
+    trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs
+    refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
+    trials.csv, trials.parquet, cells.csv, history.csv, holdout.csv, predictions.csv    made from the above
+    tensorboard/  best/  report.html
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class RunFolder:
         _write_json(self.path / "run.json", self.about | changes)
 
 
-def create_run(out: Path, kind: str, request: dict[str, Any], settings: Settings, cohort: Cohort) -> RunFolder:
+def create_run(
+    out: Path, kind: str, request: dict[str, Any], settings: Settings, cohort: Cohort
+) -> RunFolder:
     """A new run folder with its run.json.
 
     Raises:
@@ -110,7 +112,7 @@ def write_splits(folder: RunFolder, splits: Splits, cohort: Cohort) -> None:
 def write_tables(folder: RunFolder, study: optuna.Study) -> None:
     """(Re)make the tables of a run from its study and its trials' progress files."""
     trials = study.get_trials(deepcopy=False)
-    progress = {trial.number: _progress(folder.trial(trial_name(trial.number))) for trial in trials}
+    progress = {trial.number: read_progress(folder.trial(trial_name(trial.number))) for trial in trials}
     table = pd.DataFrame([_trial_row(trial, progress[trial.number]) for trial in trials])
     table.to_csv(folder.path / "trials.csv", index=False)
     table.astype({"reason": str, "label": str}).to_parquet(folder.path / "trials.parquet", index=False)
@@ -123,10 +125,14 @@ def write_holdout(folder: RunFolder, n_train: int) -> None:
     """holdout.csv and predictions.csv from the refits that are there, with the median predictor beside them."""
     rows, predictions = [], []
     for method, called in METHODS.items():
-        for cell in _progress(folder.refit(method))["cells"]:
+        for cell in read_progress(folder.refit(method))["cells"]:
             of_method = {"method": called, "n_train": n_train, "n_holdout": cell["n"]}
-            rows.append(of_method | {key: cell[key] for key in ("seed", "mae", "r2", "site_balanced_accuracy")})
-            table = pd.read_csv(folder.refit(method) / f"predictions-{cell['seed']}.csv", dtype={"subject": str})
+            rows.append(
+                of_method | {key: cell[key] for key in ("seed", "mae", "r2", "site_balanced_accuracy")}
+            )
+            table = pd.read_csv(
+                folder.refit(method) / f"predictions-{cell['seed']}.csv", dtype={"subject": str}
+            )
             predictions.append(table.assign(method=called, seed=cell["seed"]))
             median = of_method | {"method": "training median", "mae": cell["median_mae"], "seed": 0}
     if not rows:
@@ -181,7 +187,8 @@ def _last(values: dict[int, float]) -> float:
     return values[max(values)] if values else math.nan
 
 
-def _progress(folder: Path) -> dict[str, Any]:
+def read_progress(folder: Path) -> dict[str, Any]:
+    """A trial's history and finished cells; empty before its first epoch."""
     try:
         return json.loads((folder / PROGRESS).read_text())
     except FileNotFoundError:
@@ -201,7 +208,9 @@ def _about(kind: str, request: dict[str, Any], settings: Settings, cohort: Cohor
         "cohort": {
             "path": str(cohort.folder.resolve()),
             "n": len(cohort),
-            **description.model_dump(mode="json", include={"name", "hash", "synthetic", "spacing", "shape", "source"}),
+            **description.model_dump(
+                mode="json", include={"name", "hash", "synthetic", "spacing", "shape", "source"}
+            ),
             "channels": list(description.channels),
             "preprocessing": description.preprocessing,
         },
@@ -232,7 +241,10 @@ def _code_version() -> dict[str, Any]:
         return done.stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        return {
+            "commit": git("rev-parse", "--short=12", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "-uno")),
+        }
     except FileNotFoundError:
         return {"commit": "", "dirty": False}
 

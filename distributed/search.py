@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -52,7 +53,7 @@ def _median(epochs: int, cells: int) -> TrialScheduler:
         "min",
         grace_period=max(1, epochs // 2),
         min_samples_required=3,
-        min_time_slice=float("inf"),  # never pause a trial to give others its slot
+        min_time_slice=sys.maxsize,  # never pause a trial to give others its slot
     )
 
 
@@ -168,7 +169,7 @@ class StudySearch(tune.search.Searcher):
         """The metric is fixed."""
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """The next assignment; None while refits wait for the last trials; FINISHED in the end."""
         trial = self._next_trial()
         if trial is not None:
@@ -190,7 +191,9 @@ class StudySearch(tune.search.Searcher):
         if trial is not None and math.isfinite(result[METRIC]):
             trial.report(result[METRIC], step=result[TIME])
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Tell the study how the trial ended."""
         self.refitting.discard(trial_id)
         trial = self.running.pop(trial_id, None)
@@ -205,7 +208,9 @@ class StudySearch(tune.search.Searcher):
             trial.set_user_attr(name, value)
         study = self.proposals.study
         if error or "diverged" in result:
-            trial.set_user_attr("reason", result.get("diverged") or "its workers crashed; see tune/*/error.txt")
+            trial.set_user_attr(
+                "reason", result.get("diverged") or "its workers crashed; see tune/*/error.txt"
+            )
             study.tell(trial, state=TrialState.FAIL)
         elif finished:
             study.tell(trial, result[METRIC])
@@ -235,7 +240,9 @@ class StudySearch(tune.search.Searcher):
         if proposals.continued:
             unfinished = proposals.continued.pop(0)
             return optuna.Trial(proposals.study, unfinished._trial_id)
-        asked = [trial for trial in proposals.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+        asked = [
+            trial for trial in proposals.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING
+        ]
         return proposals.study.ask() if len(asked) < proposals.trials else None
 
     def _assignment(self, trial: optuna.Trial) -> dict[str, Any]:

@@ -161,7 +161,9 @@ class WorkerGroup:
         trainer = TorchTrainer(
             worker_loop,
             train_loop_config={
-                "mailbox": self.mailbox, "make_runner": self.make_runner, "arguments": self.arguments,
+                "mailbox": self.mailbox,
+                "make_runner": self.make_runner,
+                "arguments": self.arguments,
             },
             scaling_config=self.workers.scaling,
             run_config=train.RunConfig(
@@ -184,7 +186,12 @@ class Slot(tune.Trainable):
     """
 
     def setup(  # type: ignore[override]
-        self, config: dict[str, Any], workers: Workers, make_runner: Any, arguments: dict[str, Any], storage: str
+        self,
+        config: dict[str, Any],
+        workers: Workers,
+        make_runner: Any,
+        arguments: dict[str, Any],
+        storage: str,
     ) -> None:
         """Start the workers; Tune calls this once per slot."""
         self.group = WorkerGroup(workers, make_runner, arguments, storage)

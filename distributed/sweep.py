@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -13,19 +12,19 @@ from typing import Any
 
 import optuna
 import pandas as pd
-import ray
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, Field
-from ray import train, tune
+from ray import tune
 from rich.console import Console
 
-from core.config import Settings, flatten, merge, resolve
+from core.config import Settings, merge, resolve
 from core.errors import UserError
 from core.report.page import write_report
 from core.report.tables import print_leaderboard, read_run
 from core.volumes.cohort import Cohort
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
+from distributed.cluster import connect, plan_slots
 from distributed.data import Resident
 from distributed.run_folder import RunFolder
 from distributed.search import (
@@ -38,22 +37,14 @@ from distributed.search import (
     published_parameters,
     replay,
 )
-from distributed.slot import Slot, Workers
-from distributed.train_loop import HOLDOUT, Assignment, Place, Runner, Subjects
+from distributed.slot import Slot
+from distributed.train_loop import HOLDOUT, assign, make_runner
 from distributed.watch import Display, TensorBoard
 from search_spaces import load_space
 
 TRIAL_RESTARTS = 2
 # Tune's per-trial driver must hold something; the head's marker resource costs no CPU of the slots.
 DRIVER_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.001}
-QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own TensorBoard callback says more
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours tells an interruption from an early stop
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-}
 
 
 class SweepRequest(BaseModel):
@@ -65,9 +56,13 @@ class SweepRequest(BaseModel):
     trials: int = Field(20, ge=1)
     folds: int = Field(5, ge=2, description="cross-validation folds among the development subjects")
     seeds: int = Field(1, ge=1, description="repeats of every fold with another seed")
-    refit_seeds: int = Field(1, ge=1, description="refits of the winner and the baselines, each with its own seed")
+    refit_seeds: int = Field(
+        1, ge=1, description="refits of the winner and the baselines, each with its own seed"
+    )
     holdout: float = Field(0.2, gt=0, lt=1, description="share of the subjects that the search never sees")
-    slots: int | None = Field(None, ge=1, description="trials at a time; as many as the cluster holds if absent")
+    slots: int | None = Field(
+        None, ge=1, description="trials at a time; as many as the cluster holds if absent"
+    )
     workers_per_slot: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0, description="1 where there are GPUs, if absent")
     scheduler: str = "asha"
@@ -87,7 +82,9 @@ class SweepRequest(BaseModel):
         return [{"fold": HOLDOUT, "seed": seed} for seed in range(self.refit_seeds)]
 
 
-def run_sweep(cohort: Path, request: SweepRequest, out: Path, address: str | None, console: Console) -> RunFolder:
+def run_sweep(
+    cohort: Path, request: SweepRequest, out: Path, address: str | None, console: Console
+) -> RunFolder:
     """Search, refit, look at the hold-out once, report. Returns the run's folder.
 
     Raises:
@@ -110,7 +107,9 @@ def run_sweep(cohort: Path, request: SweepRequest, out: Path, address: str | Non
     return _execute(folder, request, opened, splits, study, address, console)
 
 
-def resume_sweep(run: Path, address: str | None, console: Console, time_budget: float | None = None) -> RunFolder:
+def resume_sweep(
+    run: Path, address: str | None, console: Console, time_budget: float | None = None
+) -> RunFolder:
     """Continue a sweep that was interrupted: unfinished trials first, each from its last epoch."""
     folder = run_folder.open_run(run)
     about = folder.about
@@ -119,11 +118,15 @@ def resume_sweep(run: Path, address: str | None, console: Console, time_budget: 
     request = SweepRequest(**about["sweep"] | {"time_budget": time_budget})
     cohort = Cohort.open(Path(about["cohort"]["path"]))
     if cohort.description.hash != about["cohort"]["hash"]:
-        raise UserError(f"cohort {cohort.folder} has changed since the run began; its trials would not be comparable")
+        raise UserError(
+            f"cohort {cohort.folder} has changed since the run began; its trials would not be comparable"
+        )
     splits = make_splits(cohort.manifest, request.folds, request.holdout, request.search_seed)
     recorded = pd.read_csv(folder.path / "splits.csv", dtype=str)
     if not splits.to_frame(cohort.manifest).astype(str).reset_index(drop=True).equals(recorded):
-        raise UserError(f"the splits recorded in {folder.path}/splits.csv are not those of this version; start anew")
+        raise UserError(
+            f"the splits recorded in {folder.path}/splits.csv are not those of this version; start anew"
+        )
     study = _open_study(folder, request)
     return _execute(folder, request, cohort, splits, study, address, console)
 
@@ -147,7 +150,7 @@ def _execute(
         space=space,
         base=base,
         trials=request.trials,
-        assignment=lambda name, settings: _assignment(folder.trial(name), settings, request.cells),
+        assignment=lambda name, settings: assign(folder.trial(name), settings, request.cells),
         refits=lambda study: _refits(folder, request, base, study),
         continued=unfinished,
     )
@@ -155,9 +158,13 @@ def _execute(
     scheduler = make_scheduler(request.scheduler, epochs, len(request.cells))
     replay(scheduler, [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()])
     display = Display(console, request.trials, epochs, len(request.cells), budget.deadline)
-    with _ray(address, console), _interruptible(budget, console):
-        workers, slots = _plan_slots(request)
-        console.print(f"{slots} slots of {workers.count} worker(s), {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each")
+    with connect(address, console), _interruptible(budget, console):
+        workers, slots = plan_slots(
+            request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials
+        )
+        console.print(
+            f"{slots} slots of {workers.count} worker(s), {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
+        )
         arguments = {
             "volumes": Resident.of(cohort),
             "manifest": cohort.manifest[["subject", "age", "site"]],
@@ -165,7 +172,11 @@ def _execute(
             "channels": cohort.description.channels,
         }
         trainable = tune.with_parameters(
-            Slot, workers=workers, make_runner=make_runner, arguments=arguments, storage=str(folder.path / "tune")
+            Slot,
+            workers=workers,
+            make_runner=make_runner,
+            arguments=arguments,
+            storage=str(folder.path / "tune"),
         )
         tuner = tune.Tuner(
             tune.with_resources(trainable, DRIVER_RESOURCES),
@@ -191,33 +202,24 @@ def _execute(
     return _conclude(folder, study, splits, budget, console)
 
 
-def make_runner(volumes: Any, manifest: pd.DataFrame, splits: Splits, channels: tuple[str, ...]) -> Runner:
-    """What a slot's worker makes once; it outlives the trials."""
-    context = train.get_context()
-    place = Place(train.torch.get_device(), context.get_world_rank(), context.get_world_size())
-    return Runner(Subjects(volumes, manifest, splits, channels), place)
-
-
-def _assignment(folder: Path, settings: Settings, cells: list[dict[str, int]], keep: bool = False) -> dict[str, Any]:
-    return vars(Assignment(folder.name, str(folder), settings, cells, keep)).copy()
-
-
-def _refits(folder: RunFolder, request: SweepRequest, base: Settings, study: optuna.Study) -> list[dict[str, Any]]:
+def _refits(
+    folder: RunFolder, request: SweepRequest, base: Settings, study: optuna.Study
+) -> list[dict[str, Any]]:
     """The winner, the published configuration and the L1 baseline, each on all development subjects."""
     regression = merge(base, {"objective.name": "l1"})
     chosen = {"published": base, "l1": resolve(regression).model_dump(mode="json")}
     best = run_folder.best_trial(study)
     if best is not None:
-        import json
-
         chosen = {"winner": json.loads(best.user_attrs["settings"])} | chosen
     return [
-        _assignment(folder.refit(method), settings, request.refit_cells, keep=True)
+        assign(folder.refit(method), settings, request.refit_cells, keep_model=True)
         for method, settings in chosen.items()
     ]
 
 
-def _conclude(folder: RunFolder, study: optuna.Study, splits: Splits, budget: Budget, console: Console) -> RunFolder:
+def _conclude(
+    folder: RunFolder, study: optuna.Study, splits: Splits, budget: Budget, console: Console
+) -> RunFolder:
     """Tables, the best model, the report, the leaderboard, and what to type next."""
     run_folder.write_tables(folder, study)
     run_folder.write_holdout(folder, len(splits.development))
@@ -250,41 +252,6 @@ def _short(path: Path) -> str:
     """`path` as a user in the current folder would type it."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def _plan_slots(request: SweepRequest) -> tuple[Workers, int]:
-    """How many slots of what size; refuses what could never be scheduled (Ray would wait in silence)."""
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    per_worker = request.gpus_per_worker if request.gpus_per_worker is not None else float(gpus > 0)
-    count = request.workers_per_slot
-    if per_worker and count > 1 and per_worker < 1:
-        raise UserError(f"gpus_per_worker={per_worker:g} with {count} workers: NCCL needs a whole GPU for each worker")
-    possible = int(min(cpus / count, gpus / (per_worker * count) if per_worker else cpus))
-    slots = request.slots or max(1, min(possible, request.trials))
-    if slots > possible:
-        raise UserError(
-            f"{slots} slot(s) of {count} worker(s) with {per_worker:g} GPU(s) each do not fit {cpus:g} CPUs and "
-            f"{gpus:g} GPUs; at most {possible} do"
-        )
-    return Workers(count, float(max(1, int(cpus // (slots * count)))), per_worker), slots
-
-
-@contextlib.contextmanager
-def _ray(address: str | None, console: Console) -> Iterator[None]:
-    """Ray for the length of a sweep: the cluster at `address` or in RAY_ADDRESS, else this machine."""
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    where = address or os.environ.get("RAY_ADDRESS")
-    with console.status("starting Ray …" if where is None else f"connecting to Ray at {where} …"):
-        if where is None:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextlib.contextmanager

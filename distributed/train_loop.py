@@ -1,4 +1,4 @@
-"""What one worker runs: a trial, cell by cell, epoch by epoch. Plain PyTorch; Ray is not needed here.
+"""What one worker runs: a trial, cell by cell, epoch by epoch. Plain PyTorch: only `make_runner` asks Ray.
 
 A trial is a configuration; a *cell* is one (fold, seed) it is trained and judged on. Every trial visits the
 same cells in the same order. Everything random is a function of (seed, fold, epoch, subject), so a trial that
@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_model
+from ray import train
+from ray.train.torch import get_device
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.config import RunSettings, resolve
 from core.errors import UserError
+from core.inference import Predictor, save_predictor
 from core.schedules import with_epochs
 from core.tasks import TASKS
 from core.tasks.brain_age import Embedded, Outcome
@@ -60,6 +62,13 @@ class Assignment:
     settings: dict[str, Any]
     cells: list[dict[str, int]]
     keep_model: bool = False
+
+
+def assign(
+    folder: Path, settings: dict[str, Any], cells: list[dict[str, int]], *, keep_model: bool = False
+) -> dict[str, Any]:
+    """An assignment as JSON values; the trial is called like its folder."""
+    return dataclasses.asdict(Assignment(folder.name, str(folder), settings, cells, keep_model))
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,15 @@ class Runner:
         except DivergedError as diverged:
             answer = {"value": math.nan, "diverged": str(diverged), "finished": False, "done": True}
             return answer | {self.trial.clock: self.trial.epochs}
+
+
+def make_runner(
+    volumes: Volumes, manifest: pd.DataFrame, splits: Splits, channels: tuple[str, ...]
+) -> Runner:
+    """The runner of a slot's worker, placed where Ray Train put it."""
+    context = train.get_context()
+    place = Place(get_device(), context.get_world_rank(), context.get_world_size())
+    return Runner(Subjects(volumes, manifest, splits, channels), place)
 
 
 class Trial:
@@ -170,7 +188,9 @@ class Trial:
 
     def _finish_cell(self, training: CellTraining, outcome: Outcome) -> None:
         cell = training.cell
-        self.finished.append({"fold": cell.fold, "seed": cell.seed, "n": len(training.evaluation_rows)} | outcome.metrics)
+        self.finished.append(
+            {"fold": cell.fold, "seed": cell.seed, "n": len(training.evaluation_rows)} | outcome.metrics
+        )
         if self.place.rank == 0:
             if cell.fold == HOLDOUT:
                 training.write_predictions(outcome, self.folder / f"predictions-{cell.seed}.csv")
@@ -185,7 +205,12 @@ class Trial:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.answer is None:
             state = self.training.state_dict() if self.training else None
-            saved = {"cell": len(self.finished), "state": state, "history": self.history, "finished": self.finished}
+            saved = {
+                "cell": len(self.finished),
+                "state": state,
+                "history": self.history,
+                "finished": self.finished,
+            }
             _replace(self.folder / CHECKPOINT, lambda path: torch.save(saved, path))
         progress = {"history": self.history, "cells": self.finished, "answer": self.answer}
         _replace(self.folder / PROGRESS, lambda path: path.write_text(json.dumps(progress)))
@@ -217,7 +242,9 @@ class CellTraining:
         self.statistics = self._fit_statistics()
         torch.manual_seed(_derive_seed(cell, "initialisation"))
         in_channels = len(self.channels)
-        self.model = self.task.build_model(settings, in_channels, self.ages[self.training_rows]).to(place.device)
+        self.model = self.task.build_model(settings, in_channels, self.ages[self.training_rows]).to(
+            place.device
+        )
         self.trained = DistributedDataParallel(self.model) if place.workers > 1 else self.model
         self.objective = self.task.build_objective(settings)
         self.optimiser = build_optimiser(settings, self.model)
@@ -232,12 +259,20 @@ class CellTraining:
         torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}"))
         self.trained.train()
         batches = epoch_batches(
-            self.training_rows, self.settings.training.batch_size, self._order_seed, self.epoch, self.place.workers
+            self.training_rows,
+            self.settings.training.batch_size,
+            self._order_seed,
+            self.epoch,
+            self.place.workers,
         )
-        losses = [self._step(share(batch, self.place.rank, self.place.workers), progress) for batch in batches]
+        losses = [
+            self._step(share(batch, self.place.rank, self.place.workers), progress) for batch in batches
+        ]
         loss = _mean_over_workers(torch.stack(losses).mean(), self.place)
         if not math.isfinite(loss):
-            raise DivergedError(f"loss became {loss} in epoch {self.epoch} of fold {self.cell.fold}, seed {self.cell.seed}")
+            raise DivergedError(
+                f"loss became {loss} in epoch {self.epoch} of fold {self.cell.fold}, seed {self.cell.seed}"
+            )
         return {
             "fold": self.cell.fold, "seed": self.cell.seed, "epoch": self.epoch, "progress": progress, "loss": loss,
             "learning_rate": rate, **self._diagnostics(progress), "first_step_at": started,
@@ -249,12 +284,18 @@ class CellTraining:
         training, evaluation = self._embed(self.training_rows), self._embed(self.evaluation_rows)
         for embedded in (training, evaluation):
             if not np.isfinite(embedded.embeddings).all():
-                raise DivergedError(f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}")
+                raise DivergedError(
+                    f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}"
+                )
         return self.task.judge(training, evaluation, sites=self.epoch == self.settings.training.epochs)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continuation needs; tensors and plain numbers only."""
-        return {"epoch": self.epoch, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after `state["epoch"]`."""
@@ -263,12 +304,9 @@ class CellTraining:
         self.epoch = state["epoch"]
 
     def write_model(self, outcome: Outcome, folder: Path) -> None:
-        """`settings.json`, `model.safetensors`, `probe.json`, `intensity.json`: all that prediction needs."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(self.settings.model_dump_json(indent=2))
-        save_model(self.model, str(folder / "model.safetensors"))
-        (folder / "probe.json").write_text(outcome.probe.to_json() if outcome.probe else "null")
-        (folder / "intensity.json").write_text(json.dumps(_as_lists(self.statistics)))
+        """All that prediction needs; see `core.inference`."""
+        channels = tuple(self.subjects.channels[index] for index in self.channels)
+        save_predictor(folder, Predictor(self.settings, self.model, outcome.probe, channels, self.statistics))
 
     def write_predictions(self, outcome: Outcome, path: Path) -> None:
         """One line per evaluation subject."""
@@ -306,7 +344,9 @@ class CellTraining:
         """Embeddings of `rows` without augmentation, in evaluation mode, in parts over the workers."""
         self.trained.eval()
         mine, predicted = [], []
-        for part in chunks(share(rows, self.place.rank, self.place.workers), self.settings.training.batch_size):
+        for part in chunks(
+            share(rows, self.place.rank, self.place.workers), self.settings.training.batch_size
+        ):
             with autocast(self.settings, self.place.device):
                 volumes = self._load(part)
                 mine.append(self.model.embed(volumes).float().cpu().numpy())
@@ -342,7 +382,10 @@ def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Opti
     chosen = settings.optimiser
     if chosen.name == "sgd":
         return torch.optim.SGD(
-            model.parameters(), lr=chosen.learning_rate, momentum=chosen.momentum, weight_decay=chosen.weight_decay
+            model.parameters(),
+            lr=chosen.learning_rate,
+            momentum=chosen.momentum,
+            weight_decay=chosen.weight_decay,
         )
     return torch.optim.Adam(model.parameters(), lr=chosen.learning_rate, weight_decay=chosen.weight_decay)
 
@@ -369,7 +412,9 @@ def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
     """The arithmetic of `settings.training.precision` on `device`."""
     wanted = settings.training.precision
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted == "bfloat16" or (wanted == "auto" and on_gpu))
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=wanted == "bfloat16" or (wanted == "auto" and on_gpu)
+    )
 
 
 def _channel_indices(settings: RunSettings, available: tuple[str, ...]) -> list[int]:
@@ -408,7 +453,3 @@ def _replace(path: Path, write: Any) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     write(beside)
     os.replace(beside, path)
-
-
-def _as_lists(statistics: Any) -> Any:
-    return None if statistics is None else [np.asarray(part).tolist() for part in statistics]

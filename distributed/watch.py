@@ -27,7 +27,9 @@ class Display(tune.Callback):
     In a terminal the display is live; elsewhere one line is printed for every trial that ends.
     """
 
-    def __init__(self, console: Console, trials: int, epochs: int, cells: int, deadline: float | None) -> None:
+    def __init__(
+        self, console: Console, trials: int, epochs: int, cells: int, deadline: float | None
+    ) -> None:
         self.console, self.trials, self.deadline = console, trials, deadline
         self.epochs_of_trial = epochs * cells
         self.epochs, self.cells = epochs, cells
@@ -56,11 +58,19 @@ class Display(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """A slot took a trial."""
-        self.slots[trial.trial_id] = {"assignment": trial.config["assignment"], "result": {}, "since": time.time()}
+        self.slots[trial.trial_id] = {
+            "assignment": trial.config["assignment"],
+            "result": {},
+            "since": time.time(),
+        }
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """An epoch ended."""
-        self.slots.setdefault(trial.trial_id, {"assignment": trial.config["assignment"], "since": time.time()})
+        self.slots.setdefault(
+            trial.trial_id, {"assignment": trial.config["assignment"], "since": time.time()}
+        )
         self.slots[trial.trial_id]["result"] = result
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -88,7 +98,9 @@ class Display(tune.Callback):
             self.overall.update(self.task, completed=self.done, best=self._best())
         if not self.console.is_terminal:
             shown = "refit" if is_refit else "trial"
-            self.console.print(f"{shown} {name} {how} after {self._epochs(result)} epochs, MAE {value:.2f} y  {self._best()}")
+            self.console.print(
+                f"{shown} {name} {how} after {self._epochs(result)} epochs, MAE {value:.2f} y  {self._best()}"
+            )
 
     def _best(self) -> str:
         return f"best {self.best[0]:.2f} y (trial {self.best[1]})" if self.best else ""
@@ -112,7 +124,8 @@ class Display(tune.Callback):
         where = "refit" if result["fold"] == HOLDOUT else f"fold {result['fold']}"
         value = result.get("value", math.nan)
         shown = "" if math.isnan(value) else f"  MAE {value:.2f} y"
-        return f"  {assignment['name']}  {what}  {where}, seed {result['seed']}, epoch {result['epoch']}/{self.epochs}{shown}"
+        epoch = f"seed {result['seed']}, epoch {result['epoch']}/{self.epochs}"
+        return f"  {assignment['name']}  {what}  {where}, {epoch}{shown}"
 
     @staticmethod
     def _epochs(result: dict[str, Any]) -> int:
@@ -134,7 +147,9 @@ class TensorBoard(tune.Callback):
         """See `Display.__getstate__`."""
         return {}
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """Write the epoch's scalars."""
         writer = self._writer(trial)
         step = result.get("epochs", result.get("refit_epochs", 0))
@@ -149,7 +164,9 @@ class TensorBoard(tune.Callback):
         """Write the settings, the last and the best value, and close."""
         writer, values = self._writer(trial), self.values.pop(trial.trial_id, [])
         settings = flatten(trial.config["assignment"]["settings"])
-        shown = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
+        shown = {
+            name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)
+        }
         if values:
             metrics = {"final_value": values[-1], "best_value": min(values)}
             writer.add_hparams(shown, metrics, run_name=".")

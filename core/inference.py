@@ -1,0 +1,99 @@
+"""Ages from a trained model: what `predict` and `evaluate` use, without Ray and without pickled code.
+
+A model folder holds `settings.json`, `model.safetensors`, `probe.json` (null for direct regression) and
+`input.json` (channels, and the intensity statistics of the training subjects).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from core.config import RunSettings, resolve
+from core.errors import UserError
+from core.evaluation.probes import AgeProbe
+from core.tasks import TASKS
+from core.volumes.nifti import read_volume
+from core.volumes.preprocess import IntensityStatistics, Preprocessing, normalise, prepare_volume
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model with everything it needs to turn stored volumes into ages."""
+
+    settings: RunSettings
+    model: nn.Module
+    probe: AgeProbe | None
+    channels: tuple[str, ...]
+    statistics: IntensityStatistics | None
+
+    @torch.no_grad()
+    def predict(self, volumes: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Ages (n,) in years of volumes (n, C, X, Y, Z) as a cohort stores them, channels as in `channels`."""
+        self.model.eval()
+        ages = [
+            self._predict_batch(volumes[start : start + BATCH]) for start in range(0, len(volumes), BATCH)
+        ]
+        return np.concatenate(ages).astype(np.float64)
+
+    def _predict_batch(self, volumes: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        tensor = torch.as_tensor(np.asarray(volumes, dtype=np.float32))
+        tensor = normalise(tensor, self.settings.data.normalise, self.statistics)
+        if self.probe is None:
+            return self.model(tensor).squeeze(-1).numpy()
+        embeddings = self.model.embed(tensor)  # type: ignore[operator]
+        return self.probe.predict(embeddings.numpy())
+
+
+def save_predictor(folder: Path, predictor: Predictor) -> None:
+    """Write a model folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(predictor.settings.model_dump_json(indent=2))
+    save_model(predictor.model, str(folder / "model.safetensors"))
+    (folder / "probe.json").write_text(predictor.probe.to_json() if predictor.probe else "null")
+    statistics = predictor.statistics._asdict() if predictor.statistics else None
+    (folder / "input.json").write_text(json.dumps({"channels": predictor.channels, "statistics": statistics}))
+
+
+def load_predictor(folder: Path) -> Predictor:
+    """Read a model folder; UserError where there is none, or it is damaged."""
+    try:
+        settings = resolve(json.loads((folder / "settings.json").read_text()))
+        inputs = json.loads((folder / "input.json").read_text())
+        probe_text = (folder / "probe.json").read_text()
+        model = TASKS[settings.task].build_model(settings, len(inputs["channels"]), np.zeros(1))
+        load_model(model, str(folder / "model.safetensors"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no trained model in {folder}: {Path(error.filename or '').name} is missing"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"the model in {folder} cannot be read: {' '.join(str(error).split())[:200]}"
+        ) from None
+    statistics = inputs["statistics"]
+    return Predictor(
+        settings=settings,
+        model=model,
+        probe=None if probe_text.strip() == "null" else AgeProbe.from_json(probe_text),
+        channels=tuple(inputs["channels"]),
+        statistics=IntensityStatistics(tuple(statistics["mean"]), tuple(statistics["sd"]))
+        if statistics
+        else None,
+    )
+
+
+def prepare_files(files: Sequence[Path], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """Volumes (n, 1, X, Y, Z) of NIfTI files, prepared as the training cohort was."""
+    prepared = [prepare_volume(*read_volume(file), preprocessing).voxels for file in files]
+    return np.stack(prepared)[:, None].astype(np.float32)

@@ -1,0 +1,112 @@
+"""One training run, without a search: in this very process, or on several workers of one slot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from core.config import merge, resolve
+from core.errors import UserError
+from core.volumes.cohort import Cohort
+from core.volumes.splits import Splits, make_splits
+from distributed import run_folder
+from distributed.cluster import connect, plan_slots
+from distributed.data import InMemory, Resident
+from distributed.run_folder import RunFolder
+from distributed.slot import WorkerGroup
+from distributed.train_loop import Runner, Subjects, assign, make_runner
+from search_spaces import DEFAULT, load_space
+
+NAME = "0000"
+
+
+def train_one(
+    cohort: Path,
+    out: Path,
+    changes: dict[str, Any],
+    *,
+    folds: int,
+    fold: int,
+    seed: int,
+    workers: int,
+    address: str | None,
+    console: Console,
+) -> RunFolder:
+    """Train one configuration on one fold's training subjects, judge it on that fold's validation subjects.
+
+    The hold-out is not touched. With one worker and no `address` Ray is not started, so a debugger works.
+    """
+    opened = Cohort.open(cohort)
+    _, published = load_space(DEFAULT)
+    settings = resolve(merge(published, changes)).model_dump(mode="json")
+    splits = make_splits(opened.manifest, folds)
+    if not 0 <= fold < folds:
+        raise UserError(f"--fold {fold} does not exist; with --folds {folds} it is 0 to {folds - 1}")
+    request = {"folds": folds, "fold": fold, "seed": seed, "workers": workers, "changes": changes}
+    folder = run_folder.create_run(out, "train", request, settings, opened)
+    run_folder.write_splits(folder, splits, opened)
+    assignment = assign(folder.trial(NAME), settings, [{"fold": fold, "seed": seed}], keep_model=True)
+    if workers == 1 and address is None:
+        subjects = Subjects(InMemory.of(opened), opened.manifest, splits, opened.description.channels)
+        answer = _run(Runner(subjects), assignment, settings, console)
+    else:
+        answer = _run_on_ray(opened, splits, workers, address, assignment, settings, folder, console)
+    if "diverged" in answer:
+        raise UserError(
+            f"training diverged: {answer['diverged']}; try a smaller --set optimiser.learning_rate=…"
+        )
+    run_folder.keep_best(folder, folder.trial(NAME) / f"model-{seed}")
+    run_folder.finish(folder)
+    _write_history(folder)
+    return folder
+
+
+def _run(
+    run_epoch: Any, assignment: dict[str, Any], settings: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Epoch after epoch, with a progress bar; returns the last answer."""
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("epochs", total=settings["training"]["epochs"], now="")
+        while True:
+            answer = run_epoch(assignment)
+            now = f"loss {answer.get('loss', float('nan')):.3f}  validation MAE {answer['value']:.2f} y"
+            progress.update(task, advance=1, now=now)
+            if answer["done"]:
+                return answer
+
+
+def _run_on_ray(
+    cohort: Cohort, splits: Splits, workers: int, address: str | None, assignment: dict[str, Any],
+    settings: dict[str, Any], folder: RunFolder, console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    with connect(address, console):
+        size, _ = plan_slots(slots=1, workers=workers, gpus_per_worker=None, trials=1)
+        arguments = {
+            "volumes": Resident.of(cohort),
+            "manifest": cohort.manifest[["subject", "age", "site"]],
+            "splits": splits,
+            "channels": cohort.description.channels,
+        }
+        group = WorkerGroup(size, make_runner, arguments, str(folder.path / "tune"))
+        group.start()
+        try:
+            return _run(group.run, assignment, settings, console)
+        finally:
+            group.stop()
+
+
+def _write_history(folder: RunFolder) -> None:
+    progress = run_folder.read_progress(folder.trial(NAME))
+    pd.DataFrame(progress["history"]).assign(number=0).to_csv(folder.path / "history.csv", index=False)
+    pd.DataFrame(progress["cells"]).assign(number=0).to_csv(folder.path / "cells.csv", index=False)
