@@ -209,7 +209,7 @@ def _check_room(out: Path, subjects: int, preprocessing: Preprocessing, dtype: s
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise UserError(
-            f"{out} needs {needed / 1e9:.1f} GB for {subjects} volumes, only {free / 1e9:.1f} GB are free"
+            f"{out} needs {needed / 1e6:,.1f} MB for {subjects} volumes, but {free / 1e6:,.1f} MB are free"
         )
 
 

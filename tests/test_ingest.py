@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from reference_resample import affine_of, rotation
+
+from core.errors import UserError
+from core.volumes.cohort import Cohort
+from core.volumes.ingest import ingest
+from core.volumes.preprocess import Preprocessing
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+SETTINGS = Preprocessing(spacing=8, intensity="raw")
+SCANNER = affine_of([-6, 6, 6], [40, -50, -30], rotation(0.1, 0, 0.05))
+
+
+def brain(number: int) -> np.ndarray:
+    """A block of "brain" with its own intensities, away from the middle of its field of view."""
+    voxels = np.zeros((20, 22, 20), np.float32)
+    voxels[3:15, 4:18, 2:14] = np.random.default_rng(number).uniform(50, 100, (12, 14, 12)) + number
+    return voxels
+
+
+def save(folder: Path, name: str, voxels: np.ndarray, affine: np.ndarray = SCANNER) -> Path:
+    path = folder / name.split("_")[0] / "anat" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    return path
+
+
+def tree(folder: Path, count: int = 4) -> Path:
+    """A BIDS-like folder of `count` good subjects, aged 20, 21, …"""
+    folder.mkdir(parents=True)
+    lines = ["participant_id\tage\tsex\tsite\thandedness\tiq"]
+    for number in range(count):
+        save(folder, f"sub-{number:02d}_T1w.nii.gz", brain(number))
+        sex = ("M", "female", "n/a", "m")[number % 4]
+        lines.append(
+            f"sub-{number:02d}\t{20 + number}\t{sex}\tA\tright\t{'n/a' if number == 1 else 100 + number}"
+        )
+    (folder / "participants.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def add_row(source: Path, row: str) -> None:
+    with (source / "participants.tsv").open("a") as file:
+        file.write(row + "\n")
+
+
+def replace_row(source: Path, old: str, new: str) -> None:
+    path = source / "participants.tsv"
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_clean_folder(tmp_path):
+    seen = []
+    source = tree(tmp_path / "study")
+    report = ingest(source, tmp_path / "c", SETTINGS, on_progress=lambda *step: seen.append(step))
+    manifest = report.cohort.manifest
+    assert manifest["subject"].tolist() == ["sub-00", "sub-01", "sub-02", "sub-03"]
+    assert manifest["age"].tolist() == [20, 21, 22, 23]
+    assert manifest["sex"].tolist() == ["M", "F", "", "M"]
+    assert manifest["site"].tolist() == ["A"] * 4
+    assert manifest["handedness"].tolist() == ["right"] * 4
+    np.testing.assert_array_equal(manifest["iq"], [100, np.nan, 102, 103])
+    assert manifest["source"][2] == "sub-02/anat/sub-02_T1w.nii.gz"
+    assert (report.rejects, report.notes, report.already_there) == ((), (), False)
+    assert (tmp_path / "c" / "rejects.csv").read_text() == "subject,file,reason\n"
+    assert seen == [(number + 1, 4, f"sub-{number:02d}") for number in range(4)]
+    description = report.cohort.description
+    assert description.channels == ("T1w",)
+    assert description.preprocessing == SETTINGS.model_copy(update={"centre": "brain"}).settings
+    assert description.source == str(source)
+    assert not description.synthetic
+
+
+def test_each_subject_keeps_its_own_voxels_and_its_place_in_mm(tmp_path):
+    report = ingest(tree(tmp_path / "study"), tmp_path / "c", SETTINGS, dtype="float32")
+    for row, volume in enumerate(report.cohort.read(range(4))[:, 0]):
+        original = brain(row)
+        affine = np.diag([8.0, 8.0, 8.0, 1.0])
+        affine[:3, 3] = report.cohort.manifest.loc[row, ["origin_x", "origin_y", "origin_z"]].to_list()
+        middle = nib.affines.apply_affine(affine, np.argwhere(volume).mean(axis=0))
+        expected = nib.affines.apply_affine(SCANNER, np.argwhere(original).mean(axis=0))
+        np.testing.assert_allclose(middle, expected, atol=1)
+        assert volume[volume != 0].mean() == pytest.approx(original[original != 0].mean(), rel=0.01)
+        assert np.count_nonzero(volume) * 8**3 == pytest.approx(np.count_nonzero(original) * 6**3, rel=0.1)
+
+
+def test_same_input_and_settings_same_bytes_and_row_order_does_not_matter(tmp_path):
+    source = tree(tmp_path / "study")
+    ingest(source, tmp_path / "1" / "c", SETTINGS)
+    table = pd.read_csv(source / "participants.tsv", sep="\t", dtype=str, keep_default_na=False)
+    ingest(source, tmp_path / "2" / "c", SETTINGS)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    table[::-1].to_csv(source / "participants.tsv", sep="\t", index=False)
+    turned = ingest(source, tmp_path / "3", SETTINGS).cohort
+    assert turned.description.hash == Cohort.open(tmp_path / "1" / "c").description.hash
+
+
+def test_ids_without_prefix_windows_lines_and_byte_order_mark(tmp_path):
+    source = tree(tmp_path / "study")
+    text = (source / "participants.tsv").read_text().replace("sub-", "").replace("\n", "\r\n")
+    (source / "participants.tsv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert len(ingest(source, tmp_path / "c", SETTINGS).cohort) == 4
+
+
+def test_columns_that_clash_with_the_manifest_are_renamed(tmp_path):
+    source = tree(tmp_path / "study")
+    replace_row(source, "handedness\tiq", "source\tvolume")
+    replace_row(source, "\tage\t", "\tscan_age\t")
+    manifest = ingest(source, tmp_path / "c", SETTINGS, age_column="scan_age").cohort.manifest
+    assert manifest["participants_source"].tolist() == ["right"] * 4
+    assert manifest["volume"][0] == 100
+    assert manifest["age"][3] == 23
+
+
+def nan_voxels() -> np.ndarray:
+    voxels = brain(1)
+    voxels[5, 5, 5:8] = np.nan
+    return voxels
+
+
+BAD_IMAGES = {
+    "3 NaN or infinite voxels": lambda source: save(source, "sub-01_T1w.nii.gz", nan_voxels()),
+    r"4D with shape \(20, 22, 20, 2\)": lambda source: save(
+        source, "sub-01_T1w.nii.gz", np.stack([brain(1)] * 2, axis=-1)
+    ),
+    "empty: every voxel is 0": lambda source: save(
+        source, "sub-01_T1w.nii.gz", np.zeros((5, 5, 5), np.float32)
+    ),
+    "constant": lambda source: save(source, "sub-01_T1w.nii.gz", np.ones((5, 5, 5), np.float32)),
+    "truncated": lambda source: cut_short(source / "sub-01" / "anat" / "sub-01_T1w.nii.gz"),
+    "has no image": lambda source: shutil.rmtree(source / "sub-01"),
+    "has 2 images with suffix T1w": lambda source: save(source, "sub-01_run-2_T1w.nii.gz", brain(1)),
+    "listed 2 times": lambda source: add_row(source, "01\t21\tF\tA\tright\t100"),
+    "has no row": lambda source: replace_row(source, "sub-01", "sub-"),
+    "age is missing": lambda source: replace_row(source, "\t21\t", "\tn/a\t"),
+    "age '89\\+' is not a number": lambda source: replace_row(source, "\t21\t", "\t89+\t"),
+    "age -3 is not between 0 and 130": lambda source: replace_row(source, "\t21\t", "\t-3\t"),
+    "age 2100 is not between": lambda source: replace_row(source, "\t21\t", "\t2100\t"),
+    "age inf is not between": lambda source: replace_row(source, "\t21\t", "\tinf\t"),
+}
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+@pytest.mark.parametrize("reason", BAD_IMAGES)
+def test_a_bad_subject_is_rejected_with_its_reason_and_the_rest_goes_on(tmp_path, reason):
+    source = tree(tmp_path / "study")
+    BAD_IMAGES[reason](source)
+    report = ingest(source, tmp_path / "c", SETTINGS)
+    assert report.cohort.manifest["subject"].tolist() == ["sub-00", "sub-02", "sub-03"]
+    written = pd.read_csv(tmp_path / "c" / "rejects.csv")
+    assert written["subject"].tolist() == ["sub-01"]
+    assert [reject.subject for reject in report.rejects] == ["sub-01"]
+    assert written["reason"].str.contains(reason).all(), written["reason"][0]
+    with pytest.raises(UserError, match=rf"study.*sub-01.*{reason}"):
+        ingest(source, tmp_path / "strict", SETTINGS, strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_kinds_of_image(tmp_path):
+    source = tree(tmp_path / "study")
+    save(source, "sub-02_ses-1_acq-fast_stiffness.nii", brain(7))
+    with pytest.raises(UserError, match=r"several kinds of image: T1w \(4\), stiffness \(1\).*--suffix"):
+        ingest(source, tmp_path / "c", SETTINGS)
+    report = ingest(source, tmp_path / "c", SETTINGS, suffix="stiffness")
+    assert report.cohort.manifest["subject"].tolist() == ["sub-02"]
+    assert report.cohort.description.channels == ("stiffness",)
+    assert len(report.rejects) == 3
+    with pytest.raises(UserError, match=r"no image with suffix 'FLAIR'; it has T1w \(4\), stiffness"):
+        ingest(source, tmp_path / "d", SETTINGS, suffix="FLAIR")
+
+
+def test_a_folder_that_cannot_be_used_says_why(tmp_path):
+    def message(source: Path, **options) -> str:
+        with pytest.raises(UserError) as caught:
+            ingest(source, tmp_path / "c", SETTINGS, **options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "nowhere is not a folder" in message(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "participants.tsv does not exist" in message(tmp_path / "empty")
+    (tmp_path / "empty" / "participants.tsv").write_text("participant_id\tage\nsub-1\t20\n")
+    assert "no images: NIfTI files" in message(tmp_path / "empty")
+    source = tree(tmp_path / "study")
+    wrong = message(source, age_column="Age")
+    assert "no column 'Age', only 'participant_id', 'age', 'sex'" in wrong
+    assert "did you mean 'age'?" in wrong
+    table = source / "participants.tsv"
+    table.write_text(table.read_text().replace("\t", ","))
+    assert "no column 'participant_id', only 'participant_id,age,sex" in message(source)
+    table.write_bytes(b"")
+    assert "not a tab-separated table" in message(source)
+    table.write_text("participant_id\tage\n" + "".join(f"sub-{number:02d}\told\n" for number in range(4)))
+    none = message(source)
+    assert "no usable subject" in none
+    assert "sub-00: age 'old' is not a number" in none
+    assert len(pd.read_csv(tmp_path / "c" / "rejects.csv")) == 4
+    assert sorted(contents(tmp_path / "c")) == ["rejects.csv"]
+
+
+def test_a_cohort_that_is_there_is_known_again_or_left_alone(tmp_path):
+    source = tree(tmp_path / "study")
+    add_row(source, "sub-99\t30\tF\tA\tleft\t1")
+    first = ingest(source, tmp_path / "c", SETTINGS)
+    before = contents(tmp_path / "c")
+    again = ingest(source, tmp_path / "c", SETTINGS)
+    assert again.already_there
+    assert again.cohort.description == first.cohort.description
+    assert again.rejects == first.rejects
+    assert len(again.rejects) == 1
+    for change in ({"preprocessing": Preprocessing(spacing=16)}, {"dtype": "float32"}):
+        with pytest.raises(UserError, match=r"already holds a cohort made from other .*4 subjects"):
+            ingest(**{"source": source, "out": tmp_path / "c", "preprocessing": SETTINGS, **change})
+    replace_row(source, "\t21\t", "\t22.5\t")
+    with pytest.raises(UserError, match="already holds a cohort made from other files or settings"):
+        ingest(source, tmp_path / "c", SETTINGS)
+    assert contents(tmp_path / "c") == before
+
+
+def test_an_output_folder_that_cannot_be_used(tmp_path, monkeypatch):
+    source = tree(tmp_path / "study")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*file/c.*choose another output folder"):
+        ingest(source, tmp_path / "file" / "c", SETTINGS)
+    with pytest.raises(UserError, match=r"holds other files, such as participants\.tsv"):
+        ingest(source, source, SETTINGS)
+
+    def read_only(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", read_only)
+        with pytest.raises(UserError, match=r"cannot write to .*Permission denied"):
+            ingest(source, tmp_path / "c", SETTINGS)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"needs 0\.1 MB for 4 volumes, but 0\.0 MB are free"):
+        ingest(source, tmp_path / "d", SETTINGS)
+    assert not (tmp_path / "d").exists()
+
+
+def test_values_too_large_for_float16_stop_with_advice(tmp_path):
+    source = tree(tmp_path / "study")
+    save(source, "sub-02_T1w.nii.gz", brain(2) * 1e4)
+    with pytest.raises(UserError, match=r"sub-02: .* above 65504.*float32"):
+        ingest(source, tmp_path / "c", SETTINGS)
+    assert len(ingest(source, tmp_path / "c", SETTINGS, dtype="float32").cohort) == 4
+
+
+def test_template_space_is_settled_for_the_whole_cohort(tmp_path):
+    source = tree(tmp_path / "study", count=0)
+    template = affine_of([8, 8, 8], [-88, -126, -70])
+    for number in range(2):
+        voxels = np.zeros((23, 28, 23), np.float32)
+        voxels[4:19, 5:24, 3 : 10 + 5 * number] = brain(number)[5:6, 6:7, 3:4] + number  # coverage differs
+        voxels[4, 5, 3] += 1
+        save(source, f"sub-{number:02d}_T1w.nii.gz", voxels, template)
+        add_row(source, f"sub-{number:02d}\t30\tF\tA\tleft\t1")
+    cohort = ingest(source, tmp_path / "c", SETTINGS).cohort
+    assert cohort.description.preprocessing["centre"] == "world"
+    assert cohort.manifest["origin_z"].tolist() == [-70, -70]
+    np.testing.assert_array_equal(cohort.description.affine, template)
+    save(source, "sub-02_T1w.nii.gz", brain(2))
+    add_row(source, "sub-02\t30\tF\tA\tleft\t1")
+    with pytest.raises(
+        UserError, match=r"2 of 3 images cover the MNI152 field of view.*such as sub-02.*centre="
+    ):
+        ingest(source, tmp_path / "d", SETTINGS)
+
+
+def test_brains_that_reach_out_of_the_grid_are_pointed_out(tmp_path):
+    small = Preprocessing(spacing=8, shape=(5, 20, 20), intensity="raw")
+    report = ingest(tree(tmp_path / "study"), tmp_path / "c", small)
+    assert len(report.notes) == 1
+    assert "4 of 4 brains reach out of the grid" in report.notes[0]
+    assert (report.cohort.manifest["coverage"] < 0.95).all()
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs the real volumes of ../shared/data")
+@pytest.mark.parametrize(
+    ("folder", "count", "centre"), [("mre_stiffness", 34, "world"), ("t1w_bids", 36, "brain")]
+)
+def test_real_folders(tmp_path, folder, count, centre):
+    report = ingest(DATA / folder, tmp_path / "c", Preprocessing(spacing=8, intensity="raw"))
+    cohort = report.cohort
+    assert (len(cohort), report.rejects, report.notes) == (count, (), ())
+    assert cohort.description.preprocessing["centre"] == centre
+    labels = pd.read_csv(DATA / folder / "participants.tsv", sep="\t").set_index("participant_id")
+    assert cohort.manifest["age"].tolist() == labels.loc[cohort.manifest["subject"], "age"].tolist()
+    for row in (0, count // 2, count - 1):
+        stored = np.asarray(nib.load(DATA / folder / cohort.manifest["source"][row]).dataobj, dtype=float)
+        volume = cohort.read([row])[0, 0].astype(float)
+        assert np.count_nonzero(volume) * 512 == pytest.approx(np.count_nonzero(stored) * 8, rel=0.02)
+        assert volume[volume != 0].mean() == pytest.approx(stored[stored != 0].mean(), rel=0.03)
