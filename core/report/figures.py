@@ -38,14 +38,22 @@ MAE_LABEL = "validation MAE (years)"
 def optimisation_history(record: RunRecord) -> Figure:
     """Value of every trial in the order they were started, and the best so far (years)."""
     trials = record.trials.sort_values("number")
-    if trials.empty:
-        raise NothingToDraw("no trial was recorded")
     valued = trials[trials["value"].notna()]
+    if valued.empty:
+        raise NothingToDraw(f"none of the {len(trials)} trials recorded has a value")
     completed = valued[valued["state"] == "COMPLETE"]
     pruned = valued[valued["state"] == "PRUNED"]
     figure, axes = new_figure(3.4)
-    axes.plot(pruned["number"], pruned["value"], "^", mfc=PAPER, mec=MUTED, label="pruned")
-    axes.plot(completed["number"], completed["value"], "o", color=ACCENT, label="completed")
+    axes.plot(
+        pruned["number"], pruned["value"], "^", mfc=PAPER, mec=MUTED, label=None if pruned.empty else "pruned"
+    )
+    axes.plot(
+        completed["number"],
+        completed["value"],
+        "o",
+        color=ACCENT,
+        label=None if completed.empty else "completed",
+    )
     if not completed.empty:
         best = completed["value"].cummin()
         last = trials["number"].max()
@@ -243,8 +251,10 @@ def learning_curves(record: RunRecord) -> Figure:
     figure, axes = new_figure(3.4)
     for trial in trials:
         _draw_curve(axes, trial, record)
-    axes.plot([], [], "x", color=INK, label="pruned here")
-    axes.plot([], [], color=MUTED, lw=1, alpha=0.6, label="other trials")
+    if any(trial.state == TrialState.PRUNED for trial in trials):
+        axes.plot([], [], "x", color=INK, label="pruned here")
+    if {trial.number for trial in trials} - {record.best, record.published}:
+        axes.plot([], [], color=MUTED, lw=1, alpha=0.6, label="other trials")
     _clip_curves(axes, trials)
     axes.set(xlabel="epochs done, over all folds and seeds", ylabel=MAE_LABEL)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -257,7 +267,8 @@ def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord) -> None:
     marker = "." if len(steps) == 1 else ""
     look: dict[str, Any]
     if trial.number == record.best:
-        look = {"color": ACCENT, "lw": 2.4, "zorder": 4, "label": f"trial {trial.number} (best)"}
+        name = f"trial {trial.number} (best{', published' if trial.number == record.published else ''})"
+        look = {"color": ACCENT, "lw": 2.4, "zorder": 4, "label": name}
     elif trial.number == record.published:
         look = {"color": INK, "lw": 1.8, "ls": (0, (4, 2)), "zorder": 3, "label": "published"}
     else:

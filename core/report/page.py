@@ -163,6 +163,7 @@ def sweep_facts(record: RunRecord) -> list[tuple[str, str]]:
         "Trials": sweep.get("trials"),
         "Folds": sweep.get("folds"),
         "Seeds": _joined(sweep.get("seeds"), ", "),
+        "Refit seeds": sweep.get("refit_seeds"),
         "Search seed": sweep.get("search_seed"),
         "Sampler": sweep.get("sampler"),
         "Scheduler": sweep.get("scheduler"),

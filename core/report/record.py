@@ -12,6 +12,7 @@ import pandas as pd
 from optuna.storages.journal import JournalFileBackend
 
 from core.errors import UserError
+from core.report.verdict import MEDIAN
 
 STUDY_NAME = "brainsweep"
 TRIAL_COLUMNS = ("number", "label", "state", "value", "sd", "n", "epochs", "seconds", "reason")
@@ -111,14 +112,18 @@ def read_run(run: Path) -> RunRecord:
         raise UserError(f"'{run}' is not a run: it has none of run.json, study.journal, trials.csv")
     missing: list[str] = []
     about = _read_json(run / "run.json", "how the run was made", missing)
+    if about.get("kind", "sweep") != "sweep":
+        raise UserError(f"'{run}' is a '{about['kind']}' run; a report is made of sweeps")
     study = _read_study(run / "study.journal", missing)
     tables = {name: _read_table(run, name, missing) for name in TABLES}
     if tables["trials"].empty and study is not None:
         tables["trials"] = _trials_of(study)
+    cohort = _read_cohort(run, about, missing)
+    tables["predictions"] = _with_median(tables["predictions"], tables["splits"], cohort)
     return RunRecord(
         folder=run,
         about=about,
-        cohort=_read_cohort(run, about, missing),
+        cohort=cohort,
         study=study,
         winner=_read_json(run / "best" / "settings.json", "the winner's settings", missing),
         missing=tuple(missing),
@@ -153,10 +158,10 @@ def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
         else:
             missing.append(f"{csv.name} is absent: {what}")
             return _empty(name)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # pandas' parser errors are ValueErrors, pyarrow's OSErrors or such
+    except pd.errors.EmptyDataError:
+        missing.append(f"{csv.name} is empty: {what}")
+        return _empty(name)
+    except (OSError, ValueError) as error:  # so are the parsers' own errors
         missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
         return _empty(name)
     absent = [column for column in columns if column not in table]
@@ -223,6 +228,18 @@ def _read_cohort(run: Path, about: dict[str, Any], missing: list[str]) -> pd.Dat
         where = f"at '{given}'" if given else "where the run says (it does not say)"
         missing.append(f"the cohort is not {where}: its ages and sites")
     return pd.DataFrame(columns=["subject", "age", "site"])
+
+
+def _with_median(predictions: pd.DataFrame, splits: pd.DataFrame, cohort: pd.DataFrame) -> pd.DataFrame:
+    """The predictions, and those of the training median where the sweep has not written them down."""
+    trained = cohort["subject"].isin(splits.loc[splits["role"] != "holdout", "subject"])
+    if predictions.empty or not trained.any() or (predictions["method"] == MEDIAN).any():
+        return predictions
+    held_out = predictions.drop_duplicates("subject")
+    median = cohort.loc[trained, "age"].median()
+    return pd.concat(
+        [predictions, held_out.assign(method=MEDIAN, seed=0, predicted=median)], ignore_index=True
+    )
 
 
 def _first_line(error: Exception) -> str:
