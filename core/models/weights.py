@@ -82,8 +82,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], prefix: 
             mismatched.append(
                 f"{name}: {tuple(given[name].shape)} in the file, {tuple(wanted[name].shape)} here"
             )
-    if not loaded:
-        raise UserError(_nothing_fits(wanted, weights, prefix))
+    if not any(value.ndim for value in loaded.values()):  # counters of batches fit every architecture
+        raise UserError(_nothing_fits(wanted, weights, prefix, mismatched))
     model.load_state_dict(loaded, strict=False)
     return LoadReport(
         loaded=tuple(name for name in wanted if name in loaded),
@@ -149,11 +149,14 @@ def _takes(channels: tuple[int, int], wanted: torch.Tensor, given: torch.Tensor)
 
 
 def _nothing_fits(
-    wanted: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], prefix: str
+    wanted: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    prefix: str,
+    mismatched: Sequence[str],
 ) -> str:
-    ours, theirs = next(iter(wanted), "none"), next(iter(weights), "none")
     under = f" under '{prefix}'" if prefix else ""
-    return (
-        f"none of the {len(weights)} weights{under} fits the model: it wants names like '{ours}', "
-        f"the file has '{theirs}'"
+    names = (
+        f"it wants names like '{next(iter(wanted), 'none')}', the file has '{next(iter(weights), 'none')}'"
     )
+    reason = f"another size, {min(mismatched)}" if mismatched else names
+    return f"none of the {len(weights)} weights{under} fits the model: {reason}"
