@@ -1,0 +1,35 @@
+"""A cohort small enough to train on within a test: a bright ball whose brightness falls with age."""
+
+from pathlib import Path
+
+import numpy as np
+
+from core.volumes.cohort import Cohort, CohortWriter
+
+SIDE = 12
+
+
+def write_small_cohort(folder: Path, subjects: int = 24, seed: int = 0) -> Cohort:
+    generator = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, SIDE)] * 3, indexing="ij"))
+    ball = np.linalg.norm(grid, axis=0) < 0.8
+    writer = CohortWriter(
+        folder, name="small", channels=("stiffness",), shape=(SIDE,) * 3, spacing=8.0, affine=np.eye(4),
+        preprocessing={"spacing": 8.0}, source="test", synthetic=True,
+    )  # fmt: skip
+    with writer:
+        for index in range(subjects):
+            age = float(generator.uniform(20, 80))
+            volume = ball * (3 - 0.02 * age + generator.normal(0, 0.1, ball.shape))
+            writer.add(
+                volume[None].astype(np.float32), subject=f"sub-{index:03d}", age=age, site=f"site-{index % 2}"
+            )
+    return Cohort.open(folder)
+
+
+SMALL = {
+    "model.width": 0.0625,
+    "model.head.dimension": 8,
+    "training.epochs": 2,
+    "training.batch_size": 8,
+}

@@ -1,0 +1,134 @@
+"""Settings: dotted names, merging, and errors that help."""
+
+import optuna
+import pytest
+
+from core.config import flatten, known_names, merge, parse_changes, resolve
+from core.errors import UserError
+from search_spaces import SPACES, load_space, published
+
+
+def test_published_brain_age_settings_are_those_of_the_paper():
+    settings = resolve(published("brain_age"))
+    assert (settings.model.name, settings.model.width) == ("resnet18", 1.0)
+    assert settings.objective.name == "exponential"
+    assert (settings.objective.kernel, settings.objective.width(0.5)) == ("rbf", 2.0)
+    assert settings.objective.temperature(0.3) == 0.1
+    assert (settings.optimiser.learning_rate, settings.optimiser.weight_decay) == (1e-4, 5e-5)
+    assert (settings.training.epochs, settings.training.batch_size) == (50, 32)
+
+
+def test_resolved_settings_survive_json_and_resolve_to_themselves():
+    settings = resolve(published("brain_age"))
+    assert resolve(settings.model_dump(mode="json")) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("20", 20), ("null", None), ("true", True), ("adam", "adam"), ("[a, b]", ["a", "b"])],
+)
+def test_typed_values(text, value):
+    assert parse_changes([f"optimiser.learning_rate={text}"]) == {"optimiser.learning_rate": value}
+
+
+def test_a_setting_may_be_a_schedule():
+    changes = parse_changes(["objective.temperature={shape: linear, start: 0.2, end: 0.1}"])
+    settings = resolve(merge(published("brain_age"), changes))
+    assert settings.objective.temperature(0.5) == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("optimiser.learning_rat=1", "did you mean 'optimiser.learning_rate'"),
+        ("learning_rate=1", "did you mean 'optimiser.learning_rate'"),
+        ("optimiser.learning_rate", "has no '='"),
+    ],
+)
+def test_a_wrong_name_is_refused_with_the_nearest(assignment, said):
+    with pytest.raises(UserError, match=said):
+        parse_changes([assignment])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training.epochs": "many"}, "'training.epochs'.*got 'many'"),
+        ({"views.noise": -1}, "'views.noise'.*got -1"),
+        ({"objective.name": "suppcon"}, "'objective.name'.*did you mean 'supcon'"),
+        ({"objective.name": "supcon", "objective.kernel": "rbf"}, "'objective.kernel' cannot act here"),
+        ({"optimiser.momentum": 0.9}, "'optimiser.momentum' cannot act here"),
+    ],
+)
+def test_a_wrong_value_names_setting_and_value_in_one_line(changes, said):
+    with pytest.raises(UserError, match=said) as caught:
+        resolve(merge(published("brain_age"), changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_objective_drops_what_belonged_to_the_old_one():
+    merged = merge(published("brain_age"), {"objective.temperature": 0.3, "objective.name": "supcon"})
+    assert merged["objective"] == {"name": "supcon", "temperature": 0.3}
+
+
+def test_the_same_objective_keeps_what_stands_beside_it():
+    merged = merge(published("brain_age"), {"objective.name": "exponential", "objective.width": 5.0})
+    assert merged["objective"]["kernel"] == "rbf"
+
+
+def test_no_shape_is_no_block():
+    merged = merge(published("brain_age"), {"objective.neighbours.shape": None})
+    assert merged["objective"]["neighbours"] is None
+
+
+def test_merge_leaves_its_input_alone():
+    base = published("brain_age")
+    merge(base, {"model.width": 0.5, "objective.name": "supcon"})
+    assert base == published("brain_age")
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_point_of_a_space_is_a_valid_configuration_and_takes_effect(name):
+    space, base = load_space(name)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    for _ in range(100):
+        trial = study.ask()
+        resolved = flatten(resolve(merge(base, space(trial))).model_dump(mode="json"))
+        for setting, value in trial.params.items():
+            assert setting in known_names()
+            if value is not None:  # a block that is off has no settings of its own
+                assert resolved[setting] == value
+
+
+def test_a_space_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def few(trial):\n    return {'training.epochs': trial.suggest_int('training.epochs', 2, 4)}\n"
+    )
+    space, base = load_space(f"{file}:few")
+    trial = optuna.trial.FixedTrial({"training.epochs": 3})
+    assert resolve(merge(base, space(trial))).training.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("brian_age", "unknown space 'brian_age'; did you mean 'brain_age'"),
+        ("nowhere.py:space", "no file nowhere.py"),
+    ],
+)
+def test_an_unknown_space(name, said):
+    with pytest.raises(UserError, match=said):
+        load_space(name)
+
+
+def test_an_unknown_function_of_a_space_file(tmp_path):
+    (tmp_path / "mine.py").write_text("def few(trial):\n    return {}\n")
+    with pytest.raises(UserError, match="unknown function .* 'fev'; did you mean 'few'"):
+        load_space(f"{tmp_path / 'mine.py'}:fev")
+
+
+def test_a_space_file_that_cannot_be_imported(tmp_path):
+    (tmp_path / "mine.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError"):
+        load_space(f"{tmp_path / 'mine.py'}:few")

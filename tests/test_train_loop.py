@@ -1,0 +1,201 @@
+"""A trial on its cells: order, resumption, divergence, what is read and what is left behind."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_cohort import SMALL, write_small_cohort
+
+from core.config import merge, resolve
+from core.errors import UserError
+from core.inference import load_predictor
+from core.volumes.splits import make_splits
+from distributed.data import InMemory, epoch_batches, share
+from distributed.train_loop import HOLDOUT, Runner, Subjects, assign, learning_rate
+from search_spaces import published
+
+CELLS = [{"fold": 0, "seed": 0}, {"fold": 1, "seed": 0}]
+
+
+class Recorded:
+    """Volumes that remember which rows were read."""
+
+    def __init__(self, volumes):
+        self.volumes, self.rows = volumes, set()
+
+    def read(self, rows):
+        self.rows |= set(np.asarray(rows).tolist())
+        return self.volumes.read(rows)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_small_cohort(tmp_path_factory.mktemp("cohort") / "small")
+
+
+@pytest.fixture
+def subjects(cohort):
+    splits = make_splits(cohort.manifest, folds=2)
+    return Subjects(Recorded(InMemory.of(cohort)), cohort.manifest, splits, ("stiffness",))
+
+
+def settings(**changes):
+    return resolve(merge(published("brain_age"), SMALL | changes)).model_dump(mode="json")
+
+
+def run_all(runner, assignment):
+    answers = [runner(assignment)]
+    while not answers[-1]["done"]:
+        answers.append(runner(assignment))
+    return answers
+
+
+def without_times(history):
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "first_step_at")}
+        for row in history
+    ]
+
+
+def test_a_trial_visits_its_cells_in_order_and_its_value_is_their_mean(subjects, tmp_path):
+    answers = run_all(Runner(subjects), assign(tmp_path / "0000", settings(), CELLS))
+    assert [(answer["fold"], answer["epoch"]) for answer in answers] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [answer["epochs"] for answer in answers] == [1, 2, 3, 4]
+    cells = json.loads((tmp_path / "0000" / "progress.json").read_text())["cells"]
+    errors = [cell["mae"] for cell in cells]
+    assert answers[0]["value"] == answers[0]["mae"]  # epochs of the first cell
+    assert answers[2]["value"] == errors[0]  # then whole cells
+    assert answers[3]["value"] == pytest.approx(np.mean(errors))
+    assert answers[3]["sd"] == pytest.approx(np.std(errors, ddof=1))
+    assert answers[3]["n"] == 2
+
+
+def test_the_hold_out_is_not_read_by_a_trial_and_is_read_by_a_refit(subjects, tmp_path):
+    run_all(Runner(subjects), assign(tmp_path / "0000", settings(), CELLS))
+    held_out = set(subjects.splits.holdout.tolist())
+    assert not subjects.volumes.rows & held_out
+    assert subjects.volumes.rows == set(subjects.splits.development.tolist())
+    run_all(Runner(subjects), assign(tmp_path / "winner", settings(), [{"fold": HOLDOUT, "seed": 0}]))
+    assert held_out <= subjects.volumes.rows
+
+
+def test_a_refit_looks_at_the_hold_out_at_its_end_only(subjects, tmp_path):
+    answers = run_all(
+        Runner(subjects), assign(tmp_path / "winner", settings(), [{"fold": HOLDOUT, "seed": 0}])
+    )
+    assert [math.isnan(answer["mae"]) for answer in answers] == [True, False]
+    assert "epochs" not in answers[-1]  # what a scheduler would look at
+    table = pd.read_csv(tmp_path / "winner" / "predictions-0.csv")
+    assert np.abs(table["predicted"] - table["age"]).mean() == pytest.approx(answers[-1]["mae"])
+
+
+@pytest.mark.parametrize("objective", ["exponential", "supcon", "l1"])
+@pytest.mark.parametrize("interrupted_after", [1, 2, 3])
+def test_a_trial_continued_in_a_new_process_ends_with_the_same_numbers(
+    subjects, tmp_path, objective, interrupted_after
+):
+    chosen = settings(**{"objective.name": objective, "views.crop": 0.8, "views.noise": 0.1})
+    whole = run_all(Runner(subjects), assign(tmp_path / "whole", chosen, CELLS))
+    runner = Runner(subjects)
+    for _ in range(interrupted_after):
+        runner(assign(tmp_path / "parts", chosen, CELLS))
+    torch.rand(7)  # whatever happened in between
+    parts = run_all(Runner(subjects), assign(tmp_path / "parts", chosen, CELLS))
+    assert len(parts) == len(whole) - interrupted_after
+    histories = [json.loads((tmp_path / name / "progress.json").read_text()) for name in ("whole", "parts")]
+    assert str(without_times(histories[0]["history"])) == str(without_times(histories[1]["history"]))
+    assert histories[0]["cells"] == histories[1]["cells"]
+
+
+def test_a_finished_trial_answers_again_without_training(subjects, tmp_path):
+    assignment = assign(tmp_path / "0000", settings(), CELLS)
+    last = run_all(Runner(subjects), assignment)[-1]
+    again = Runner(subjects)(assignment)
+    assert {key: str(value) for key, value in again.items()} == {
+        key: str(value) for key, value in last.items()
+    }
+    assert not (tmp_path / "0000" / "checkpoint.pt").exists()
+
+
+def test_trials_do_not_influence_each_other(subjects, tmp_path):
+    first = assign(tmp_path / "0000", settings(), CELLS)
+    second = assign(tmp_path / "0001", settings(**{"optimiser.learning_rate": 1e-2}), CELLS)
+    alone = run_all(Runner(subjects), second)[-1]["value"]
+    runner = Runner(subjects)
+    run_all(runner, first)
+    assert run_all(runner, assign(tmp_path / "0002", second["settings"], CELLS))[-1]["value"] == alone
+
+
+def test_a_diverging_trial_says_where(subjects, tmp_path):
+    wild = settings(**{"optimiser.name": "sgd", "optimiser.learning_rate": 1e30})
+    answers = run_all(Runner(subjects), assign(tmp_path / "0000", wild, CELLS))
+    assert "fold 0" in answers[-1]["diverged"]
+    assert math.isnan(answers[-1]["value"])
+    assert not answers[-1]["finished"]
+
+
+def test_a_channel_the_cohort_lacks(subjects, tmp_path):
+    with pytest.raises(UserError, match="'t1w', but the cohort has stiffness"):
+        Runner(subjects)(assign(tmp_path / "0000", settings(**{"data.channels": ["t1w"]}), CELLS))
+
+
+def test_the_kept_model_predicts_what_the_refit_predicted(subjects, cohort, tmp_path):
+    for objective in ("exponential", "l1"):
+        chosen = settings(**{"objective.name": objective})
+        folder = tmp_path / objective
+        run_all(Runner(subjects), assign(folder, chosen, [{"fold": HOLDOUT, "seed": 3}], keep_model=True))
+        table = pd.read_csv(folder / "predictions-3.csv")
+        predicted = load_predictor(folder / "model-3").predict(cohort.read(subjects.splits.holdout))
+        np.testing.assert_allclose(predicted, table["predicted"], rtol=1e-4)
+
+
+def test_batches_are_a_permutation_and_the_same_for_any_number_of_workers():
+    rows = np.arange(100, 137)
+    batches = epoch_batches(rows, 8, seed=1, epoch=3)
+    assert sorted(np.concatenate(batches)) == sorted(rows)
+    for workers in (1, 2, 4):
+        again = epoch_batches(rows, 8, seed=1, epoch=3, workers=workers)
+        joined = [np.concatenate([share(batch, rank, workers) for rank in range(workers)]) for batch in again]
+        assert np.concatenate(joined).tolist() == np.concatenate(batches).tolist()
+        assert min(len(share(batch, workers - 1, workers)) for batch in again) >= 2 or workers == 4
+
+
+@pytest.mark.parametrize(("subjects_left", "workers"), [(1, 1), (2, 2), (3, 2)])
+def test_a_last_batch_too_small_to_contrast_joins_the_one_before(subjects_left, workers):
+    batches = epoch_batches(np.arange(16 + subjects_left), 8, seed=0, epoch=1, workers=workers)
+    assert [len(batch) for batch in batches] == [8, 8 + subjects_left]
+
+
+def test_epochs_and_seeds_give_other_orders():
+    orders = {
+        tuple(np.concatenate(epoch_batches(np.arange(20), 8, seed, epoch)))
+        for seed in (0, 1)
+        for epoch in (1, 2)
+    }
+    assert len(orders) == 4
+
+
+def test_published_learning_rate_drops_at_epochs_11_and_21():
+    chosen = resolve(published("brain_age"))
+    rates = [learning_rate(chosen, epoch) for epoch in range(1, 51)]
+    expected = [
+        1e-4 * 0.9 ** sum(milestone < epoch for milestone in range(10, 50, 10)) for epoch in range(1, 51)
+    ]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+def test_warm_up_rises_in_a_line_from_one_percent():
+    chosen = resolve(merge(published("brain_age"), {"optimiser.warmup": 0.1, "optimiser.decay": 1.0}))
+    rates = [learning_rate(chosen, epoch) / 1e-4 for epoch in range(1, 8)]
+    np.testing.assert_allclose(rates, [0.01, 0.208, 0.406, 0.604, 0.802, 1, 1])
+
+
+def test_progress_files_hold_no_machine_specific_types(subjects, tmp_path):
+    run_all(Runner(subjects), assign(tmp_path / "0000", settings(), CELLS))
+    progress = json.loads(Path(tmp_path / "0000" / "progress.json").read_text())
+    assert set(progress) == {"history", "cells", "answer"}
+    assert {type(value) for cell in progress["cells"] for value in cell.values()} <= {int, float}
