@@ -143,6 +143,7 @@ BAD_IMAGES = {
     "truncated": lambda source: cut_short(source / "sub-01" / "anat" / "sub-01_T1w.nii.gz"),
     "has no image": lambda source: shutil.rmtree(source / "sub-01"),
     "has 2 images with suffix T1w": lambda source: save(source, "sub-01_run-2_T1w.nii.gz", brain(1)),
+    "of another subject by its name": lambda source: misplace(source),
     "listed 2 times": lambda source: add_row(source, "01\t21\tF\tA\tright\t100"),
     "has no row": lambda source: replace_row(source, "sub-01", "sub-"),
     "age is missing": lambda source: replace_row(source, "\t21\t", "\tn/a\t"),
@@ -151,6 +152,11 @@ BAD_IMAGES = {
     "age 2100 is not between": lambda source: replace_row(source, "\t21\t", "\t2100\t"),
     "age inf is not between": lambda source: replace_row(source, "\t21\t", "\tinf\t"),
 }
+
+
+def misplace(source: Path) -> None:
+    shutil.rmtree(source / "sub-01")
+    shutil.copytree(source / "sub-00", source / "sub-01")
 
 
 def cut_short(path: Path) -> None:
@@ -170,6 +176,17 @@ def test_a_bad_subject_is_rejected_with_its_reason_and_the_rest_goes_on(tmp_path
     with pytest.raises(UserError, match=rf"study.*sub-01.*{reason}"):
         ingest(source, tmp_path / "strict", SETTINGS, strict=True)
     assert not (tmp_path / "strict").exists()
+
+
+def test_loops_of_links_and_names_without_a_suffix(tmp_path):
+    source = tree(tmp_path / "study")
+    for number in range(4):
+        folder = source / f"sub-{number:02d}" / "anat"
+        (folder / f"sub-{number:02d}_T1w.nii.gz").rename(folder / f"sub-{number:02d}.nii.gz")
+        (folder / "loop").symlink_to(source)
+    cohort = ingest(source, tmp_path / "c", SETTINGS).cohort
+    assert len(cohort) == 4
+    assert cohort.description.channels == ("image",)
 
 
 def test_kinds_of_image(tmp_path):

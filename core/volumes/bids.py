@@ -66,39 +66,34 @@ def list_scans(source: str | Path, suffix: str | None = None, age_column: str = 
     participants = _read_participants(source, age_column)
     images = _images(source)
     suffix = _checked_suffix(source, images, suffix)
-    counts = Counter(participants["subject"])
-    extra = _extra_columns(participants, age_column)
+    labels = {str(subject): rows for subject, rows in participants.groupby("subject")}
     scans, rejects = [], []
-    for subject in sorted({*counts, *images}):
+    for subject in sorted({*labels, *images}):
         paths = [path for path in images.get(subject, []) if _suffix(path) == suffix]
-        file = str(paths[0].relative_to(source)) if paths else ""
-        labels = participants[participants["subject"] == subject]
         try:
             path = _only_path(source, subject, paths, suffix)
-            if len(labels) != 1:
-                listed = f"is listed {len(labels)} times in" if len(labels) else "has no row in"
-                raise UserError(f"{subject} {listed} {PARTICIPANTS}; one row is needed")
-            row = labels.iloc[0]
-            age = _age(row[age_column])
-            sex = _text(row.get("sex", ""))
-            scans.append(
-                Scan(
-                    subject=subject,
-                    path=path,
-                    age=age,
-                    sex=SEXES.get(sex.lower(), sex),
-                    site=_text(row.get("site", "")),
-                    extra=extra.loc[row.name].to_dict(),
-                )
-            )
+            scans.append(_scan(subject, path, labels.get(subject, participants[:0]), age_column))
         except UserError as error:
+            file = str(paths[0].relative_to(source)) if paths else ""
             rejects.append(Reject(subject, file, str(error)))
     digest = hashlib.sha256((source / PARTICIPANTS).read_bytes()).hexdigest()
     return Listing(source, suffix, tuple(scans), tuple(rejects), digest)
 
 
+def _scan(subject: str, path: Path, labels: pd.DataFrame, age_column: str) -> Scan:
+    """The subject's image with the labels of its one row; UserError if they cannot be used."""
+    if len(labels) != 1:
+        listed = f"is listed {len(labels)} times in" if len(labels) else "has no row in"
+        raise UserError(f"{subject} {listed} {PARTICIPANTS}; one row is needed")
+    row = {str(name): value for name, value in labels.iloc[0].items()}
+    sex, site = _text(row.get("sex", "")), _text(row.get("site", ""))
+    own = {"participant_id", "subject", "sex", "site", age_column}
+    extra = {_free_name(name): value for name, value in row.items() if name not in own}
+    return Scan(subject, path, _age(row[age_column]), SEXES.get(sex.lower(), sex), site, extra)
+
+
 def _read_participants(source: Path, age_column: str) -> pd.DataFrame:
-    """participants.tsv as text, with a column `subject` that always carries the prefix sub-."""
+    """participants.tsv, with a column `subject` that always carries the prefix sub-; labels are still text."""
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; a BIDS-like folder with {PARTICIPANTS} is needed")
     path = source / PARTICIPANTS
@@ -116,7 +111,9 @@ def _read_participants(source: Path, age_column: str) -> pd.DataFrame:
                 f"(tab-separated){hint}; {did_you_mean(column, table.columns)}"
             )
     names = table["participant_id"].str.strip().str.removeprefix("sub-")
-    return table.assign(subject="sub-" + names)[names != ""].reset_index(drop=True)
+    known = table.assign(subject="sub-" + names)[names != ""].reset_index(drop=True)
+    own = ["participant_id", "subject", "sex", "site", age_column]
+    return known.assign(**{name: _numbers_or_text(known[name]) for name in known.columns.difference(own)})
 
 
 def _images(source: Path) -> dict[str, list[Path]]:
@@ -136,13 +133,14 @@ def _images(source: Path) -> dict[str, list[Path]]:
 
 
 def _suffix(path: Path) -> str:
-    """The BIDS suffix: sub-01_ses-1_T1w.nii.gz has suffix T1w."""
-    return path.name.removesuffix(".gz").removesuffix(".nii").rsplit("_", 1)[-1]
+    """The BIDS suffix: sub-01_ses-1_T1w.nii.gz has suffix T1w; sub-01.nii.gz, with none, is an "image"."""
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    return "image" if "_" not in stem and stem.startswith("sub-") else stem.rsplit("_", 1)[-1]
 
 
 def _checked_suffix(source: Path, images: dict[str, list[Path]], suffix: str | None) -> str:
     found = Counter(_suffix(path) for paths in images.values() for path in paths)
-    listed = ", ".join(f"{name} ({count})" for name, count in sorted(found.items()))
+    listed = ", ".join(f"{name} ({count})" for name, count in found.most_common(12))
     if suffix is None and len(found) > 1:
         raise UserError(f"{source} has several kinds of image: {listed}; choose one with --suffix")
     if suffix is not None and suffix not in found:
@@ -156,6 +154,11 @@ def _only_path(source: Path, subject: str, paths: list[Path], suffix: str) -> Pa
     if len(paths) > 1:
         names = ", ".join(str(path.relative_to(source)) for path in paths[:3])
         raise UserError(f"{subject} has {len(paths)} images with suffix {suffix} ({names}); one is needed")
+    stem = paths[0].name.removesuffix(".gz").removesuffix(".nii")
+    if stem.startswith("sub-") and stem.split("_")[0] != subject:
+        raise UserError(
+            f"{paths[0].relative_to(source)} is of another subject by its name; {subject} is needed"
+        )
     return paths[0]
 
 
@@ -176,14 +179,13 @@ def _text(value: str) -> str:
     return "" if value.strip().lower() in MISSING else value.strip()
 
 
-def _extra_columns(participants: pd.DataFrame, age_column: str) -> pd.DataFrame:
-    """Columns without a place of their own: numbers where every known value is one (else text), NaN or ""."""
-    known = {"participant_id", "subject", age_column, "sex", "site"}
-    columns = {}
-    for name in participants.columns.drop([name for name in known if name in participants]):
-        values = participants[name].map(_text)
-        numbers = pd.to_numeric(values.where(values != ""), errors="coerce")
-        numeric = values.ne("").any() and numbers.notna().eq(values != "").all()
-        taken = name in {"row", *COLUMNS, *PLACEMENT}
-        columns[f"participants_{name}" if taken else name] = numbers if numeric else values
-    return pd.DataFrame(columns, index=participants.index)
+def _numbers_or_text(column: pd.Series) -> pd.Series:
+    """A column as numbers if every known value is one, else as text; unknown is NaN or ""."""
+    text = column.map(_text)
+    numbers = pd.to_numeric(text.where(text != ""), errors="coerce")
+    return numbers if numbers.notna().any() and numbers.notna().eq(text != "").all() else text
+
+
+def _free_name(column: str) -> str:
+    """The name of a further column in the manifest, which has columns of its own."""
+    return f"participants_{column}" if column in {"row", *COLUMNS, *PLACEMENT} else column
