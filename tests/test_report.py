@@ -19,7 +19,7 @@ from core.errors import UserError
 from core.report import figures, schedule_figure, subject_figures
 from core.report import page as page_module
 from core.report.describe import describe
-from core.report.findings import caveats, headline
+from core.report.findings import caveats, headline, importance_note
 from core.report.page import FIGURES, write_report
 from core.report.style import NothingToDraw
 from core.report.tables import (
@@ -214,6 +214,13 @@ def test_the_same_model_is_identical_and_five_subjects_are_too_few() -> None:
     assert "1 held-out subject cannot tell" in single.sentence()
 
 
+def test_a_winner_that_cannot_be_told_from_the_median_is_shown_beside_a_method_that_can() -> None:
+    predictions = _predictions({WINNER: [[1.0, 30.0] * 4], PUBLISHED: [[14.0] * 8], MEDIAN: [[16.0] * 8]})
+    told = "cannot be told apart from the published configuration or predicting the training median."
+    beating = "What does beat predicting the training median: the published configuration."
+    assert verdict(predictions) == f"The search winner {told} {beating}"
+
+
 def test_only_subjects_that_both_methods_predicted_are_compared() -> None:
     predictions = _predictions({WINNER: [[1.0] * 9], MEDIAN: [[2.0] * 7]})
     found = compare(predictions, WINNER, MEDIAN)
@@ -221,6 +228,16 @@ def test_only_subjects_that_both_methods_predicted_are_compared() -> None:
     assert found.n == 7
     assert found.gain == pytest.approx(1.0)
     assert compare(predictions, WINNER, PUBLISHED) is None
+
+
+def test_the_median_is_predicted_from_the_training_subjects_where_the_sweep_did_not(run: Path) -> None:
+    written = pd.read_csv(run / "predictions.csv")
+    written[written["method"] != MEDIAN].to_csv(run / "predictions.csv", index=False)
+    found = read_run(run).predictions
+    columns = ["subject", "age", "predicted"]
+    expected = written.loc[written["method"] == MEDIAN, columns].reset_index(drop=True)
+    made = found.loc[found["method"] == MEDIAN, columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(made, expected)
 
 
 # --- page
@@ -399,6 +416,9 @@ def test_torn_files_are_named_and_the_rest_is_shown(run: Path, unsaved: None) ->
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run"):
         write_report(tmp_path)
+    (tmp_path / "run.json").write_text('{"kind": "train"}')
+    with pytest.raises(UserError, match="is a 'train' run; a report is made of sweeps"):
+        write_report(tmp_path)
     with pytest.raises(UserError, match="there is no such folder"):
         write_report(tmp_path / "nowhere")
 
@@ -481,9 +501,10 @@ def test_fold_spread_has_a_dot_for_every_cell_of_the_trials_shown(finished: Path
     assert any("published" in label for label in shown)
 
 
-def test_importance_without_variation_says_so(finished: Path) -> None:
+def test_importances_are_shares_and_conditional_settings_are_named(finished: Path) -> None:
     record = read_run(finished)
     assert sum(figures.importances_of(record).values()) == pytest.approx(1)
+    assert "too few trials for 15 settings" in importance_note(record)
     assert "objective.bin_width" in figures.unassessed_settings(record)
 
 

@@ -32,6 +32,7 @@ from core.report.style import (
 )
 
 MAE_LABEL = "validation MAE (years)"
+MOST_SETTINGS = 12
 
 
 @styled
@@ -131,8 +132,8 @@ def _keep_scale(axes: Axes, completed: pd.Series, pruned: pd.Series) -> None:
 
 @styled
 def parameter_importance(record: RunRecord) -> Figure:
-    """Share of the variance over completed trials that each setting explains (fANOVA, seeded)."""
-    importances = importances_of(record)
+    """Share of the variance over completed trials that the foremost settings explain (fANOVA, seeded)."""
+    importances = dict(list(importances_of(record).items())[:MOST_SETTINGS])
     figure, axes = new_figure(0.8 + 0.32 * len(importances))
     names, values = list(importances), np.array(list(importances.values()))
     bars = axes.barh(names[::-1], values[::-1], color=ACCENT, height=0.65)
@@ -263,7 +264,7 @@ def learning_curves(record: RunRecord) -> Figure:
 
 
 def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord) -> None:
-    steps, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
+    steps, values = zip(*sorted(_values_over_epochs(trial, record).items()), strict=True)
     marker = "." if len(steps) == 1 else ""
     look: dict[str, Any]
     if trial.number == record.best:
@@ -276,6 +277,15 @@ def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord) -> None:
     axes.plot(steps, values, marker=marker, **look)
     if trial.state == TrialState.PRUNED:
         axes.plot(steps[-1], values[-1], "x", color=INK, ms=5, zorder=5)
+
+
+def _values_over_epochs(trial: FrozenTrial, record: RunRecord) -> dict[int, float]:
+    """What a trial reported by epochs done; its end is its value, which need not have been reported."""
+    values = dict(trial.intermediate_values)
+    epochs = record.trials.loc[record.trials["number"] == trial.number, "epochs"].max()
+    if trial.state == TrialState.COMPLETE and trial.value is not None and epochs >= max(values):
+        values[int(epochs)] = trial.value
+    return values
 
 
 def _clip_curves(axes: Axes, trials: list[FrozenTrial]) -> None:

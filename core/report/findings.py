@@ -183,6 +183,17 @@ def _pruning(record: RunRecord) -> str:
     )
 
 
+def importance_note(record: RunRecord) -> str:
+    """How to read the importance of settings, and how far it can be trusted."""
+    completed = int((record.trials["state"] == "COMPLETE").sum())
+    settings = len(record.searched())
+    trials = count(completed, "completed trial")
+    note = f"Share of the variation between {trials} that each setting explains (fANOVA)."
+    if completed < 2 * settings:
+        return f"{note} That is too few trials for {settings} settings: do not trust the order."
+    return note
+
+
 def in_words(record: RunRecord) -> dict[str, str]:
     """Every figure's content in a sentence with its numbers, for people who cannot see it."""
     values = record.trials.loc[record.trials["state"] == "COMPLETE", "value"].dropna()

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from core.errors import UserError
 from core.report import figures, schedule_figure, subject_figures
 from core.report.describe import describe, is_absent, number
-from core.report.findings import caveats, headline, in_words, states, verdict_lines
+from core.report.findings import caveats, headline, importance_note, in_words, states, verdict_lines
 from core.report.record import RunRecord, read_run
 from core.report.style import NothingToDraw, as_svg
 from core.report.tables import (
@@ -97,7 +97,7 @@ def render(record: RunRecord) -> str:
         failed=_rows(failed),
         drawings=draw_all(record),
         unassessed=figures.unassessed_settings(record),
-        completed=int((record.trials["state"] == "COMPLETE").sum()),
+        importance=importance_note(record),
         cohort_facts=cohort_facts(record),
         sweep_facts=sweep_facts(record),
         roles=_roles(record),

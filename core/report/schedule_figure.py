@@ -137,9 +137,7 @@ def _draw(
     points = followed.dropna(subset=[column]).groupby("progress")[column].mean()
     axes.plot(points.index, points.to_numpy(), "o", mfc=PAPER, mec=SECOND, ms=4)
     values = np.concatenate([points.to_numpy(dtype=float), [] if line is None else line[1]])
-    if np.ptp(values) < 1e-9 * max(
-        abs(values).max(), 1e-12
-    ):  # constant: a flat line, without a scale of noise
+    if np.ptp(values) <= 1e-6 * abs(values).max():  # constant, but for float32: flat, in the middle
         axes.set_ylim(0, 2 * values[0] if values[0] > 0 else 1)
         title = f"{title}: constant {number(float(values[0]))}"
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from core.report.record import RunRecord
@@ -158,7 +159,6 @@ def cohort_ages(record: RunRecord) -> Figure:
             stacked=True,
             color=[ACCENT, PAPER],
             edgecolor=[ACCENT, SECOND],
-            label=["training and validation", "held out"],
         )
         for bar in bars[1]:
             bar.set(hatch="////", visible=bar.get_height() > 0)
@@ -167,5 +167,9 @@ def cohort_ages(record: RunRecord) -> Figure:
         axes.grid(visible=False, axis="x")
     grid[-1, 0].set_xlabel("age (years)")
     figure.supylabel("subjects per 5 years", fontsize=10)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    handles = [
+        Patch(facecolor=ACCENT, label="training and validation"),
+        Patch(facecolor=PAPER, edgecolor=SECOND, hatch="////", label="held out"),
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2)
     return figure

@@ -119,10 +119,15 @@ def verdict(predictions: pd.DataFrame) -> str:
     for outcome, words in said.items():
         others = [IN_WORDS[each.other] for each in made if each.outcome == outcome]
         if others:
-            parts.append(words.format(_listed(others)))
+            parts.append(words.format(_listed(others, "and" if outcome == "better" else "or")))
     sentence = f"The search winner {'; it '.join(parts)}."
-    if beating_the_median(predictions) == []:
+    beating = beating_the_median(predictions)
+    if beating == []:
         sentence += " No method here is shown to beat predicting the training median."
+    elif beating and WINNER not in beating:
+        sentence += (
+            f" What does beat {IN_WORDS[MEDIAN]}: {_listed([IN_WORDS[each] for each in beating], 'and')}."
+        )
     return sentence
 
 
@@ -141,5 +146,5 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _listed(names: list[str], last: str) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
