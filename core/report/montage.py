@@ -13,6 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 BACKGROUND, INK = "#101014", "#e8e8ec"
 COLUMN = 1.6  # inches
@@ -34,7 +35,7 @@ def montage(
 
     Args:
         volumes: (N, X, Y, Z) or (N, C, X, Y, Z), RAS, 0 outside the head. Left is drawn on the left.
-        captions: N lines, one over each column, such as "24 y".
+        captions: N texts of one or two lines, one over each column, such as "24 y".
         path: the PNG to write.
         titles: C names of the channels.
         colour_maps: C matplotlib colour maps.
@@ -50,16 +51,16 @@ def montage(
     channels = _cropped(channels)
     size_x, size_y, size_z = channels.shape[2:]
     rows = [size_y / size_x, size_z / size_x, size_z / size_y] * kinds
-    width, height = COLUMN * count + 1.05, COLUMN * sum(rows) + 0.45
-    figure = Figure(figsize=(width, height), facecolor=BACKGROUND)
-    FigureCanvasAgg(figure)
+    width, height = COLUMN * count + 1.05, COLUMN * sum(rows) + 0.6
+    figure = Figure(figsize=(width, height), facecolor=BACKGROUND, dpi=dpi)
+    canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
         3 * kinds,
         count,
         left=0.35 / width,
         right=1 - 0.7 / width,
         bottom=0.1 / height,
-        top=1 - 0.35 / height,
+        top=1 - 0.5 / height,
         wspace=0.04,
         hspace=0.04,
         height_ratios=rows,
@@ -80,7 +81,10 @@ def montage(
         _add_scale(
             figure, grid[3 * kind : 3 * kind + 3, :].get_position(figure), scale, titles[kind], units[kind]
         )
-    figure.savefig(path, dpi=dpi, facecolor=BACKGROUND, metadata={"Software": None})
+    canvas.draw()
+    # 256 colours halve the file, and two colour maps need no more
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    picture.quantize(256, dither=Image.Dither.NONE).save(path)
     return Path(path)
 
 

@@ -37,17 +37,24 @@ REST_FACTOR = 0.87  # leaves the whole brain, a third of it frontal, at its publ
 HIPPOCAMPUS_SPARED_UNTIL = 50.0  # years
 
 
-def _group(region: str) -> int:
-    return GROUPS.index("deep grey" if region in DEEP_GREY else region if region in GROUPS else "rest")
+def _group(region: str) -> str:
+    return "deep grey" if region in DEEP_GREY else region if region in GROUPS else "rest"
 
 
-# Look-up by region label: 0 for tissue outside every region, else 1 + place in REGIONS.
-GROUP_OF_LABEL = np.array([_group(""), *(_group(region) for region in REGIONS)])
-GREY_KPA_OF_LABEL = np.array([OTHER_GREY_KPA, *REGION_STIFFNESS_KPA.values()], dtype=np.float32)
-WHITE_KPA_OF_LABEL = np.array(
-    [WHITE_KPA, *(kpa if region in NUCLEI else WHITE_KPA for region, kpa in REGION_STIFFNESS_KPA.items())],
-    dtype=np.float32,
-)
+def _tabulate_stiffness() -> NDArray[np.float32]:
+    own = [
+        (region, kpa, kpa if region in NUCLEI else WHITE_KPA) for region, kpa in REGION_STIFFNESS_KPA.items()
+    ]
+    table = np.zeros((len(GROUPS), 1 + 2 * LABELS), dtype=np.float32)
+    for label, (region, grey, white) in enumerate([("", OTHER_GREY_KPA, WHITE_KPA), *own]):
+        table[GROUPS.index(_group(region)), [1 + label, 1 + label + LABELS]] = grey, white
+    return table
+
+
+LABELS = 1 + len(REGIONS)  # region labels: 0 for tissue outside every region, else 1 + place in REGIONS
+# (G, kinds) kPa of each kind of voxel in the group it belongs to, 0 in the others. Kinds: 0 for no tissue,
+# 1 + label for grey matter, 1 + label + LABELS for white.
+KPA_OF_KIND = _tabulate_stiffness()
 
 SUBJECT_SD_KPA = 0.18
 SITE_SD_KPA = 0.05

@@ -20,16 +20,14 @@ from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
 from core.volumes.phantom_ageing import (
-    GREY_KPA_OF_LABEL,
-    GROUP_OF_LABEL,
-    GROUPS,
     INTRACRANIAL_ML,
-    WHITE_KPA_OF_LABEL,
+    KPA_OF_KIND,
+    LABELS,
     median_brain_ml,
     median_grey_ml,
     median_ventricle_ml,
 )
-from core.volumes.phantom_templates import CROP_START, Floats, Mask, Templates, fade, load_templates
+from core.volumes.phantom_templates import CROP_START, Floats, Mask, Templates, load_templates
 
 SPACINGS = {2.0: (91, 109, 91), 4.0: (46, 55, 46), 8.0: (23, 28, 23)}  # mm: voxels, the MNI field of view
 ORIGIN = (-90, -126, -72)  # mm, centre of the first voxel
@@ -120,41 +118,33 @@ class _Pull:
         return np.ravel_multi_index(tuple(indices), self.shape, mode="clip")
 
 
-def _shift_for(depth: Floats, voxels: float) -> float:
-    """The mm by which the ventricles' wall must move for them to fill `voxels`."""
-    shifts = np.arange(-6.0, 20.1, 1.0)
-    near = depth[depth < 25]
-    return float(np.interp(voxels, [np.sum(near < shift * fade(near)) for shift in shifts], shifts))
-
-
 def _stage(
     templates: Templates, pull: _Pull, age: float, weights: Sequence[sparse.csr_matrix], push: Floats
 ) -> Stage:
     """The average brain with the median volumes of `age`, on the coarse grid that `push` has."""
     voxels_per_ml = templates.inside.sum() / INTRACRANIAL_ML  # for 1 mL in a person with a median head
-    shift = _shift_for(templates.depth, float(median_ventricle_ml(age)) * voxels_per_ml)
-    origin = pull.origin(shift)
+    ventricle_ml = float(median_ventricle_ml(age))
+    # not pulled: at the middle of thin horns one would pull from beyond the other wall
+    ventricle = _highest(-templates.wall_shift, templates.inside, ventricle_ml * voxels_per_ml)
+    origin = pull.origin(float(templates.wall_shift[ventricle].max()))
 
     def pulled(values: NDArray[Any]) -> NDArray[Any]:
         moved = values.copy()
         moved.flat[pull.where] = values.flat[origin]
         return moved
 
-    # not pulled: at the middle of thin horns one would pull from beyond the other wall
-    ventricle = templates.depth < shift * fade(templates.depth)
     brain_ml, grey_ml = float(median_brain_ml(age)), float(median_grey_ml(age))
     brain = _highest(pulled(templates.tissue), templates.inside & ~ventricle, brain_ml * voxels_per_ml)
     white = _highest(pulled(templates.whiteness), brain, (brain_ml - grey_ml) * voxels_per_ml)
-    regions = pulled(templates.regions) * brain
-    kpa = np.where(white, WHITE_KPA_OF_LABEL[regions], GREY_KPA_OF_LABEL[regions]) * brain
-    group = GROUP_OF_LABEL[regions]
+    regions = pulled(templates.regions)
+    kind = brain * (1 + regions + LABELS * white)
     coarse_ventricle = along_axes(weights, ventricle)
     return Stage(
         grey=along_axes(weights, brain & ~white),
         white=along_axes(weights, white),
         ventricle=coarse_ventricle,
-        stiffness=np.stack([along_axes(weights, kpa * (group == place)) for place in range(len(GROUPS))]),
-        regions=_at_centres(regions, push.shape[1:]),
+        stiffness=np.stack([along_axes(weights, kpa[kind]) for kpa in KPA_OF_KIND]),
+        regions=_at_centres(regions * brain, push.shape[1:]),
         ventricle_ml=_tabulate_ventricles(coarse_ventricle, push),
     )
 

@@ -33,8 +33,8 @@ class Templates:
     """Probability of grey or white matter: the lower, the sooner a voxel turns into CSF."""
     whiteness: Floats
     """White share of the tissue."""
-    depth: Floats
-    """Distance in mm to the wall of the lateral and third ventricles, smooth, negative inside them."""
+    wall_shift: Floats
+    """By how many mm the wall of the ventricles must move outwards to reach a voxel; negative inside them."""
     push: Floats
     """(3, X, Y, Z) displacement in mm for each mm by which the ventricles' wall moves outwards."""
     regions: NDArray[np.uint8]
@@ -52,14 +52,16 @@ def load_templates() -> Templates:
     t1 = _cropped(datasets.load_mni152_template(resolution=1))
     inside = _cropped(datasets.load_mni152_brain_mask(resolution=1)) > 0
     depth = _depth(_find_ventricles(grey + white, inside))
+    # how much of the wall's shift is felt at some depth: all at the wall, then less
+    felt = np.clip(1 - np.clip(depth, 0, None) / np.float32(PUSH_REACH_MM), 0, None) ** 2
     # the maps have 256 levels; a little smoothing leaves no ties, and no jagged borders
     tissue = ndimage.gaussian_filter(grey + white, 0.6)
     return Templates(
         inside=inside,
         tissue=tissue,
         whiteness=ndimage.gaussian_filter(white, 0.6) / np.maximum(tissue, np.float32(1e-3)),
-        depth=depth,
-        push=np.array(np.gradient(depth)) * fade(depth) * np.clip(1 + depth / 3, 0, 1),
+        wall_shift=depth / np.maximum(felt, np.float32(1e-6)),
+        push=np.array(np.gradient(depth)) * (felt * np.clip(1 + depth / 3, 0, 1)),
         regions=_draw_regions(),
         # 0.66, 0.88 and 0.28 are the least-squares intensities of grey, white and CSF in the template;
         # what remains at the ventricles' wall does not belong where the wall is in another brain
@@ -89,15 +91,11 @@ def _find_ventricles(tissue: Floats, inside: Mask) -> Mask:
 
 
 def _depth(ventricle: Mask) -> Floats:
+    """Smooth distance in mm to the wall of the ventricles, negative inside them."""
     depth = ndimage.distance_transform_edt(~ventricle).astype(np.float32)
     around = ndimage.find_objects(ndimage.binary_dilation(ventricle).astype(np.uint8))[0]
     depth[around] -= ndimage.distance_transform_edt(ventricle[around]).astype(np.float32)
     return ndimage.gaussian_filter(depth, 1.5)
-
-
-def fade(depth: Floats) -> Floats:
-    """How much of the shift of the ventricles' wall is felt at `depth` mm: all at the wall, then less."""
-    return np.clip(1 - np.clip(depth, 0, None) / np.float32(PUSH_REACH_MM), 0, None) ** 2
 
 
 # Centre (|x|, y, z) and half axes of an ellipsoid on each side, MNI mm, read off the template.
