@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -53,7 +52,7 @@ def _median(epochs: int, cells: int) -> TrialScheduler:
         "min",
         grace_period=max(1, epochs // 2),
         min_samples_required=3,
-        min_time_slice=sys.maxsize,  # never pause a trial to give others its slot
+        min_time_slice=float("inf"),  # type: ignore[arg-type]  # never pause a trial to give others its slot
     )
 
 
@@ -94,7 +93,8 @@ def open_study(journal: Path, sampler: str, seed: int, pinned: Mapping[str, Any]
 
 def published_parameters(space: Space, base: Settings) -> dict[str, Any] | None:
     """The point of `space` that is the published configuration `base`; None if it lies outside."""
-    trial = optuna.trial.FixedTrial(with_absent(flatten(base)))
+    every_setting = flatten(resolve(base).model_dump(mode="json"))
+    trial = optuna.trial.FixedTrial(with_absent(every_setting))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Optuna only warns of a value out of range
         try:

@@ -124,7 +124,7 @@ def test_an_unknown_space(name, said):
 
 def test_an_unknown_function_of_a_space_file(tmp_path):
     (tmp_path / "mine.py").write_text("def few(trial):\n    return {}\n")
-    with pytest.raises(UserError, match="unknown function .* 'fev'; did you mean 'few'"):
+    with pytest.raises(UserError, match=r"unknown function .* 'fev'; did you mean 'few'"):
         load_space(f"{tmp_path / 'mine.py'}:fev")
 
 
