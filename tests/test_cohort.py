@@ -267,6 +267,8 @@ def test_reading_in_another_process(tmp_path, method):
             cohort.add(large * number, subject=str(number), age=30)
     opened = Cohort.open(tmp_path / "c")
     opened.read([0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     torch.ones(10_000_000).half().float()  # starts torch's threads, which do not survive a fork
     context = multiprocessing.get_context(method)
     queue = context.Queue()
@@ -276,6 +278,7 @@ def test_reading_in_another_process(tmp_path, method):
         read = queue.get(timeout=60)
     finally:
         process.kill()
+        torch.set_num_threads(threads)
     np.testing.assert_array_equal(read, np.stack([large * 3, large]))
 
 

@@ -54,6 +54,8 @@ def test_seed_decides_and_folds_do_not_change_the_holdout():
     np.testing.assert_array_equal(five.holdout, make_splits(manifest, 3, seed=1).holdout)
     holdouts = {tuple(make_splits(manifest, 5, seed=seed).holdout.tolist()) for seed in range(8)}
     assert len(holdouts) == 8
+    folds = {tuple(make_splits(manifest, 5, holdout=0.0, seed=seed).folds[0].tolist()) for seed in range(8)}
+    assert len(folds) == 8
 
 
 def test_everyone_is_held_out_sometimes():
