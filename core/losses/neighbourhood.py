@@ -2,8 +2,7 @@
 
 Dynamic Localised Repulsion (arXiv 2408.00527) starts with the whole batch and narrows to the nearest few.
 
-Shape suffixes: V views of the anchor, C anchor subjects, U views of the contrasted row (as many as V),
-B subjects of the batch, D embedding.
+Shape suffixes: N anchor rows, M rows they are contrasted with, K neighbours, D embedding.
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
@@ -97,23 +98,27 @@ def _as_count(value: float, subjects: int) -> int:
     return int(value) if _is_count(value) else max(1, round(value * subjects))
 
 
-@torch.no_grad()
-def nearest(z_vcd: Tensor, z_ubd: Tensor, own_vcub: Tensor, others: int, metric: Metric) -> Tensor | None:
-    """Boolean (V, C, U, B): the `others` rows nearest to each anchor, never the anchor itself.
-
-    `own_vcub` marks each anchor's own row. None stands for every other row. No gradient passes.
-    """
-    rows = z_ubd.shape[0] * z_ubd.shape[1]
-    if others >= rows - 1:
-        return None
-    farness_nm = _farness(z_vcd.flatten(0, 1), z_ubd.flatten(0, 1), metric)
-    farness_nm = farness_nm.masked_fill(own_vcub.reshape(farness_nm.shape), math.inf)
-    nearest_nk = farness_nm.topk(max(others, 1), dim=1, largest=False, sorted=False).indices
-    return torch.zeros_like(farness_nm, dtype=torch.bool).scatter_(1, nearest_nk, True).view(own_vcub.shape)
-
-
-def _farness(z_nd: Tensor, z_md: Tensor, metric: Metric) -> Tensor:
-    """(N, M), larger for rows farther apart."""
+def farness(z_nd: Tensor, z_md: Tensor, metric: Metric) -> Tensor:
+    """(N, M), larger for rows farther apart; the order is that of the metric, the values need not be."""
     if metric == "cosine":
-        return -torch.nn.functional.normalize(z_nd, dim=1) @ torch.nn.functional.normalize(z_md, dim=1).T
-    return torch.cdist(z_nd, z_md, p=MINKOWSKI_ORDER[metric])
+        return -F.normalize(z_nd, dim=1) @ F.normalize(z_md, dim=1).T
+    order = MINKOWSKI_ORDER[metric]
+    if z_nd.shape != z_md.shape or metric == "euclidean":
+        return torch.cdist(z_nd, z_md, p=order)
+    # Every anchor at once: half the pairs suffice, and torch computes those several times faster.
+    rows = z_nd.shape[0]
+    upper = torch.triu_indices(rows, rows, offset=1, device=z_nd.device)
+    square = z_nd.new_zeros(rows * rows).scatter_(0, upper[0] * rows + upper[1], F.pdist(z_nd, p=order))
+    return square.view(rows, rows) + square.view(rows, rows).T
+
+
+def nearest(farness_nm: Tensor, count: int) -> Tensor:
+    """Boolean (N, M): the `count` least far of each row, and any as near as the last of them.
+
+    Keeping ties makes the choice independent of the order of the rows.
+    """
+    if farness_nm.device.type == "cpu":  # numpy selects several times faster than torch, and shares memory
+        kth_n1 = torch.from_numpy(np.partition(farness_nm.numpy(), count - 1, axis=1)[:, count - 1 : count])
+    else:
+        kth_n1 = farness_nm.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    return farness_nm <= kth_n1

@@ -16,19 +16,21 @@ row (as many as V), B subjects of the batch, D embedding. A suffix 1 broadcasts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from core.errors import UserError
 from core.losses.gather import gather_batch
 from core.losses.kernels import Kernel, equal, kernel_weights, label_distance
-from core.losses.neighbourhood import Neighbours, nearest
+from core.losses.neighbourhood import Neighbours, farness, nearest
 from core.schedules import Constant, Shape
 
 # Stands for −inf beside logits: exp of it is exactly 0, yet differences of it stay finite, so that neither
@@ -36,6 +38,9 @@ from core.schedules import Constant, Shape
 NOTHING = -1e30
 
 UNIT = Constant(value=1.0)
+
+# Metrics whose nearest rows are those of largest similarity: on the sphere, cosine and Euclidean agree.
+SAME_ORDER = {"cosine": ("cosine", "euclidean"), "distance": ("euclidean",)}
 
 Weigh = Callable[[Tensor], Tensor]
 """A kernel with its width filled in: label distances to weights."""
@@ -74,12 +79,40 @@ def cosine_similarity(z_vcd: Tensor, z_ubd: Tensor) -> Tensor:
 
 
 def negative_distance(z_vcd: Tensor, z_ubd: Tensor) -> Tensor:
-    """(V, C, U, B) negative Euclidean distances, exact for near duplicates; the gradient at 0 is 0."""
-    # The matrix-product form loses half the digits where rows nearly coincide, as two views often do.
+    """(V, C, U, B) negative Euclidean distances; the gradient at distance 0 is 0."""
+    # The matrix-product form is the fast one, but in float32 it loses half the digits where rows nearly
+    # coincide, as two views of a subject often do. In float64 it keeps float32 accuracy there.
     distance_nm = torch.cdist(
-        z_vcd.flatten(0, 1), z_ubd.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist"
-    )
+        z_vcd.flatten(0, 1).double(), z_ubd.flatten(0, 1).double(), compute_mode="use_mm_for_euclid_dist"
+    ).to(z_vcd.dtype)
     return -distance_nm.view(*z_vcd.shape[:2], *z_ubd.shape[:2])
+
+
+class _LogSumExp(torch.autograd.Function):
+    """logsumexp over one dimension, as a softmax that the backward pass uses again.
+
+    torch.logsumexp takes exp of every logit twice, by a path ten times slower for results that underflow,
+    and with neighbours most of them do.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, dim: int) -> Tensor:
+        share = logits.softmax(dim)
+        context.save_for_backward(share)
+        context.dim = dim
+        # The largest logit has a share of at least 1/N, so its logarithm is exact.
+        return logits.amax(dim) - share.amax(dim).log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (share,) = context.saved_tensors
+        return gradient.unsqueeze(context.dim) * share, None
+
+
+def log_sum_exp(logits: Tensor, dim: int) -> Tensor:
+    """log Σ exp(logits) over `dim`; a row of NOTHING stays near NOTHING. Differentiable once."""
+    return _LogSumExp.apply(logits, dim)
 
 
 # --- G: who repels -----------------------------------------------------------------------------------------
@@ -87,7 +120,7 @@ def negative_distance(z_vcd: Tensor, z_ubd: Tensor) -> Tensor:
 
 def everyone_repels(logits_vcub: Tensor, labels_c: Tensor, labels_b: Tensor, weigh: Weigh) -> Tensor:
     """D_i = Σ_{j≠i} exp(logit_ij): SimCLR, supcon, y-Aware, exponential."""
-    return logits_vcub.flatten(2).logsumexp(-1, keepdim=True)
+    return log_sum_exp(logits_vcub.flatten(2), -1).unsqueeze(-1)
 
 
 def farther_repel(logits_vcub: Tensor, labels_c: Tensor, labels_b: Tensor, weigh: Weigh) -> Tensor:
@@ -107,12 +140,25 @@ def at_least_as_far_repel(logits_vcub: Tensor, labels_c: Tensor, labels_b: Tenso
 
 def _denominator_by_rank(logits_vcub: Tensor, distance_cb: Tensor, ties: bool) -> Tensor:
     """Sort subjects farthest first; every denominator is then a prefix of one cumulative logsumexp."""
-    nearness_cb, order_cb = (-distance_cb).sort(dim=1)
-    per_subject_vcb = logits_vcub.logsumexp(2)  # the views of a subject share its label
+    sorted_cb, order_cb = distance_cb.sort(dim=1, descending=True)
+    per_subject_vcb = log_sum_exp(logits_vcub, 2)  # the views of a subject share its label
     prefix_vcb = per_subject_vcb.gather(2, order_cb.expand_as(per_subject_vcb)).logcumsumexp(2)
-    last_cb = torch.searchsorted(nearness_cb, -distance_cb, right=ties) - 1
+    last_cb = torch.empty_like(order_cb).scatter_(1, order_cb, _last_of_prefix(sorted_cb, ties))
     log_d_vcb = prefix_vcb.gather(2, last_cb.clamp(min=0).expand_as(prefix_vcb))
     return log_d_vcb.masked_fill(last_cb < 0, NOTHING)
+
+
+def _last_of_prefix(sorted_cb: Tensor, ties: bool) -> Tensor:
+    """For each place in sorted rows, the last place with an equal value (`ties`) or before all equal ones."""
+    place_cb = torch.arange(sorted_cb.shape[1], device=sorted_cb.device).expand_as(sorted_cb)
+    changes_cb = sorted_cb[:, 1:] != sorted_cb[:, :-1]
+    if not ties:
+        first_cb = F.pad(place_cb[:, 1:] * changes_cb, (1, 0)).cummax(dim=1).values
+        return first_cb - 1
+    end_cb = F.pad(
+        torch.where(changes_cb, place_cb[:, :-1], place_cb.shape[1] - 1), (0, 1), value=place_cb.shape[1] - 1
+    )
+    return end_cb.flip(1).cummin(dim=1).values.flip(1)
 
 
 def rank_counts_repel(logits_vcub: Tensor, labels_c: Tensor, labels_b: Tensor, weigh: Weigh) -> Tensor:
@@ -125,7 +171,7 @@ def rank_counts_repel(logits_vcub: Tensor, labels_c: Tensor, labels_b: Tensor, w
     weight_bc = weigh(label_distance(labels_b, labels_c, dtype))
     count_cb = views * torch.searchsorted(rows_bb, weight_bc).T
     log_count_cb = torch.where(count_cb > 0, count_cb.to(dtype).log(), NOTHING)
-    return (logits_vcub + log_count_cb[:, None]).flatten(2).logsumexp(-1, keepdim=True)
+    return log_sum_exp((logits_vcub + log_count_cb[:, None]).flatten(2), -1).unsqueeze(-1)
 
 
 # --- L: the expression -------------------------------------------------------------------------------------
@@ -150,34 +196,44 @@ def anchor_terms(
         s_vcub = s_vcub - s_vcub.detach().flatten(2).amax(-1)[..., None, None]
     w_cb = weigh(label_distance(labels_c, labels_b, s_vcub.dtype))
 
-    own_vcub = own_rows(views, first, last, subjects, s_vcub.device)
+    s_vcub = fill_own(s_vcub, 0.0, first)
     logits_vcub = s_vcub * (1 - w_cb)[:, None] if parts.spare_positives else s_vcub
-    logits_vcub = logits_vcub.masked_fill(_barred(z_vcd, z_ubd, own_vcub, progress, parts), NOTHING)
+    barrier_vcub = far_barrier(s_vcub, z_vcd, z_ubd, first, progress, parts)
+    if barrier_vcub is not None:  # adding lets the gradient pass at no cost: what is barred has no share
+        logits_vcub = logits_vcub + barrier_vcub
+    logits_vcub = fill_own(logits_vcub, NOTHING, first)
     log_d_vcb = (parts.repulsion or everyone_repels)(logits_vcub, labels_c, labels_b, weigh)
 
     live_vcb = log_d_vcb > NOTHING / 2
     w_vcb = w_cb * live_vcb
-    pairs_cb = views - own_vcub[0, :, 0].to(w_cb.dtype)  # rows of subject b that the anchor is paired with
-    s_vcb = s_vcub.masked_fill(own_vcub, 0.0).sum(2)
-    loss_vc = (w_vcb * (pairs_cb * log_d_vcb.masked_fill(~live_vcb, 0.0) - s_vcb)).sum(2)
+    pairs_cb = views - torch.eye(subjects, dtype=w_cb.dtype, device=w_cb.device)[first:last]
+    loss_vc = (w_vcb * (pairs_cb * log_d_vcb.masked_fill(~live_vcb, 0.0) - s_vcub.sum(2))).sum(2)
     return loss_vc, (w_vcb * pairs_cb).sum(2)
 
 
-def own_rows(views: int, first: int, last: int, subjects: int, device: torch.device) -> Tensor:
-    """Boolean (V, C, U, B), true where anchor and contrasted row are the same row."""
-    same_view_vu = torch.eye(views, dtype=torch.bool, device=device)
-    subject_b = torch.arange(subjects, device=device)
-    same_subject_cb = subject_b[first:last, None] == subject_b
-    return same_view_vu[:, None, :, None] & same_subject_cb[None, :, None, :]
+def fill_own(x_vcub: Tensor, value: float, first: int) -> Tensor:
+    """`x_vcub` with `value` where anchor and contrasted row are the same row; chunks start at `first`."""
+    view = torch.arange(x_vcub.shape[0], device=x_vcub.device)[:, None]
+    anchor = torch.arange(x_vcub.shape[1], device=x_vcub.device)
+    return x_vcub.index_put((view, anchor, view, anchor + first), x_vcub.new_full((), value))
 
 
-def _barred(z_vcd: Tensor, z_ubd: Tensor, own_vcub: Tensor, progress: float, parts: Parts) -> Tensor:
-    if parts.neighbours is None:
-        return own_vcub
+@torch.no_grad()
+def far_barrier(
+    s_vcub: Tensor, z_vcd: Tensor, z_ubd: Tensor, first: int, progress: float, parts: Parts
+) -> Tensor | None:
+    """(V, C, U, B): NOTHING for rows beyond an anchor's nearest, otherwise 0; None: every row is near."""
     views, subjects = z_ubd.shape[:2]
     others = other_rows(views, subjects, progress, parts.neighbours)
-    near_vcub = nearest(z_vcd, z_ubd, own_vcub, others, parts.neighbours.metric)
-    return own_vcub if near_vcub is None else ~near_vcub
+    if parts.neighbours is None or others >= views * subjects - 1:
+        return None
+    if parts.neighbours.metric in SAME_ORDER[parts.similarity]:
+        far_vcub = -s_vcub
+    else:
+        far_nm = farness(z_vcd.flatten(0, 1), z_ubd.flatten(0, 1), parts.neighbours.metric)
+        far_vcub = far_nm.view_as(s_vcub)
+    far_nm = fill_own(far_vcub, math.inf, first).flatten(0, 1).flatten(1)
+    return (~nearest(far_nm, others)).to(far_nm.dtype).mul_(NOTHING).view_as(s_vcub)
 
 
 def other_rows(views: int, subjects: int, progress: float, neighbours: Neighbours | None) -> int:

@@ -1,0 +1,1 @@
+"""Measurements, each a ratio to a plain implementation of what was published."""
