@@ -24,7 +24,7 @@ class SymmetrySwinUNETR(SwinUNETR):
         Args:
             volumes: whole volumes in RAS order, or windows of them.
             mirrored: the mirror image of each; needed for windows, whose counterpart lies on the other side
-                (`core.evaluation.inference.mirrored_sliding_window`); made by flipping if absent.
+                (`core.evaluation.sliding_window`); made by flipping if absent.
         """
         self._check_input_size(volumes.shape[2:])
         mirrored = mirror(volumes) if mirrored is None else mirrored

@@ -1,0 +1,58 @@
+"""Confidence intervals over subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A metric and its percentile bootstrap interval."""
+
+    value: float  # of all subjects
+    low: float
+    high: float
+    undefined: int  # resamples in which the metric was NaN and which the interval leaves out
+
+
+def bootstrap_interval(
+    metric: Callable[..., float],
+    *arrays: np.ndarray,
+    subjects: np.ndarray | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval of `metric(*arrays)` when subjects are drawn with replacement.
+
+    It tells how far the number depends on which subjects happened to be in this sample; not on how the model
+    was trained, for which folds and seeds are varied.
+
+    Args:
+        metric: takes the arrays, resampled along their first axis, and gives one number.
+        arrays: of equal length, for instance predicted and true ages.
+        subjects: which subject each row belongs to, so that rows of one subject stay together; one each if
+            absent.
+        level: coverage of the interval.
+        resamples: how many draws.
+        seed: of the draws.
+    """
+    rows_of = _rows_of_subjects(len(arrays[0]) if subjects is None else np.asarray(subjects))
+    draws = np.random.default_rng(seed)
+    values = np.empty(resamples)
+    for resample in range(resamples):
+        drawn = draws.integers(0, len(rows_of), len(rows_of))
+        rows = np.concatenate([rows_of[subject] for subject in drawn])
+        values[resample] = metric(*(array[rows] for array in arrays))
+    defined = values[~np.isnan(values)]
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if defined.size else (np.nan, np.nan)
+    return Interval(float(metric(*arrays)), float(low), float(high), int(np.isnan(values).sum()))
+
+
+def _rows_of_subjects(subjects: int | np.ndarray) -> list[np.ndarray]:
+    if isinstance(subjects, int):
+        return list(np.arange(subjects)[:, None])
+    return [np.flatnonzero(subjects == subject) for subject in np.unique(subjects)]
