@@ -33,6 +33,7 @@ from core.report.style import (
 
 MAE_LABEL = "validation MAE (years)"
 MOST_SETTINGS = 12
+MOST_POINTS = 10_000  # beyond, the curves of trials that do not stand out become pixels: the page stays small
 
 
 @styled
@@ -250,8 +251,9 @@ def learning_curves(record: RunRecord) -> Figure:
     if not trials:
         raise NothingToDraw("no trial reported a value before it ended")
     figure, axes = new_figure(3.4)
+    is_large = sum(len(trial.intermediate_values) for trial in trials) > MOST_POINTS
     for trial in trials:
-        _draw_curve(axes, trial, record)
+        _draw_curve(axes, trial, record, rasterized=is_large)
     if any(trial.state == TrialState.PRUNED for trial in trials):
         axes.plot([], [], "x", color=INK, label="pruned here")
     if {trial.number for trial in trials} - {record.best, record.published}:
@@ -263,7 +265,7 @@ def learning_curves(record: RunRecord) -> Figure:
     return figure
 
 
-def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord) -> None:
+def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord, rasterized: bool) -> None:
     steps, values = zip(*sorted(_values_over_epochs(trial, record).items()), strict=True)
     marker = "." if len(steps) == 1 else ""
     look: dict[str, Any]
@@ -273,7 +275,7 @@ def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord) -> None:
     elif trial.number == record.published:
         look = {"color": INK, "lw": 1.8, "ls": (0, (4, 2)), "zorder": 3, "label": "published"}
     else:
-        look = {"color": MUTED, "lw": 1, "alpha": 0.6}
+        look = {"color": MUTED, "lw": 1, "alpha": 0.6, "rasterized": rasterized}
     axes.plot(steps, values, marker=marker, **look)
     if trial.state == TrialState.PRUNED:
         axes.plot(steps[-1], values[-1], "x", color=INK, ms=5, zorder=5)

@@ -142,7 +142,7 @@ def _draw(
         title = f"{title}: constant {number(float(values[0]))}"
     else:
         axes.set_ylim(bottom=min(0, values.min()))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.set(xlim=(0, 1.03))
     axes.set_title(title, fontsize=9.5)

@@ -52,6 +52,7 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.6,
     "patch.linewidth": 0.8,
     "text.color": INK,
+    "text.parse_math": False,  # a site may be called "$1 clinic"
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,

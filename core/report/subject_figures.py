@@ -21,13 +21,13 @@ from core.report.style import (
     SECOND,
     SERIES,
     NothingToDraw,
-    legend_above,
     new_figure,
     styled,
 )
 from core.report.verdict import IN_WORDS, MEDIAN, WINNER, comparisons
 
 MOST_SITES = 8
+LONGEST_NAME = 18
 NO_SITE = "no site"
 
 
@@ -59,20 +59,22 @@ def gains(record: RunRecord) -> Figure:
 def predicted_age(record: RunRecord) -> Figure:
     """Predicted against true age of the held-out subjects (winner): mean and range over refits."""
     subjects = held_out(record)
-    figure, axes = new_figure(4.6, width=4.8)
+    sites = _by_site(subjects)
+    columns = 3 if max(len(site) for site, _ in sites) < 12 else 2
+    figure, axes = new_figure(4.3 + 0.2 * np.ceil((len(sites) + 2) / columns), width=4.8)
     ends = [subjects[["age", "least"]].min().min() - 3, subjects[["age", "most"]].max().max() + 3]
     axes.plot(ends, ends, color=INK, lw=1, label="true age")
     median = record.predictions.loc[record.predictions["method"] == MEDIAN, "predicted"].median()
     if np.isfinite(median):
         axes.axhline(median, color=MUTED, lw=1, ls=(0, (4, 3)), label="training median")
-    for index, (site, group) in enumerate(_by_site(subjects)):
+    for index, (site, group) in enumerate(sites):
         colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
         axes.vlines(group["age"], group["least"], group["most"], color=colour, lw=1, alpha=0.6)
         axes.plot(
             group["age"], group["predicted"], marker, color=colour, mec=PAPER, mew=0.6, ms=7, label=site
         )
     axes.set(xlabel="true age (years)", ylabel="predicted age (years)", xlim=ends, ylim=ends, aspect="equal")
-    legend_above(axes, columns=3)
+    figure.legend(loc="outside upper left", ncols=columns)
     return figure
 
 
@@ -94,10 +96,15 @@ def held_out(record: RunRecord) -> pd.DataFrame:
 
 def _site_names(sites: pd.Series) -> pd.Series:
     """Names of sites, at most MOST_SITES: the smallest ones become 'other sites'."""
-    names = sites.fillna("").astype(str).replace("", NO_SITE)
+    names = sites.fillna("").astype(str).replace("", NO_SITE).map(_shortened)
     largest = names.value_counts().index
     kept = largest if len(largest) <= MOST_SITES else largest[: MOST_SITES - 1]
     return names.where(names.isin(kept), "other sites")
+
+
+def _shortened(name: str) -> str:
+    """Long names keep their ends: that is where numbered sites differ."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:9]}…{name[-6:]}"
 
 
 def _by_site(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -108,13 +115,14 @@ def _by_site(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def gap_by_site(record: RunRecord) -> Figure:
     """Brain-age gap (predicted minus true age, years) of the held-out subjects, by site."""
     groups = _by_site(held_out(record))
-    figure, axes = new_figure(3.4)
-    axes.axhline(0, color=INK, lw=1)
+    figure, axes = new_figure(1.0 + 0.5 * len(groups))
+    axes.axvline(0, color=INK, lw=1)
     line = {"color": MUTED, "lw": 1.1}
     axes.boxplot(
         [group["gap"] for _, group in groups],
         positions=range(len(groups)),
-        widths=0.5,
+        widths=0.56,
+        orientation="horizontal",  # names of sites can be long
         showfliers=False,  # every subject is drawn as a dot
         boxprops=line,
         whiskerprops=line,
@@ -124,17 +132,17 @@ def gap_by_site(record: RunRecord) -> Figure:
     rng = np.random.default_rng(0)
     for index, (_, group) in enumerate(groups):
         axes.plot(
-            index + rng.uniform(-0.13, 0.13, len(group)),
             group["gap"],
+            index + rng.uniform(-0.15, 0.15, len(group)),
             MARKERS[index % len(MARKERS)],
             color=SERIES[index % len(SERIES)],
             mec=PAPER,
             mew=0.6,
             ms=6,
         )
-    axes.set_xticks(range(len(groups)), [f"{site}\nn = {len(group)}" for site, group in groups])
-    axes.set(ylabel="predicted − true age (years)")
-    axes.grid(visible=False, axis="x")
+    axes.set_yticks(range(len(groups)), [f"{site}, n = {len(group)}" for site, group in groups])
+    axes.set(xlabel="predicted − true age (years)", ylim=(len(groups) - 0.5, -0.5))
+    axes.grid(visible=False, axis="y")
     return figure
 
 
