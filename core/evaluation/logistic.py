@@ -1,0 +1,77 @@
+"""Logistic probe: which class can be read linearly from an embedding. N subjects, D features, K classes."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+from core.errors import UserError
+from core.evaluation.probes import standardisation
+
+INVERSE_PENALTIES: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)  # C of the OpenBHB challenge
+
+
+@dataclass(frozen=True, eq=False)
+class LogisticProbe:
+    """A fitted logistic regression and the standardisation that it was fitted with."""
+
+    classifier: GridSearchCV | LogisticRegression
+    mean: np.ndarray  # (D,)
+    scale: np.ndarray  # (D,)
+
+    @property
+    def classes(self) -> np.ndarray:
+        """(K,) sorted, the order of the columns of `probabilities`."""
+        return self.classifier.classes_
+
+    def predict(self, embeddings_nd: np.ndarray) -> np.ndarray:
+        """(N, D) -> the likeliest class of each subject (N,)."""
+        return self.classifier.predict((embeddings_nd - self.mean) / self.scale)
+
+    def probabilities(self, embeddings_nd: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N, K)."""
+        return self.classifier.predict_proba((embeddings_nd - self.mean) / self.scale)
+
+
+def fit_logistic_probe(
+    embeddings_nd: np.ndarray, classes_n: np.ndarray, *, seed: int = 0, reference: bool = False
+) -> LogisticProbe:
+    """Logistic regression whose penalty is chosen by stratified cross-validation inside these subjects.
+
+    The score is balanced accuracy, over up to five folds, fewer where the rarest class has fewer subjects.
+
+    Args:
+        embeddings_nd: training subjects' embeddings (N, D).
+        classes_n: their classes (N,), two or more different ones.
+        seed: order of the folds and of saga's steps.
+        reference: as the OpenBHB challenge has it: embeddings as they are and 150 iterations of saga.
+            Otherwise embeddings are standardised and lbfgs finds the same optimum, 5 to 30 times sooner.
+    """
+    embeddings_nd = np.asarray(embeddings_nd, dtype=np.float64)
+    present, counts = np.unique(classes_n, return_counts=True)
+    if len(present) < 2:
+        raise UserError(f"a logistic probe needs two classes or more, got only {present.tolist()}")
+    mean_d, scale_d = np.zeros(embeddings_nd.shape[1]), np.ones(embeddings_nd.shape[1])
+    if not reference:
+        mean_d, scale_d = standardisation(embeddings_nd)
+    classifier = _classifier(counts, seed, reference)
+    with warnings.catch_warnings():
+        # 150 iterations are the published definition; classes of fewer subjects than folds are common.
+        warnings.simplefilter("ignore", category=ConvergenceWarning)
+        warnings.simplefilter("ignore", category=UserWarning)
+        classifier.fit((embeddings_nd - mean_d) / scale_d, classes_n)
+    return LogisticProbe(classifier, mean_d, scale_d)
+
+
+def _classifier(counts: np.ndarray, seed: int, reference: bool) -> GridSearchCV | LogisticRegression:
+    solver, iterations = ("saga", 150) if reference else ("lbfgs", 1000)
+    regression = LogisticRegression(solver=solver, max_iter=iterations, random_state=seed)
+    if counts.max() < 2:  # one subject a class: nothing can be left out
+        return regression
+    folds = StratifiedKFold(int(np.clip(counts.min(), 2, 5)), shuffle=True, random_state=seed)
+    return GridSearchCV(regression, {"C": INVERSE_PENALTIES}, scoring="balanced_accuracy", cv=folds)
