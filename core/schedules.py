@@ -72,7 +72,8 @@ class Cosine(_Shape):
     def __call__(self, progress: float) -> float:
         """The value at `progress`."""
         progress = _check(progress)
-        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2
+        share = (1 + math.cos(math.pi * progress)) / 2
+        return share * self.start + (1 - share) * self.end
 
 
 class Exponential(_Shape):
