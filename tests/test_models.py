@@ -122,6 +122,19 @@ def test_evaluation_does_not_depend_on_the_rest_of_the_batch() -> None:
         torch.testing.assert_close(encoder(volumes)[2:3], encoder(volumes[2:3]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnext50", "sfcn", "swin", "swin_symmetry"])
+def test_bfloat16_changes_embeddings_little_and_evaluation_not_by_batch(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = build(name, width=0.25).eval()
+    volumes = torch.randn(2, 1, 17, 20, 17)
+    with torch.no_grad():
+        full = encoder(volumes)
+        torch.testing.assert_close(encoder(volumes[1:]), full[1:], rtol=1e-3, atol=1e-4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = encoder(volumes).float()
+    assert (half - full).norm() < 0.05 * full.norm()
+
+
 @pytest.mark.parametrize(("kind", "dimension"), [("mlp", 5), ("linear", 5), ("none", 16)])
 def test_projections_are_unit_vectors_in_float32(kind: str, dimension: int) -> None:
     head = ProjectionHead(16, dimension=5, kind=kind)

@@ -30,8 +30,9 @@ def leave_one_out_error(embeddings: np.ndarray, ages: np.ndarray, alpha: float) 
     return float(np.mean(errors))
 
 
-def test_the_penalty_is_the_best_of_leaving_each_subject_out() -> None:
-    embeddings = unit_rows(24, 10)
+@pytest.mark.parametrize("features", [10, 60])  # fewer and more than subjects
+def test_the_penalty_is_the_best_of_leaving_each_subject_out(features: int) -> None:
+    embeddings = unit_rows(24, features)
     ages = ages_of(embeddings, noise=8.0)
     alphas = (0.01, 1.0, 10.0, 100.0, 1e4)
     standard = (embeddings - embeddings.mean(axis=0)) / embeddings.std(axis=0)
