@@ -128,6 +128,25 @@ def test_neighbours_that_leave_no_negative(name):
         finite_loss(build(name, neighbours=neighbours), embeddings_of(6, views), torch.linspace(20, 90, 6))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_in_a_loss_waits_for_the_device(name):
+    """Tensors without data raise as soon as the host asks for a value or for a shape that depends on one."""
+    embeddings, labels = (
+        torch.randn(8, 2, 4, device="meta", requires_grad=True),
+        torch.randn(8, device="meta"),
+    )
+    variants: list[dict] = [{}, {"chunk_rows": 4}]
+    variants += [
+        {"neighbours": {"end": 3, "shape": "linear", "metric": metric}} for metric in ("cosine", "manhattan")
+    ]
+    variants += [{"reference": "dynlocrep"}] if name in KERNELLED else []
+    variants += [{"bin_width": 2.0}] if name == "supcon" else []
+    for settings in variants:
+        build(name, **settings)(embeddings, labels, 1.0).backward()
+    with pytest.raises(RuntimeError):
+        embeddings.sum().item()
+
+
 def test_anchors_without_a_positive_are_dropped_and_counted():
     loss = build("supcon")
     finite_loss(loss, embeddings_of(4, 1), torch.tensor([1, 1, 2, 3]))

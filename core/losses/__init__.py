@@ -14,6 +14,8 @@ from torch import nn
 
 from core.errors import UserError
 from core.lookup import did_you_mean, look_up
+from core.losses.dense import ConstrainedContrast
+from core.losses.pretext import Anatomical, Inpainting, Rotation, Symmetry
 from core.losses.settings import (
     L1,
     MSE,
@@ -26,7 +28,7 @@ from core.losses.settings import (
     YAware,
 )
 
-__all__ = ["LOSSES", "REGRESSION_LOSSES", "ObjectiveSettings", "build"]
+__all__ = ["LOSSES", "OTHER_LOSSES", "ObjectiveSettings", "build"]
 
 LOSSES: dict[str, type[BaseModel]] = {
     "simclr": SimCLR,
@@ -37,17 +39,26 @@ LOSSES: dict[str, type[BaseModel]] = {
     "rank_n_contrast": RankNContrast,
 }
 
-REGRESSION_LOSSES: dict[str, type[BaseModel]] = {"l1": L1, "mse": MSE}
+# What these are called with differs; each says so in its `build`.
+OTHER_LOSSES: dict[str, type[BaseModel]] = {
+    "l1": L1,
+    "mse": MSE,
+    "constrained_contrast": ConstrainedContrast,
+    "anatomical": Anatomical,
+    "symmetry": Symmetry,
+    "rotation": Rotation,
+    "inpainting": Inpainting,
+}
 
 
 def build(name: str, epochs: int | None = None, **settings: Any) -> nn.Module:
-    """The loss `name`, called as loss(embeddings (B, V, D), labels (B,) or None, progress) -> scalar.
+    """The loss `name`; those in LOSSES are called as loss(embeddings (B, V, D), labels (B,), progress).
 
     Settings are plain values, as in a configuration; None means not given. `epochs` is the length of the
     run, for schedules that count epochs and do not say how many. Raises UserError for an unknown name, a
     setting that cannot act on this loss, or a value out of range.
     """
-    model = look_up(LOSSES | REGRESSION_LOSSES, name, "loss")
+    model = look_up(LOSSES | OTHER_LOSSES, name, "loss")
     given = {key: value for key, value in settings.items() if value is not None}
     try:
         return model(**given).build(epochs)  # type: ignore[attr-defined]

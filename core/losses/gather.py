@@ -37,6 +37,19 @@ def gather_batch(embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Ten
     return gathered, None if labels is None else _all_rows(labels, sizes)
 
 
+def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
+    """`total` summed over ranks, over `count` summed over ranks, for losses whose samples stand alone.
+
+    What a rank returns is its own share times the number of ranks: DDP's average of the gradients, and the
+    average of the values, are then those of one process. With nothing to count, a zero on the graph.
+    """
+    ranks = world_size()
+    if ranks > 1:
+        count = count.detach().clone()
+        dist.all_reduce(count)
+    return total * ranks / count.clamp(min=1)
+
+
 def _exchange_sizes(embeddings: Tensor, labels: Tensor | None) -> list[int]:
     """B_r of every rank, exchanged between the hosts so that no accelerator has to wait for it."""
     mine = torch.tensor([*embeddings.shape, -1 if labels is None else labels.numel()])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -322,7 +323,7 @@ class PairwiseLoss(nn.Module):
         """
         check_batch(self.name, embeddings, labels)
         self._check_settings(progress)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings):
             z_bvd = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
             z_bvd, labels = gather_batch(z_bvd, self._used_labels(labels))
             if labels is None:
@@ -348,6 +349,12 @@ class PairwiseLoss(nn.Module):
                 raise UserError(
                     f"{what} of {self.name} must be above 0, got {schedule(progress)} at {progress=}"
                 )
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast does nothing on the device of `tensor`: losses need float32."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def check_batch(name: str, embeddings: Tensor, labels: Tensor | None) -> None:

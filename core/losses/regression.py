@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.losses.gather import gather_batch
-from core.losses.pairwise import check_batch
+from core.losses.pairwise import check_batch, without_autocast
 
 
 class RegressionLoss(nn.Module):
@@ -32,7 +32,7 @@ class RegressionLoss(nn.Module):
                 f"{self.name} compares predictions of shape (B, V, 1) with labels (B,), got embeddings "
                 f"{tuple(embeddings.shape)} and {'no labels' if labels is None else 'labels'}"
             )
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings):
             predicted = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
             predicted, gathered = gather_batch(predicted, labels.detach().reshape(-1).to(predicted.dtype))
             truth = predicted.new_zeros(0) if gathered is None else gathered.to(predicted.device)

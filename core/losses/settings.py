@@ -36,11 +36,13 @@ PUBLISHED_BASE_TEMPERATURE = 0.07
 PUBLISHED_MIN_BATCH = 32
 
 
-class _Settings(BaseModel):
+class LossSettings(BaseModel):
+    """What the settings of every loss share: immutable, and only fields that can act."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class _Pairwise(_Settings):
+class _Pairwise(LossSettings):
     """What every pairwise loss can be given."""
 
     name: str
@@ -232,7 +234,7 @@ class RankNContrast(_Pairwise):
         )
 
 
-class L1(_Settings):
+class L1(LossSettings):
     """Regression baseline: mean absolute error of predicted labels, embeddings (B, V, 1)."""
 
     name: Literal["l1"] = "l1"
@@ -242,7 +244,7 @@ class L1(_Settings):
         return RegressionLoss("l1")
 
 
-class MSE(_Settings):
+class MSE(LossSettings):
     """Regression baseline: mean squared error of predicted labels, embeddings (B, V, 1)."""
 
     name: Literal["mse"] = "mse"

@@ -1,0 +1,211 @@
+"""Constrained contrastive learning: patches attract where they share a cluster of tissue contrast.
+
+Umapathy et al. 2023. Each image is its own batch: an anchor patch is contrasted with the patches nearest
+to it in embedding space, those of its cluster attracting and the rest repelling. That is Dynamic Localised
+Repulsion at the scale of patches, so the number of nearest follows the same schedules.
+
+Shape suffixes: B images, D embedding, P patches of an image, A anchors, K nearest patches of an anchor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from core.errors import UserError
+from core.losses.gather import mean_over_ranks
+from core.losses.neighbourhood import Neighbours
+from core.losses.pairwise import NOTHING, log_sum_exp, without_autocast
+from core.losses.settings import LossSettings
+from core.schedules import Constant, Schedule, with_epochs
+
+PUBLISHED_EPSILON = 1e-7
+
+
+class ConstrainedContrast(LossSettings):
+    """Settings of the constrained contrastive loss; the defaults are the published ones."""
+
+    name: Literal["constrained_contrast"] = "constrained_contrast"
+    temperature: Schedule = Field(Constant(value=0.1), description="divides the cosine similarity; above 0")
+    form: Literal["pairwise", "setwise"] = Field(
+        "pairwise", description="a denominator for each positive, or one numerator summing all positives"
+    )
+    neighbours: Neighbours = Field(
+        Neighbours(start=101, end=101, shape="linear"),
+        description="nearest patches an anchor is contrasted with, itself counted; counts or fractions of P",
+    )
+    anchors: int = Field(20, ge=1, description="foreground patches of each image drawn as anchors")
+    clusters: int = Field(20, ge=2, description="number of cluster ids in the map, 0 … clusters − 1")
+    patch: int = Field(1, ge=1, description="features are averaged over patches of this many voxels a side")
+    reference: Literal["ccl"] | None = Field(
+        None,
+        description="ccl: as published, the anchor is its own positive and 1e-7 is added in the logarithm",
+    )
+
+    @model_validator(mode="after")
+    def _metric_acts(self) -> ConstrainedContrast:
+        if self.neighbours.metric != "cosine":
+            raise ValueError(
+                f"nearest patches are by cosine similarity, got metric '{self.neighbours.metric}'"
+            )
+        return self
+
+    def build(self, epochs: int | None = None) -> nn.Module:
+        """The loss module; `epochs` fills in schedules that count epochs and were not told how many."""
+        if epochs is None:
+            return ConstrainedContrastLoss(self)
+        known = {
+            "temperature": with_epochs(self.temperature, epochs),
+            "neighbours": self.neighbours.with_epochs(epochs),
+        }
+        return ConstrainedContrastLoss(self.model_copy(update=known))
+
+
+class ConstrainedContrastLoss(nn.Module):
+    """loss(features, clusters, foreground, progress) -> scalar."""
+
+    def __init__(self, settings: ConstrainedContrast) -> None:
+        super().__init__()
+        self.settings = settings
+        self.diagnostics: dict[str, Tensor] = {}
+
+    def forward(
+        self,
+        features: Tensor,
+        clusters: Tensor,
+        foreground: Tensor,
+        progress: float,
+        anchors: Tensor | None = None,
+    ) -> Tensor:
+        """The mean over anchors of all images.
+
+        features (B, D, H, W) or (B, D, X, Y, Z); clusters, whole numbers, and foreground, boolean, of shape
+        (B, …) on the grid of the features or one finer by a whole factor, which is then put to the vote.
+        anchors (B, A) are flat patch indices, negative for none; by default drawn from the foreground.
+        Under torch.distributed every rank must call. Raises UserError for shapes that do not fit.
+        """
+        settings = self.settings
+        _check_shapes(features, clusters, foreground)
+        with without_autocast(features):
+            features = features if features.dtype == torch.float64 else features.float()
+            pooled = average_patches(features, settings.patch)
+            grid = tuple(pooled.shape[2:])
+            cluster_bp = majority_vote(clusters, grid, settings.clusters).flatten(1)
+            if anchors is None:
+                foreground_bp = majority_vote(foreground.long(), grid, 2).flatten(1) > 0
+                anchors = draw_anchors(foreground_bp, settings.anchors)
+            nearest = settings.neighbours.count(cluster_bp.shape[1], progress)
+            loss_ba, used_ba = patch_loss(
+                pooled.flatten(2), cluster_bp, anchors, settings, nearest, settings.temperature(progress)
+            )
+            total, used = loss_ba.sum(), used_ba.sum()
+        self.diagnostics = {
+            "anchors_used": used,
+            "anchors_dropped": used_ba.numel() - used,
+            "neighbours": total.detach().new_full((), nearest),
+            "temperature": total.detach().new_full((), settings.temperature(progress)),
+        }
+        return mean_over_ranks(total, used)
+
+    def extra_repr(self) -> str:
+        """Every setting."""
+        return repr(self.settings)
+
+
+def patch_loss(
+    features_bdp: Tensor,
+    cluster_bp: Tensor,
+    anchor_ba: Tensor,
+    settings: ConstrainedContrast,
+    nearest: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss (B, A) of every anchor and whether it is used: it has a positive among its nearest patches."""
+    drawn_ba = anchor_ba >= 0
+    anchor_ba = anchor_ba.clamp(min=0)
+    s_bap = anchor_similarity(features_bdp, anchor_ba) / temperature
+    published = settings.reference == "ccl"
+    if not published:
+        s_bap = s_bap.scatter(2, anchor_ba[..., None], NOTHING)
+    count = min(max(nearest - (not published), 1), s_bap.shape[2])
+    s_bak, near_bak = s_bap.topk(count, dim=2, sorted=False)
+    anchors_cluster_ba = cluster_bp.gather(1, anchor_ba)
+    near_cluster_bak = cluster_bp.gather(1, near_bak.flatten(1)).view_as(near_bak)
+    positive_bak = (near_cluster_bak == anchors_cluster_ba[..., None]) & (s_bak > NOTHING / 2)
+    repulsion_ba = log_sum_exp(s_bak.masked_fill(positive_bak, NOTHING), 2)
+    used_ba = drawn_ba & positive_bak.any(2)
+    if published and features_bdp.shape[2] <= nearest:
+        used_ba = torch.zeros_like(used_ba)
+    epsilon = PUBLISHED_EPSILON if published else 0.0
+    if settings.form == "setwise":
+        attraction_ba = log_sum_exp(s_bak.masked_fill(~positive_bak, NOTHING), 2)
+        loss_ba = _minus_log_share(attraction_ba, repulsion_ba, epsilon)
+    else:
+        loss_bak = _minus_log_share(s_bak, repulsion_ba[..., None], epsilon)
+        loss_ba = loss_bak.masked_fill(~positive_bak, 0.0).sum(2) / positive_bak.sum(2).clamp(min=1)
+    return loss_ba.masked_fill(~used_ba, 0.0), used_ba
+
+
+def anchor_similarity(features_bdp: Tensor, anchor_ba: Tensor) -> Tensor:
+    """Cosine similarity (B, A, P) of anchors with the patches of their image."""
+    index_bda = anchor_ba[:, None].expand(-1, features_bdp.shape[1], -1)
+    anchors_bda = F.normalize(features_bdp.gather(2, index_bda), dim=1)
+    # Dividing the few products by the norms spares a normalised copy of every patch.
+    norm_bp = torch.linalg.vector_norm(features_bdp, dim=1).clamp(min=1e-12)
+    return torch.einsum("bda,bdp->bap", anchors_bda, features_bdp) / norm_bp[:, None]
+
+
+def _minus_log_share(attraction: Tensor, repulsion: Tensor, epsilon: float) -> Tensor:
+    """−log(e^a / (e^a + e^r) + ε)."""
+    loss = F.softplus(repulsion - attraction)
+    return loss if epsilon == 0 else -torch.logaddexp(-loss, torch.full_like(loss, math.log(epsilon)))
+
+
+@torch.no_grad()
+def draw_anchors(foreground_bp: Tensor, count: int) -> Tensor:
+    """(B, A) indices of foreground patches, drawn without replacement; −1 where there are too few."""
+    score_bp = torch.rand(foreground_bp.shape, device=foreground_bp.device).masked_fill(~foreground_bp, -1.0)
+    score_ba, anchor_ba = score_bp.topk(min(count, foreground_bp.shape[1]), dim=1)
+    return anchor_ba.masked_fill(score_ba < 0, -1)
+
+
+def average_patches(features: Tensor, patch: int) -> Tensor:
+    """Features (B, D, …) averaged over non-overlapping patches; a remainder at the far side is left out."""
+    if patch == 1:
+        return features
+    return (F.avg_pool2d if features.ndim == 4 else F.avg_pool3d)(features, patch)
+
+
+@torch.no_grad()
+def majority_vote(ids: Tensor, grid: tuple[int, ...], classes: int) -> Tensor:
+    """Ids (B, …) on a coarser grid: the most frequent id of each patch, the smaller one in a tie."""
+    fine = tuple(ids.shape[1:])
+    if fine == grid:
+        return ids
+    factor = fine[0] // grid[0]
+    if factor < 1 or tuple(size // factor for size in fine) != grid:
+        raise UserError(
+            f"constrained_contrast: maps must be on the grid of the features {grid} or finer by one whole "
+            f"factor, got {fine}"
+        )
+    pool = F.avg_pool2d if len(grid) == 2 else F.avg_pool3d
+    votes = [pool((ids == each).float()[:, None], factor)[:, 0] for each in range(classes)]
+    return torch.stack(votes).argmax(dim=0)  # argmax gives the first of equals
+
+
+def _check_shapes(features: Tensor, clusters: Tensor, foreground: Tensor) -> None:
+    if features.ndim not in (4, 5):
+        raise UserError(
+            f"constrained_contrast: features must be (B, D, H, W) or (B, D, X, Y, Z), got {tuple(features.shape)}"
+        )
+    for what, given in (("clusters", clusters), ("foreground", foreground)):
+        if given.ndim != features.ndim - 1 or given.shape[0] != features.shape[0]:
+            raise UserError(
+                f"constrained_contrast: {what} must have shape (B, …) with {features.ndim - 2} spatial "
+                f"dimensions and B = {features.shape[0]}, got {tuple(given.shape)}"
+            )

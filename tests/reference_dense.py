@@ -1,0 +1,80 @@
+"""Constrained contrast, anatomical contrast and the symmetry losses as loops, from spec.md C.3 and D.3."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / (a.norm() * b.norm())
+
+
+def constrained_contrast(
+    features: Tensor,
+    clusters: Tensor,
+    anchors: list[list[int]],
+    temperature: float,
+    nearest: int,
+    form: str,
+    published: bool,
+) -> Tensor:
+    """features (B, D, H, W), clusters (B, H, W), anchors as flat indices; the mean over anchors with a positive."""
+    terms = []
+    for image in range(features.shape[0]):
+        bank = features[image].flatten(1).T
+        cluster = clusters[image].flatten().tolist()
+        for anchor in anchors[image]:
+            s = [cosine(bank[anchor], bank[j]) / temperature for j in range(len(bank))]
+            candidates = [j for j in range(len(bank)) if published or j != anchor]
+            top = sorted(candidates, key=lambda j: -float(s[j].detach()))[: nearest - (not published)]
+            positives = [j for j in top if cluster[j] == cluster[anchor]]
+            negative = sum((s[j].exp() for j in top if cluster[j] != cluster[anchor]), start=s[0] * 0)
+            epsilon = 1e-7 if published else 0.0
+            if not positives:
+                continue
+            if form == "pairwise":
+                each = [-torch.log(s[j].exp() / (s[j].exp() + negative) + epsilon) for j in positives]
+                terms.append(sum(each) / len(each))
+            else:
+                positive = sum(s[j].exp() for j in positives)
+                terms.append(-torch.log(positive / (positive + negative) + epsilon))
+    return sum(terms) / len(terms)
+
+
+def anatomical(embeddings: Tensor, partitions: list[int], temperature: float) -> Tensor:
+    """The mean over ordered pairs of views of −log(e^p / (e^p + Σ e^n)), n from other partitions."""
+    subjects, views, _ = embeddings.shape
+    terms = []
+    for b in range(subjects):
+        rows = [(c, u) for c in range(subjects) for u in range(views) if partitions[c] != partitions[b]]
+        for v in range(views):
+            negatives = [cosine(embeddings[b, v], embeddings[c, u]) / temperature for c, u in rows]
+            for u in range(views):
+                if u != v and negatives:
+                    p = cosine(embeddings[b, v], embeddings[b, u]) / temperature
+                    terms.append(-torch.log(p.exp() / (p.exp() + sum(n.exp() for n in negatives))))
+    return sum(terms) / len(terms)
+
+
+def symmetry(embeddings: Tensor, healthy: list[int], form: str, temperature: float, margin: float) -> float:
+    """The four symmetry losses of a batch of (brain, mirror) pairs."""
+    embeddings = embeddings.detach()
+    c = [float(cosine(pair[0], pair[1])) for pair in embeddings]
+    if form == "group":
+        exp = [math.exp(value / temperature) for value in c]
+        return -math.log(sum(e for e, h in zip(exp, healthy, strict=True) if h)) + math.log(sum(exp))
+    terms = []
+    for pair, value, h in zip(embeddings, c, healthy, strict=True):
+        apart = float((pair[0] - pair[1]).norm())
+        sigmoid = 1 / (1 + math.exp(-value))
+        terms.append(
+            {
+                "cosine_nce": -math.log(sigmoid if h else 1 - sigmoid),
+                "siamese": 1 - value if h else value,
+                "margin": apart**2 if h else max(0.0, margin - apart) ** 2,
+            }[form]
+        )
+    return sum(terms) / len(terms)
