@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -335,7 +336,7 @@ def _new_run(kind: str) -> Path:
 
 def _readable(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return "–" if math.isnan(value) else f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_readable(entry)}" for name, entry in value.items())
     if isinstance(value, list | tuple):

@@ -30,6 +30,7 @@ from optuna.trial import TrialState
 
 from core.config import Settings
 from core.errors import UserError
+from core.evaluation.regression import regression_metrics
 from core.volumes.cohort import Cohort
 from core.volumes.splits import Splits
 from distributed.search import STUDY, trial_name
@@ -37,6 +38,7 @@ from distributed.train_loop import PROGRESS
 
 METHODS = {"winner": "search winner", "published": "published", "l1": "L1 baseline"}
 """The folders under `refits/`, and what their rows are called in the tables."""
+MEDIAN = "training median"
 VERSIONS_OF = ("brainsweep", "ray", "torch", "optuna", "monai", "numpy", "scikit-learn", "nibabel", "nilearn")
 
 
@@ -121,24 +123,32 @@ def write_tables(folder: RunFolder, study: optuna.Study) -> None:
         pd.DataFrame(rows).to_csv(folder.path / f"{name}.csv", index=False)
 
 
-def write_holdout(folder: RunFolder, n_train: int) -> None:
+def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
     """holdout.csv and predictions.csv from the refits that are there, with the median predictor beside them."""
-    rows, predictions = [], []
-    for method, called in METHODS.items():
-        for cell in read_progress(folder.refit(method))["cells"]:
-            of_method = {"method": called, "n_train": n_train, "n_holdout": cell["n"]}
-            rows.append(
-                of_method | {key: cell[key] for key in ("seed", "mae", "r2", "site_balanced_accuracy")}
-            )
+    made = {method: read_progress(folder.refit(method))["cells"] for method in METHODS}
+    if not any(made.values()):
+        return
+    sizes = {"n_train": len(splits.development), "n_holdout": len(splits.holdout)}
+    median = _median_predictions(cohort, splits)
+    metrics = regression_metrics(median["predicted"].to_numpy(), median["age"].to_numpy())
+    rows = [{"method": MEDIAN, "seed": 0, "mae": metrics["mae"], "r2": metrics["r2"], **sizes}]
+    predictions = [median.assign(method=MEDIAN, seed=0)]
+    for method, cells in made.items():
+        for cell in cells:
+            measured = {key: cell[key] for key in ("seed", "mae", "r2", "site_balanced_accuracy")}
+            rows.append({"method": METHODS[method], **measured, **sizes})
             table = pd.read_csv(
                 folder.refit(method) / f"predictions-{cell['seed']}.csv", dtype={"subject": str}
             )
-            predictions.append(table.assign(method=called, seed=cell["seed"]))
-            median = of_method | {"method": "training median", "mae": cell["median_mae"], "seed": 0}
-    if not rows:
-        return
-    pd.DataFrame([median, *rows]).to_csv(folder.path / "holdout.csv", index=False)
+            predictions.append(table.assign(method=METHODS[method], seed=cell["seed"]))
+    pd.DataFrame(rows).to_csv(folder.path / "holdout.csv", index=False)
     pd.concat(predictions).to_csv(folder.path / "predictions.csv", index=False)
+
+
+def _median_predictions(cohort: Cohort, splits: Splits) -> pd.DataFrame:
+    """The held-out subjects, each predicted to be as old as the median development subject."""
+    held_out = cohort.manifest.iloc[splits.holdout][["subject", "age", "site"]]
+    return held_out.assign(predicted=cohort.manifest["age"].iloc[splits.development].median())
 
 
 def keep_best(folder: RunFolder, model: Path) -> None:
@@ -204,7 +214,7 @@ def _about(kind: str, request: dict[str, Any], settings: Settings, cohort: Cohor
         "finished": None,
         "seconds": None,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS_OF},
-        "code": _code_version(),
+        "code": code_version(),
         "cohort": {
             "path": str(cohort.folder.resolve()),
             "n": len(cohort),
@@ -232,7 +242,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _code_version() -> dict[str, Any]:
+def code_version() -> dict[str, Any]:
     """The commit of the source tree this runs from; empty when it is not a git checkout."""
     here = Path(__file__).parent
 

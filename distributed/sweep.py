@@ -128,6 +128,12 @@ def resume_sweep(
             f"the splits recorded in {folder.path}/splits.csv are not those of this version; start anew"
         )
     study = _open_study(folder, request)
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    if about["finished"] and sum(state.is_finished() for state in states) >= request.trials:
+        console.print(f"nothing left to do: all {request.trials} trials of {run} are finished")
+        return folder
+    if about["code"] != run_folder.code_version():
+        console.print("note: the code has changed since this run began; later trials may not be comparable")
     return _execute(folder, request, cohort, splits, study, address, console)
 
 
@@ -199,7 +205,7 @@ def _execute(
         )
         with display:
             tuner.fit()
-    return _conclude(folder, study, splits, budget, console)
+    return _conclude(folder, study, cohort, splits, budget, console)
 
 
 def _refits(
@@ -218,11 +224,11 @@ def _refits(
 
 
 def _conclude(
-    folder: RunFolder, study: optuna.Study, splits: Splits, budget: Budget, console: Console
+    folder: RunFolder, study: optuna.Study, cohort: Cohort, splits: Splits, budget: Budget, console: Console
 ) -> RunFolder:
     """Tables, the best model, the report, the leaderboard, and what to type next."""
     run_folder.write_tables(folder, study)
-    run_folder.write_holdout(folder, len(splits.development))
+    run_folder.write_holdout(folder, cohort, splits)
     model = folder.refit("winner") / "model-0"
     if model.exists():
         run_folder.keep_best(folder, model)

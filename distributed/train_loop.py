@@ -265,9 +265,10 @@ class CellTraining:
             self.epoch,
             self.place.workers,
         )
-        losses = [
-            self._step(share(batch, self.place.rank, self.place.workers), progress) for batch in batches
-        ]
+        losses, neighbours = [], []
+        for batch in batches:
+            losses.append(self._step(share(batch, self.place.rank, self.place.workers), progress))
+            neighbours.append(self.objective.diagnostics.get("neighbours", torch.tensor(math.nan)))
         loss = _mean_over_workers(torch.stack(losses).mean(), self.place)
         if not math.isfinite(loss):
             raise DivergedError(
@@ -275,7 +276,8 @@ class CellTraining:
             )
         return {
             "fold": self.cell.fold, "seed": self.cell.seed, "epoch": self.epoch, "progress": progress, "loss": loss,
-            "learning_rate": rate, **self._diagnostics(progress), "first_step_at": started,
+            "learning_rate": rate, **self._schedules(progress),
+            "neighbours": float(torch.stack(neighbours).mean()), "first_step_at": started,
             "seconds": time.time() - started,
         }  # fmt: skip
 
@@ -366,15 +368,18 @@ class CellTraining:
             volume[self.channels] for rows in chunks(self.training_rows, 16) for volume in read(rows)
         )
 
-    def _diagnostics(self, progress: float) -> dict[str, float]:
-        """What the objective's schedules stood at."""
-        diagnostics = {name: float(value) for name, value in self.objective.diagnostics.items()}
-        width = getattr(getattr(self.objective, "parts", None), "width", None)
+    def _schedules(self, progress: float) -> dict[str, float]:
+        """What the objective's temperature and kernel width stand at."""
+        parts = getattr(self.objective, "parts", None)
         return {
-            "temperature": diagnostics.get("temperature", math.nan),
-            "width": width(progress) if callable(width) else math.nan,
-            "neighbours": diagnostics.get("neighbours", math.nan),
+            "temperature": parts.temperature(progress) if parts else math.nan,
+            "width": parts.width(progress) if parts and self._has_width else math.nan,
         }
+
+    @property
+    def _has_width(self) -> bool:
+        """Whether the objective's kernel has a width at all: equality has none."""
+        return hasattr(self.settings.objective, "width")
 
 
 def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:

@@ -22,12 +22,14 @@ from core.config import RunSettings
 from core.evaluation.probes import AgeProbe, fit_age_probe
 from core.evaluation.regression import median_baseline, regression_metrics
 from core.evaluation.site import site_balanced_accuracy
-from core.losses import REGRESSION_LOSSES
 from core.models import build_encoder, build_projection_head
 from core.models.heads import RegressionHead
 
 METRIC = "mae"
 """What a search minimises: mean absolute error of age, in years."""
+
+REGRESSION = frozenset({"l1", "mse"})
+"""Objectives that need no probe: the model predicts age itself."""
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -105,7 +107,7 @@ def build_objective(settings: RunSettings) -> nn.Module:
 
 def is_regression(settings: RunSettings) -> bool:
     """Whether the model predicts age itself, without a probe."""
-    return settings.objective.name in REGRESSION_LOSSES
+    return settings.objective.name in REGRESSION
 
 
 def training_loss(

@@ -1,0 +1,216 @@
+"""Sweeps as a user runs them: a second process, real Ray, real files, real kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from small_cohort import SMALL, write_small_cohort
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+ROOT = Path(__file__).parents[1]
+SPACE = """
+def space(trial):
+    # the fourth trial diverges, whatever it is given
+    name = "sgd" if trial.number == 3 else "adam"
+    rate = 1e30 if trial.number == 3 else trial.suggest_float("optimiser.learning_rate", 1e-4, 1e-2, log=True)
+    noise = trial.suggest_categorical("views.noise", [0.0, 0.1])
+    return {"optimiser.name": name, "optimiser.learning_rate": rate, "views.noise": noise}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps")
+    write_small_cohort(folder / "cohort", subjects=30)
+    (folder / "mine.py").write_text(SPACE)
+    return folder
+
+
+def command(*arguments):
+    """`brainsweep ARGUMENTS`; a sweep is made small first, so that ARGUMENTS have the last word."""
+    small = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    first, *rest = map(str, arguments)
+    return [sys.executable, "-m", "distributed", first, *(small if first == "sweep" else []), *rest]
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def study_of(folder):
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    return optuna.load_study(study_name="brainsweep", storage=storage)
+
+
+def processes_of(marker):
+    """Process ids whose environment carries `marker`: what a sweep started and should have ended."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if marker.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def wait_until(condition, seconds):
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        if condition():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def epochs_done(progress):
+    return len(json.loads(progress.read_text())["history"]) if progress.exists() else 0
+
+
+def test_a_sweep_from_beginning_to_end(workplace):
+    marker = "BRAINSWEEP_TEST=whole"
+    os.environ["BRAINSWEEP_TEST"] = "whole"
+    try:
+        done = run(
+            "sweep", "cohort", "--space", "mine.py:space", "--trials", 6, "--folds", 2, "--slots", 2, "--out", "run",
+            "--scheduler", "asha", "--refit-seeds", 2, cwd=workplace,
+        )  # fmt: skip
+    finally:
+        del os.environ["BRAINSWEEP_TEST"]
+    assert done.returncode == 0, done.stderr
+    folder = workplace / "run"
+
+    trials = study_of(folder).get_trials()
+    assert [trial.number for trial in trials] == list(range(6))
+    assert trials[3].state == TrialState.FAIL
+    assert "not finite" in trials[3].user_attrs["reason"] or "became" in trials[3].user_attrs["reason"]
+    rest = [trial for trial in trials if trial.number != 3]
+    assert {trial.state for trial in rest} <= {TrialState.COMPLETE, TrialState.PRUNED}
+
+    table = pd.read_csv(folder / "trials.csv")
+    cells = pd.read_csv(folder / "cells.csv")
+    for trial in rest:
+        if trial.state == TrialState.COMPLETE:
+            errors = cells.loc[cells["number"] == trial.number, "mae"]
+            assert len(errors) == 2
+            assert trial.value == pytest.approx(errors.mean())
+            assert trial.user_attrs["sd"] == pytest.approx(errors.std())
+        else:
+            assert trial.intermediate_values
+    assert table["state"].tolist() == [trial.state.name for trial in trials]
+
+    holdout = pd.read_csv(folder / "holdout.csv")
+    assert holdout["method"].value_counts().to_dict() == {
+        "search winner": 2, "published": 2, "L1 baseline": 2, "training median": 1,
+    }  # fmt: skip
+    predictions = pd.read_csv(folder / "predictions.csv")
+    held_out = pd.read_csv(folder / "splits.csv").query("role == 'holdout'")["subject"]
+    assert set(predictions["subject"]) == set(held_out)
+
+    for name in ("report.html", "trials.parquet", "best/model.safetensors", "best/probe.json", "run.json"):
+        assert (folder / name).exists(), name
+    about = json.loads((folder / "run.json").read_text())
+    assert about["best"]["number"] == study_of(folder).best_trial.number
+    assert about["finished"]
+    assert {path.parent.name for path in (folder / "tensorboard").glob("000*/events*")} == {
+        f"{number:04d}" for number in range(6)
+    }
+    assert "Leaderboard" in done.stdout
+    assert "brainsweep predict run" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert wait_until(lambda: not processes_of(marker), 20), processes_of(marker)
+
+    evaluated = run("evaluate", "run", "cohort", cwd=workplace)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert f"only its {len(held_out)} held-out subjects" in evaluated.stdout
+
+
+def test_a_killed_sweep_is_resumed_without_loss_or_repetition(workplace):
+    folder = workplace / "killed"
+    marker = "BRAINSWEEP_TEST=killed"
+    sweep = subprocess.Popen(
+        command("sweep", "cohort", "--trials", 5, "--folds", 2, "--slots", 2, "--out", "killed", "--scheduler", "none",
+                "--set", "training.epochs=6"),
+        cwd=workplace, env=environment() | {"BRAINSWEEP_TEST": "killed"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def finished():
+        return [trial for trial in study_of(folder).get_trials() if trial.state.is_finished()]
+
+    try:
+        assert wait_until(lambda: (folder / "study.journal").exists() and len(finished()) >= 2, 150)
+    finally:
+        sweep.send_signal(signal.SIGKILL)
+        sweep.wait()
+        killed_at = time.time()
+    before = {trial.number: (trial.value, trial.params) for trial in finished()}
+    interrupted = {
+        trial.number: epochs_done(folder / "trials" / f"{trial.number:04d}" / "progress.json")
+        for trial in study_of(folder).get_trials(states=(TrialState.RUNNING,))
+    }
+    assert wait_until(lambda: not processes_of(marker), 100), "Ray outlived its driver"
+
+    resumed = run("resume", "killed", cwd=workplace)
+    assert resumed.returncode == 0, resumed.stderr
+    trials = study_of(folder).get_trials()
+    assert [trial.number for trial in trials] == list(range(5))
+    assert all(trial.state == TrialState.COMPLETE for trial in trials)
+    assert before == {trial.number: (trial.value, trial.params) for trial in trials if trial.number in before}
+    history = pd.read_csv(folder / "history.csv")
+    for number in range(5):
+        epochs = history.loc[history["number"] == number, ["fold", "epoch"]].to_numpy().tolist()
+        assert epochs == [[fold, epoch] for fold in range(2) for epoch in range(1, 7)]
+    for number, epochs in interrupted.items():  # continued, not begun again
+        rows = history[history["number"] == number]
+        assert (rows["first_step_at"] < killed_at).sum() >= epochs
+    again = run("resume", "killed", cwd=workplace)
+    assert again.returncode == 0
+    assert "nothing left" in again.stdout
+
+
+def test_ctrl_c_stops_gracefully_and_leaves_a_resumable_run(workplace):
+    folder = workplace / "stopped"
+    sweep = subprocess.Popen(
+        command("sweep", "cohort", "--trials", 40, "--folds", 2, "--slots", 1, "--out", "stopped",
+                "--scheduler", "none"),
+        cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert wait_until(
+        lambda: (
+            (folder / "study.journal").exists()
+            and any(trial.state.is_finished() for trial in study_of(folder).get_trials())
+        ),
+        120,
+    )
+    sweep.send_signal(signal.SIGINT)
+    out, err = sweep.communicate(timeout=90)
+    assert sweep.returncode == 0, err
+    assert "brainsweep resume stopped" in out
+    states = {trial.state for trial in study_of(folder).get_trials()}
+    assert TrialState.PRUNED not in states
+    assert TrialState.FAIL not in states
+    assert (folder / "report.html").exists()
