@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console(soft_wrap=False)
+# A log file is no terminal of 80 columns: tables need more.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
 
 CohortFolder = Annotated[Path, typer.Argument(metavar="COHORT", help="folder made by `ingest` or `phantom`")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")]

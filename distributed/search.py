@@ -25,15 +25,17 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from core.config import Settings, flatten, merge, resolve, with_absent
 from core.errors import UserError
 from core.lookup import look_up
-from distributed.train_loop import CHECKPOINT
+from distributed.train_loop import CHECKPOINT, HOLDOUT, PRUNABLE_EPOCHS
 
 # The grouped sampler, pinned parameters and journal storage are "experimental" since years; the versions are pinned.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 STUDY = "brainsweep"
-METRIC, TIME = "value", "epochs"
+METRIC, TIME = "value", PRUNABLE_EPOCHS
 """The keys of a result that the scheduler compares: validation error, and epochs done over all cells."""
+PUBLISHED = "published"
+"""The label of the first trial. It is never stopped early, so that every other can be compared with it."""
 
 Space = Callable[[optuna.Trial], Mapping[str, Any]]
 
@@ -128,7 +130,7 @@ class Budget(tune.Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Stop a running trial of the search once the time is up; refits run to their end."""
-        return self.spent and TIME in result and not result["done"]
+        return self.spent and not result["done"] and result["fold"] != HOLDOUT
 
     def stop_all(self) -> bool:
         """Asked by Tune between results."""
@@ -143,7 +145,8 @@ class Proposals:
     space: Space
     base: Settings
     trials: int
-    assignment: Callable[[str, Settings], dict[str, Any]]
+    assignment: Callable[[str, Settings, bool], dict[str, Any]]
+    """(name, settings, prunable) -> assignment"""
     refits: Callable[[optuna.Study], list[dict[str, Any]]]
     continued: list[FrozenTrial] = field(default_factory=list)
 
@@ -189,7 +192,7 @@ class StudySearch(tune.search.Searcher):
         """Keep the intermediate value, at the epochs done over all cells."""
         trial = self.running.get(trial_id)
         if trial is not None and math.isfinite(result[METRIC]):
-            trial.report(result[METRIC], step=result[TIME])
+            trial.report(result[METRIC], step=result["epochs"])
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -216,7 +219,7 @@ class StudySearch(tune.search.Searcher):
             study.tell(trial, result[METRIC])
         else:
             if math.isfinite(result[METRIC]):
-                trial.report(result[METRIC], step=result[TIME])
+                trial.report(result[METRIC], step=result["epochs"])
             study.tell(trial, state=TrialState.PRUNED)
         self._forget_checkpoint(trial)
 
@@ -254,10 +257,11 @@ class StudySearch(tune.search.Searcher):
             trial.set_user_attr("settings", json.dumps(settings))
         else:
             settings = json.loads(recorded)
-        return self.proposals.assignment(trial_name(trial.number), settings)
+        prunable = trial.user_attrs.get("label") != PUBLISHED
+        return self.proposals.assignment(trial_name(trial.number), settings, prunable)
 
     def _forget_checkpoint(self, trial: optuna.Trial) -> None:
-        folder = self.proposals.assignment(trial_name(trial.number), {})["folder"]
+        folder = self.proposals.assignment(trial_name(trial.number), {}, True)["folder"]
         (Path(folder) / CHECKPOINT).unlink(missing_ok=True)
 
 

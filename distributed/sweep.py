@@ -28,6 +28,7 @@ from distributed.cluster import connect, plan_slots
 from distributed.data import Resident
 from distributed.run_folder import RunFolder
 from distributed.search import (
+    PUBLISHED,
     Budget,
     Proposals,
     StudySearch,
@@ -101,7 +102,7 @@ def run_sweep(
     study = _open_study(folder, request)
     parameters = published_parameters(space, base)
     if parameters is not None:
-        study.enqueue_trial(parameters, user_attrs={"label": "published"}, skip_if_exists=True)
+        study.enqueue_trial(parameters, user_attrs={"label": PUBLISHED}, skip_if_exists=True)
     else:
         console.print("note: the starting settings lie outside this space; they are refitted, not searched")
     return _execute(folder, request, opened, splits, study, address, console)
@@ -156,7 +157,9 @@ def _execute(
         space=space,
         base=base,
         trials=request.trials,
-        assignment=lambda name, settings: assign(folder.trial(name), settings, request.cells),
+        assignment=lambda name, settings, prunable: assign(
+            folder.trial(name), settings, request.cells, prunable=prunable
+        ),
         refits=lambda study: _refits(folder, request, base, study),
         continued=unfinished,
     )

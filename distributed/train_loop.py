@@ -37,6 +37,7 @@ from distributed.data import Rows, Volumes, chunks, epoch_batches, share
 
 CHECKPOINT = "checkpoint.pt"
 PROGRESS = "progress.json"
+PRUNABLE_EPOCHS = "prunable_epochs"
 HOLDOUT = -1
 """The fold of a refit: trained on all development subjects, judged on the hold-out."""
 
@@ -62,13 +63,24 @@ class Assignment:
     settings: dict[str, Any]
     cells: list[dict[str, int]]
     keep_model: bool = False
+    prunable: bool = True
+
+    @property
+    def is_refit(self) -> bool:
+        """Whether this trains on all development subjects and looks at the hold-out."""
+        return self.cells[0]["fold"] == HOLDOUT
 
 
 def assign(
-    folder: Path, settings: dict[str, Any], cells: list[dict[str, int]], *, keep_model: bool = False
+    folder: Path,
+    settings: dict[str, Any],
+    cells: list[dict[str, int]],
+    *,
+    keep_model: bool = False,
+    prunable: bool = True,
 ) -> dict[str, Any]:
     """An assignment as JSON values; the trial is called like its folder."""
-    return dataclasses.asdict(Assignment(folder.name, str(folder), settings, cells, keep_model))
+    return dataclasses.asdict(Assignment(folder.name, str(folder), settings, cells, keep_model, prunable))
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ class Runner:
             return self.trial.run_epoch()
         except DivergedError as diverged:
             answer = {"value": math.nan, "diverged": str(diverged), "finished": False, "done": True}
-            return answer | {self.trial.clock: self.trial.epochs}
+            return answer | self.trial.clock
 
 
 def make_runner(
@@ -156,21 +168,22 @@ class Trial:
         self.history.append(row)
         if outcome and last_epoch:
             self._finish_cell(training, outcome)
-        answer = row | {self.clock: self.epochs} | self._standing(row)
+        answer = row | self.clock | self._standing(row)
         if answer["done"]:
             self.answer = answer
         self._save()
         return answer
 
     @property
-    def clock(self) -> str:
-        """The key under which epochs are counted: schedulers look for `epochs`, and must not stop a refit."""
-        return "refit_epochs" if self.cells[0].fold == HOLDOUT else "epochs"
+    def clock(self) -> dict[str, int]:
+        """Epochs done; said once more as `PRUNABLE_EPOCHS`, which schedulers look for, where a trial may be stopped."""
+        is_prunable = self.assignment.prunable and not self.assignment.is_refit
+        return {"epochs": self.epochs} | ({PRUNABLE_EPOCHS: self.epochs} if is_prunable else {})
 
     @property
     def _judges_every_epoch(self) -> bool:
         """Pruning looks at every epoch of the first cell, then at whole cells; the hold-out is seen once."""
-        return not self.finished and self.cells[0].fold != HOLDOUT
+        return not self.finished and not self.assignment.is_refit
 
     def _standing(self, row: dict[str, Any]) -> dict[str, Any]:
         """The trial's value: of the epoch in its first cell, then the mean of its finished cells."""

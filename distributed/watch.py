@@ -86,7 +86,7 @@ class Display(tune.Callback):
         if slot is None:
             return
         name, result = slot["assignment"]["name"], slot.get("result") or {}
-        is_refit = "refit_epochs" in result
+        is_refit = slot["assignment"]["cells"][0]["fold"] == HOLDOUT
         how = "finished" if result.get("finished") else otherwise
         if result.get("diverged"):
             how = f"failed: {result['diverged']}"
@@ -129,7 +129,7 @@ class Display(tune.Callback):
 
     @staticmethod
     def _epochs(result: dict[str, Any]) -> int:
-        return result.get("epochs", result.get("refit_epochs", 0))
+        return result.get("epochs", 0)
 
 
 class TensorBoard(tune.Callback):
@@ -152,7 +152,7 @@ class TensorBoard(tune.Callback):
     ) -> None:
         """Write the epoch's scalars."""
         writer = self._writer(trial)
-        step = result.get("epochs", result.get("refit_epochs", 0))
+        step = result["epochs"]
         for name in SCALARS:
             value = result.get(name)
             if isinstance(value, int | float) and math.isfinite(value):

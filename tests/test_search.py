@@ -15,6 +15,7 @@ from core.errors import UserError
 from distributed.search import (
     SAMPLERS,
     SCHEDULERS,
+    TIME,
     Budget,
     Proposals,
     StudySearch,
@@ -43,7 +44,12 @@ def searcher(study, trials=3, budget=None, refits=(), continued=()):
         space=space,
         base=resolve(published("brain_age")).model_dump(mode="json"),
         trials=trials,
-        assignment=lambda name, settings: {"name": name, "folder": f"nowhere/{name}", "settings": settings},
+        assignment=lambda name, settings, prunable: {
+            "name": name,
+            "folder": f"nowhere/{name}",
+            "settings": settings,
+            "prunable": prunable,
+        },
         refits=lambda study: list(refits),
         continued=list(continued),
     )
@@ -51,7 +57,7 @@ def searcher(study, trials=3, budget=None, refits=(), continued=()):
 
 
 def result(value, epochs, **more):
-    return {"value": value, "epochs": epochs, "finished": False, "done": False} | more
+    return {"value": value, "epochs": epochs, "fold": 0, "finished": False, "done": False} | more
 
 
 def states(study):
@@ -146,6 +152,20 @@ def test_the_published_configuration_is_a_point_of_its_space_and_comes_first(stu
     assert trial.params["objective.width"] == 2.0
 
 
+def test_only_the_published_trial_is_safe_from_pruning(study):
+    study.enqueue_trial({"optimiser.learning_rate": 1e-4}, user_attrs={"label": "published"})
+    search = searcher(study)
+    assert [search.suggest(name)["assignment"]["prunable"] for name in "abc"] == [False, True, True]
+
+
+def test_a_spent_budget_stops_trials_but_neither_refits_nor_what_is_done():
+    spent = Budget(deadline=0.0)
+    assert spent("a", result(9.0, 1))
+    assert not spent("a", result(9.0, 1, done=True))
+    assert not spent("a", result(9.0, 1, fold=-1))
+    assert not Budget()("a", result(9.0, 1))
+
+
 def test_a_configuration_outside_a_space_has_no_parameters():
     assert (
         published_parameters(
@@ -218,7 +238,7 @@ def test_a_resumed_scheduler_decides_like_one_that_saw_everything(name):
         scheduler.on_trial_add(None, trial)
         for epochs, value in enumerate(curve, start=1):
             report(epochs, value)
-            shown = {"epochs": epochs, "value": value}
+            shown = {TIME: epochs, "value": value}
             if scheduler.on_trial_result(None, trial, shown) != TrialScheduler.CONTINUE or epochs == 8:
                 scheduler.on_trial_complete(None, trial, shown)
                 return epochs
@@ -245,11 +265,11 @@ def test_asha_stops_the_worse_half_and_never_a_refit():
     for number, value in enumerate([5.0, 6.0, 9.0, 4.0]):
         trial = Trial(str(number))
         scheduler.on_trial_add(None, trial)
-        decisions.append(scheduler.on_trial_result(None, trial, {"epochs": 1, "value": value}))
+        decisions.append(scheduler.on_trial_result(None, trial, {TIME: 1, "value": value}))
     assert decisions == ["CONTINUE", "STOP", "STOP", "CONTINUE"]
     refit = Trial("refit")
     scheduler.on_trial_add(None, refit)
-    assert scheduler.on_trial_result(None, refit, {"refit_epochs": 1, "value": math.nan}) == "CONTINUE"
+    assert scheduler.on_trial_result(None, refit, {"epochs": 1, "value": math.nan}) == "CONTINUE"
 
 
 def test_unknown_names_are_refused(tmp_path):

@@ -88,7 +88,7 @@ def test_a_refit_looks_at_the_hold_out_at_its_end_only(subjects, tmp_path):
         Runner(subjects), assign(tmp_path / "winner", settings(), [{"fold": HOLDOUT, "seed": 0}])
     )
     assert [math.isnan(answer["mae"]) for answer in answers] == [True, False]
-    assert "epochs" not in answers[-1]  # what a scheduler would look at
+    assert "prunable_epochs" not in answers[-1]  # what a scheduler would look at
     table = pd.read_csv(tmp_path / "winner" / "predictions-0.csv")
     assert np.abs(table["predicted"] - table["age"]).mean() == pytest.approx(answers[-1]["mae"])
 
