@@ -21,7 +21,7 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours tells an interruption from an early stop
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     # Slots keep a handful of processes that take no CPU; Ray's warning counts them against the cores.
-    "RAY_maximum_startup_concurrency": "16",
+    "RAY_worker_maximum_startup_concurrency": "8",
 }
 
 

@@ -118,10 +118,14 @@ def check_space(space: Space, base: Settings, samples: int = 30) -> None:
 
 @dataclass
 class Budget(tune.Stopper):
-    """When to propose nothing more (`spent`), and when to stop everything at once (`interrupted`)."""
+    """When to propose nothing more (`spent`), and when to stop everything at once (`interrupted`).
 
-    deadline: float | None = None
+    The clock of `seconds` starts with the first result: bringing slots up is no searching.
+    """
+
+    seconds: float | None = None
     interrupted: bool = False
+    deadline: float | None = None
 
     @property
     def spent(self) -> bool:
@@ -130,6 +134,8 @@ class Budget(tune.Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Stop a running trial of the search once the time is up; refits run to their end."""
+        if self.deadline is None and self.seconds is not None:
+            self.deadline = time.time() + self.seconds
         return self.spent and not result["done"] and result["fold"] != HOLDOUT
 
     def stop_all(self) -> bool:

@@ -11,7 +11,6 @@ and nothing has to travel through `ray.train.report` (which blocks for one contr
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
@@ -23,9 +22,7 @@ import ray
 from ray import train, tune
 from ray.train.torch import TorchTrainer
 
-Order = dict[str, Any]
-"""What a worker group is to do next: {"serial": int, "assignment": {...}}; see `train_loop.Assignment`."""
-Answer = dict[str, Any]
+from distributed.mailbox import Answer, Mailbox
 
 WORKER_START_TIMEOUT_S = "900"  # autoscaled GPU nodes take minutes; Train's default gives up after 60 s
 WORKER_RESTARTS = 3
@@ -47,58 +44,6 @@ class Workers:
         return train.ScalingConfig(
             num_workers=self.count, use_gpu=self.gpus > 0, resources_per_worker=resources
         )
-
-
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Passes orders from a slot to its workers and the answer back; remembers what is unanswered.
-
-    A restarted worker group asks again and gets the same order, so no epoch is lost or run twice.
-    """
-
-    def __init__(self) -> None:
-        self._changed = asyncio.Condition()
-        self._order: Order | None = None
-        self._answers: dict[int, Answer] = {}
-        self._serial = 0
-        self._closed = False
-
-    async def run(self, assignment: dict[str, Any]) -> Answer:
-        """Order one epoch of `assignment` and wait for its answer."""
-        async with self._changed:
-            self._serial += 1
-            serial = self._serial
-            self._order = {"serial": serial, "assignment": assignment}
-            self._changed.notify_all()
-            await self._changed.wait_for(lambda: serial in self._answers)
-            return self._answers.pop(serial)
-
-    async def next_order(self, after: int) -> Order | None:
-        """The first order later than `after`, waiting for it; None once the slot is closed."""
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: self._closed or (self._order is not None and self._order["serial"] > after)
-            )
-            return None if self._closed else self._order
-
-    async def answer(self, serial: int, answer: Answer) -> None:
-        """Hand in the answer to order `serial`; an answer that nobody waits for any more is dropped."""
-        async with self._changed:
-            if serial == self._serial:
-                self._answers[serial] = answer
-                self._changed.notify_all()
-
-    async def unanswered(self) -> int:
-        """The serial after which a newly started worker has to begin."""
-        async with self._changed:
-            waiting = self._order is not None and self._serial not in self._answers
-            return self._serial - 1 if waiting else self._serial
-
-    async def close(self) -> None:
-        """Send every worker home."""
-        async with self._changed:
-            self._closed = True
-            self._changed.notify_all()
 
 
 def worker_loop(config: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,7 @@ def _execute(
     """Run what is left of a sweep on Ray, and write everything it leaves."""
     space, _ = load_space(request.space)
     base: Settings = folder.about["settings"]
-    budget = Budget(time.time() + request.time_budget if request.time_budget else None)
+    budget = Budget(request.time_budget)
     unfinished = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     proposals = Proposals(
         study=study,
@@ -166,7 +165,6 @@ def _execute(
     epochs = base["training"]["epochs"]
     scheduler = make_scheduler(request.scheduler, epochs, len(request.cells))
     replay(scheduler, [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()])
-    display = Display(console, request.trials, epochs, len(request.cells), budget.deadline)
     with connect(address, console), _interruptible(budget, console):
         workers, slots = plan_slots(
             request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials
@@ -174,6 +172,7 @@ def _execute(
         console.print(
             f"{slots} slots of {workers.count} worker(s), {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
         )
+        display = Display(console, request.trials, epochs, budget)
         arguments = {
             "volumes": Resident.of(cohort),
             "manifest": cohort.manifest[["subject", "age", "site"]],

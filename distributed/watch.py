@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from core.config import flatten
 from core.report.describe import describe
+from distributed.search import Budget
 from distributed.train_loop import HOLDOUT
 
 SCALARS = ("value", "mae", "loss", "learning_rate", "temperature", "width", "neighbours")
@@ -27,12 +28,8 @@ class Display(tune.Callback):
     In a terminal the display is live; elsewhere one line is printed for every trial that ends.
     """
 
-    def __init__(
-        self, console: Console, trials: int, epochs: int, cells: int, deadline: float | None
-    ) -> None:
-        self.console, self.trials, self.deadline = console, trials, deadline
-        self.epochs_of_trial = epochs * cells
-        self.epochs, self.cells = epochs, cells
+    def __init__(self, console: Console, trials: int, epochs: int, budget: Budget) -> None:
+        self.console, self.trials, self.epochs, self.budget = console, trials, epochs, budget
         self.done = 0
         self.best: tuple[float, str] | None = None
         self.slots: dict[str, dict[str, Any]] = {}
@@ -112,8 +109,9 @@ class Display(tune.Callback):
             table.add_row("[dim]starting the slots …[/dim]" if not self.done else "")
         for slot in list(self.slots.values()):
             table.add_row(self._slot_line(slot))
-        if self.deadline is not None:
-            table.add_row(f"[dim]time budget left: {max(0.0, self.deadline - time.time()):.0f} s[/dim]")
+        if self.budget.deadline is not None:
+            left = max(0.0, self.budget.deadline - time.time())
+            table.add_row(f"[dim]time budget left: {left:.0f} s[/dim]")
         return table
 
     def _slot_line(self, slot: dict[str, Any]) -> str:

@@ -158,6 +158,14 @@ def test_only_the_published_trial_is_safe_from_pruning(study):
     assert [search.suggest(name)["assignment"]["prunable"] for name in "abc"] == [False, True, True]
 
 
+def test_the_clock_of_a_budget_starts_with_the_first_result():
+    budget = Budget(seconds=1000.0)
+    assert budget.deadline is None
+    assert not budget("a", result(9.0, 1))
+    assert budget.deadline is not None
+    assert not budget.spent
+
+
 def test_a_spent_budget_stops_trials_but_neither_refits_nor_what_is_done():
     spent = Budget(deadline=0.0)
     assert spent("a", result(9.0, 1))
