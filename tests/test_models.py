@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from monai.networks.nets import ResNet
 from pydantic import TypeAdapter, ValidationError
 
 from core.errors import UserError
@@ -36,6 +37,15 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
         encoder = build(name)
         head = ProjectionHead(encoder.embedding_dim)
     assert (parameters(encoder), parameters(head)) == REFERENCE_COUNTS[name]
+
+
+def test_resnet18_is_monais_own_network() -> None:
+    settings = {"n_input_channels": 1, "feed_forward": False, "bias_downsample": False, "shortcut_type": "B"}
+    theirs = ResNet("basic", [2, 2, 2, 2], [8, 16, 32, 64], conv1_t_stride=2, **settings).eval()
+    ours = build("resnet18", width=0.125).eval()
+    ours.load_state_dict(theirs.state_dict())
+    volumes = torch.randn(2, 1, 23, 28, 23)
+    torch.testing.assert_close(ours(volumes), theirs(volumes), rtol=0, atol=0)
 
 
 def test_resnext_counts_are_the_published_ones() -> None:
