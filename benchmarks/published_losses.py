@@ -7,8 +7,6 @@ and anchors of constrained contrast). Rows are view-major, N = V·B; D is the em
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +40,24 @@ def threshold(z_bvd: Tensor, labels_b: Tensor, temperature: float = 0.1, width: 
     sum_nk = exp_nkj.sum(2)
     weight_nn = weight_nn * others_nn * (sum_nk > 0)
     return per_anchor_mean(logits_nn - sum_nk.clamp(min=1e-38).log(), weight_nn)
+
+
+def threshold_as_released(
+    z_bvd: Tensor, labels_b: Tensor, temperature: float = 0.1, width: float = 2.0
+) -> Tensor:
+    """Threshold as released: repeated (N, N, N) tensors, one denominator per anchor summed over k as well."""
+    z_nd = rows(z_bvd)
+    n = len(z_nd)
+    others_nn = 1 - torch.eye(n, dtype=z_nd.dtype)
+    logits_nn = z_nd @ z_nd.T / temperature
+    logits_nn = logits_nn - logits_nn.max(dim=1, keepdim=True).values.detach()
+    weight_nn = rbf_weights(labels_b, width, z_bvd.shape[1])
+    repeated_ijk = weight_nn[:, :, None].repeat(1, 1, n).permute(2, 0, 1)  # w_jk for every i
+    difference_ijk = weight_nn[:, :, None] - repeated_ijk  # w_ij − w_jk
+    less_similar_ijk = (difference_ijk > 0).to(z_nd.dtype)
+    exp_ijk = (logits_nn.exp() * others_nn)[:, :, None].repeat(1, 1, n)
+    sum_n = (exp_ijk * less_similar_ijk).sum(-1).sum(1, keepdim=True)
+    return temperature / 0.07 * per_anchor_mean(logits_nn - sum_n.log(), weight_nn * others_nn)
 
 
 def exponential_with_neighbours(
@@ -108,8 +124,3 @@ def constrained_contrast(
             total = total - torch.log(positive_k / (positive_k + negative_k.sum()) + 1e-7).mean()
         per_image.append(total / len(anchor_a))
     return torch.stack(per_image).mean()
-
-
-def symmetric_gap(value: float, other: float) -> float:
-    """Relative difference of two numbers, for the correctness column of the benchmark."""
-    return abs(value - other) / max(abs(value), abs(other), math.ulp(1.0))

@@ -9,46 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from core.errors import UserError
 from core.lookup import did_you_mean, look_up
-from core.losses.dense import ConstrainedContrast
-from core.losses.pretext import Anatomical, Inpainting, Rotation, Symmetry
-from core.losses.settings import (
-    L1,
-    MSE,
-    Exponential,
-    ObjectiveSettings,
-    RankNContrast,
-    SimCLR,
-    SupCon,
-    Threshold,
-    YAware,
-)
+from core.losses.members import LossSettings
+from core.losses.settings import LOSSES, REGRESSION_LOSSES, TASK_LOSSES, ObjectiveSettings
 
-__all__ = ["LOSSES", "OTHER_LOSSES", "ObjectiveSettings", "build"]
-
-LOSSES: dict[str, type[BaseModel]] = {
-    "simclr": SimCLR,
-    "supcon": SupCon,
-    "y_aware": YAware,
-    "threshold": Threshold,
-    "exponential": Exponential,
-    "rank_n_contrast": RankNContrast,
-}
-
-# What these are called with differs; each says so in its `build`.
-OTHER_LOSSES: dict[str, type[BaseModel]] = {
-    "l1": L1,
-    "mse": MSE,
-    "constrained_contrast": ConstrainedContrast,
-    "anatomical": Anatomical,
-    "symmetry": Symmetry,
-    "rotation": Rotation,
-    "inpainting": Inpainting,
-}
+__all__ = ["LOSSES", "REGRESSION_LOSSES", "TASK_LOSSES", "ObjectiveSettings", "build"]
 
 
 def build(name: str, epochs: int | None = None, **settings: Any) -> nn.Module:
@@ -58,15 +27,15 @@ def build(name: str, epochs: int | None = None, **settings: Any) -> nn.Module:
     run, for schedules that count epochs and do not say how many. Raises UserError for an unknown name, a
     setting that cannot act on this loss, or a value out of range.
     """
-    model = look_up(LOSSES | OTHER_LOSSES, name, "loss")
+    model = look_up(LOSSES | REGRESSION_LOSSES | TASK_LOSSES, name, "loss")
     given = {key: value for key, value in settings.items() if value is not None}
     try:
-        return model(**given).build(epochs)  # type: ignore[attr-defined]
+        return model.model_validate({"name": name} | given).build(epochs)
     except ValidationError as error:
         raise UserError(_one_line(name, model, error)) from None
 
 
-def _one_line(name: str, model: type[BaseModel], error: ValidationError) -> str:
+def _one_line(name: str, model: type[LossSettings], error: ValidationError) -> str:
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

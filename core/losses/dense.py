@@ -10,18 +10,19 @@ Shape suffixes: B images, D embedding, P patches of an image, A anchors, K neare
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from core.errors import UserError
 from core.losses.gather import mean_over_ranks
+from core.losses.members import LossSettings
 from core.losses.neighbourhood import Neighbours
 from core.losses.pairwise import NOTHING, log_sum_exp, without_autocast
-from core.losses.settings import LossSettings
 from core.schedules import Constant, Schedule, with_epochs
 
 PUBLISHED_EPSILON = 1e-7
@@ -151,13 +152,38 @@ def patch_loss(
     return loss_ba.masked_fill(~used_ba, 0.0), used_ba
 
 
+class _AnchorSimilarity(torch.autograd.Function):
+    """Cosine similarity of anchors with every patch; the backward pass touches the patches twice, not seven times.
+
+    With n = 1/|f| and s_ap = n_a n_p f_a · f_p, the gradient of f_p is Σ_a g_ap (n_p f_a n_a − s_ap n_p² f_p),
+    and the same for the anchors, which are patches too.
+    """
+
+    @staticmethod
+    def forward(context: Any, features_bdp: Tensor, anchor_ba: Tensor) -> Tensor:
+        inverse_bp = 1 / (features_bdp * features_bdp).sum(1).sqrt().clamp(min=1e-12)
+        index_bda = anchor_ba[:, None].expand(-1, features_bdp.shape[1], -1)
+        unit_bda = features_bdp.gather(2, index_bda) * inverse_bp.gather(1, anchor_ba)[:, None]
+        s_bap = (unit_bda.transpose(1, 2) @ features_bdp).mul_(inverse_bp[:, None])
+        context.save_for_backward(features_bdp, inverse_bp, unit_bda, index_bda, s_bap)
+        return s_bap
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient_bap: Tensor) -> tuple[Tensor, None]:
+        features_bdp, inverse_bp, unit_bda, index_bda, s_bap = context.saved_tensors
+        scaled_bap = gradient_bap * inverse_bp[:, None]
+        shared_bap = gradient_bap * s_bap
+        result_bdp = unit_bda @ scaled_bap
+        result_bdp.addcmul_(features_bdp, (shared_bap.sum(1) * inverse_bp**2)[:, None], value=-1)
+        to_anchor_bda = features_bdp @ scaled_bap.transpose(1, 2) - unit_bda * shared_bap.sum(2)[:, None]
+        to_anchor_bda = to_anchor_bda * inverse_bp.gather(1, index_bda[:, 0])[:, None]
+        return result_bdp.scatter_add_(2, index_bda, to_anchor_bda), None
+
+
 def anchor_similarity(features_bdp: Tensor, anchor_ba: Tensor) -> Tensor:
-    """Cosine similarity (B, A, P) of anchors with the patches of their image."""
-    index_bda = anchor_ba[:, None].expand(-1, features_bdp.shape[1], -1)
-    anchors_bda = F.normalize(features_bdp.gather(2, index_bda), dim=1)
-    # Dividing the few products by the norms spares a normalised copy of every patch.
-    norm_bp = torch.linalg.vector_norm(features_bdp, dim=1).clamp(min=1e-12)
-    return torch.einsum("bda,bdp->bap", anchors_bda, features_bdp) / norm_bp[:, None]
+    """Cosine similarity (B, A, P) of anchors, by patch index, with the patches of their image."""
+    return _AnchorSimilarity.apply(features_bdp, anchor_ba)
 
 
 def _minus_log_share(attraction: Tensor, repulsion: Tensor, epsilon: float) -> Tensor:

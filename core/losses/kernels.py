@@ -3,9 +3,9 @@
 Every kernel takes distances |y_i − y_j| (any shape, unit of the label, for instance years) and a width in
 the same unit, gives 1 at distance 0 and never rises with distance.
 
-Two published kernels differ and are kept under PUBLISHED_KERNELS for the `reference` settings: the
-`gaussian` of the released code is a density (not 1 at distance 0), and its `cauchy` takes a width that
-*narrows* the kernel as it grows.
+Published kernels that differ are kept under PUBLISHED_KERNELS for the `reference` settings: the `gaussian`
+of the released code is a density (not 1 at distance 0), and its `cauchy` takes a width that *narrows* the
+kernel as it grows.
 """
 
 from __future__ import annotations
@@ -50,9 +50,14 @@ def epanechnikov(distance: Tensor, width: float) -> Tensor:
     return (1 - (distance / width) ** 2).clamp(min=0)
 
 
+def published_rbf(distance: Tensor, width: float) -> Tensor:
+    """exp(−Δ²/2σ²) down to the last digit before underflow, since the released threshold ranks by it."""
+    return torch.exp(-(distance**2) / (2 * width**2))
+
+
 def published_gaussian(distance: Tensor, width: float) -> Tensor:
     """The normal density, exp(−Δ²/2σ²)/(√(2π)σ); above 1 at distance 0 when σ < 0.399."""
-    return rbf(distance, width) / (math.sqrt(2 * math.pi) * width)
+    return published_rbf(distance, width) / (math.sqrt(2 * math.pi) * width)
 
 
 def published_cauchy(distance: Tensor, width: float) -> Tensor:
@@ -74,7 +79,11 @@ KERNELS: dict[str, Kernel] = {
     "epanechnikov": epanechnikov,
 }
 
-PUBLISHED_KERNELS: dict[str, Kernel] = KERNELS | {"gaussian": published_gaussian, "cauchy": published_cauchy}
+PUBLISHED_KERNELS: dict[str, Kernel] = KERNELS | {
+    "rbf": published_rbf,
+    "gaussian": published_gaussian,
+    "cauchy": published_cauchy,
+}
 
 
 def label_distance(labels_c: Tensor, labels_b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,7 +99,6 @@ def label_distance(labels_c: Tensor, labels_b: Tensor, dtype: torch.dtype) -> Te
     return (labels_c[:, None] - labels_b[None, :]).abs().to(dtype)
 
 
-def kernel_weights(distance: Tensor, kernel: Kernel, width: float) -> Tensor:
-    """Weights of the shape of `distance`; those below the data type's normal range are exactly 0."""
-    weights = kernel(distance, width)
+def without_dust(weights: Tensor) -> Tensor:
+    """Weights below the data type's normal range as exactly 0: dividing by their sum would overflow."""
     return weights.masked_fill(weights < torch.finfo(weights.dtype).tiny, 0.0)

@@ -8,7 +8,7 @@
 
 An anchor is never paired with itself. Pairs with an empty denominator and anchors with no pair left are
 dropped and counted, and the mean is over what remains; if nothing remains the loss is a zero that still
-hangs on the graph. core/losses/settings.py names the members of the family.
+hangs on the graph. core/losses/members.py names the members of the family.
 
 Shape suffixes: V views of the anchor, C anchor subjects (a chunk of the batch), U views of the contrasted
 row (as many as V), B subjects of the batch, D embedding. A suffix 1 broadcasts.
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.errors import UserError
 from core.losses.gather import gather_batch
-from core.losses.kernels import Kernel, equal, kernel_weights, label_distance
+from core.losses.kernels import Kernel, equal, label_distance, without_dust
 from core.losses.neighbourhood import Neighbours, farness, nearest
 from core.schedules import Constant, Shape
 
@@ -189,13 +189,13 @@ def anchor_terms(
     z_vcd, labels_c = z_ubd[:, first:last], labels_b[first:last]
 
     def weigh(distance: Tensor) -> Tensor:
-        return kernel_weights(distance, parts.kernel, parts.width(progress))
+        return parts.kernel(distance, parts.width(progress))
 
     similarity = cosine_similarity if parts.similarity == "cosine" else negative_distance
     s_vcub = similarity(z_vcd, z_ubd) / parts.temperature(progress)
     if parts.offset_self:
         s_vcub = s_vcub - s_vcub.detach().flatten(2).amax(-1)[..., None, None]
-    w_cb = weigh(label_distance(labels_c, labels_b, s_vcub.dtype))
+    w_cb = without_dust(weigh(label_distance(labels_c, labels_b, s_vcub.dtype)))
 
     s_vcub = fill_own(s_vcub, 0.0, first)
     logits_vcub = s_vcub * (1 - w_cb)[:, None] if parts.spare_positives else s_vcub

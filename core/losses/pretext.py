@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.losses.gather import gather_batch, mean_over_ranks
+from core.losses.members import LossSettings
 from core.losses.pairwise import NOTHING, check_batch, log_sum_exp, without_autocast
-from core.losses.settings import LossSettings
 from core.schedules import Constant, Schedule, with_epochs
 
 
