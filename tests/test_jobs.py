@@ -1,0 +1,224 @@
+"""Sweeps on a running Ray cluster, as cluster.yaml sets it up: token, localhost dashboard, submitted jobs."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from small_cohort import SMALL, write_small_cohort
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("core", "distributed", "search_spaces")
+MARKER = "BRAINSWEEP_TEST=jobs"
+TOKEN = "0123456789abcdef" * 4
+MADE_SMALL = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+LEFT_BEHIND = (
+    "run.json",
+    "study.journal",
+    "trials.csv",
+    "holdout.csv",
+    "report.html",
+    "best/model.safetensors",
+)
+
+
+class Head:
+    """A head started by `ray start`, and how to talk to it."""
+
+    def __init__(self, folder):
+        self.temporary = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's socket paths may have 107 bytes
+        token = folder / "token"
+        token.write_text(TOKEN)
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_JOB_STOP_SIGNAL": "SIGINT",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "120",
+            "BRAINSWEEP_TEST": "jobs",
+        }  # fmt: skip
+        gcs, dashboard, agent, client = free_ports(4)
+        self.address, self.dashboard = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
+        started = self.run(
+            "ray", "start", "--head", "--port", gcs, "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard,
+            # A second cluster on one machine would fail to bind the agent's usual port, and take no jobs.
+            "--dashboard-agent-listen-port", agent, "--ray-client-server-port", client, "--num-cpus", 2,
+            "--object-store-memory", 200_000_000, "--temp-dir", self.temporary, "--disable-usage-stats", cwd=folder,
+        )  # fmt: skip
+        assert started.returncode == 0, started.stdout + started.stderr
+
+    def run(self, *words, cwd):
+        return subprocess.run(
+            list(map(str, words)),
+            cwd=cwd,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=170,
+            check=False,
+        )
+
+    def job(self, *words, cwd, wait=True):
+        options = ["--address", self.dashboard, "--working-dir", ".", *([] if wait else ["--no-wait"])]
+        return self.run(
+            "ray", "job", "submit", *options, "--", "python", "-m", "distributed", *words, cwd=cwd
+        )
+
+    def stop(self):
+        """End what this head started, found by the marker in the environment: another Ray may run here."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in marked():
+                try:
+                    os.kill(process, number)
+                except ProcessLookupError:
+                    continue
+            if wait_until(lambda: not marked(), 8):
+                break
+        left = marked()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        assert not left, f"processes left behind: {left}"
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def marked():
+    """Processes, zombies aside, that carry the marker in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and MARKER.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(condition, seconds):
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        if condition():
+            return True
+        time.sleep(0.3)
+    return False
+
+
+def status_of(address, token=None):
+    request = urllib.request.Request(f"{address}/api/jobs/")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        return urllib.request.urlopen(request, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What a user submits from: the sources, among data and runs that must not travel."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".rayignore", folder)
+    for heavy in (
+        "cohorts/study/shards/00000.h5",
+        "runs/old/run.json",
+        "scan.nii.gz",
+        ".mypy_cache/3.11/a.json",
+    ):
+        (folder / heavy).parent.mkdir(parents=True, exist_ok=True)
+        (folder / heavy).write_text("stays here")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Stands for the storage that every node mounts."""
+    folder = tmp_path_factory.mktemp("shared")
+    write_small_cohort(folder / "cohort", subjects=24)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    head = Head(tmp_path_factory.mktemp("head"))
+    try:
+        yield head
+    finally:
+        head.stop()
+
+
+def sweep(shared, out, trials=3):
+    cells = ["--folds", 2, "--slots", 1]
+    return ["sweep", shared / "cohort", "--trials", trials, *cells, "--out", shared / out, *MADE_SMALL]
+
+
+def check_run(folder, trials):
+    for name in LEFT_BEHIND:
+        assert (folder / name).exists(), name
+    about = json.loads((folder / "run.json").read_text())
+    assert about["finished"]
+    assert len(pd.read_csv(folder / "trials.csv")) == trials
+
+
+def test_without_the_token_nothing_is_answered(head):
+    assert status_of(head.dashboard) == 401
+    assert status_of(head.dashboard, "f" * 64) in (401, 403)
+    assert status_of(head.dashboard, TOKEN) == 200
+    port = int(head.dashboard.rsplit(":", 1)[1])
+    with pytest.raises(ConnectionRefusedError):  # another address of this machine, as a stranger would come
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+def test_a_submitted_sweep_runs_and_leaves_its_run_folder(head, checkout, shared):
+    done = head.job(*sweep(shared, "submitted"), cwd=checkout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "succeeded" in done.stdout + done.stderr
+    assert "Leaderboard" in done.stdout
+    check_run(shared / "submitted", trials=3)
+
+    [uploaded] = head.temporary.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
+    travelled = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
+    assert "distributed/cli.py" in travelled
+    assert {Path(name).parts[0] for name in travelled} <= {*PACKAGES, ".rayignore"}
+
+
+def test_a_connected_driver_sweeps_on_the_same_cluster(head, shared):
+    done = head.run(sys.executable, "-m", "distributed", *sweep(shared, "connected", 2), "--address", head.address,
+                      cwd=ROOT)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_run(shared / "connected", trials=2)
+
+
+def test_a_stopped_job_ends_gracefully_and_says_how_to_resume(head, checkout, shared):
+    submitted = head.job(*sweep(shared, "stopped", 60), "--scheduler", "none", cwd=checkout, wait=False)
+    assert submitted.returncode == 0, submitted.stderr[-3000:]
+    job = next(word.strip("'") for word in submitted.stdout.split() if word.startswith("'raysubmit_"))
+    finished = shared / "stopped" / "trials" / "0001" / "progress.json"
+    assert wait_until(finished.exists, 90)
+    stopped = head.run("ray", "job", "stop", "--address", head.dashboard, job, cwd=checkout)
+    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    logs = head.run("ray", "job", "logs", "--address", head.dashboard, job, cwd=checkout).stdout
+    assert "brainsweep resume" in logs, logs[-3000:]
+    assert (shared / "stopped" / "report.html").exists()
+    assert not json.loads((shared / "stopped" / "run.json").read_text())["finished"]
