@@ -25,6 +25,8 @@ from core.volumes.nifti import read_volume
 from core.volumes.preprocess import IntensityStatistics, Preprocessing, normalise, prepare_volume
 
 BATCH = 16
+FAR = 4.0
+"""Voxel SDs between two means that no difference between people explains."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,20 @@ class Predictor:
             self._predict_batch(volumes[start : start + BATCH]) for start in range(0, len(volumes), BATCH)
         ]
         return np.concatenate(ages).astype(np.float64)
+
+    def unfamiliar(self, volumes: npt.NDArray[np.floating]) -> str | None:
+        """A warning if the volumes (n, C, X, Y, Z) are far brighter or darker than those of the training."""
+        if self.statistics is None:
+            return None
+        for index, channel in enumerate(self.channels):
+            voxels = volumes[:, index][volumes[:, index] != 0]
+            mean, sd = self.statistics.mean[index], self.statistics.sd[index]
+            if voxels.size and abs(voxels.mean() - mean) > FAR * sd:
+                return (
+                    f"mean {channel} is {voxels.mean():.4g}, in training it was {mean:.4g} ± {sd:.2g} per voxel: "
+                    "other units? The predictions mean nothing then"
+                )
+        return None
 
     def _predict_batch(self, volumes: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         tensor = torch.as_tensor(np.asarray(volumes, dtype=np.float32))

@@ -28,7 +28,7 @@ class Evaluation:
 
 
 def predict_files(run: Path, files: Sequence[Path]) -> pd.DataFrame:
-    """Columns file, predicted (age in years): NIfTI files prepared as the run's cohort was, then predicted.
+    """Columns file, predicted (age in years), note: NIfTI files prepared as the run's cohort was, then predicted.
 
     Raises:
         UserError: no model, a file that cannot be read, or a model of several channels.
@@ -40,8 +40,12 @@ def predict_files(run: Path, files: Sequence[Path]) -> pd.DataFrame:
             f"the model needs channels {', '.join(predictor.channels)} of each subject; "
             "ingest them into a cohort and use `brainsweep evaluate`"
         )
-    ages = [float(predictor.predict(prepare_files([file], _preprocessing(folder)))[0]) for file in files]
-    return pd.DataFrame({"file": [str(file) for file in files], "predicted": ages})
+    rows = []
+    for file in files:
+        volume = prepare_files([file], _preprocessing(folder))
+        age = float(predictor.predict(volume)[0])
+        rows.append({"file": str(file), "predicted": age, "note": predictor.unfamiliar(volume) or ""})
+    return pd.DataFrame(rows)
 
 
 def evaluate_run(run: Path, cohort: Path) -> Evaluation:
@@ -56,7 +60,10 @@ def evaluate_run(run: Path, cohort: Path) -> Evaluation:
     _check_alike(folder, predictor, opened)
     rows, notes = _rows_to_judge(folder, opened)
     channels = [opened.description.channels.index(channel) for channel in predictor.channels]
-    predicted = predictor.predict(opened.read(rows)[:, channels])
+    volumes = opened.read(rows)[:, channels]
+    predicted = predictor.predict(volumes)
+    unfamiliar = predictor.unfamiliar(volumes)
+    notes += (unfamiliar,) if unfamiliar else ()
     table = opened.manifest.iloc[rows][["subject", "age", "site"]].assign(predicted=predicted)
     path = folder.path / "evaluations" / f"{opened.description.name}-{opened.description.hash[:8]}.csv"
     path.parent.mkdir(exist_ok=True)

@@ -297,8 +297,12 @@ def predict(
 
     predictions = predict_files(run, volumes)
     table = Table("file", "predicted age (years)", box=None, padding=(0, 2))
-    for row in predictions.itertuples():
-        table.add_row(str(row.file), f"{row.predicted:.1f}")
+    for row in predictions.to_dict("records"):
+        table.add_row(row["file"], f"{row['predicted']:.1f}")
+        if row["note"]:
+            console.print(
+                f"note: {row['file']}: {row['note']}", style="yellow", highlight=False, soft_wrap=True
+            )
     console.print(table)
     if out is not None:
         predictions.to_csv(out, index=False)

@@ -5,6 +5,7 @@ The order is a pure function of (seed, epoch): one worker or eight see the same 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from core.volumes.cohort import Cohort
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating[Any]]
 
-READ_ROWS_PER_TASK = 16
+BLOCK_BYTES = 4 * 2**20
+"""Smaller objects cost more calls, and below 100 kB Ray keeps them in the memory of one process."""
 OBJECT_STORE_SHARE = 0.6
 """Largest share of the object store that a resident cohort may fill; beyond it Ray would spill to disk."""
 
@@ -49,55 +51,84 @@ class InMemory:
 
 
 @dataclass(frozen=True)
-class Resident:
-    """A cohort in the object store, one object per volume: every worker on a node reads the same memory."""
+class OnDisk:
+    """A cohort too large to hold: every batch is read from its shards by the worker that needs it."""
 
-    references: tuple[ray.ObjectRef, ...]
-
-    @classmethod
-    def of(cls, cohort: Cohort) -> Resident:
-        """Read each shard once, in parallel; Ray reads a lost volume again from its task.
-
-        Raises:
-            UserError: the cohort would not fit in the object store, or a shard is damaged.
-        """
-        _check_it_fits(cohort)
-        references: list[ray.ObjectRef] = []
-        for start in range(0, len(cohort), READ_ROWS_PER_TASK):
-            rows = list(range(start, min(start + READ_ROWS_PER_TASK, len(cohort))))
-            task = _read_rows.options(num_returns=len(rows))
-            taken: Any = task.remote(str(cohort.folder.resolve()), rows)
-            references.extend(taken if len(rows) > 1 else [taken])
-        try:
-            ray.wait(references, num_returns=len(references), fetch_local=False)
-            ray.get(references[::READ_ROWS_PER_TASK])  # a damaged shard fails here, before any trial
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, UserError) else error from None
-        return cls(tuple(references))
+    folder: str
 
     def read(self, rows: Rows) -> Floats:
         """See `Volumes.read`."""
-        return np.stack(ray.get([self.references[row] for row in rows]))
+        return _opened(self.folder).read(rows)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A cohort in the object store, in blocks of consecutive rows: workers on a node read the same memory.
+
+    A worker keeps hold of the blocks it has seen, without copying them, so they are never evicted under it.
+    """
+
+    references: tuple[ray.ObjectRef, ...]
+    rows_per_block: int
+
+    @classmethod
+    def of(cls, cohort: Cohort) -> Resident:
+        """Read every shard once, in parallel; Ray reads a lost block again from its task.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        rows_per_block = max(1, BLOCK_BYTES // _bytes_of_a_volume(cohort))
+        rows = np.arange(len(cohort))
+        folder = str(cohort.folder.resolve())
+        references = [_read_block.remote(folder, block) for block in chunks(rows, rows_per_block)]
+        try:
+            ray.get([_is_read.remote(reference) for reference in references])  # a damaged shard fails here
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, UserError) else error from None
+        return cls(tuple(references), rows_per_block)
+
+    def read(self, rows: Rows) -> Floats:
+        """See `Volumes.read`."""
+        return np.stack([self._block(row // self.rows_per_block)[row % self.rows_per_block] for row in rows])
+
+    def _block(self, index: int) -> Floats:
+        reference = self.references[index]
+        if reference not in _BLOCKS:
+            _BLOCKS[reference] = ray.get(reference)
+        return _BLOCKS[reference]
+
+
+_BLOCKS: dict[ray.ObjectRef, Floats] = {}
+"""The blocks that this process has mapped."""
+
+
+def hold(cohort: Cohort) -> Resident | OnDisk:
+    """The cohort in the object store where it fits, else on disk (Ray would spill it to disk in silence)."""
+    needed = _bytes_of_a_volume(cohort) * len(cohort)
+    available = ray.cluster_resources().get("object_store_memory", 0) * OBJECT_STORE_SHARE
+    return Resident.of(cohort) if needed <= available else OnDisk(str(cohort.folder.resolve()))
 
 
 @ray.remote(num_cpus=0.5)
-def _read_rows(folder: str, rows: list[int]) -> Any:
-    """The volumes of `rows` as separate objects."""
-    cohort = Cohort.open(Path(folder))
-    volumes = cohort.read(rows).astype(cohort.description.dtype)
-    return list(volumes) if len(rows) > 1 else volumes[0]
+def _read_block(folder: str, rows: Rows) -> Floats:
+    cohort = _opened(folder)
+    return cohort.read(rows).astype(cohort.description.dtype)
 
 
-def _check_it_fits(cohort: Cohort) -> None:
-    volume = np.dtype(cohort.description.dtype).itemsize * int(np.prod(cohort.volume_shape))
-    needed = volume * len(cohort)
-    available = ray.cluster_resources().get("object_store_memory", 0) * OBJECT_STORE_SHARE
-    if needed > available:
-        raise UserError(
-            f"cohort {cohort.folder} needs {needed / 2**30:.1f} GiB in memory, but {OBJECT_STORE_SHARE:.0%} of "
-            f"the object store is {available / 2**30:.1f} GiB; start Ray with a larger --object-store-memory, "
-            "or ingest at a coarser --spacing"
-        )
+@ray.remote(num_cpus=0)
+def _is_read(block: Floats) -> bool:
+    """Runs only once `block` is there, and raises what its task raised."""
+    return True
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(folder: str) -> Cohort:
+    return Cohort.open(Path(folder))
+
+
+def _bytes_of_a_volume(cohort: Cohort) -> int:
+    return np.dtype(cohort.description.dtype).itemsize * int(np.prod(cohort.volume_shape))
 
 
 def epoch_batches(rows: Rows, batch_size: int, seed: int, epoch: int, workers: int = 1) -> list[Rows]:

@@ -25,9 +25,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from core.config import Settings, flatten, merge, resolve, with_absent
 from core.errors import UserError
 from core.lookup import look_up
+from core.tasks import TASKS
 from distributed.train_loop import CHECKPOINT, HOLDOUT, PRUNABLE_EPOCHS
 
-# The grouped sampler, pinned parameters and journal storage are "experimental" since years; the versions are pinned.
+# The grouped and quasi-random samplers are "experimental" since years.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -79,15 +80,12 @@ def make_scheduler(name: str, epochs: int, cells: int) -> TrialScheduler:
     return look_up(SCHEDULERS, name, "scheduler")(epochs, cells)
 
 
-def open_study(journal: Path, sampler: str, seed: int, pinned: Mapping[str, Any]) -> optuna.Study:
-    """The study in `journal`, made if absent. Settings in `pinned` are not sampled: they have that value."""
-    chosen = look_up(SAMPLERS, sampler, "sampler")(seed)
-    if pinned:
-        chosen = optuna.samplers.PartialFixedSampler(dict(pinned), chosen)
+def open_study(journal: Path, sampler: str, seed: int) -> optuna.Study:
+    """The study in `journal`, made if absent."""
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(journal))),
         study_name=STUDY,
-        sampler=chosen,
+        sampler=look_up(SAMPLERS, sampler, "sampler")(seed),
         direction="minimize",
         load_if_exists=True,
     )
@@ -113,7 +111,8 @@ def check_space(space: Space, base: Settings, samples: int = 30) -> None:
         proposed = space(study.ask())
         if not isinstance(proposed, Mapping):
             raise UserError(f"the space must return a dict of settings, got {type(proposed).__name__}")
-        resolve(merge(base, proposed))
+        settings = resolve(merge(base, proposed))
+        look_up(TASKS, settings.task, "task").check(settings)
 
 
 @dataclass
@@ -210,15 +209,15 @@ class StudySearch(tune.search.Searcher):
             return
         result = result or {}
         finished = bool(result.get("finished"))
-        if not (error or finished or "diverged" in result) and (self.budget.interrupted or self.budget.spent):
+        if not (error or finished or "failed" in result) and (self.budget.interrupted or self.budget.spent):
             return
         seconds = time.time() - self.started[trial_id]
         for name, value in {"sd": result.get("sd"), "n": result.get("n"), "seconds": seconds}.items():
             trial.set_user_attr(name, value)
         study = self.proposals.study
-        if error or "diverged" in result:
+        if error or "failed" in result:
             trial.set_user_attr(
-                "reason", result.get("diverged") or "its workers crashed; see tune/*/error.txt"
+                "reason", result.get("failed") or "its slot crashed; see error.txt under tune/"
             )
             study.tell(trial, state=TrialState.FAIL)
         elif finished:

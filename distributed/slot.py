@@ -11,6 +11,8 @@ and nothing has to travel through `ray.train.report` (which blocks for one contr
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import threading
 import time
@@ -25,7 +27,8 @@ from ray.train.torch import TorchTrainer
 from distributed.mailbox import Answer, Mailbox
 
 WORKER_START_TIMEOUT_S = "900"  # autoscaled GPU nodes take minutes; Train's default gives up after 60 s
-WORKER_RESTARTS = 3
+WORKER_RESTARTS = 2
+GROUP_RESTARTS = 1
 POLL_S = 1.0
 
 
@@ -68,6 +71,10 @@ def worker_loop(config: dict[str, Any]) -> None:
             ray.get(mailbox.answer.remote(done, answer))
 
 
+class WorkersEndedError(RuntimeError):
+    """A worker group is gone for good; the message says why."""
+
+
 @dataclass
 class WorkerGroup:
     """A TorchTrainer running `worker_loop` in a thread, and the mailbox that feeds it."""
@@ -88,18 +95,22 @@ class WorkerGroup:
         self.thread.start()
 
     def run(self, assignment: dict[str, Any]) -> Answer:
-        """One epoch of `assignment`; raises what ended the worker group, should it end."""
+        """One epoch of `assignment`; WorkersEndedError when the group, or its mailbox, is no more."""
         pending = self.mailbox.run.remote(assignment)
         while True:
             ready, _ = ray.wait([pending], timeout=POLL_S)
             if ready:
-                return ray.get(pending)
+                try:
+                    return ray.get(pending)
+                except ray.exceptions.RayActorError:
+                    raise WorkersEndedError("the slot's mailbox died") from None
             if not self.thread.is_alive():
-                raise RuntimeError(f"the slot's workers ended: {self.failure}") from self.failure
+                raise WorkersEndedError(_reason(self.failure)) from self.failure
 
     def stop(self) -> None:
         """Send the workers home and wait for the trainer to end."""
-        ray.get(self.mailbox.close.remote())
+        with contextlib.suppress(ray.exceptions.RayActorError):  # without a mailbox they go by themselves
+            ray.get(self.mailbox.close.remote())
         self.thread.join(timeout=60)
 
     def _fit(self) -> None:
@@ -139,12 +150,21 @@ class Slot(tune.Trainable):
         storage: str,
     ) -> None:
         """Start the workers; Tune calls this once per slot."""
-        self.group = WorkerGroup(workers, make_runner, arguments, storage)
+        self.make_group = lambda: WorkerGroup(workers, make_runner, arguments, storage)
+        self.group = self.make_group()
         self.group.start()
 
     def step(self) -> Answer:
-        """One epoch."""
-        return self.group.run(self.config["assignment"])
+        """One epoch. A group that Train gave up is replaced; a trial that ends that one too has failed."""
+        for _ in range(GROUP_RESTARTS + 1):
+            try:
+                return self.group.run(self.config["assignment"])
+            except WorkersEndedError as ended:
+                reason = str(ended)
+                self.group.stop()
+                self.group = self.make_group()
+                self.group.start()
+        return {"value": math.nan, "failed": f"its workers ended: {reason}", "finished": False, "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial: the workers learn of it with the next order."""
@@ -154,3 +174,11 @@ class Slot(tune.Trainable):
     def cleanup(self) -> None:
         """Close the slot."""
         self.group.stop()
+
+
+def _reason(failure: BaseException | None) -> str:
+    """The first worker's own last words, in one line."""
+    failures = getattr(failure, "worker_failures", None)
+    cause = next(iter(failures.values())) if failures else failure
+    lines = str(cause).strip().splitlines() or ["they returned"]
+    return lines[-1].strip()[:300]

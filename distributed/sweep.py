@@ -24,7 +24,7 @@ from core.volumes.cohort import Cohort
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
 from distributed.cluster import connect, plan_slots
-from distributed.data import Resident
+from distributed.data import hold
 from distributed.run_folder import RunFolder
 from distributed.search import (
     PUBLISHED,
@@ -40,7 +40,7 @@ from distributed.search import (
 from distributed.slot import Slot
 from distributed.train_loop import HOLDOUT, assign, make_runner
 from distributed.watch import Display, TensorBoard
-from search_spaces import load_space
+from search_spaces import Space, load_space, pin
 
 TRIAL_RESTARTS = 2
 # Tune's per-trial driver must hold something; the head's marker resource costs no CPU of the slots.
@@ -91,14 +91,14 @@ def run_sweep(
         UserError: before anything is started, for anything in the request that cannot work.
     """
     opened = Cohort.open(cohort)
-    space, settings = load_space(request.space)
-    base = resolve(merge(settings, request.changes)).model_dump(mode="json")
+    space, settings = _space_of(request)
+    base = resolve(settings).model_dump(mode="json")
     check_space(space, base)
     make_scheduler(request.scheduler, base["training"]["epochs"], len(request.cells))
     splits = make_splits(opened.manifest, request.folds, request.holdout, request.search_seed)
     folder = run_folder.create_run(out, "sweep", request.model_dump(mode="json"), base, opened)
     run_folder.write_splits(folder, splits, opened)
-    study = _open_study(folder, request)
+    study = open_study(folder.journal, request.sampler, request.search_seed)
     parameters = published_parameters(space, base)
     if parameters is not None:
         study.enqueue_trial(parameters, user_attrs={"label": PUBLISHED}, skip_if_exists=True)
@@ -127,7 +127,7 @@ def resume_sweep(
         raise UserError(
             f"the splits recorded in {folder.path}/splits.csv are not those of this version; start anew"
         )
-    study = _open_study(folder, request)
+    study = open_study(folder.journal, request.sampler, request.search_seed)
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     if about["finished"] and sum(state.is_finished() for state in states) >= request.trials:
         console.print(f"nothing left to do: all {request.trials} trials of {run} are finished")
@@ -137,9 +137,10 @@ def resume_sweep(
     return _execute(folder, request, cohort, splits, study, address, console)
 
 
-def _open_study(folder: RunFolder, request: SweepRequest) -> optuna.Study:
-    pinned = {name: value for name, value in request.changes.items() if not isinstance(value, dict | list)}
-    return open_study(folder.journal, request.sampler, request.search_seed, pinned)
+def _space_of(request: SweepRequest) -> tuple[Space, Settings]:
+    """The space with what the user fixed taken out of it, and the settings it starts from."""
+    space, settings = load_space(request.space)
+    return pin(space, request.changes), merge(settings, request.changes)
 
 
 def _execute(
@@ -147,7 +148,7 @@ def _execute(
     address: str | None, console: Console,
 ) -> RunFolder:  # fmt: skip
     """Run what is left of a sweep on Ray, and write everything it leaves."""
-    space, _ = load_space(request.space)
+    space, _ = _space_of(request)
     base: Settings = folder.about["settings"]
     budget = Budget(request.time_budget)
     unfinished = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -174,7 +175,7 @@ def _execute(
         )
         display = Display(console, request.trials, epochs, budget)
         arguments = {
-            "volumes": Resident.of(cohort),
+            "volumes": hold(cohort),
             "manifest": cohort.manifest[["subject", "age", "site"]],
             "splits": splits,
             "channels": cohort.description.channels,
@@ -236,6 +237,10 @@ def _conclude(
         run_folder.keep_best(folder, model)
     if not budget.interrupted:
         run_folder.finish(folder, study)
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    if failed and len(failed) == len(study.get_trials(deepcopy=False)):
+        reason = failed[0].user_attrs.get("reason", "unknown")
+        raise UserError(f"all {len(failed)} trials failed; the first: {reason}")
     page = write_report(folder.path)
     print_leaderboard(console, read_run(folder.path))
     _say_next(folder, page, study, budget, console)

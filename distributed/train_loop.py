@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from core.schedules import with_epochs
 from core.tasks import TASKS
 from core.tasks.brain_age import Embedded, Outcome
 from core.volumes.preprocess import fit_intensity_statistics, normalise
+from core.volumes.shards import replacing, writing_to
 from core.volumes.splits import Splits
 from core.volumes.views import make_views
 from distributed.data import Rows, Volumes, chunks, epoch_batches, share
@@ -117,15 +117,20 @@ class Runner:
         self.trial: Trial | None = None
 
     def __call__(self, assignment: dict[str, Any]) -> dict[str, Any]:
-        """One epoch of `assignment` (see `Assignment`); a diverged trial is answered, not raised."""
-        if self.trial is None or dataclasses.asdict(self.trial.assignment) != assignment:
-            self.trial = None  # free the last trial's memory first
-            self.trial = Trial(Assignment(**assignment), self.subjects, self.place)
+        """One epoch of `assignment` (see `Assignment`); what fails by its own doing is answered."""
         try:
+            if self.trial is None or dataclasses.asdict(self.trial.assignment) != assignment:
+                self.trial = None  # free the last trial's memory first
+                self.trial = Trial(Assignment(**assignment), self.subjects, self.place)
             return self.trial.run_epoch()
-        except DivergedError as diverged:
-            answer = {"value": math.nan, "diverged": str(diverged), "finished": False, "done": True}
-            return answer | self.trial.clock
+        except (DivergedError, UserError) as failure:
+            clock = self.trial.clock if self.trial else {"epochs": 0}
+            return clock | failed(str(failure))
+
+
+def failed(reason: str) -> dict[str, Any]:
+    """The answer of a trial that cannot go on."""
+    return {"value": math.nan, "failed": reason, "finished": False, "done": True}
 
 
 def make_runner(
@@ -213,8 +218,11 @@ class Trial:
 
     def _save(self) -> None:
         """Rank 0 writes the checkpoint, then what people and the driver read; each replaces its file whole."""
-        if self.place.rank != 0:
-            return
+        if self.place.rank == 0:
+            with writing_to(self.folder):
+                self._write()
+
+    def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.answer is None:
             state = self.training.state_dict() if self.training else None
@@ -224,9 +232,11 @@ class Trial:
                 "history": self.history,
                 "finished": self.finished,
             }
-            _replace(self.folder / CHECKPOINT, lambda path: torch.save(saved, path))
+            with replacing(self.folder / CHECKPOINT) as path:
+                torch.save(saved, path)
         progress = {"history": self.history, "cells": self.finished, "answer": self.answer}
-        _replace(self.folder / PROGRESS, lambda path: path.write_text(json.dumps(progress)))
+        with replacing(self.folder / PROGRESS) as path:
+            path.write_text(json.dumps(progress))
         if self.answer is not None:
             (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
@@ -464,10 +474,3 @@ def _gather(mine: np.ndarray, place: Place) -> np.ndarray:
     parts: list[Any] = [None] * place.workers
     torch.distributed.all_gather_object(parts, mine)
     return np.concatenate(parts)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write beside `path`, then replace it: readers see the old file or the new one, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(beside)
-    os.replace(beside, path)

@@ -11,11 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from core.config import merge, resolve
 from core.errors import UserError
+from core.tasks import TASKS
 from core.volumes.cohort import Cohort
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
 from distributed.cluster import connect, plan_slots
-from distributed.data import InMemory, Resident
+from distributed.data import InMemory, hold
 from distributed.run_folder import RunFolder
 from distributed.slot import WorkerGroup
 from distributed.train_loop import Runner, Subjects, assign, make_runner
@@ -42,7 +43,9 @@ def train_one(
     """
     opened = Cohort.open(cohort)
     _, published = load_space(DEFAULT)
-    settings = resolve(merge(published, changes)).model_dump(mode="json")
+    chosen = resolve(merge(published, changes))
+    TASKS[chosen.task].check(chosen)
+    settings = chosen.model_dump(mode="json")
     splits = make_splits(opened.manifest, folds)
     if not 0 <= fold < folds:
         raise UserError(f"--fold {fold} does not exist; with --folds {folds} it is 0 to {folds - 1}")
@@ -55,9 +58,9 @@ def train_one(
         answer = _run(Runner(subjects), assignment, settings, console)
     else:
         answer = _run_on_ray(opened, splits, workers, address, assignment, settings, folder, console)
-    if "diverged" in answer:
+    if "failed" in answer:
         raise UserError(
-            f"training diverged: {answer['diverged']}; try a smaller --set optimiser.learning_rate=…"
+            f"training failed: {answer['failed']}; where it diverged, try a smaller --set optimiser.learning_rate=…"
         )
     run_folder.keep_best(folder, folder.trial(NAME) / f"model-{seed}")
     run_folder.finish(folder)
@@ -93,7 +96,7 @@ def _run_on_ray(
     with connect(address, console):
         size, _ = plan_slots(slots=1, workers=workers, gpus_per_worker=None, trials=1)
         arguments = {
-            "volumes": Resident.of(cohort),
+            "volumes": hold(cohort),
             "manifest": cohort.manifest[["subject", "age", "site"]],
             "splits": splits,
             "channels": cohort.description.channels,

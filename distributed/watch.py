@@ -85,8 +85,8 @@ class Display(tune.Callback):
         name, result = slot["assignment"]["name"], slot.get("result") or {}
         is_refit = slot["assignment"]["cells"][0]["fold"] == HOLDOUT
         how = "finished" if result.get("finished") else otherwise
-        if result.get("diverged"):
-            how = f"failed: {result['diverged']}"
+        if "failed" in result:
+            how = f"failed: {result['failed']}"
         value = result.get("value", math.nan)
         if how == "finished" and not is_refit and (self.best is None or value < self.best[0]):
             self.best = (value, name)

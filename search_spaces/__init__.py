@@ -8,13 +8,13 @@ of the settings they set. A parameter asked for inside an `if` exists only there
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 
-from core.config import Settings, read_settings
+from core.config import Settings, flatten, read_settings, with_absent
 from core.errors import UserError
 from core.lookup import look_up
 from search_spaces import brain_age
@@ -41,6 +41,49 @@ def load_space(name: str) -> tuple[Space, Settings]:
     space = _function_of(path, function)
     beside = path.with_suffix(".yaml")
     return space, read_settings(beside) if beside.exists() else published(DEFAULT)
+
+
+def pin(space: Space, changes: Mapping[str, Any]) -> Space:
+    """`space` in which the settings in `changes` are given, not searched: they become no parameters at all.
+
+    A block that is switched off (`objective.neighbours=null`) pins everything in it.
+    """
+    pinned = with_absent(flatten(changes)) | dict(changes)
+    return lambda trial: space(PinnedTrial(trial, pinned))  # type: ignore[arg-type]
+
+
+class PinnedTrial:
+    """A trial that answers for pinned settings itself and asks the study for the others."""
+
+    def __init__(self, trial: optuna.Trial, pinned: Mapping[str, Any]) -> None:
+        self._trial, self._pinned = trial, pinned
+        self._asked: dict[str, Any] = {}
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What was suggested so far, pinned or not."""
+        return self._trial.params | self._asked
+
+    def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
+        """See `optuna.Trial.suggest_float`."""
+        return self._suggest(name, self._trial.suggest_float, low, high, **options)
+
+    def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
+        """See `optuna.Trial.suggest_int`."""
+        return self._suggest(name, self._trial.suggest_int, low, high, **options)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """See `optuna.Trial.suggest_categorical`."""
+        return self._suggest(name, self._trial.suggest_categorical, choices)
+
+    def _suggest(self, name: str, ask: Callable[..., Any], *bounds: Any, **options: Any) -> Any:
+        if name not in self._pinned:
+            return ask(name, *bounds, **options)
+        self._asked[name] = self._pinned[name]
+        return self._pinned[name]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trial, name)
 
 
 def published(name: str) -> Settings:

@@ -25,7 +25,7 @@ from distributed.search import (
     published_parameters,
     replay,
 )
-from search_spaces import load_space, published
+from search_spaces import load_space, pin, published
 
 
 def space(trial):
@@ -35,7 +35,7 @@ def space(trial):
 
 @pytest.fixture
 def study(tmp_path):
-    return open_study(tmp_path / "study.journal", "tpe", 0, {})
+    return open_study(tmp_path / "study.journal", "tpe", 0)
 
 
 def searcher(study, trials=3, budget=None, refits=(), continued=()):
@@ -88,7 +88,7 @@ def test_diverged_and_crashed_fail_with_the_reason(study):
     search = searcher(study)
     search.suggest("a")
     search.suggest("b")
-    search.on_trial_complete("a", result(math.nan, 1, diverged="loss became nan in epoch 1", done=True))
+    search.on_trial_complete("a", result(math.nan, 1, failed="loss became nan in epoch 1", done=True))
     search.on_trial_complete("b", None, error=True)
     first, second = study.get_trials()
     assert states(study) == [TrialState.FAIL, TrialState.FAIL]
@@ -187,18 +187,24 @@ def test_a_configuration_outside_a_space_has_no_parameters():
     )
 
 
-def test_pinned_settings_are_not_sampled(tmp_path):
-    study = open_study(tmp_path / "study.journal", "tpe", 0, {"optimiser.learning_rate": 3e-4})
+def test_pinned_settings_are_given_not_searched(study):
+    whole, _ = load_space("brain_age")
+    pinned = pin(whole, {"views.crop": 0.77, "objective.name": "supcon", "objective.neighbours": None})
     for _ in range(12):
         trial = study.ask()
-        assert space(trial)["optimiser.learning_rate"] == 3e-4
+        proposed = pinned(trial)
+        assert proposed["views.crop"] == 0.77  # a value the space itself does not offer
+        assert proposed["objective.name"] == "supcon"
+        assert proposed["objective.neighbours.shape"] is None
+        assert "objective.bin_width" in proposed  # what follows from a pinned choice is still searched
+        assert not {"views.crop", "objective.name", "objective.neighbours.shape"} & set(trial.params)
         study.tell(trial, 1.0)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_finds_its_way_through_the_conditional_space(name, tmp_path):
     space, _ = load_space("brain_age")
-    study = open_study(tmp_path / "study.journal", name, 0, {})
+    study = open_study(tmp_path / "study.journal", name, 0)
     for _ in range(14):
         trial = study.ask()
         resolve_me = space(trial)
@@ -210,7 +216,7 @@ def test_the_same_seed_proposes_the_same(tmp_path):
     space, _ = load_space("brain_age")
 
     def proposals(name):
-        study = open_study(tmp_path / name, "tpe", 5, {})
+        study = open_study(tmp_path / name, "tpe", 5)
         values = []
         for _ in range(12):
             trial = study.ask()
@@ -284,4 +290,4 @@ def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="did you mean 'asha'"):
         make_scheduler("ashaa", 4, 2)
     with pytest.raises(UserError, match="did you mean 'tpe'"):
-        open_study(tmp_path / "journal", "tpee", 0, {})
+        open_study(tmp_path / "journal", "tpee", 0)

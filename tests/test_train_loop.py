@@ -133,14 +133,21 @@ def test_trials_do_not_influence_each_other(subjects, tmp_path):
 def test_a_diverging_trial_says_where(subjects, tmp_path):
     wild = settings(**{"optimiser.name": "sgd", "optimiser.learning_rate": 1e30})
     answers = run_all(Runner(subjects), assign(tmp_path / "0000", wild, CELLS))
-    assert "fold 0" in answers[-1]["diverged"]
+    assert "fold 0" in answers[-1]["failed"]
     assert math.isnan(answers[-1]["value"])
     assert not answers[-1]["finished"]
 
 
 def test_a_channel_the_cohort_lacks(subjects, tmp_path):
-    with pytest.raises(UserError, match="'t1w', but the cohort has stiffness"):
-        Runner(subjects)(assign(tmp_path / "0000", settings(**{"data.channels": ["t1w"]}), CELLS))
+    answer = Runner(subjects)(assign(tmp_path / "0000", settings(**{"data.channels": ["t1w"]}), CELLS))
+    assert "'t1w', but the cohort has stiffness" in answer["failed"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(subjects, tmp_path):
+    (tmp_path / "file").write_text("")
+    answer = Runner(subjects)(assign(tmp_path / "file" / "0000", settings(), CELLS))
+    assert str(tmp_path / "file") in answer["failed"]
+    assert answer["done"]
 
 
 def test_the_kept_model_predicts_what_the_refit_predicted(subjects, cohort, tmp_path):

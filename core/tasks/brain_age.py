@@ -105,6 +105,15 @@ def build_objective(settings: RunSettings) -> nn.Module:
     return settings.objective.build(settings.training.epochs)
 
 
+def check(settings: RunSettings) -> None:
+    """Try the objective on a few made-up embeddings over the whole run; UserError for a value it cannot take."""
+    objective = build_objective(settings)
+    ages = torch.tensor([20.0, 40.0, 60.0, 80.0])
+    embeddings = torch.eye(4)[:, None, : 1 if is_regression(settings) else 4].repeat(1, 2, 1)
+    for epoch in {1, settings.training.epochs}:
+        objective(embeddings, ages, epoch / settings.training.epochs)
+
+
 def is_regression(settings: RunSettings) -> bool:
     """Whether the model predicts age itself, without a probe."""
     return settings.objective.name in REGRESSION

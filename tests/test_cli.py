@@ -1,0 +1,184 @@
+"""The command line as people meet it: help with examples, and one line with exit code 2 for what they can mend."""
+
+import gzip
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from small_cohort import SMALL, write_small_cohort
+
+from distributed.cli import app, main
+
+COMMANDS = ["phantom", "ingest", "describe", "train", "sweep", "resume", "report", "evaluate", "predict"]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_small_cohort(tmp_path_factory.mktemp("cohort") / "small").folder
+
+
+@pytest.fixture
+def brainsweep(monkeypatch, capsys):
+    """Run `brainsweep ARGUMENTS` in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["brainsweep", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+def bids(folder: Path, age_column="age", damage=None) -> Path:
+    """Three subjects with a small T1; `damage(path, voxels)` spoils the second one's file."""
+    folder.mkdir()
+    rows = [f"participant_id\t{age_column}\tsex"]
+    for index in range(3):
+        subject = f"sub-{index + 1:02d}"
+        rows.append(f"{subject}\t{30 + index}\tF")
+        path = folder / subject / "anat" / f"{subject}_T1w.nii.gz"
+        path.parent.mkdir(parents=True)
+        voxels = np.zeros((24, 28, 24), dtype=np.float32)
+        voxels[6:18, 6:20, 6:18] = np.random.default_rng(index).uniform(50, 100, (12, 14, 12))
+        nibabel.Nifti1Image(voxels, np.diag([8.0, 8.0, 8.0, 1.0])).to_filename(path)
+        if damage and index == 1:
+            damage(path, voxels)
+    (folder / "participants.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def save(path, voxels):
+    nibabel.Nifti1Image(voxels, np.eye(4)).to_filename(path)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(brainsweep, command):
+    code, out, _ = brainsweep(command, "--help")
+    assert code == 0
+    assert f"Example: brainsweep {command}" in " ".join(out.split())
+
+
+def test_the_commands_are_these_and_no_others():
+    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["describe", "nowhere"], "nowhere is not a cohort"),
+        (["sweep", "COHORT", "--space", "brian_age"], "unknown space 'brian_age'; did you mean 'brain_age'"),
+        (["sweep", "COHORT", "--folds", "90"], "90"),
+        (["sweep", "COHORT", "--folds", "1"], "--folds"),
+        (["sweep", "COHORT", "--holdout", "2"], "--holdout"),
+        (["sweep", "COHORT", "--scheduler", "ashaa"], "did you mean 'asha'"),
+        (["sweep", "COHORT", "--sampler", "tpee"], "did you mean 'tpe'"),
+        (["sweep", "COHORT", "--set", "objective.widht=2"], "did you mean 'objective.width'"),
+        (["sweep", "COHORT", "--set", "objective.width=-2"], "width of exponential must be above 0, got -2"),
+        (["sweep", "COHORT", "--set", "training.epochs"], "has no '='"),
+        (["train", "COHORT", "--fold", "7", "--out", "OUT"], "--fold 7 does not exist"),
+        (
+            ["train", "COHORT", "--set", "data.channels=[t1w]", "--out", "OUT"],
+            "'t1w', but the cohort has stiffness",
+        ),
+        (["resume", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["predict", "nowhere", "a.nii.gz"], "nowhere"),
+        (["phantom", "OUT", "--spacing", "3"], "2, 4 or 8"),
+        (["phantom", "OUT", "--channels", "fmri"], "channels"),
+        (["ingest", "COHORT", "OUT", "--shape", "4,b"], "--shape"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(brainsweep, cohort, tmp_path, arguments, said):
+    places = {"COHORT": cohort, "OUT": tmp_path / "out"}
+    if arguments[0] == "sweep":
+        arguments = [*arguments, "--out", "OUT"]
+    code, _, err = brainsweep(*[places.get(word, word) for word in arguments])
+    assert code == 2
+    assert said in err
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["sweep", "train"])
+def test_an_output_folder_that_cannot_be_written_is_named_before_anything_runs(
+    brainsweep, cohort, tmp_path, command
+):
+    (tmp_path / "file").write_text("")
+    code, _, err = brainsweep(command, cohort, "--out", tmp_path / "file" / "run")
+    assert code == 2
+    assert str(tmp_path / "file") in err
+
+
+def test_a_run_is_never_written_over(brainsweep, cohort, tmp_path):
+    (tmp_path / "precious.txt").write_text("thesis")
+    code, _, err = brainsweep("train", cohort, "--out", tmp_path)
+    assert (code, "is not empty" in err) == (2, True)
+    assert (tmp_path / "precious.txt").read_text() == "thesis"
+
+
+def test_ingest_refuses_an_empty_folder_and_a_missing_age_column(brainsweep, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = brainsweep("ingest", tmp_path / "empty", tmp_path / "out")
+    assert (code, "participants.tsv" in err) == (2, True)
+    code, _, err = brainsweep("ingest", bids(tmp_path / "study", age_column="years"), tmp_path / "out")
+    assert code == 2
+    assert "'age'" in err or "age" in err
+    assert "years" in err  # the columns that are there
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path, voxels: save(path, np.where(voxels > 90, np.nan, voxels)), "NaN"),
+        (lambda path, voxels: save(path, np.stack([voxels] * 3, axis=-1)), "4D"),
+        (lambda path, voxels: path.write_bytes(path.read_bytes()[:400]), "sub-02"),
+        (lambda path, voxels: path.write_bytes(gzip.compress(b"not a brain")), "sub-02"),
+        (lambda path, voxels: path.unlink(), "sub-02"),
+    ],
+    ids=["nan", "4d", "truncated", "no nifti", "missing"],
+)
+def test_ingest_leaves_out_what_cannot_be_used_and_names_it(brainsweep, tmp_path, damage, reason):
+    source = bids(tmp_path / "study", damage=damage)
+    code, out, _ = brainsweep("ingest", source, tmp_path / "out", "--spacing", 8, "--suffix", "T1w")
+    assert code == 0
+    assert "left out sub-02" in out
+    assert reason in out
+    assert "2 subjects in" in out
+    rejects = (tmp_path / "out" / "rejects.csv").read_text()
+    assert "sub-02" in rejects
+    code, _, err = brainsweep(
+        "ingest", source, tmp_path / "strict", "--spacing", 8, "--suffix", "T1w", "--strict"
+    )
+    assert (code, "sub-02" in err) == (2, True)
+
+
+def test_from_nifti_files_to_predictions(brainsweep, tmp_path):
+    source = tmp_path / "study"
+    code, _, _ = brainsweep("phantom", source, "--nifti", "--subjects", 12, "--spacing", 8)
+    assert code == 0
+    cohort = tmp_path / "cohort"
+    code, out, _ = brainsweep(
+        "ingest", source, cohort, "--suffix", "stiffness", "--intensity", "raw", "--spacing", 8
+    )
+    assert (code, "12 subjects" in out) == (0, True)
+    small = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    run = tmp_path / "run"
+    code, out, _ = brainsweep("train", cohort, "--folds", 2, "--out", run, *small)
+    assert (code, "median predictor" in out) == (0, True)
+    volume = next(source.rglob("sub-0003_stiffness.nii.gz"))
+    table = tmp_path / "ages.csv"
+    code, out, _ = brainsweep("predict", run, volume, "--out", table)
+    assert code == 0
+    assert float(table.read_text().splitlines()[1].split(",")[1]) == pytest.approx(50, abs=500)
+    code, out, _ = brainsweep("evaluate", run, cohort)
+    assert (code, "held-out subjects" in out) == (0, True)
+
+    image = nibabel.load(volume)
+    save_scaled = tmp_path / "pascal.nii.gz"
+    nibabel.Nifti1Image(image.get_fdata() * 1000, image.affine).to_filename(save_scaled)
+    code, out, _ = brainsweep("predict", run, volume, save_scaled)
+    assert (code, out.count("other units?")) == (0, 1)
