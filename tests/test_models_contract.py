@@ -79,9 +79,8 @@ def test_evaluation_with_the_statistics_of_a_batch_is_what_training_gave(name: s
 def test_bfloat16_trains_every_parameter(name: str) -> None:
     model, volumes = small(name)
     # oneDNN's bfloat16 gradient of 3³ weights is garbage where the first side is 2 (torch 2.13, AVX-512).
-    with torch.backends.mkldnn.flags(
-        enabled=name in LARGE
-    ):  # whose sides are never 2, and which are slow without it
+    # The large networks have no such side here, and are slow without it.
+    with torch.backends.mkldnn.flags(enabled=name in LARGE):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(volumes)
         (out.float() * torch.randn(out.shape)).sum().backward()

@@ -96,6 +96,8 @@ def test_settings_that_cannot_be_are_refused() -> None:
         build("groupnorm_unet", levels=3)
     with pytest.raises(UserError, match=r"width 0\.3 must be a multiple of 1/4"):
         build("groupnorm_unet", width=0.3)
+    with pytest.raises(UserError, match=r"unknown head 'dens'; did you mean 'dense'\?"):
+        build("groupnorm_unet", head="dens")
 
 
 def test_symmetry_aware_swin_unetr_differs_from_the_plain_one_by_its_attention_only() -> None:

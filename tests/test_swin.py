@@ -164,6 +164,13 @@ def test_width_must_suit_the_heads() -> None:
         build("swin", width=0.3)
 
 
+def test_unknown_choices_are_answered() -> None:
+    with pytest.raises(UserError, match=r"unknown merging 'v1'; known: legacy, v2"):
+        build("swin", width=0.25, merging="v1")
+    with pytest.raises(ValueError, match="pooling must be 'mean' or 'corner', got 'max'"):
+        build("swin", width=0.25, pooling="max")(torch.zeros(1, 1, 32, 32, 32))
+
+
 def test_mirror_finds_left_and_right_in_the_affine() -> None:
     volume = torch.arange(24.0).reshape(1, 2, 3, 4)
     assert torch.equal(mirror(volume), volume.flip(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from core.errors import UserError
+from core.lookup import look_up
 from core.volumes.mirror import mirror
 
 Pooling = Literal["mean", "corner"]
@@ -34,7 +36,8 @@ class LegacyPatchMerging(PatchMergingV2):
         return self.reduction(self.norm(merged))
 
 
-MERGING = {"v2": PatchMergingV2, "legacy": LegacyPatchMerging}
+Merging = Literal["v2", "legacy"]
+MERGING: Mapping[str, type[nn.Module]] = {"v2": PatchMergingV2, "legacy": LegacyPatchMerging}
 
 
 class SwinEncoder(nn.Module):
@@ -47,7 +50,7 @@ class SwinEncoder(nn.Module):
         patch: int,
         window: int,
         pooling: Pooling,
-        merging: Literal["v2", "legacy"],
+        merging: Merging,
         checkpointing: bool,
     ) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class SwinEncoder(nn.Module):
             patch_size=(patch, patch, patch),
             depths=(2, 2, 2, 2),
             num_heads=(3, 6, 12, 24),
-            downsample=MERGING[merging],
+            downsample=look_up(MERGING, merging, "merging"),
             use_checkpoint=checkpointing,
         )
         self.embedding_dim = 16 * feature_size(width)
@@ -85,7 +88,9 @@ def pool(features_bexyz: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     """(B, E, x, y, z) -> (B, E): the mean over tokens, or the first token, as published (spec.md C.2)."""
     if pooling == "corner":
         return features_bexyz[:, :, 0, 0, 0]
-    return features_bexyz.mean(dim=(2, 3, 4))
+    if pooling == "mean":
+        return features_bexyz.mean(dim=(2, 3, 4))
+    raise ValueError(f"pooling must be 'mean' or 'corner', got '{pooling}'")
 
 
 class SymmetryAttention(nn.Module):
@@ -170,7 +175,7 @@ def swin(
     patch: int = 2,
     window: int = 7,
     pooling: Pooling = "mean",
-    merging: Literal["v2", "legacy"] = "v2",
+    merging: Merging = "v2",
     checkpointing: bool = False,
 ) -> SwinEncoder:
     """3D Swin of sa-swin: 48 to 768 channels, depths 2, window 7, patch 2; 8,062,002 parameters.
@@ -193,7 +198,7 @@ def swin_symmetry(
     patch: int = 2,
     window: int = 7,
     pooling: Pooling = "mean",
-    merging: Literal["v2", "legacy"] = "v2",
+    merging: Merging = "v2",
     checkpointing: bool = False,
     layers: int = 1,
     dropout: float = 0.1,

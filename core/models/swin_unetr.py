@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from monai.networks.nets import SwinUNETR
 
-from core.models.swin import MERGING, SymmetryAttention, feature_size
+from core.lookup import look_up
+from core.models.swin import MERGING, Merging, SymmetryAttention, feature_size
 from core.volumes.mirror import mirror
 
 
@@ -42,7 +43,7 @@ def swin_unetr(
     in_channels: int = 4,
     out_channels: int = 3,
     width: float = 1.0,
-    merging: Literal["v2", "legacy"] = "v2",
+    merging: Merging = "v2",
     checkpointing: bool = False,
 ) -> SwinUNETR:
     """MONAI's Swin UNETR, 62,191,941 parameters as published: four contrasts, three tumour regions."""
@@ -53,7 +54,7 @@ def swin_unetr_symmetry(
     in_channels: int = 4,
     out_channels: int = 3,
     width: float = 1.0,
-    merging: Literal["v2", "legacy"] = "v2",
+    merging: Merging = "v2",
     checkpointing: bool = False,
     layers: int = 1,
     dropout: float = 0.1,
@@ -65,12 +66,12 @@ def swin_unetr_symmetry(
 
 
 def _settings(
-    in_channels: int, out_channels: int, width: float, merging: str, checkpointing: bool
+    in_channels: int, out_channels: int, width: float, merging: Merging, checkpointing: bool
 ) -> dict[str, Any]:
     return {
         "in_channels": in_channels,
         "out_channels": out_channels,
         "feature_size": feature_size(width),
-        "downsample": MERGING[merging],
+        "downsample": look_up(MERGING, merging, "merging"),
         "use_checkpoint": checkpointing,
     }

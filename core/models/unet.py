@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from core.errors import UserError
+from core.lookup import did_you_mean
 
 
 class ResUNet(nn.Module):
@@ -151,28 +152,32 @@ def groupnorm_unet(
         dimension: length D of dense features.
         grid: size of the slices, which fixes the first layer of head "global".
     """
-    if (4 * width) % 1:
+    if width <= 0 or (4 * width) % 1:
         raise UserError(f"width {width} must be a multiple of 1/4 for groupnorm_unet: groups hold 4 channels")
+    if head not in get_args(GroupNormHead):
+        raise UserError(f"unknown head '{head}'; {did_you_mean(head, get_args(GroupNormHead))}")
     if not 1 <= levels <= 5 or (head == "segmentation" and levels < 5):
         raise UserError(f"levels {levels} cannot serve head '{head}'; segmentation takes 5, dense 1 to 5")
     widths = tuple(int(channels * width) for channels in (16, 32, 64, 128, 128, 128))
     encoder = GroupNormEncoder(in_channels, widths)
-    if head == "global":
-        cells = (grid[0] // 32) * (grid[1] // 32)
-        model = GroupNormUNet(encoder, None, _global_head(widths[-1] * cells))
+    decoder = None if head == "global" else GroupNormDecoder(widths, levels)
+    if decoder is None:
+        last = _global_head(widths[-1] * (grid[0] // 32) * (grid[1] // 32))
+    elif head == "dense":
+        last = _dense_head(decoder.out_channels, dimension)
     else:
-        decoder = GroupNormDecoder(widths, levels)
-        last = decoder.out_channels
-        make = (
-            _segmentation_head(last, out_channels) if head == "segmentation" else _dense_head(last, dimension)
-        )
-        model = GroupNormUNet(encoder, decoder, make)
-    for module in model.modules():  # He et al. 2015, drawn anew for each layer
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        last = _segmentation_head(decoder.out_channels, out_channels)
+    model = GroupNormUNet(encoder, decoder, last)
+    model.apply(_initialise)
     return model
+
+
+def _initialise(module: nn.Module) -> None:
+    """He et al. 2015, drawn anew for each layer."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _convolution(before: int, after: int, kernel: int, bias: bool = True) -> nn.Sequential:

@@ -67,7 +67,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], prefix: 
     Raises:
         UserError: nothing fits.
     """
-    given = {_name(name, prefix): value for name, value in weights.items() if _name(name, prefix) is not None}
+    names = {name: own for name in weights if (own := _own_name(name, prefix)) is not None}
+    given = {own: weights[name] for name, own in names.items()}
     wanted = model.state_dict()
     channels = _input_channels(wanted, given)
     loaded: dict[str, torch.Tensor] = {}
@@ -89,7 +90,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], prefix: 
         loaded=tuple(name for name in wanted if name in loaded),
         adapted=tuple(sorted(adapted)),
         missing=tuple(name for name in wanted if name not in given),
-        unused=tuple(name for name in weights if _name(name, prefix) not in wanted),
+        unused=tuple(name for name in weights if names.get(name) not in wanted),
         mismatched=tuple(sorted(mismatched)),
     )
 
@@ -124,14 +125,14 @@ def train_unfrozen(model: nn.Module) -> None:
             module.eval()
 
 
-def _name(name: str, prefix: str) -> str | None:
+def _own_name(name: str, prefix: str) -> str | None:
     """The model's name of a given weight, or None if it lies outside `prefix`."""
     name = name.removeprefix("module.")
     return name.removeprefix(prefix) if name.startswith(prefix) else None
 
 
 def _input_channels(
-    wanted: Mapping[str, torch.Tensor], given: Mapping[str | None, torch.Tensor]
+    wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
 ) -> tuple[int, int] | None:
     """(channels here, channels in the file), if the first convolution tells that they differ."""
     for name, value in wanted.items():
