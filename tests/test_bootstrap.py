@@ -65,3 +65,10 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     )
     assert first == second
     assert first != other
+
+
+def test_arrays_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got \[5, 4\] and 5"):
+        bootstrap_interval(mean_error, np.zeros(5), np.zeros(4))
+    with pytest.raises(ValueError, match=r"got \[5\] and 4"):
+        bootstrap_interval(np.mean, np.zeros(5), subjects=np.arange(4))

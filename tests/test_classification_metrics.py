@@ -59,3 +59,5 @@ def test_logits_are_refused() -> None:
         classification_metrics(np.random.default_rng(0).normal(size=(4, 3)), np.zeros(4, dtype=int))
     with pytest.raises(ValueError, match=r"got \(4, 3\), \(5,\)"):
         classification_metrics(probabilities(4, 3), np.zeros(5, dtype=int))
+    with pytest.raises(ValueError, match=r"from 0 to 2, got \[1 3\]"):
+        classification_metrics(probabilities(4, 3), np.array([1, 3, 1, 1]))

@@ -46,6 +46,21 @@ def test_corrected_gaps_of_the_fitted_subjects_no_longer_follow_age() -> None:
     assert corrected.mean() == pytest.approx(0, abs=1e-12)
 
 
+def test_a_correction_fitted_on_training_subjects_corrects_others_without_having_seen_them() -> None:
+    rng = np.random.default_rng(2)
+    ages = rng.uniform(20, 80, 600)
+    predicted = 0.5 * ages + 25 + rng.normal(scale=4, size=600)
+    bias = fit_age_bias(predicted[:400], ages[:400])
+    held_out, theirs = predicted[400:], ages[400:]
+    assert fit_age_bias(held_out, theirs).slope == pytest.approx(-0.5, abs=0.05)
+    assert fit_age_bias(bias.correct_prediction(held_out), theirs).slope == pytest.approx(0, abs=0.08)
+    gap = bias.correct_gap(held_out, theirs)
+    assert stats.linregress(theirs, gap).slope == pytest.approx(0, abs=0.05)
+    # one subject at a time: nothing of the held-out subjects enters the line
+    assert bias.correct_prediction(held_out[:1])[0] == bias.correct_prediction(held_out)[0]
+    np.testing.assert_allclose(gap, held_out - (bias.intercept + (1 + bias.slope) * theirs))
+
+
 def test_corrected_predictions_of_a_pure_line_are_the_ages() -> None:
     predicted = 0.5 * AGES + 25
     np.testing.assert_allclose(fit_age_bias(predicted, AGES).correct_prediction(predicted), AGES)

@@ -40,7 +40,11 @@ def bootstrap_interval(
         resamples: how many draws.
         seed: of the draws.
     """
-    rows_of = _rows_of_subjects(len(arrays[0]) if subjects is None else np.asarray(subjects))
+    lengths = [len(array) for array in arrays]
+    subjects = np.arange(lengths[0]) if subjects is None else np.asarray(subjects)
+    if {*lengths, len(subjects)} != {len(subjects)} or not len(subjects):
+        raise ValueError(f"arrays must be as long as subjects, got {lengths} and {len(subjects)}")
+    rows_of = _rows_of_each(subjects)
     draws = np.random.default_rng(seed)
     values = np.empty(resamples)
     for resample in range(resamples):
@@ -52,7 +56,8 @@ def bootstrap_interval(
     return Interval(float(metric(*arrays)), float(low), float(high), int(np.isnan(values).sum()))
 
 
-def _rows_of_subjects(subjects: int | np.ndarray) -> list[np.ndarray]:
-    if isinstance(subjects, int):
-        return list(np.arange(subjects)[:, None])
-    return [np.flatnonzero(subjects == subject) for subject in np.unique(subjects)]
+def _rows_of_each(subjects: np.ndarray) -> list[np.ndarray]:
+    """Rows of each subject, subjects in sorted order."""
+    order = np.argsort(subjects, kind="stable")
+    _, starts = np.unique(subjects[order], return_index=True)
+    return np.split(order, starts[1:])

@@ -20,6 +20,10 @@ def classification_metrics(probabilities_nk: np.ndarray, classes_n: np.ndarray) 
         )
     if not np.allclose(probabilities_nk.sum(axis=1), 1, atol=1e-4) or (probabilities_nk < 0).any():
         raise ValueError("probabilities must not be negative and rows must sum to 1; apply softmax to logits")
+    if not np.isin(classes_n, range(probabilities_nk.shape[1])).all():
+        raise ValueError(
+            f"classes must be whole numbers from 0 to {probabilities_nk.shape[1] - 1}, got {np.unique(classes_n)}"
+        )
     return {
         "macro_auc": macro_auc(probabilities_nk, classes_n),
         "balanced_accuracy": float(balanced_accuracy_score(classes_n, probabilities_nk.argmax(axis=1))),

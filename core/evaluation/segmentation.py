@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance
+
+from core.evaluation.tissues import voxel_volume
 
 
 def segmentation_metrics(
@@ -32,15 +35,14 @@ def segmentation_metrics(
         raise ValueError(
             f"label maps must share a shape, got {predicted_xyz.shape} and {reference_xyz.shape}"
         )
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = nib.affines.voxel_sizes(affine)
     metrics = {}
     for name, label in classes.items():
         predicted, reference = predicted_xyz == label, reference_xyz == label
         metrics[name] = {
             "dice": dice(predicted, reference),
             "hausdorff95": hausdorff95(predicted, reference, spacing),
-            "volume_error": (int(predicted.sum()) - int(reference.sum())) * voxel_ml,
+            "volume_error": (int(predicted.sum()) - int(reference.sum())) * voxel_volume(affine),
         }
     return metrics
 

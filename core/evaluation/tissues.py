@@ -40,7 +40,7 @@ def tissue_volumes(
 
     Args:
         labels_xyz: label map (X, Y, Z), whole numbers.
-        affine: 4x4, voxel index to mm; its determinant is the size of a voxel, also when axes are oblique.
+        affine: 4x4, voxel index to mm; axes may be oblique.
         tissues: label of each tissue.
     """
     if labels_xyz.ndim != 3 or not np.array_equal(labels_xyz, np.round(labels_xyz)):
@@ -48,8 +48,12 @@ def tissue_volumes(
             f"a label map must be 3D whole numbers, got {labels_xyz.dtype} of shape {labels_xyz.shape}; "
             "was it resampled with interpolation?"
         )
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    return {name: int((labels_xyz == label).sum()) * voxel_ml for name, label in tissues.items()}
+    return {name: int((labels_xyz == label).sum()) * voxel_volume(affine) for name, label in tissues.items()}
+
+
+def voxel_volume(affine: np.ndarray) -> float:
+    """mL of one voxel, from the determinant of its 4x4 affine in mm."""
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
 
 
 def relative_volumes(volumes_nk: np.ndarray) -> np.ndarray:
