@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from monai.networks.nets import resnet18
+from monai.transforms import Compose, RandCoarseDropout, RandGaussianNoise, RandSpatialCrop, SpatialPad
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.config import resolve
 from core.models import ProjectionHead, build
 from core.volumes.splits import Splits
+from core.volumes.views import ViewSettings, make_views
 from distributed.data import InMemory
 from distributed.train_loop import HOLDOUT, Cell, CellTraining, Place, Subjects
 
@@ -106,6 +108,28 @@ def plain_step(subjects: int, views: int, grid: Grid, device: torch.device) -> S
     volumes = random_volumes(subjects, grid).to(device).repeat(views, 1, 1, 1, 1)
     model = nn.Sequential(encoder, head).to(device)
     return plain_loop(model, model.parameters(), volumes)
+
+
+def our_views(subjects: int, grid: Grid) -> Step:
+    """Two views each: noise, cutout and crop of the reference's sizes."""
+    settings = ViewSettings(count=2, crop=0.9, cutout=0.5, noise=0.05)
+    volumes = random_volumes(subjects, grid)
+    return lambda: make_views(volumes, range(subjects), 0, 0, settings)
+
+
+def monai_views(subjects: int, grid: Grid) -> Step:
+    """The same with MONAI's transforms, volume by volume."""
+    cube = round(0.35 * min(grid))
+    view = Compose(
+        [
+            RandGaussianNoise(prob=1, std=0.05, sample_std=False),
+            RandCoarseDropout(holes=1, spatial_size=cube, fill_value=0, prob=0.5),
+            RandSpatialCrop([round(0.9 * side) for side in grid], random_size=False),
+            SpatialPad(grid),
+        ]
+    )
+    volumes = random_volumes(subjects, grid)
+    return lambda: torch.stack([view(volume) for volume in volumes for _ in range(2)])
 
 
 def plain_loop(
@@ -280,11 +304,23 @@ def compare(console: Console, device: torch.device, repeats: dict[Grid, int], su
     console.print(table)
 
 
+def views(console: Console, repeats: int) -> None:
+    """What augmentation costs on the CPU."""
+    title = "views: noise, cutout and crop, two of a volume, processor ms each"
+    table = Table("grid", "ours", "MONAI", "times faster", title=title)
+    for grid in GRIDS:
+        pairs = take_turns(our_views(2, grid), monai_views(2, grid), repeats, torch.device("cpu"))
+        mine, theirs = (
+            statistics.median(turn.processor for turn in turns) for turns in zip(*pairs, strict=True)
+        )
+        faster = statistics.median(b.processor / a.processor for a, b in pairs)
+        table.add_row(shown(grid), *(f"{value / 4 * 1e3:.1f}" for value in (mine, theirs)), f"{faster:.1f}")
+    console.print(table)
+
+
 def memory(console: Console) -> None:
     """What a volume costs: the peak of whole steps in fresh processes, and what each encoder keeps."""
-    peaks = Table(
-        "grid", "ours MiB", "plain MONAI MiB", title="peak memory of a step of ResNet-18 per volume"
-    )
+    peaks = Table("grid", "ours MiB", "MONAI MiB", title="peak of a step of ResNet-18 per volume")
     for grid in GRIDS:
         of_each = [peak_per_volume(make, grid) / MEBIBYTE for make in (our_step, plain_step)]
         peaks.add_row(shown(grid), *(f"{peak:.0f}" for peak in of_each))
@@ -336,9 +372,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, help="pairs of steps of each grid")
-    parser.add_argument(
-        "--variants", action="store_true", help="precision and memory format without a GPU too"
-    )
+    parser.add_argument("--variants", action="store_true", help="precision and format on the CPU too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     gpu = torch.cuda.is_available()
@@ -347,6 +381,7 @@ def main() -> None:
     few, many = (20, 40) if gpu else (5, 15)
     repeats = {GRIDS[0]: options.repeats or few, GRIDS[1]: options.repeats or many}
     compare(console, device, repeats, subjects=16 if gpu else 2)
+    views(console, repeats=many)
     memory(console)
     if gpu:
         for grid in GRIDS:
