@@ -39,7 +39,7 @@ Changes = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="a running Ray cluster, e.g. ray://head:10001 or auto; this machine if absent"),
+    typer.Option(help="HEAD:PORT of a running Ray cluster, or auto; this machine if absent"),
 ]
 
 

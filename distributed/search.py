@@ -104,15 +104,23 @@ def published_parameters(space: Space, base: Settings) -> dict[str, Any] | None:
     return dict(trial.params)
 
 
-def check_space(space: Space, base: Settings, samples: int = 30) -> None:
-    """Try `space` on random points before anything is started; the first mistake is raised."""
+def check_space(space: Space, base: Settings, samples: int = 30) -> frozenset[str]:
+    """Try `space` on random points before anything is started; returns the names of what it searches.
+
+    Raises:
+        UserError: the first mistake.
+    """
+    names: set[str] = set()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(samples):
-        proposed = space(study.ask())
+        trial = study.ask()
+        proposed = space(trial)
+        names |= trial.params.keys()
         if not isinstance(proposed, Mapping):
             raise UserError(f"the space must return a dict of settings, got {type(proposed).__name__}")
         settings = resolve(merge(base, proposed))
         look_up(TASKS, settings.task, "task").check(settings)
+    return frozenset(names)
 
 
 @dataclass

@@ -202,7 +202,7 @@ def _execute(
                 stop=budget,
                 failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[display, TensorBoard(folder.path / "tensorboard")],
+                callbacks=[display, TensorBoard(folder.path / "tensorboard", check_space(space, base))],
                 verbose=0,
             ),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,13 @@ class Display(tune.Callback):
 
 
 class TensorBoard(tune.Callback):
-    """Scalars of every trial, and at its end its settings with the last and the best value.
+    """Scalars of every trial, and at its end what was searched, with the last and the best value.
 
     Ray's own logger writes hyperparameters with the last result alone, and none for conditional settings.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, searched: Collection[str]) -> None:
+        self.folder, self.searched = folder, searched
         self.writers: dict[str, SummaryWriter] = {}
         self.values: dict[str, list[float]] = {}
 
@@ -162,9 +163,8 @@ class TensorBoard(tune.Callback):
         """Write the settings, the last and the best value, and close."""
         writer, values = self._writer(trial), self.values.pop(trial.trial_id, [])
         settings = flatten(trial.config["assignment"]["settings"])
-        shown = {
-            name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)
-        }
+        # What cannot act in this trial is left out: TensorBoard wants one type per setting.
+        shown = {name: settings[name] for name in self.searched if settings.get(name) is not None}
         if values:
             metrics = {"final_value": values[-1], "best_value": min(values)}
             writer.add_hparams(shown, metrics, run_name=".")
