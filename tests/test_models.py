@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.nets import ResNet
 from pydantic import TypeAdapter, ValidationError
 
+from core.config import resolve
 from core.errors import UserError
 from core.models import (
     ModelSettings,
@@ -16,6 +18,7 @@ from core.models import (
     build_encoder,
     build_projection_head,
 )
+from core.tasks.brain_age import build_model
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -162,6 +165,19 @@ def test_mlp_head_is_two_layers_with_relu() -> None:
     hidden = (embedding @ first.weight.T + first.bias).clamp(min=0)
     projection = hidden @ second.weight.T + second.bias
     torch.testing.assert_close(head(embedding), projection / projection.norm(dim=1, keepdim=True))
+
+
+def test_probes_read_the_encoder_or_the_projection_of_the_same_network() -> None:
+    volumes = torch.randn(2, 1, 23, 28, 23)
+    read = {}
+    for readout in ("encoder", "projection"):
+        torch.manual_seed(0)
+        settings = resolve({"model": {"name": "resnet18", "width": 0.125, "readout": readout}})
+        model = build_model(settings, 1, np.array([40.0, 60.0])).eval()
+        read[readout] = model.embed(volumes)
+    assert (read["encoder"].shape, read["projection"].shape) == ((2, 64), (2, 128))
+    torch.testing.assert_close(model.encoder(volumes), read["encoder"])
+    torch.testing.assert_close(model.head(read["encoder"]), read["projection"])
 
 
 def test_regression_head_is_one_affine_map() -> None:
