@@ -110,14 +110,15 @@ def constrained_contrast(
 ) -> Tensor:
     """Pairwise constrained contrast as released: one anchor of one image at a time.
 
-    P patches per image in the bank, A anchors. The anchor itself is among its nearest, as published.
+    P patches per image in the bank, A anchors. The anchor itself is among its nearest, and the whole bank
+    is normalised for every anchor, as published.
     """
     per_image = []
     for bank_pd, cluster_p, anchor_a in zip(bank_bpd, cluster_bp, anchor_ba, strict=True):
-        unit_pd = F.normalize(bank_pd, dim=1)
         total = bank_pd.new_zeros(())
         for anchor in anchor_a:
-            p_p = torch.exp(unit_pd @ unit_pd[anchor] / temperature)
+            cosine_p = F.normalize(bank_pd, dim=1) @ F.normalize(bank_pd[anchor], dim=0)
+            p_p = torch.exp(cosine_p / temperature)
             top = torch.topk(p_p, nearest).indices
             same = cluster_p[top] == cluster_p[anchor]
             positive_k, negative_k = p_p[top][same], p_p[top][~same]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from core.schedules import Shape, as_schedule
@@ -103,13 +104,10 @@ def farness(z_nd: Tensor, z_md: Tensor, metric: Metric) -> Tensor:
     if metric == "cosine":
         return -F.normalize(z_nd, dim=1) @ F.normalize(z_md, dim=1).T
     order = MINKOWSKI_ORDER[metric]
-    if z_nd.shape != z_md.shape or metric == "euclidean":
-        return torch.cdist(z_nd, z_md, p=order)
-    # Every anchor at once: half the pairs suffice, and torch computes those several times faster.
-    rows = z_nd.shape[0]
-    upper = torch.triu_indices(rows, rows, offset=1, device=z_nd.device)
-    square = z_nd.new_zeros(rows * rows).scatter_(0, upper[0] * rows + upper[1], F.pdist(z_nd, p=order))
-    return square.view(rows, rows) + square.view(rows, rows).T
+    if z_nd.device.type == "cpu" and z_nd.shape == z_md.shape and metric != "euclidean":
+        # Every anchor at once: half the pairs suffice, and torch computes those several times faster.
+        return torch.from_numpy(squareform(F.pdist(z_nd, p=order).numpy(), checks=False))
+    return torch.cdist(z_nd, z_md, p=order)
 
 
 def nearest(farness_nm: Tensor, count: int) -> Tensor:
