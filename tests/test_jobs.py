@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("core", "distributed", "search_spaces")
-MARKER = "BRAINSWEEP_TEST=jobs"
+MARKER = f"BRAINSWEEP_TEST=jobs-{os.getpid()}"  # two runs of these tests must not end each other
 TOKEN = "0123456789abcdef" * 4
 MADE_SMALL = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 LEFT_BEHIND = (
@@ -50,7 +50,7 @@ class Head:
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "120",
-            "BRAINSWEEP_TEST": "jobs",
+            "BRAINSWEEP_TEST": f"jobs-{os.getpid()}",
         }  # fmt: skip
         gcs, dashboard, agent, client = free_ports(4)
         self.address, self.dashboard = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
@@ -188,6 +188,19 @@ def test_without_the_token_nothing_is_answered(head):
     port = int(head.dashboard.rsplit(":", 1)[1])
     with pytest.raises(ConnectionRefusedError):  # another address of this machine, as a stranger would come
         socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+def test_a_driver_with_another_token_is_refused(head, shared, tmp_path):
+    (tmp_path / "token").write_text("f" * 64)
+    stranger = head.environment | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    words = [*sweep(shared, "refused", 1), "--address", head.address]
+    done = subprocess.run(
+        [sys.executable, "-m", "distributed", *map(str, words)],
+        cwd=ROOT, env=stranger, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert f"no Ray cluster at {head.address}" in done.stderr
+    assert not (shared / "refused" / "trials.csv").exists()
 
 
 def test_a_submitted_sweep_runs_and_leaves_its_run_folder(head, checkout, shared):
