@@ -8,9 +8,9 @@ from typing import Any
 import ray
 
 Order = dict[str, Any]
-"""What a worker group is to do next: {"serial": int, "assignment": {…}}; see `train_loop.Assignment`."""
+"""What a worker group is to do next: {"serial": int, "assignment": {…}}; see `trial.Assignment`."""
 Answer = dict[str, Any]
-"""What came of it; see `train_loop.Trial.run_epoch`."""
+"""What came of it; see `trial.Trial.run_epoch`."""
 
 
 @ray.remote(num_cpus=0)

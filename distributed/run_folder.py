@@ -34,7 +34,7 @@ from core.evaluation.regression import regression_metrics
 from core.volumes.cohort import Cohort
 from core.volumes.splits import Splits
 from distributed.search import STUDY, trial_name
-from distributed.train_loop import PROGRESS
+from distributed.trial import PROGRESS
 
 METHODS = {"winner": "search winner", "published": "published", "l1": "L1 baseline"}
 """The folders under `refits/`, and what their rows are called in the tables."""

@@ -26,7 +26,8 @@ from core.config import Settings, flatten, merge, resolve, with_absent
 from core.errors import UserError
 from core.lookup import look_up
 from core.tasks import TASKS
-from distributed.train_loop import CHECKPOINT, HOLDOUT, PRUNABLE_EPOCHS
+from distributed.train_loop import HOLDOUT
+from distributed.trial import CHECKPOINT, PRUNABLE_EPOCHS
 
 # The grouped and quasi-random samplers are "experimental" since years.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

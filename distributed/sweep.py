@@ -38,7 +38,8 @@ from distributed.search import (
     replay,
 )
 from distributed.slot import Slot
-from distributed.train_loop import HOLDOUT, assign, make_runner
+from distributed.train_loop import HOLDOUT
+from distributed.trial import assign, make_runner
 from distributed.watch import Display, TensorBoard
 from search_spaces import Space, load_space, pin
 

@@ -19,7 +19,8 @@ from distributed.cluster import connect, plan_slots
 from distributed.data import InMemory, hold
 from distributed.run_folder import RunFolder
 from distributed.slot import WorkerGroup
-from distributed.train_loop import Runner, Subjects, assign, make_runner
+from distributed.train_loop import Subjects
+from distributed.trial import Runner, assign, make_runner
 from search_spaces import DEFAULT, load_space
 
 NAME = "0000"

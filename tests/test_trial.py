@@ -11,11 +11,11 @@ import torch
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
-from core.errors import UserError
 from core.inference import load_predictor
 from core.volumes.splits import make_splits
 from distributed.data import InMemory, epoch_batches, share
-from distributed.train_loop import HOLDOUT, Runner, Subjects, assign, learning_rate
+from distributed.train_loop import HOLDOUT, Subjects, learning_rate
+from distributed.trial import Runner, assign
 from search_spaces import published
 
 CELLS = [{"fold": 0, "seed": 0}, {"fold": 1, "seed": 0}]

@@ -1,0 +1,206 @@
+"""A trial: a configuration on its cells, continued from where it stands. Only `make_runner` asks Ray.
+
+A *cell* is one (fold, seed) that a configuration is trained and judged on. Every trial visits the same cells in
+the same order, and says after every epoch how it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from ray import train
+from ray.train.torch import get_device
+
+from core.config import resolve
+from core.errors import UserError
+from core.tasks.brain_age import Outcome
+from core.volumes.shards import replacing, writing_to
+from core.volumes.splits import Splits
+from distributed.data import Volumes
+from distributed.train_loop import HOLDOUT, Cell, CellTraining, DivergedError, Place, Subjects
+
+CHECKPOINT = "checkpoint.pt"
+PROGRESS = "progress.json"
+PRUNABLE_EPOCHS = "prunable_epochs"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A trial as a slot hands it to its workers; made of JSON values, so it survives restarts and machines."""
+
+    name: str
+    folder: str
+    settings: dict[str, Any]
+    cells: list[dict[str, int]]
+    keep_model: bool = False
+    prunable: bool = True
+
+    @property
+    def is_refit(self) -> bool:
+        """Whether this trains on all development subjects and looks at the hold-out."""
+        return self.cells[0]["fold"] == HOLDOUT
+
+
+def assign(
+    folder: Path,
+    settings: dict[str, Any],
+    cells: list[dict[str, int]],
+    *,
+    keep_model: bool = False,
+    prunable: bool = True,
+) -> dict[str, Any]:
+    """An assignment as JSON values; the trial is called like its folder."""
+    return dataclasses.asdict(Assignment(folder.name, str(folder), settings, cells, keep_model, prunable))
+
+
+class Runner:
+    """Runs one epoch of whatever trial it is assigned; lives as long as its worker."""
+
+    def __init__(self, subjects: Subjects, place: Place | None = None) -> None:
+        self.subjects = subjects
+        self.place = place or Place()
+        self.trial: Trial | None = None
+
+    def __call__(self, assignment: dict[str, Any]) -> dict[str, Any]:
+        """One epoch of `assignment` (see `Assignment`); what fails by its own doing is answered."""
+        try:
+            if self.trial is None or dataclasses.asdict(self.trial.assignment) != assignment:
+                self.trial = None  # free the last trial's memory first
+                self.trial = Trial(Assignment(**assignment), self.subjects, self.place)
+            return self.trial.run_epoch()
+        except (DivergedError, UserError) as failure:
+            clock = self.trial.clock if self.trial else {"epochs": 0}
+            return clock | failed(str(failure))
+
+
+def failed(reason: str) -> dict[str, Any]:
+    """The answer of a trial that cannot go on."""
+    return {"value": math.nan, "failed": reason, "finished": False, "done": True}
+
+
+def make_runner(
+    volumes: Volumes, manifest: pd.DataFrame, splits: Splits, channels: tuple[str, ...]
+) -> Runner:
+    """The runner of a slot's worker, placed where Ray Train put it."""
+    context = train.get_context()
+    place = Place(get_device(), context.get_world_rank(), context.get_world_size())
+    return Runner(Subjects(volumes, manifest, splits, channels), place)
+
+
+class Trial:
+    """One configuration on its cells, continued from its folder's checkpoint where there is one."""
+
+    def __init__(self, assignment: Assignment, subjects: Subjects, place: Place) -> None:
+        self.assignment, self.subjects, self.place = assignment, subjects, place
+        self.settings = resolve(assignment.settings)
+        self.cells = [Cell(**cell) for cell in assignment.cells]
+        self.folder = Path(assignment.folder)
+        self.history: list[dict[str, Any]] = []
+        self.finished: list[dict[str, Any]] = []
+        self.answer: dict[str, Any] | None = None
+        self.training: CellTraining | None = None
+        self._restore()
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done, over all cells."""
+        return len(self.history)
+
+    def run_epoch(self) -> dict[str, Any]:
+        """Train one epoch of the current cell, judge it where that is due, save, and say how it stands."""
+        if self.answer is not None:  # finished before; the one who asked did not live to hear it
+            return self.answer
+        training = self._current_cell()
+        row = training.run_epoch()
+        last_epoch = training.epoch == self.settings.training.epochs
+        outcome = training.judge() if last_epoch or self._judges_every_epoch else None
+        row["mae"] = outcome.metrics["mae"] if outcome else math.nan
+        self.history.append(row)
+        if outcome and last_epoch:
+            self._finish_cell(training, outcome)
+        answer = row | self.clock | self._standing(row)
+        if answer["done"]:
+            self.answer = answer
+        self._save()
+        return answer
+
+    @property
+    def clock(self) -> dict[str, int]:
+        """Epochs done; said once more as `PRUNABLE_EPOCHS`, which schedulers look for, where a trial may be stopped."""
+        is_prunable = self.assignment.prunable and not self.assignment.is_refit
+        return {"epochs": self.epochs} | ({PRUNABLE_EPOCHS: self.epochs} if is_prunable else {})
+
+    @property
+    def _judges_every_epoch(self) -> bool:
+        """Pruning looks at every epoch of the first cell, then at whole cells; the hold-out is seen once."""
+        return not self.finished and not self.assignment.is_refit
+
+    def _standing(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The trial's value: of the epoch in its first cell, then the mean of its finished cells."""
+        errors = [cell["mae"] for cell in self.finished]
+        value = float(np.mean(errors)) if errors else row["mae"]
+        sd = float(np.std(errors, ddof=1)) if len(errors) > 1 else math.nan
+        finished = len(self.finished) == len(self.cells)
+        return {"value": value, "sd": sd, "n": len(errors), "finished": finished, "done": finished}
+
+    def _current_cell(self) -> CellTraining:
+        if self.training is None:
+            cell = self.cells[len(self.finished)]
+            self.training = CellTraining(self.settings, self.subjects, cell, self.place)
+        return self.training
+
+    def _finish_cell(self, training: CellTraining, outcome: Outcome) -> None:
+        cell = training.cell
+        self.finished.append(
+            {"fold": cell.fold, "seed": cell.seed, "n": len(training.evaluation_rows)} | outcome.metrics
+        )
+        if self.place.rank == 0:
+            if cell.fold == HOLDOUT:
+                training.write_predictions(outcome, self.folder / f"predictions-{cell.seed}.csv")
+            if self.assignment.keep_model:
+                training.write_model(outcome, self.folder / f"model-{cell.seed}")
+        self.training = None
+
+    def _save(self) -> None:
+        """Rank 0 writes the checkpoint, then what people and the driver read; each replaces its file whole."""
+        if self.place.rank == 0:
+            with writing_to(self.folder):
+                self._write()
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.answer is None:
+            state = self.training.state_dict() if self.training else None
+            saved = {
+                "cell": len(self.finished),
+                "state": state,
+                "history": self.history,
+                "finished": self.finished,
+            }
+            with replacing(self.folder / CHECKPOINT) as path:
+                torch.save(saved, path)
+        progress = {"history": self.history, "cells": self.finished, "answer": self.answer}
+        with replacing(self.folder / PROGRESS) as path:
+            path.write_text(json.dumps(progress))
+        if self.answer is not None:
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+    def _restore(self) -> None:
+        progress = self.folder / PROGRESS
+        if progress.exists():
+            self.answer = json.loads(progress.read_text())["answer"]
+        checkpoint = self.folder / CHECKPOINT
+        if self.answer is not None or not checkpoint.exists():
+            return
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)  # runs no pickled code
+        self.history, self.finished = saved["history"], saved["finished"]
+        if saved["state"] is not None:
+            self._current_cell().load_state_dict(saved["state"])
