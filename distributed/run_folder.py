@@ -12,6 +12,7 @@ RUN/run.json                       request, resolved settings, seeds, versions, 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -80,6 +81,10 @@ def create_run(
         UserError: the folder exists with something in it, or cannot be written.
     """
     out = Path(out).resolve()
+    if any(part.startswith("_ray_pkg_") for part in out.parts):
+        raise UserError(
+            f"{out} is deleted with its Ray job; give an absolute --out on storage that all nodes mount"
+        )
     if (out / "run.json").exists():
         raise UserError(
             f"{out} already holds a run; continue it with `brainsweep resume {out}` or give another --out"
@@ -243,8 +248,16 @@ def _version(package: str) -> str:
 
 
 def code_version() -> dict[str, Any]:
-    """The commit of the source tree this runs from; empty when it is not a git checkout."""
+    """The commit of the source tree this runs from, empty when it is not a git checkout, and what it holds.
+
+    Ray leaves .git out of what it uploads: inside a submitted job only `sources` tells two versions apart.
+    """
     here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for package in ("core", "distributed", "search_spaces"):
+        for path in sorted((here.parent / package).rglob("*.py")):
+            digest.update(path.relative_to(here.parent).as_posix().encode() + path.read_bytes())
+    sources = digest.hexdigest()[:12]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
@@ -254,9 +267,10 @@ def code_version() -> dict[str, Any]:
         return {
             "commit": git("rev-parse", "--short=12", "HEAD"),
             "dirty": bool(git("status", "--porcelain", "-uno")),
+            "sources": sources,
         }
     except FileNotFoundError:
-        return {"commit": "", "dirty": False}
+        return {"commit": "", "dirty": False, "sources": sources}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

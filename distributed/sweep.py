@@ -23,7 +23,7 @@ from core.report.tables import print_leaderboard, read_run
 from core.volumes.cohort import Cohort
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
-from distributed.cluster import connect, plan_slots
+from distributed.cluster import check_shared, connect, plan_slots
 from distributed.data import hold
 from distributed.run_folder import RunFolder
 from distributed.search import (
@@ -169,8 +169,9 @@ def _execute(
     replay(scheduler, [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()])
     with connect(address, console), _interruptible(budget, console):
         workers, slots = plan_slots(
-            request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials
+            request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials, console
         )
+        check_shared(folder.path)
         console.print(
             f"{slots} slots of {workers.count} worker(s), {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
         )

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from small_cohort import SMALL, write_small_cohort
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("core", "distributed", "search_spaces")
