@@ -74,7 +74,7 @@ class TrainingSettings(Frozen):
     epochs: int = Field(50, ge=1)
     batch_size: int = Field(32, ge=2, description="subjects per step, over all workers")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast where the device has it, else float32"
+        "auto", description="auto: bfloat16 autocast on GPUs that have it, else float32"
     )
     gradient_clip: float | None = Field(None, gt=0, description="largest gradient norm; none if absent")
 

@@ -143,6 +143,11 @@ def test_a_channel_the_cohort_lacks(subjects, tmp_path):
     assert "'t1w', but the cohort has stiffness" in answer["failed"]
 
 
+def test_bfloat16_on_a_cpu_is_refused(subjects, tmp_path):
+    chosen = settings(**{"training.precision": "bfloat16"})
+    assert "wrong gradients" in Runner(subjects)(assign(tmp_path / "0000", chosen, CELLS))["failed"]
+
+
 def test_a_folder_that_cannot_be_written_is_named(subjects, tmp_path):
     (tmp_path / "file").write_text("")
     answer = Runner(subjects)(assign(tmp_path / "file" / "0000", settings(), CELLS))
