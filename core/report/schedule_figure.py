@@ -141,7 +141,7 @@ def _draw(
         axes.set_ylim(0, 2 * values[0] if values[0] > 0 else 1)
         title = f"{title}: constant {number(float(values[0]))}"
     else:
-        axes.set_ylim(bottom=min(0, values.min()))
+        axes.set_ylim(min(0, values.min()), 1.1 * values.max() if values.max() > 0 else None)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.set(xlim=(0, 1.03))
