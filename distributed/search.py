@@ -207,6 +207,9 @@ class StudySearch(tune.search.Searcher):
         trial = self.running.get(trial_id)
         if trial is not None and math.isfinite(result[METRIC]):
             trial.report(result[METRIC], step=result["epochs"])
+        if trial is not None and result["epochs"] == 1 and result.get("previous_end_at"):
+            # from the end of the slot's last trial to the first step of this one
+            trial.set_user_attr("idle_seconds", result["started_at"] - result["previous_end_at"])
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
