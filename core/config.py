@@ -107,7 +107,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
     (None) removes the block: `objective.neighbours.shape=None` is `objective.neighbours=None`.
     """
     merged = copy.deepcopy(dict(base))
-    for path in sorted(changes, key=lambda path: (path.rsplit(".", 1)[-1] not in DISCRIMINATORS, path)):
+    for path in sorted(changes, key=_outer_choices_first):
         _assign(merged, path.split("."), changes[path])
     return merged
 
@@ -176,6 +176,11 @@ def _names_of(annotation: Any, prefix: str = "") -> Iterator[str]:
         for name, field in annotation.model_fields.items():
             yield prefix + name
             yield from _names_of(field.annotation, f"{prefix}{name}.")
+
+
+def _outer_choices_first(path: str) -> tuple[bool, int, str]:
+    """Sort key: what chooses comes before what it chooses, an outer choice before an inner one."""
+    return path.rsplit(".", 1)[-1] not in DISCRIMINATORS, path.count("."), path
 
 
 def _assign(settings: Settings, path: list[str], value: Any) -> None:

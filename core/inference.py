@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save
 from torch import nn
 
 from core.config import RunSettings, resolve
@@ -75,7 +75,8 @@ def save_predictor(folder: Path, predictor: Predictor) -> None:
     """Write a model folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(predictor.settings.model_dump_json(indent=2))
-    save_model(predictor.model, str(folder / "model.safetensors"))
+    weights = {name: tensor.contiguous() for name, tensor in predictor.model.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(save(weights))  # a plain write: a full disk is an OSError
     (folder / "probe.json").write_text(predictor.probe.to_json() if predictor.probe else "null")
     statistics = predictor.statistics._asdict() if predictor.statistics else None
     (folder / "input.json").write_text(json.dumps({"channels": predictor.channels, "statistics": statistics}))

@@ -21,6 +21,7 @@ from core.errors import UserError
 from core.report.page import write_report
 from core.report.tables import print_leaderboard, read_run
 from core.volumes.cohort import Cohort
+from core.volumes.shards import writing_to
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
 from distributed.cluster import check_shared, connect, plan_slots
@@ -232,13 +233,14 @@ def _conclude(
     folder: RunFolder, study: optuna.Study, cohort: Cohort, splits: Splits, budget: Budget, console: Console
 ) -> RunFolder:
     """Tables, the best model, the report, the leaderboard, and what to type next."""
-    run_folder.write_tables(folder, study)
-    run_folder.write_holdout(folder, cohort, splits)
-    model = folder.refit("winner") / "model-0"
-    if model.exists():
-        run_folder.keep_best(folder, model)
-    if not budget.interrupted:
-        run_folder.finish(folder, study)
+    with writing_to(folder.path):
+        run_folder.write_tables(folder, study)
+        run_folder.write_holdout(folder, cohort, splits)
+        model = folder.refit("winner") / "model-0"
+        if model.exists():
+            run_folder.keep_best(folder, model)
+        if not budget.interrupted:
+            run_folder.finish(folder, study)
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     if failed and len(failed) == len(study.get_trials(deepcopy=False)):
         reason = failed[0].user_attrs.get("reason", "unknown")

@@ -13,6 +13,7 @@ from core.config import merge, resolve
 from core.errors import UserError
 from core.tasks import TASKS
 from core.volumes.cohort import Cohort
+from core.volumes.shards import writing_to
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
 from distributed.cluster import connect, plan_slots
@@ -60,12 +61,11 @@ def train_one(
     else:
         answer = _run_on_ray(opened, splits, workers, address, assignment, settings, folder, console)
     if "failed" in answer:
-        raise UserError(
-            f"training failed: {answer['failed']}; where it diverged, try a smaller --set optimiser.learning_rate=…"
-        )
-    run_folder.keep_best(folder, folder.trial(NAME) / f"model-{seed}")
-    run_folder.finish(folder)
-    _write_history(folder)
+        raise UserError(f"training failed: {answer['failed']}")
+    with writing_to(folder.path):
+        run_folder.keep_best(folder, folder.trial(NAME) / f"model-{seed}")
+        run_folder.finish(folder)
+        _write_history(folder)
     return folder
 
 

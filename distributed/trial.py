@@ -7,6 +7,7 @@ the same order, and says after every epoch how it stands.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -163,10 +164,11 @@ class Trial:
             {"fold": cell.fold, "seed": cell.seed, "n": len(training.evaluation_rows)} | outcome.metrics
         )
         if self.place.rank == 0:
-            if cell.fold == HOLDOUT:
-                training.write_predictions(outcome, self.folder / f"predictions-{cell.seed}.csv")
-            if self.assignment.keep_model:
-                training.write_model(outcome, self.folder / f"model-{cell.seed}")
+            with writing_to(self.folder):
+                if cell.fold == HOLDOUT:
+                    training.write_predictions(outcome, self.folder / f"predictions-{cell.seed}.csv")
+                if self.assignment.keep_model:
+                    training.write_model(outcome, self.folder / f"model-{cell.seed}")
         self.training = None
 
     def _save(self) -> None:
@@ -186,7 +188,7 @@ class Trial:
                 "finished": self.finished,
             }
             with replacing(self.folder / CHECKPOINT) as path:
-                torch.save(saved, path)
+                path.write_bytes(_serialised(saved))
         progress = {"history": self.history, "cells": self.finished, "answer": self.answer}
         with replacing(self.folder / PROGRESS) as path:
             path.write_text(json.dumps(progress))
@@ -204,3 +206,10 @@ class Trial:
         self.history, self.finished = saved["history"], saved["finished"]
         if saved["state"] is not None:
             self._current_cell().load_state_dict(saved["state"])
+
+
+def _serialised(saved: dict[str, Any]) -> bytes:
+    """As torch.save writes it; onto a full disk torch itself raises what says nothing of the disk."""
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    return buffer.getvalue()

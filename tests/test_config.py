@@ -1,5 +1,7 @@
 """Settings: dotted names, merging, and errors that help."""
 
+import itertools
+
 import optuna
 import pytest
 
@@ -74,6 +76,16 @@ def test_another_objective_drops_what_belonged_to_the_old_one():
 def test_the_same_objective_keeps_what_stands_beside_it():
     merged = merge(published("brain_age"), {"objective.name": "exponential", "objective.width": 5.0})
     assert merged["objective"]["kernel"] == "rbf"
+
+
+def test_the_order_of_changes_does_not_matter():
+    changes = {
+        "optimiser.decay.end": 0.7, "optimiser.decay.start": 1.0, "optimiser.decay.shape": "cosine",
+        "optimiser.name": "sgd", "optimiser.momentum": 0.5,
+    }  # fmt: skip
+    expected = {"name": "sgd", "momentum": 0.5, "decay": {"shape": "cosine", "start": 1.0, "end": 0.7}}
+    for order in itertools.permutations(changes.items()):
+        assert merge(published("brain_age"), dict(order))["optimiser"] == expected
 
 
 def test_no_shape_is_no_block():
