@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -69,7 +70,10 @@ def one_rank(rank: int, ranks: int, port: int, results) -> None:
         build("simclr")(torch.randn(2, 2, 3 + rank), None, 0.0)
     except UserError as error:
         results[rank, "mismatch"] = str(error)
-    dist.destroy_process_group()
+    dist.barrier()  # nobody leaves while another is still talking to it
+    # Not through the interpreter's tear-down: there torch's helper threads, still running now and then, abort
+    # the process ("terminate called without an active exception", seen once in 20 runs on two busy cores).
+    os._exit(0)
 
 
 @pytest.mark.parametrize("ranks", SHARES)
