@@ -1,0 +1,1 @@
+"""Where scans come from: one module per layout, all giving a `Listing`."""

@@ -1,0 +1,66 @@
+"""What a source of scans gives to ingest, whatever its layout: usable scans, and subjects left out with a reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One volume on disk: a NIfTI file, or one row of a NumPy array."""
+
+    path: Path
+    row: int | None = None
+    """Index along the first axis of a `.npy` array; None for a NIfTI file."""
+    affine: tuple[tuple[float, ...], ...] | None = None
+    """4 x 4, voxel to RAS mm, where the file itself carries no geometry (`.npy`); None for NIfTI."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One visit of one subject: an image per channel, maps that go with them, and the labels."""
+
+    subject: str
+    images: tuple[ImageFile, ...]
+    """One for each of the listing's `channels`, in that order."""
+    session: str = ""
+    """Tells several scans of one subject apart (BIDS session and run); "" where there is one."""
+    label: ImageFile | None = None
+    """Map of whole-number classes on the grid of the first image."""
+    mask: ImageFile | None = None
+    """Brain mask (non-zero is brain) on the grid of the first image."""
+    age: float = math.nan
+    """Years; NaN where the source has no ages at all."""
+    sex: str = ""
+    site: str = ""
+    extra: dict[str, str | float] = field(default_factory=dict)
+    """Further columns of the source's tables; a class label of a list file is the column "label"."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A subject that is left out, and why."""
+
+    subject: str
+    file: str
+    """Relative to the source; "" where no file is to blame."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The usable scans of a source, in order of (subject, session), and those that fail before reading voxels."""
+
+    source: Path
+    kind: str
+    """Name of the layout: a key of `core.volumes.sources.SOURCES`."""
+    channels: tuple[str, ...]
+    """What each image of a scan shows, such as T1w or stiffness."""
+    scans: tuple[Scan, ...]
+    rejects: tuple[Reject, ...]
+    digest: str
+    """sha256 over the source's tables and lists, so that changed labels are noticed."""
+    notes: tuple[str, ...] = ()
+    """Lines worth a person's attention, such as subjects found in two folds of a list."""
