@@ -15,14 +15,15 @@ import numpy.typing as npt
 import torch
 from nibabel.affines import apply_affine, voxel_sizes
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from scipy import ndimage
 
 from core.errors import UserError
 from core.lookup import look_up
+from core.volumes.intensity import Intensity, foreground, parse_intensity, scale
 from core.volumes.nifti import Affine, Volume
+from core.volumes.resample import resample
 from core.volumes.shards import fingerprint
 
-PIPELINE_VERSION = 1  # raise it whenever the same settings would give other voxels
+PIPELINE_VERSION = 2  # raise it whenever the same settings would give other voxels
 
 Side = Annotated[int, Field(ge=1, le=1024)]
 
@@ -56,9 +57,14 @@ class Preprocessing(BaseModel):
         validate_default=True,
         description="voxels along X, Y, Z; by default what covers the MNI152 field of view",
     )
-    intensity: Literal["raw", "zscore"] = Field(
+    mask: Literal["file"] | None = Field(
+        default=None,
+        description="what is brain. file: the mask that comes with each scan; null: what is not background",
+    )
+    intensity: str = Field(
         default="zscore",
-        description="zscore: mean 0 and SD 1 over the non-zero voxels of each volume; raw: as in the file",
+        description="raw, zscore, percentile:LOW,HIGH, window:LOW,HIGH or a window's name, such as window:ct; "
+        "always inside the brain of each volume (core.volumes.intensity)",
     )
     centre: Literal["auto", "brain", "world"] = Field(
         default="auto",
@@ -71,6 +77,19 @@ class Preprocessing(BaseModel):
     @classmethod
     def _fill_shape(cls, shape: Any, info: ValidationInfo) -> Any:
         return default_shape(info.data.get("spacing", 4.0)) if shape is None else shape
+
+    @field_validator("intensity")
+    @classmethod
+    def _spell_out(cls, intensity: str) -> str:
+        try:
+            return str(parse_intensity(intensity))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def scaling(self) -> Intensity:
+        """The parsed `intensity`."""
+        return parse_intensity(self.intensity)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -121,15 +140,15 @@ def prepare_volume(voxels: Volume, affine: Affine, preprocessing: Preprocessing)
         mode = "world" if covers_template_field(voxels.shape, affine) else "brain"
     middle = brain_centre(voxels, affine) if mode == "brain" else np.asarray(FIELD_CENTRE)
     target = grid_affine(preprocessing.spacing, preprocessing.shape, middle)
-    resampled = resample(voxels, affine, target, preprocessing.shape)
-    if not resampled.any():
+    mask = foreground(voxels, preprocessing.scaling)
+    resampled = resample(voxels, affine, target, preprocessing.shape, mask)
+    if not resampled.inside.any():
         raise UserError(
             f"no non-zero voxel falls into the grid around {middle.round(1).tolist()} mm; "
             "is centre='brain' meant?"
         )
-    if preprocessing.intensity == "zscore":
-        resampled = zscore(resampled)
-    return PreparedVolume(resampled, target, _coverage(voxels, affine, target, preprocessing.shape))
+    scaled = scale(resampled.voxels, resampled.inside, preprocessing.scaling)
+    return PreparedVolume(scaled, target, _coverage(voxels, affine, target, preprocessing.shape))
 
 
 def covers_template_field(shape: tuple[int, ...], affine: Affine) -> bool:
@@ -144,7 +163,7 @@ def covers_template_field(shape: tuple[int, ...], affine: Affine) -> bool:
     return bool(along_axes and np.linalg.norm(centre - FIELD_CENTRE) <= 5)
 
 
-def brain_centre(voxels: Volume, affine: Affine) -> npt.NDArray[np.float64]:
+def brain_centre(voxels: npt.NDArray[Any], affine: Affine) -> npt.NDArray[np.float64]:
     """Middle of the brain in mm: of the box that holds the inner 99 % of the non-zero voxels on each axis.
 
     A box, because it leaves equal margins on both sides of the grid; not quite all of the voxels, because
@@ -161,48 +180,10 @@ def brain_centre(voxels: Volume, affine: Affine) -> npt.NDArray[np.float64]:
     return np.asarray(apply_affine(affine, middle), dtype=np.float64)
 
 
-def resample(voxels: Volume, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> Volume:
-    """Values (X, Y, Z) at the voxels of another grid, 0 where less than half a voxel's weight is non-zero.
-
-    Linear interpolation, after smoothing by what the coarser voxels blur more than the finer ones did:
-    a Gaussian of FWHM sqrt(new^2 - old^2) mm on each axis (Cardoso et al., "Scale factor point spread
-    function matching", MICCAI 2015). Values and mask go the same way and are divided by one another
-    (normalised convolution, Knutsson and Westin 1993), so the edge of the brain is not darkened by the
-    background, and the background stays exactly 0. On its own grid a volume comes back bit by bit.
-    """
-    to_source = np.linalg.inv(affine) @ target
-    old, new = voxel_sizes(affine), voxel_sizes(target)
-    sigma = np.sqrt(np.maximum(new**2 - old**2, 0)) / math.sqrt(8 * math.log(2)) / old
-    weight = _interpolated((voxels != 0).astype(np.float32), sigma, to_source, shape)
-    values = _interpolated(voxels, sigma, to_source, shape)
-    inside = weight >= 0.5
-    return np.divide(values, weight, out=np.zeros(shape, dtype=np.float32), where=inside)
-
-
-def _interpolated(
-    voxels: Volume, sigma: npt.NDArray[np.float64], to_source: Affine, shape: tuple[int, int, int]
-) -> Volume:
-    smooth = ndimage.gaussian_filter(voxels, sigma, mode="constant") if sigma.any() else voxels
-    return ndimage.affine_transform(
-        smooth, to_source, output_shape=shape, order=1, mode="grid-constant", output=np.float32
-    )
-
-
 def _coverage(voxels: Volume, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> float:
     places = apply_affine(np.linalg.inv(target) @ affine, np.argwhere(voxels != 0))
     within = ((places > -0.5) & (places < np.asarray(shape) - 0.5)).all(axis=1)
     return float(within.mean())
-
-
-def zscore(voxels: Volume) -> Volume:
-    """Mean 0 and SD 1 over the non-zero voxels; zeros stay 0. UserError if the voxels do not differ."""
-    mask = voxels != 0
-    inside = voxels[mask].astype(np.float64)
-    if inside.size == 0 or inside.std() == 0:
-        raise UserError("the non-zero voxels are all alike, so they have no z-score; use intensity='raw'")
-    result = np.zeros_like(voxels)
-    result[mask] = (inside - inside.mean()) / inside.std()
-    return result
 
 
 class IntensityStatistics(NamedTuple):

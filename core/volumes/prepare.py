@@ -1,0 +1,185 @@
+"""One scan from its files to the cohort's grid: masked, placed, resampled and scaled, with measures of its quality."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from nibabel.affines import apply_affine
+
+from core.errors import UserError
+from core.volumes.intensity import foreground, scale
+from core.volumes.nifti import Affine, Volume, read_volume
+from core.volumes.preprocess import (
+    FIELD_CENTRE,
+    Preprocessing,
+    brain_centre,
+    covers_template_field,
+    grid_affine,
+)
+from core.volumes.resample import Labels, Mask, Resampled, resample, resample_labels
+from core.volumes.sources.listing import ImageFile, Scan
+
+SAME_GRID = 0.1  # of a voxel: how far the corners of two maps of one grid may lie apart; tools round affines
+MOST_CLASSES = np.iinfo(np.int16).max
+
+
+class PreparedScan(NamedTuple):
+    """A scan on the cohort's grid."""
+
+    voxels: npt.NDArray[np.float32]
+    """(C, X, Y, Z), exactly 0 outside the brain and nowhere else."""
+    label: Labels | None
+    """(X, Y, Z) classes, 0 is background; None where the scan has no label map."""
+    affine: Affine
+    """(4, 4), voxel to mm of the *source*: a landmark keeps its place in the first image's world."""
+    quality: dict[str, float]
+    """Measures for the manifest, one value each; see `prepare_scan`."""
+
+
+class Image(NamedTuple):
+    """A volume (X, Y, Z) in canonical orientation, and its affine (4, 4) from voxel to mm."""
+
+    voxels: Volume
+    affine: Affine
+
+
+def prepare_scan(scan: Scan, preprocessing: Preprocessing) -> PreparedScan:
+    """Run the pipeline on one scan: a pure function of its files and the settings.
+
+    The first image decides where the brain is; further channels and the label map follow it through the
+    mm that they share, each by its own affine. A mask or label map must be on the first image's grid.
+    `quality` holds:
+
+    - coverage: fraction of the brain's voxels that lie within the grid
+    - brain_ml: volume of the brain in the source, in millilitres
+    - intensity_mean, _median, _p01, _p99: of the brain's voxels on the grid before scaling; the second
+      channel's have "_2" at the end, and so on
+
+    Raises UserError, naming the file, for what cannot be used.
+    """
+    first, mask = _first_image(scan, preprocessing)
+    target = _target(first, mask, preprocessing)
+    quality = {
+        "coverage": coverage(mask, first.affine, target, preprocessing.shape),
+        "brain_ml": float(np.count_nonzero(mask) * abs(np.linalg.det(first.affine[:3, :3])) / 1000),
+    }
+    channels = []
+    for number, file in enumerate(scan.images, start=1):
+        image = first if number == 1 else _read(file)
+        inside = mask if number == 1 else _mask_of(image, mask, first.affine, preprocessing)
+        placed = resample(*image, target, preprocessing.shape, inside)
+        quality |= _intensity_measures(placed, "" if number == 1 else f"_{number}")
+        channels.append(_scaled(placed, file, preprocessing))
+    label = None if scan.label is None else _label(scan.label, scan.images[0], first, target, preprocessing)
+    return PreparedScan(np.stack(channels), label, target, quality)
+
+
+def _read(file: ImageFile) -> Image:
+    return Image(*read_volume(file.path))
+
+
+def _first_image(scan: Scan, preprocessing: Preprocessing) -> tuple[Image, Mask]:
+    """The image that decides where the brain is, and where it is brain."""
+    image = _read(scan.images[0])
+    if preprocessing.mask is None:
+        if scan.mask is not None:
+            raise UserError(f"{scan.mask.path}: a brain mask is listed, but preprocessing has mask=None")
+        mask = foreground(image.voxels, preprocessing.scaling)
+    else:
+        if scan.mask is None:
+            raise UserError(
+                f"{scan.images[0].path} comes with no brain mask, but preprocessing has mask='file'"
+            )
+        stored = _read(scan.mask)
+        _check_grid(scan.mask.path, "mask", stored, scan.images[0].path, image)
+        mask = stored.voxels != 0
+        if not image.voxels[mask].any():
+            raise UserError(
+                f"{scan.mask.path}: the image is 0 everywhere inside this mask; do they belong together?"
+            )
+    if not mask.any():
+        raise UserError(
+            f"{scan.images[0].path}: no voxel is above the lower end of {preprocessing.intensity}"
+        )
+    return image, mask
+
+
+def _target(image: Image, mask: Mask, preprocessing: Preprocessing) -> Affine:
+    """Affine (4, 4) from the grid's voxels to the image's mm."""
+    mode = preprocessing.centre
+    if mode == "auto":
+        mode = "world" if covers_template_field(image.voxels.shape, image.affine) else "brain"
+    middle = brain_centre(mask, image.affine) if mode == "brain" else np.asarray(FIELD_CENTRE)
+    return grid_affine(preprocessing.spacing, preprocessing.shape, middle)
+
+
+def coverage(mask: Mask, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> float:
+    """Fraction of the mask's voxels whose centres lie within the grid."""
+    places = apply_affine(np.linalg.inv(target) @ affine, np.argwhere(mask))
+    return float(((places > -0.5) & (places < np.asarray(shape) - 0.5)).all(axis=1).mean())
+
+
+def _mask_of(image: Image, mask: Mask, affine: Affine, preprocessing: Preprocessing) -> Mask:
+    """What is brain in a further channel: what the mask file says, else what is not background."""
+    if preprocessing.mask is None:
+        return foreground(image.voxels, preprocessing.scaling)
+    if mask.shape == image.voxels.shape and np.array_equal(affine, image.affine):
+        return mask
+    return resample_labels(mask.astype(np.int16), affine, image.affine, image.voxels.shape) != 0
+
+
+def _intensity_measures(placed: Resampled, ending: str) -> dict[str, float]:
+    values = placed.voxels[placed.inside]
+    if values.size == 0:
+        return {}
+    p01, median, p99 = np.percentile(values, [1, 50, 99])
+    measures = {"mean": values.mean(dtype=np.float64), "median": median, "p01": p01, "p99": p99}
+    return {f"intensity_{name}{ending}": float(value) for name, value in measures.items()}
+
+
+def _scaled(placed: Resampled, file: ImageFile, preprocessing: Preprocessing) -> Volume:
+    if not placed.inside.any():
+        raise UserError(
+            f"{file.path}: no voxel of the brain falls into the grid; is centre='brain' meant, or is the "
+            "affine of this image not that of the others?"
+        )
+    try:
+        return scale(placed.voxels, placed.inside, preprocessing.scaling)
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from None
+
+
+def _label(
+    file: ImageFile, image_file: ImageFile, image: Image, target: Affine, preprocessing: Preprocessing
+) -> Labels:
+    stored = _read(file)
+    _check_grid(file.path, "label map", stored, image_file.path, image)
+    low, high = float(stored.voxels.min()), float(stored.voxels.max())
+    if low < 0 or high > MOST_CLASSES or (stored.voxels != np.rint(stored.voxels)).any():
+        odd = stored.voxels[(stored.voxels != np.rint(stored.voxels)) | (stored.voxels < 0)]
+        raise UserError(
+            f"{file.path}: classes must be whole numbers from 0 to {MOST_CLASSES}, "
+            f"got {float(odd.flat[0]) if odd.size else high:g}"
+        )
+    return resample_labels(stored.voxels.astype(np.int16), stored.affine, target, preprocessing.shape)
+
+
+def _check_grid(path: Path, what: str, stored: Image, image_path: Path, image: Image) -> None:
+    """Raise UserError unless the map lies on the image's grid."""
+    if stored.voxels.shape != image.voxels.shape:
+        raise UserError(
+            f"{path}: this {what} has {stored.voxels.shape} voxels, its image {image_path.name} has "
+            f"{image.voxels.shape}; resample it to the image's grid"
+        )
+    corners = np.array(np.meshgrid(*([0, size - 1] for size in image.voxels.shape))).reshape(3, -1).T
+    apart = apply_affine(np.linalg.inv(image.affine) @ stored.affine, corners) - corners
+    if (furthest := float(np.abs(apart).max())) > SAME_GRID:
+        lies = f"{furthest:.3g} voxels" if math.isfinite(furthest) else "far"
+        raise UserError(
+            f"{path}: this {what} lies {lies} away from its image {image_path.name} (another affine); "
+            "resample it to the image's grid"
+        )
