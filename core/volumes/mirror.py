@@ -1,4 +1,4 @@
-"""Left and right: which axis of an array they lie on, and the mirror image about the grid's middle."""
+"""Left and right: which axis of an array they lie on, where they meet, and the mirror image about there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ import torch
 from core.errors import UserError
 
 RAS = np.diag([1.0, 1.0, 1.0, 1.0])
+
+
+def world_axes(affine: np.ndarray) -> tuple[int, int, int]:
+    """The spatial axes of an array that run left-right, front-back and up-down, from the voxel-to-world affine.
+
+    Raises:
+        UserError: a direction has no axis, as in a singular affine.
+    """
+    codes = nib.orientations.aff2axcodes(affine)
+    axes = {"LR": -1, "PA": -1, "IS": -1}
+    for axis, code in enumerate(codes):
+        axes |= {direction: axis for direction in axes if code is not None and code in direction}
+    if -1 in axes.values():
+        raise UserError(f"the affine leaves a direction without an axis (axes are {codes}); is it singular?")
+    return axes["LR"], axes["PA"], axes["IS"]
 
 
 def left_right_axis(affine: np.ndarray) -> int:
@@ -38,3 +53,12 @@ def midline_offset(affine: np.ndarray, shape: tuple[int, int, int]) -> float:
     """
     middle = np.array([*(side - 1 for side in shape), 2.0]) / 2
     return float((affine @ middle)[0])
+
+
+def midline_voxel(affine: np.ndarray, shape: tuple[int, int, int]) -> float:
+    """Where the world's x = 0 cuts the left-right axis, in voxels, on the line through the grid's middle.
+
+    (side - 1) / 2 where the grid's middle plane is the mid-sagittal one.
+    """
+    axis = left_right_axis(affine)
+    return (shape[axis] - 1) / 2 - midline_offset(affine, shape) / float(affine[0, axis])

@@ -1,0 +1,39 @@
+"""Changes of intensity inside the brain. Suffixes: C channels, … two or three spatial axes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def recolour(
+    image_c: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    contrast: float = 1.0,
+    gamma: float = 1.0,
+) -> torch.Tensor:
+    """An image (C, …) with other intensities, new; voxels that are exactly 0 stay so, and count for nothing.
+
+    In this order, for each channel over its non-zero voxels:
+
+    - gamma: low + (high - low) · ((x - low) / (high - low))^γ between lowest and highest intensity;
+    - contrast: mean + contrast · (x - mean);
+    - scale: scale · x;
+    - shift: x + shift.
+
+    One image at a time: sums over a batch end in other last bits than sums over one of its images, and a view
+    must not depend on its batch.
+    """
+    brain = image_c != 0
+    spatial = tuple(range(1, image_c.ndim))
+    if gamma != 1:
+        low = image_c.where(brain, torch.inf).amin(spatial, keepdim=True)
+        high = image_c.where(brain, -torch.inf).amax(spatial, keepdim=True)
+        room = (high - low).clamp(min=torch.finfo(image_c.dtype).tiny)
+        image_c = ((image_c - low) / room).clamp_(0, 1).pow_(gamma).mul_(room).add_(low).where(brain, 0)
+    offset: torch.Tensor | float = shift
+    if contrast != 1:  # the background's zeros add nothing to the sum
+        mean = image_c.sum(spatial, keepdim=True) / brain.sum(spatial, keepdim=True).clamp(min=1)
+        offset = mean * ((1 - contrast) * scale) + shift
+    return (image_c * (contrast * scale)).add_(offset).where(brain, 0)

@@ -1,0 +1,203 @@
+"""From volumes to views of them. Suffixes: B subjects, V views, N of both together, C channels, X, Y, Z."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from core.errors import UserError
+from core.volumes.mirror import RAS, world_axes
+from core.volumes.views.intensity import recolour
+from core.volumes.views.motion import move, movement
+from core.volumes.views.settings import Sides, ViewSettings
+from core.volumes.views.streams import Subjects, choices_of, standard_normal, stream_of
+
+Choices = dict[str, np.ndarray]
+
+CHOICES = {
+    "corner": 3, "cut_corner": 3, "cut": 1, "flip": 3, "rotate": 3, "zoom": 1, "translate": 3, "scale": 1,
+    "shift": 1, "contrast": 1, "gamma": 1,
+}  # fmt: skip
+"""How many uniform numbers a view draws for what, in the order of drawing.
+
+All are drawn whether used or not: switching the crop on leaves the cutouts where they were. New choices go to
+the end, so that old views stay what they were.
+"""
+
+VOLUMES_AT_ONCE = 8
+"""How many volumes are moved in one call on a GPU; each takes 12 bytes a voxel beside itself."""
+
+
+def make_views(
+    volumes_bcxyz: torch.Tensor,
+    subjects: Subjects,
+    epoch: int,
+    seed: int,
+    settings: ViewSettings,
+    affine: np.ndarray = RAS,
+) -> torch.Tensor:
+    """`settings.count` random views of each volume, on the volumes' device.
+
+    Args:
+        volumes_bcxyz: volumes (B, C, X, Y, Z), floating point, 0 outside the brain.
+        subjects: (B,) whole numbers that identify the subjects, such as rows of the cohort; not negative.
+        epoch: number of the epoch, not negative; a subject gets new views in each.
+        seed: seed of the run, not negative.
+        settings: what is done, in the order flips, movement, intensities, noise, cutout, crop, so that cut
+            and padded voxels are exactly 0. Cutouts keep their place on the volume's grid.
+        affine: 4x4 voxel-to-world, which says where left and right are; a cohort's is RAS.
+
+    Returns:
+        (B, V, C, X, Y, Z), a new tensor of the volumes' dtype; X, Y, Z are `settings.pad_to` if given. Flips,
+        crops and cutouts are the same on all devices; movements and intensities to rounding; noise on every
+        device of one type.
+
+    Raises:
+        UserError: `settings.pad_to` is smaller than the volume or its crop.
+    """
+    views = settings.count
+    if settings.change_nothing:
+        return volumes_bcxyz.unsqueeze(1).repeat(1, views, 1, 1, 1, 1)
+    if len(subjects) != len(volumes_bcxyz):
+        raise ValueError(f"{len(volumes_bcxyz)} volumes for {len(subjects)} subjects")
+    out_bvcxyz = volumes_bcxyz.new_zeros(
+        (
+            len(volumes_bcxyz),
+            views,
+            volumes_bcxyz.shape[1],
+            *_grid_of_views(volumes_bcxyz.shape[2:], settings),
+        )
+    )
+    streams = [stream_of(seed, subject, epoch, view) for subject in subjects for view in range(views)]
+    places = [(row, view) for row in range(len(volumes_bcxyz)) for view in range(views)]
+    axes = world_axes(affine) if any(settings.flips) else (0, 1, 2)
+    for part in _parts(len(places), volumes_bcxyz.device):
+        choices_n = [_draw(stream) for stream in streams[part]]
+        volumes_ncxyz: Sequence[torch.Tensor] | torch.Tensor = [
+            _flipped(volumes_bcxyz[row], choices, settings, axes)
+            for (row, _), choices in zip(places[part], choices_n, strict=True)
+        ]
+        if settings.moves:
+            grid = volumes_bcxyz.shape[2:]
+            movements = np.stack([_movement(grid, choices, settings) for choices in choices_n])
+            volumes_ncxyz = move(torch.stack(list(volumes_ncxyz)), movements)
+        for (row, view), volume_cxyz, choices, stream in zip(
+            places[part], volumes_ncxyz, choices_n, streams[part], strict=True
+        ):
+            recoloured_cxyz = (
+                _recoloured(volume_cxyz, choices, settings) if settings.recolours else volume_cxyz
+            )
+            _write_view(out_bvcxyz[row, view], recoloured_cxyz, choices, stream, settings)
+    return out_bvcxyz
+
+
+def _draw(stream: np.random.SeedSequence) -> Choices:
+    """The uniform numbers in [0, 1) of one view, by what they decide."""
+    ends = np.cumsum(list(CHOICES.values()))
+    parts = np.split(choices_of(stream).random(ends[-1]), ends[:-1])
+    return dict(zip(CHOICES, parts, strict=True))
+
+
+def _parts(views: int, device: torch.device) -> Iterator[slice]:
+    """Views in parts that are moved together: as many as the CPU has threads, since each takes one."""
+    at_once = torch.get_num_threads() if device.type == "cpu" else VOLUMES_AT_ONCE
+    return (slice(first, first + at_once) for first in range(0, views, at_once))
+
+
+def _flipped(
+    volume_cxyz: torch.Tensor, choices: Choices, settings: ViewSettings, axes: Sequence[int]
+) -> torch.Tensor:
+    """The volume with those of its left-right, front-back and up-down `axes` exchanged that were drawn."""
+    flips = zip(axes, choices["flip"], settings.flips, strict=True)
+    chosen = [1 + axis for axis, chance, probability in flips if chance < probability]
+    return volume_cxyz.flip(chosen) if chosen else volume_cxyz
+
+
+def _movement(grid: Sequence[int], choices: Choices, settings: ViewSettings) -> np.ndarray:
+    """The affine (3, 4) of one view's movement; sizes are uniform in their logarithm, as 1.1 undoes 1 / 1.1."""
+    return movement(
+        settings.rotate * _signed(choices["rotate"]),
+        (1 + settings.zoom) ** _signed(choices["zoom"])[0],
+        settings.translate * min(grid) * _signed(choices["translate"]),
+    )
+
+
+def _recoloured(volume_cxyz: torch.Tensor, choices: Choices, settings: ViewSettings) -> torch.Tensor:
+    scale, shift, contrast, gamma = (
+        _signed(choices[name])[0] * getattr(settings, name)
+        for name in ("scale", "shift", "contrast", "gamma")
+    )
+    return recolour(volume_cxyz, scale=1 + scale, shift=shift, contrast=1 + contrast, gamma=math.exp(gamma))
+
+
+def _signed(uniform: np.ndarray) -> np.ndarray:
+    """Uniform numbers in [-1, 1) from those in [0, 1)."""
+    return 2 * uniform - 1
+
+
+def _grid_of_views(grid: Sequence[int], settings: ViewSettings) -> tuple[int, int, int]:
+    """X, Y, Z of a view, once what is kept of the volume fits in it."""
+    kept = _kept_sides(grid, settings)
+    wanted = tuple(grid) if settings.pad_to is None else _three(settings.pad_to)
+    if any(side > room for side, room in zip(kept, wanted, strict=True)):
+        raise UserError(
+            f"views.pad_to={settings.pad_to} is smaller than the {' x '.join(map(str, kept))} voxels that are "
+            f"kept of the {' x '.join(map(str, grid))} of a volume; crop more or pad to a larger grid"
+        )
+    x, y, z = wanted
+    return x, y, z
+
+
+def _kept_sides(grid: Sequence[int], settings: ViewSettings) -> list[int]:
+    """Voxels along X, Y, Z that a crop keeps."""
+    if settings.crop_size is not None:
+        return [min(size, side) for size, side in zip(_three(settings.crop_size), grid, strict=True)]
+    return [max(1, round((settings.crop or 1.0) * side)) for side in grid]
+
+
+def _three(sides: Sides) -> tuple[int, int, int]:
+    return (sides, sides, sides) if isinstance(sides, int) else sides
+
+
+def _write_view(
+    out_cxyz: torch.Tensor,
+    volume_cxyz: torch.Tensor,
+    choices: Choices,
+    stream: np.random.SeedSequence,
+    settings: ViewSettings,
+) -> None:
+    """Fill `out_cxyz`, which holds zeros, with crop, noise and cutout of `volume_cxyz`."""
+    grid = volume_cxyz.shape[1:]
+    kept = _kept_sides(grid, settings)
+    source = _block(grid, kept, choices["corner"]) if settings.crop_place == "random" else _middle(grid, kept)
+    target = _middle(out_cxyz.shape[1:], kept)
+    kept_cxyz = out_cxyz[:, target[0], target[1], target[2]]
+    kept_cxyz.copy_(volume_cxyz[:, source[0], source[1], source[2]])
+    if settings.noise > 0:
+        noise = standard_normal(kept_cxyz, stream)
+        if settings.noise_in == "brain":
+            noise = noise.mul_(kept_cxyz != 0)
+        kept_cxyz.add_(noise, alpha=settings.noise)
+    if choices["cut"][0] < settings.cutout:
+        cube = max(1, round(settings.cutout_size * min(grid)))
+        cut = _block(grid, [cube, cube, cube], choices["cut_corner"])
+        inside = [
+            slice(max(block.start - kept.start, 0), max(block.stop - kept.start, 0))
+            for block, kept in zip(cut, source, strict=True)
+        ]
+        kept_cxyz[:, inside[0], inside[1], inside[2]] = 0
+
+
+def _block(grid: Sequence[int], sides: Sequence[int], corner: np.ndarray) -> list[slice]:
+    """The block of `sides` voxels whose corner lies at the fraction `corner`, in [0, 1), of the free room."""
+    starts = [int(at * (side - kept + 1)) for side, kept, at in zip(grid, sides, corner, strict=True)]
+    return [slice(start, start + kept) for start, kept in zip(starts, sides, strict=True)]
+
+
+def _middle(grid: Sequence[int], sides: Sequence[int]) -> list[slice]:
+    """The block of `sides` voxels in the middle of the grid, an odd remainder on the far side."""
+    starts = [(side - kept) // 2 for side, kept in zip(grid, sides, strict=True)]
+    return [slice(start, start + kept) for start, kept in zip(starts, sides, strict=True)]

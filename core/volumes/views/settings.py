@@ -1,0 +1,138 @@
+"""What views of a volume may differ in."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Side = Annotated[int, Field(ge=1, le=1024)]
+Sides = Side | tuple[Side, Side, Side]
+
+
+class ViewSettings(BaseModel):
+    """How views differ from the volume; the defaults change nothing, as in the published configuration.
+
+    Voxels that are exactly 0 count as background. Crop, cutout, flips and intensities leave them exactly 0;
+    a movement interpolates, so that a voxel is 0 where all eight neighbours of its source are; noise falls
+    everywhere, as published, unless `noise_in` says brain.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int = Field(default=2, ge=1, le=16, description="views of each volume (V)")
+    crop: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="fraction of each side kept by a random crop, which is then centred in zeros on the full "
+        "grid; the reference keeps about 0.9; none: no crop",
+    )
+    crop_size: Sides | None = Field(
+        default=None,
+        description="the same in voxels: one number for a cube, or one for each axis; a longer side than the "
+        "grid's keeps all of it; reference 91 (of 91 x 109 x 91); instead of crop",
+    )
+    crop_place: Literal["random", "centre"] = Field(
+        default="random", description="where a crop is taken from"
+    )
+    pad_to: Sides | None = Field(
+        default=None,
+        description="grid of the views in voxels, in whose middle the volume or its crop lies, an odd "
+        "remainder on the far side; none: as the volume",
+    )
+    cutout: float = Field(
+        default=0.0, ge=0, le=1, description="probability of zeroing one block; reference 0.5"
+    )
+    cutout_size: float = Field(
+        default=0.35,
+        gt=0,
+        le=1,
+        description="side of the cutout cube as a fraction of the grid's shortest side; reference 32 of 91",
+    )
+    noise: float = Field(
+        default=0.0, ge=0, description="SD of additive Gaussian noise, in units of the volume; reference 0.05"
+    )
+    noise_in: Literal["everywhere", "brain"] = Field(
+        default="everywhere", description="whether noise falls on the background too, as in the reference"
+    )
+    flip: float = Field(
+        default=0.0, ge=0, le=1, description="probability of exchanging left and right; system C 0.5"
+    )
+    flip_front_back: float = Field(default=0.0, ge=0, le=1, description="probability; system C 0.5")
+    flip_up_down: float = Field(default=0.0, ge=0, le=1, description="probability; system C 0.5")
+    rotate: float = Field(
+        default=0.0,
+        ge=0,
+        le=180,
+        description="largest rotation about each of three axes, in degrees; system D 15",
+    )
+    zoom: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="largest relative change of size, the same along all axes; system D 0.05",
+    )
+    translate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="largest movement along each axis, as a fraction of the grid's shortest side",
+    )
+    scale: float = Field(
+        default=0.0, ge=0, lt=1, description="largest relative change of all intensities; system C 0.1"
+    )
+    shift: float = Field(
+        default=0.0,
+        ge=0,
+        description="largest amount added to all intensities (brightness), in units of the volume; system C "
+        "0.1, system D 0.5",
+    )
+    contrast: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="largest relative change of the distance of intensities to their mean; system D 0.3",
+    )
+    gamma: float = Field(
+        default=0.0,
+        ge=0,
+        le=3,
+        description="largest |log γ| of a power law between the lowest and the highest intensity",
+    )
+
+    @model_validator(mode="after")
+    def _settings_act(self) -> ViewSettings:
+        if self.crop is not None and self.crop_size is not None:
+            raise ValueError(
+                f"crop={self.crop:g} and crop_size={self.crop_size} exclude each other; give one"
+            )
+        if self.crop_place == "centre" and self.crop is None and self.crop_size is None:
+            raise ValueError("crop_place acts only with crop or crop_size, got neither")
+        return self
+
+    @property
+    def moves(self) -> bool:
+        """Whether voxels are interpolated at new places."""
+        return max(self.rotate, self.zoom, self.translate) > 0
+
+    @property
+    def flips(self) -> tuple[float, float, float]:
+        """Probabilities of exchanging left and right, front and back, up and down."""
+        return self.flip, self.flip_front_back, self.flip_up_down
+
+    @property
+    def recolours(self) -> bool:
+        """Whether intensities inside the brain change together."""
+        return max(self.scale, self.shift, self.contrast, self.gamma) > 0
+
+    @property
+    def change_nothing(self) -> bool:
+        """Whether every view is the volume itself."""
+        same_grid = self.crop in (None, 1.0) and self.crop_size is None and self.pad_to is None
+        return (
+            same_grid
+            and max(self.cutout, self.noise, *self.flips) == 0
+            and not self.moves
+            and not self.recolours
+        )
