@@ -22,7 +22,7 @@ Kernel = Callable[[Tensor, float], Tensor]
 def _exp_minus(x: Tensor) -> Tensor:
     """exp(−x), exactly 0 towards the end of the normal range, where exp itself is ten times slower."""
     limit = -math.log(torch.finfo(x.dtype).tiny) - 1
-    return torch.where(x < limit, torch.exp(-x.clamp(max=limit)), 0.0)
+    return torch.exp(-x.clamp(max=limit)) * (x < limit)
 
 
 def equal(distance: Tensor, width: float) -> Tensor:
@@ -50,19 +50,24 @@ def epanechnikov(distance: Tensor, width: float) -> Tensor:
     return (1 - (distance / width) ** 2).clamp(min=0)
 
 
-def published_rbf(distance: Tensor, width: float) -> Tensor:
-    """exp(−Δ²/2σ²) down to the last digit before underflow, since the released threshold ranks by it."""
-    return torch.exp(-(distance**2) / (2 * width**2))
-
-
 def published_gaussian(distance: Tensor, width: float) -> Tensor:
     """The normal density, exp(−Δ²/2σ²)/(√(2π)σ); above 1 at distance 0 when σ < 0.399."""
-    return published_rbf(distance, width) / (math.sqrt(2 * math.pi) * width)
+    return rbf(distance, width) / (math.sqrt(2 * math.pi) * width)
 
 
 def published_cauchy(distance: Tensor, width: float) -> Tensor:
     """1/(1 + γΔ²): γ is an inverse squared width."""
     return 1 / (1 + width * distance**2)
+
+
+def rbf_to_underflow(distance: Tensor, width: float) -> Tensor:
+    """exp(−Δ²/2σ²) down to the last digit before underflow: slow, but the released threshold ranks by it."""
+    return torch.exp(-(distance**2) / (2 * width**2))
+
+
+def gaussian_to_underflow(distance: Tensor, width: float) -> Tensor:
+    """The normal density, as `rbf_to_underflow`."""
+    return rbf_to_underflow(distance, width) / (math.sqrt(2 * math.pi) * width)
 
 
 def everyone(distance: Tensor, width: float) -> Tensor:
@@ -80,9 +85,13 @@ KERNELS: dict[str, Kernel] = {
 }
 
 PUBLISHED_KERNELS: dict[str, Kernel] = KERNELS | {
-    "rbf": published_rbf,
     "gaussian": published_gaussian,
     "cauchy": published_cauchy,
+}
+
+PUBLISHED_RANKING_KERNELS: dict[str, Kernel] = PUBLISHED_KERNELS | {
+    "rbf": rbf_to_underflow,
+    "gaussian": gaussian_to_underflow,
 }
 
 

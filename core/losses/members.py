@@ -15,7 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from core.lookup import look_up
-from core.losses.kernels import KERNELS, PUBLISHED_KERNELS, Kernel, equal, everyone
+from core.losses.kernels import (
+    KERNELS,
+    PUBLISHED_KERNELS,
+    PUBLISHED_RANKING_KERNELS,
+    Kernel,
+    equal,
+    everyone,
+)
 from core.losses.neighbourhood import Neighbours
 from core.losses.pairwise import (
     PairwiseLoss,
@@ -189,7 +196,10 @@ class Threshold(KernelSettings):
 
     def parts(self) -> Parts:
         """As published, one denominator per anchor weighs j by how many k are less similar to j."""
-        return Parts(repulsion=rank_counts_repel if self.reference else farther_repel, **self.shared())
+        if self.reference is None:
+            return Parts(repulsion=farther_repel, **self.shared())
+        kernel = PUBLISHED_RANKING_KERNELS[self.kernel]
+        return Parts(repulsion=rank_counts_repel, **self.shared() | {"kernel": kernel})
 
 
 class Exponential(KernelSettings):

@@ -110,13 +110,9 @@ def farness(z_nd: Tensor, z_md: Tensor, metric: Metric) -> Tensor:
     return torch.cdist(z_nd, z_md, p=order)
 
 
-def nearest(farness_nm: Tensor, count: int) -> Tensor:
-    """Boolean (N, M): the `count` least far of each row, and any as near as the last of them.
-
-    Keeping ties makes the choice independent of the order of the rows.
-    """
-    if farness_nm.device.type == "cpu":  # numpy selects several times faster than torch, and shares memory
-        kth_n1 = torch.from_numpy(np.partition(farness_nm.numpy(), count - 1, axis=1)[:, count - 1 : count])
-    else:
-        kth_n1 = farness_nm.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
-    return farness_nm <= kth_n1
+def kth_largest(values_nm: Tensor, count: int) -> Tensor:
+    """(N, 1): the value that `count` of each row reach; more do where there are ties, whatever their order."""
+    if values_nm.device.type != "cpu":
+        return values_nm.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+    place = values_nm.shape[1] - count  # numpy selects several times faster than torch, and shares memory
+    return torch.from_numpy(np.partition(values_nm.numpy(), place, axis=1)[:, place : place + 1])

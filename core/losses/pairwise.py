@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from core.errors import UserError
 from core.losses.gather import gather_batch
 from core.losses.kernels import Kernel, equal, label_distance, without_dust
-from core.losses.neighbourhood import Neighbours, farness, nearest
+from core.losses.neighbourhood import Neighbours, farness, kth_largest
 from core.schedules import Constant, Shape
 
 # Stands for −inf beside logits: exp of it is exactly 0, yet differences of it stay finite, so that neither
@@ -73,20 +73,20 @@ class Parts:
 # --- S: similarity ---------------------------------------------------------------------------------------
 
 
-def cosine_similarity(z_vcd: Tensor, z_ubd: Tensor) -> Tensor:
-    """(V, C, U, B) dot products of unit rows."""
-    s_nm = z_vcd.flatten(0, 1) @ z_ubd.flatten(0, 1).T
+def cosine_similarity(z_vcd: Tensor, z_ubd: Tensor, scale: float) -> Tensor:
+    """(V, C, U, B) dot products of unit rows, times `scale`."""
+    s_nm = (z_vcd * scale).flatten(0, 1) @ z_ubd.flatten(0, 1).T
     return s_nm.view(*z_vcd.shape[:2], *z_ubd.shape[:2])
 
 
-def negative_distance(z_vcd: Tensor, z_ubd: Tensor) -> Tensor:
-    """(V, C, U, B) negative Euclidean distances; the gradient at distance 0 is 0."""
+def negative_distance(z_vcd: Tensor, z_ubd: Tensor, scale: float) -> Tensor:
+    """(V, C, U, B) negative Euclidean distances, times `scale`; the gradient at distance 0 is 0."""
     # The matrix-product form is the fast one, but in float32 it loses half the digits where rows nearly
     # coincide, as two views of a subject often do. In float64 it keeps float32 accuracy there.
     distance_nm = torch.cdist(
         z_vcd.flatten(0, 1).double(), z_ubd.flatten(0, 1).double(), compute_mode="use_mm_for_euclid_dist"
     ).to(z_vcd.dtype)
-    return -distance_nm.view(*z_vcd.shape[:2], *z_ubd.shape[:2])
+    return distance_nm.view(*z_vcd.shape[:2], *z_ubd.shape[:2]) * -scale
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -192,49 +192,53 @@ def anchor_terms(
         return parts.kernel(distance, parts.width(progress))
 
     similarity = cosine_similarity if parts.similarity == "cosine" else negative_distance
-    s_vcub = similarity(z_vcd, z_ubd) / parts.temperature(progress)
+    s_vcub = similarity(z_vcd, z_ubd, 1 / parts.temperature(progress))
     if parts.offset_self:
         s_vcub = s_vcub - s_vcub.detach().flatten(2).amax(-1)[..., None, None]
     w_cb = without_dust(weigh(label_distance(labels_c, labels_b, s_vcub.dtype)))
 
-    s_vcub = fill_own(s_vcub, 0.0, first)
-    logits_vcub = s_vcub * (1 - w_cb)[:, None] if parts.spare_positives else s_vcub
-    barrier_vcub = far_barrier(s_vcub, z_vcd, z_ubd, first, progress, parts)
-    if barrier_vcub is not None:  # adding lets the gradient pass at no cost: what is barred has no share
-        logits_vcub = logits_vcub + barrier_vcub
-    logits_vcub = fill_own(logits_vcub, NOTHING, first)
+    s_vcub = fill_own_(s_vcub, 0.0, first)
+    barrier_vcub = barrier(s_vcub.detach(), z_vcd, z_ubd, first, progress, parts)
+    if parts.spare_positives:
+        logits_vcub = torch.addcmul(barrier_vcub, s_vcub, (1 - w_cb)[:, None])
+    else:
+        logits_vcub = s_vcub + barrier_vcub
     log_d_vcb = (parts.repulsion or everyone_repels)(logits_vcub, labels_c, labels_b, weigh)
 
     live_vcb = log_d_vcb > NOTHING / 2
     w_vcb = w_cb * live_vcb
     pairs_cb = views - torch.eye(subjects, dtype=w_cb.dtype, device=w_cb.device)[first:last]
-    loss_vc = (w_vcb * (pairs_cb * log_d_vcb.masked_fill(~live_vcb, 0.0) - s_vcub.sum(2))).sum(2)
-    return loss_vc, (w_vcb * pairs_cb).sum(2)
+    gain_vcb = torch.addcmul(s_vcub.sum(2), pairs_cb, log_d_vcb.masked_fill(~live_vcb, 0.0), value=-1)
+    return -(w_vcb * gain_vcb).sum(2), (w_vcb * pairs_cb).sum(2)
 
 
-def fill_own(x_vcub: Tensor, value: float, first: int) -> Tensor:
-    """`x_vcub` with `value` where anchor and contrasted row are the same row; chunks start at `first`."""
+def fill_own_(x_vcub: Tensor, value: float, first: int) -> Tensor:
+    """Put `value` where anchor and contrasted row are the same row, in place; chunks start at `first`."""
     view = torch.arange(x_vcub.shape[0], device=x_vcub.device)[:, None]
     anchor = torch.arange(x_vcub.shape[1], device=x_vcub.device)
-    return x_vcub.index_put((view, anchor, view, anchor + first), x_vcub.new_full((), value))
+    return x_vcub.index_put_((view, anchor, view, anchor + first), x_vcub.new_full((), value))
 
 
 @torch.no_grad()
-def far_barrier(
+def barrier(
     s_vcub: Tensor, z_vcd: Tensor, z_ubd: Tensor, first: int, progress: float, parts: Parts
-) -> Tensor | None:
-    """(V, C, U, B): NOTHING for rows beyond an anchor's nearest, otherwise 0; None: every row is near."""
+) -> Tensor:
+    """(V, C, U, B): NOTHING for the anchor's own row and for rows beyond its nearest, otherwise 0.
+
+    Adding it to the logits lets the gradient pass at no cost: what is barred has no share in it.
+    """
     views, subjects = z_ubd.shape[:2]
     others = other_rows(views, subjects, progress, parts.neighbours)
     if parts.neighbours is None or others >= views * subjects - 1:
-        return None
+        return fill_own_(torch.zeros_like(s_vcub), NOTHING, first)
     if parts.neighbours.metric in SAME_ORDER[parts.similarity]:
-        far_vcub = -s_vcub
+        close_vcub = s_vcub.clone()
     else:
-        far_nm = farness(z_vcd.flatten(0, 1), z_ubd.flatten(0, 1), parts.neighbours.metric)
-        far_vcub = far_nm.view_as(s_vcub)
-    far_nm = fill_own(far_vcub, math.inf, first).flatten(0, 1).flatten(1)
-    return (~nearest(far_nm, others)).to(far_nm.dtype).mul_(NOTHING).view_as(s_vcub)
+        close_vcub = -farness(z_vcd.flatten(0, 1), z_ubd.flatten(0, 1), parts.neighbours.metric).view_as(
+            s_vcub
+        )
+    close_nm = fill_own_(close_vcub, -math.inf, first).flatten(0, 1).flatten(1)
+    return close_nm.lt_(kth_largest(close_nm, others)).mul_(NOTHING).view_as(s_vcub)
 
 
 def other_rows(views: int, subjects: int, progress: float, neighbours: Neighbours | None) -> int:
