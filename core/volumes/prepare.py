@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,12 @@ from core.errors import UserError
 from core.volumes.intensity import foreground, scale
 from core.volumes.nifti import Affine, Volume, read_volume
 from core.volumes.preprocess import (
-    FIELD_CENTRE,
     Preprocessing,
     brain_centre,
     covers_template_field,
     grid_affine,
 )
+from core.volumes.registration import overlap_with_template, register
 from core.volumes.resample import Labels, Mask, Resampled, resample, resample_labels
 from core.volumes.sources.listing import ImageFile, Scan
 
@@ -56,16 +57,19 @@ def prepare_scan(scan: Scan, preprocessing: Preprocessing) -> PreparedScan:
 
     - coverage: fraction of the brain's voxels that lie within the grid
     - brain_ml: volume of the brain in the source, in millilitres
+    - template_overlap: Dice of the brain with that of MNI152; NaN for a brain left in native space
+    - what `registration.register` measured, where it was asked for
     - intensity_mean, _median, _p01, _p99: of the brain's voxels on the grid before scaling; the second
       channel's have "_2" at the end, and so on
 
     Raises UserError, naming the file, for what cannot be used.
     """
     first, mask = _first_image(scan, preprocessing)
-    target = _target(first, mask, preprocessing)
+    target, placing = _place(first, mask, scan.images[0], preprocessing)
     quality = {
         "coverage": coverage(mask, first.affine, target, preprocessing.shape),
         "brain_ml": float(np.count_nonzero(mask) * abs(np.linalg.det(first.affine[:3, :3])) / 1000),
+        **placing,
     }
     channels = []
     for number, file in enumerate(scan.images, start=1):
@@ -108,13 +112,23 @@ def _first_image(scan: Scan, preprocessing: Preprocessing) -> tuple[Image, Mask]
     return image, mask
 
 
-def _target(image: Image, mask: Mask, preprocessing: Preprocessing) -> Affine:
-    """Affine (4, 4) from the grid's voxels to the image's mm."""
+def _place(
+    image: Image, mask: Mask, file: ImageFile, preprocessing: Preprocessing
+) -> tuple[Affine, dict[str, float]]:
+    """Affine (4, 4) from the grid's voxels to the image's mm, and how well the brain lies in the template's place."""
+    grid = functools.partial(grid_affine, preprocessing.spacing, preprocessing.shape)
+    if preprocessing.registration == "affine":
+        try:
+            found = register(*image, mask)
+        except UserError as error:
+            raise UserError(f"{file.path}: {error}") from None
+        return found.template_to_source @ grid(), found.measures
     mode = preprocessing.centre
     if mode == "auto":
         mode = "world" if covers_template_field(image.voxels.shape, image.affine) else "brain"
-    middle = brain_centre(mask, image.affine) if mode == "brain" else np.asarray(FIELD_CENTRE)
-    return grid_affine(preprocessing.spacing, preprocessing.shape, middle)
+    if mode == "brain":
+        return grid(brain_centre(mask, image.affine)), {"template_overlap": math.nan}
+    return grid(), {"template_overlap": overlap_with_template(mask, image.affine)}
 
 
 def coverage(mask: Mask, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> float:

@@ -66,8 +66,14 @@ class Preprocessing(BaseModel):
         description="raw, zscore, percentile:LOW,HIGH, window:LOW,HIGH or a window's name, such as window:ct; "
         "always inside the brain of each volume (core.volumes.intensity)",
     )
+    registration: Literal["affine"] | None = Field(
+        default=None,
+        description="affine: lay each brain over the MNI152 template, so that the grid is in MNI mm; "
+        "null: leave it as it lies",
+    )
     centre: Literal["auto", "brain", "world"] = Field(
         default="auto",
+        validate_default=True,
         description="what lies in the middle of the grid. brain: the middle of the subject's own brain, for "
         "native space; world: the middle of the MNI152 field of view, for images already in MNI space; auto: "
         "decided once for a cohort, world if every image covers the MNI152 field of view",
@@ -77,6 +83,18 @@ class Preprocessing(BaseModel):
     @classmethod
     def _fill_shape(cls, shape: Any, info: ValidationInfo) -> Any:
         return default_shape(info.data.get("spacing", 4.0)) if shape is None else shape
+
+    @field_validator("centre")
+    @classmethod
+    def _settle_centre(cls, centre: str, info: ValidationInfo) -> str:
+        """A registered brain lies in MNI space."""
+        if info.data.get("registration") is None:
+            return centre
+        if centre == "brain":
+            raise ValueError(
+                "centre 'brain' cannot act with registration, which lays the brain over MNI152; leave it"
+            )
+        return "world"
 
     @field_validator("intensity")
     @classmethod
