@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import nibabel as nib
 import numpy as np
 import torch
@@ -11,28 +13,30 @@ from core.errors import UserError
 RAS = np.diag([1.0, 1.0, 1.0, 1.0])
 
 
-def world_axes(affine: np.ndarray) -> tuple[int, int, int]:
-    """The spatial axes of an array that run left-right, front-back and up-down, from the voxel-to-world affine.
+Direction = Literal["left_right", "front_back", "up_down"]
+
+DIRECTIONS: dict[Direction, str] = {"left_right": "LR", "front_back": "PA", "up_down": "IS"}
+"""The world's three directions, and nibabel's letters for their ends."""
+
+
+def world_axis(affine: np.ndarray, direction: Direction) -> int:
+    """The spatial axis (0, 1 or 2) that runs along `direction`, from the voxel-to-world affine.
 
     Raises:
-        UserError: a direction has no axis, as in a singular affine.
+        UserError: there is none, as in a singular affine.
     """
     codes = nib.orientations.aff2axcodes(affine)
-    axes = {"LR": -1, "PA": -1, "IS": -1}
-    for axis, code in enumerate(codes):
-        axes |= {direction: axis for direction in axes if code is not None and code in direction}
-    if -1 in axes.values():
-        raise UserError(f"the affine leaves a direction without an axis (axes are {codes}); is it singular?")
-    return axes["LR"], axes["PA"], axes["IS"]
+    axes = [axis for axis, code in enumerate(codes) if code is not None and code in DIRECTIONS[direction]]
+    if not axes:
+        raise UserError(
+            f"the affine has no {direction.replace('_', '-')} axis (axes are {codes}); is it singular?"
+        )
+    return axes[0]
 
 
 def left_right_axis(affine: np.ndarray) -> int:
     """The spatial axis (0, 1 or 2) that runs left-right in the world, from the voxel-to-world affine."""
-    codes = nib.orientations.aff2axcodes(affine)
-    axes = [axis for axis, code in enumerate(codes) if code in ("L", "R")]
-    if not axes:
-        raise UserError(f"the affine has no left-right axis (axes are {codes}); is it singular?")
-    return axes[0]
+    return world_axis(affine, "left_right")
 
 
 def mirror(volume: torch.Tensor, affine: np.ndarray = RAS) -> torch.Tensor:

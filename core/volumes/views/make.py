@@ -1,15 +1,16 @@
-"""From volumes to views of them. Suffixes: B subjects, V views, N of both together, C channels, X, Y, Z."""
+"""From volumes to views of them. Suffixes: B subjects, V views, C channels, X, Y, Z."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from core.errors import UserError
-from core.volumes.mirror import RAS, world_axes
+from core.volumes.mirror import DIRECTIONS, RAS, world_axis
 from core.volumes.views.intensity import recolour
 from core.volumes.views.motion import move, movement
 from core.volumes.views.settings import Sides, ViewSettings
@@ -29,6 +30,13 @@ the end, so that old views stay what they were.
 
 VOLUMES_AT_ONCE = 8
 """How many volumes are moved in one call on a GPU; each takes 12 bytes a voxel beside itself."""
+
+
+class _View(NamedTuple):
+    row: int  # of the batch
+    number: int
+    stream: np.random.SeedSequence
+    choices: Choices
 
 
 def make_views(
@@ -58,39 +66,34 @@ def make_views(
     Raises:
         UserError: `settings.pad_to` is smaller than the volume or its crop.
     """
-    views = settings.count
     if settings.change_nothing:
-        return volumes_bcxyz.unsqueeze(1).repeat(1, views, 1, 1, 1, 1)
+        return volumes_bcxyz.unsqueeze(1).repeat(1, settings.count, 1, 1, 1, 1)
     if len(subjects) != len(volumes_bcxyz):
         raise ValueError(f"{len(volumes_bcxyz)} volumes for {len(subjects)} subjects")
+    subjects_count, channels, *grid = volumes_bcxyz.shape
     out_bvcxyz = volumes_bcxyz.new_zeros(
-        (
-            len(volumes_bcxyz),
-            views,
-            volumes_bcxyz.shape[1],
-            *_grid_of_views(volumes_bcxyz.shape[2:], settings),
-        )
+        (subjects_count, settings.count, channels, *_grid_of_views(grid, settings))
     )
-    streams = [stream_of(seed, subject, epoch, view) for subject in subjects for view in range(views)]
-    places = [(row, view) for row in range(len(volumes_bcxyz)) for view in range(views)]
-    axes = world_axes(affine) if any(settings.flips) else (0, 1, 2)
-    for part in _parts(len(places), volumes_bcxyz.device):
-        choices_n = [_draw(stream) for stream in streams[part]]
-        volumes_ncxyz: Sequence[torch.Tensor] | torch.Tensor = [
-            _flipped(volumes_bcxyz[row], choices, settings, axes)
-            for (row, _), choices in zip(places[part], choices_n, strict=True)
-        ]
+    views = [
+        _View(row, number, stream, _draw(stream))
+        for row, subject in enumerate(subjects)
+        for number in range(settings.count)
+        for stream in [stream_of(seed, subject, epoch, number)]
+    ]
+    axes = [world_axis(affine, direction) for direction in DIRECTIONS] if any(settings.flips) else [0, 1, 2]
+    for part in _parts(views, volumes_bcxyz.device):
+        sources = [_flipped(volumes_bcxyz[view.row], view.choices, settings, axes) for view in part]
         if settings.moves:
-            grid = volumes_bcxyz.shape[2:]
-            movements = np.stack([_movement(grid, choices, settings) for choices in choices_n])
-            volumes_ncxyz = move(torch.stack(list(volumes_ncxyz)), movements)
-        for (row, view), volume_cxyz, choices, stream in zip(
-            places[part], volumes_ncxyz, choices_n, streams[part], strict=True
-        ):
-            recoloured_cxyz = (
-                _recoloured(volume_cxyz, choices, settings) if settings.recolours else volume_cxyz
+            movements = [
+                _movement(source.shape[1:], view.choices, settings)
+                for source, view in zip(sources, part, strict=True)
+            ]
+            sources = list(move(torch.stack(sources), np.stack(movements)))
+        for source_cxyz, view in zip(sources, part, strict=True):
+            coloured_cxyz = (
+                _recoloured(source_cxyz, view.choices, settings) if settings.recolours else source_cxyz
             )
-            _write_view(out_bvcxyz[row, view], recoloured_cxyz, choices, stream, settings)
+            _write_view(out_bvcxyz[view.row, view.number], coloured_cxyz, view, settings)
     return out_bvcxyz
 
 
@@ -101,10 +104,10 @@ def _draw(stream: np.random.SeedSequence) -> Choices:
     return dict(zip(CHOICES, parts, strict=True))
 
 
-def _parts(views: int, device: torch.device) -> Iterator[slice]:
+def _parts(views: Sequence[_View], device: torch.device) -> Iterator[Sequence[_View]]:
     """Views in parts that are moved together: as many as the CPU has threads, since each takes one."""
     at_once = torch.get_num_threads() if device.type == "cpu" else VOLUMES_AT_ONCE
-    return (slice(first, first + at_once) for first in range(0, views, at_once))
+    return (views[first : first + at_once] for first in range(0, len(views), at_once))
 
 
 def _flipped(
@@ -163,13 +166,10 @@ def _three(sides: Sides) -> tuple[int, int, int]:
 
 
 def _write_view(
-    out_cxyz: torch.Tensor,
-    volume_cxyz: torch.Tensor,
-    choices: Choices,
-    stream: np.random.SeedSequence,
-    settings: ViewSettings,
+    out_cxyz: torch.Tensor, volume_cxyz: torch.Tensor, view: _View, settings: ViewSettings
 ) -> None:
     """Fill `out_cxyz`, which holds zeros, with crop, noise and cutout of `volume_cxyz`."""
+    choices = view.choices
     grid = volume_cxyz.shape[1:]
     kept = _kept_sides(grid, settings)
     source = _block(grid, kept, choices["corner"]) if settings.crop_place == "random" else _middle(grid, kept)
@@ -177,7 +177,7 @@ def _write_view(
     kept_cxyz = out_cxyz[:, target[0], target[1], target[2]]
     kept_cxyz.copy_(volume_cxyz[:, source[0], source[1], source[2]])
     if settings.noise > 0:
-        noise = standard_normal(kept_cxyz, stream)
+        noise = standard_normal(kept_cxyz, view.stream)
         if settings.noise_in == "brain":
             noise = noise.mul_(kept_cxyz != 0)
         kept_cxyz.add_(noise, alpha=settings.noise)
