@@ -1,0 +1,138 @@
+"""Labels of a BIDS-like folder: participants.tsv, and sessions.tsv for what changes between visits."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import UserError
+from core.volumes.sources.labels import (
+    Labels,
+    known_text,
+    labels_of,
+    need_columns,
+    number_columns,
+    read_table,
+)
+
+PARTICIPANTS = "participants.tsv"
+SESSIONS = "sessions.tsv"
+OWN = ("participant_id", "session_id")
+OTHER_SESSION_COLUMN = "session"  # of participants.tsv, where it has one row per visit
+
+Rows = dict[str, list[dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class People:
+    """What the tables of a folder say, as text; subjects carry the prefix sub-, sessions ses-."""
+
+    participants: Rows | None
+    """Rows of participants.tsv by subject; None where there is no such table."""
+    visits: dict[str, dict[str, dict[str, str]]]
+    """Rows of sessions.tsv by subject and session."""
+    age_column: str | None
+    numeric: frozenset[str]
+    files: tuple[Path, ...]
+
+    @property
+    def subjects(self) -> set[str]:
+        """Everybody that participants.tsv lists."""
+        return set(self.participants or ())
+
+    def labels(self, subject: str, session: str) -> Labels:
+        """Labels of one visit (session "" or "ses-1"); UserError if they are missing or cannot be used.
+
+        What sessions.tsv says about a visit goes before participants.tsv, which says it about a person.
+        """
+        row = {**self._person(subject, session)}
+        visits = self.visits.get(subject, {})
+        if self.age_column and any(known_text(visit.get(self.age_column, "")) for visit in visits.values()):
+            row[self.age_column] = ""  # the age at another visit would be wrong for this one
+        row |= {name: value for name, value in visits.get(session, {}).items() if known_text(value)}
+        return labels_of(
+            row, age_column=self.age_column, numeric=self.numeric, own=OWN, prefix="participants_"
+        )
+
+    def _person(self, subject: str, session: str) -> dict[str, str]:
+        if self.participants is None:
+            return {}
+        rows = self.participants.get(subject, [])
+        if len(rows) > 1 and session:
+            rows = [row for row in rows if _session_of(row) == session] or rows
+        if len(rows) != 1:
+            listed = f"is listed {len(rows)} times in" if rows else "has no row in"
+            raise UserError(f"{subject} {listed} {PARTICIPANTS}; one row is needed")
+        return rows[0]
+
+
+def read_people(source: Path, folders: Iterable[Path], age_column: str | None) -> People:
+    """The tables of `source` and of its subjects' `folders`; UserError where a table cannot be used.
+
+    Where there is no table at all there are no ages either, and `age_column` of the result is None.
+    """
+    files = []
+    participants: Rows | None = None
+    path = participants_of(source)
+    if path is not None:
+        files.append(path)
+        participants = _by_subject(path, read_table(path))
+    visits: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    for path, subject in _session_tables(source, folders):
+        files.append(path)
+        _add_visits(visits, path, subject)
+    rows = [row for group in (participants or {}).values() for row in group]
+    sessions = [row for group in visits.values() for row in group.values()]
+    if files and age_column and not any(age_column in row for row in sessions):
+        need_columns(files[0], rows or sessions, [age_column], " (or name another with --age-column)")
+    return People(
+        participants,
+        dict(visits),
+        age_column if files else None,
+        frozenset(number_columns([*rows, *sessions])),
+        tuple(files),
+    )
+
+
+def participants_of(source: Path) -> Path | None:
+    """The participants.tsv of a dataset; a derivative without one of its own has that of its raw dataset."""
+    candidates = [source / PARTICIPANTS]
+    if source.absolute().parent.name == "derivatives":
+        candidates.append(source.absolute().parents[1] / PARTICIPANTS)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _by_subject(path: Path, rows: list[dict[str, str]]) -> Rows:
+    need_columns(path, rows, ["participant_id"])
+    found: Rows = defaultdict(list)
+    for row in rows:
+        if name := row["participant_id"].strip().removeprefix("sub-"):
+            found[f"sub-{name}"].append(row)
+    return dict(found)
+
+
+def _session_tables(source: Path, folders: Iterable[Path]) -> Iterable[tuple[Path, str | None]]:
+    """Tables of visits, with the subject that each is about; None: it has a column for that."""
+    if (source / SESSIONS).is_file():
+        yield source / SESSIONS, None
+    for folder in folders:
+        if (path := folder / f"{folder.name}_{SESSIONS}").is_file():
+            yield path, folder.name
+
+
+def _add_visits(visits: dict[str, dict[str, dict[str, str]]], path: Path, subject: str | None) -> None:
+    rows = read_table(path)
+    need_columns(path, rows, ["session_id"] if subject else OWN)
+    for row in rows:
+        person = subject or "sub-" + row["participant_id"].strip().removeprefix("sub-")
+        session = _session_of(row)
+        if session in visits[person]:
+            raise UserError(f"{path} lists {session} of {person} twice; one row is needed")
+        visits[person][session] = row
+
+
+def _session_of(row: dict[str, str]) -> str:
+    text = known_text(row.get("session_id", "") or row.get(OTHER_SESSION_COLUMN, ""))
+    return f"ses-{text.removeprefix('ses-')}" if text else ""

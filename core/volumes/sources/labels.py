@@ -1,0 +1,199 @@
+"""What tables say about a scan: reading them, and age, sex, site and further columns of one row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from core.errors import UserError
+from core.lookup import did_you_mean
+from core.volumes.cohort import COLUMNS
+
+UNKNOWN = {"", "n/a", "na", "nan", "none", "null"}
+SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}
+OLDEST = 130.0  # years
+SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
+
+RESERVED = {"row", "session", "coverage", "origin_x", "origin_y", "origin_z", *COLUMNS}
+"""Columns that the manifest of a cohort fills itself; a table's column of that name gets a prefix."""
+
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which of a source's images and columns a person asked for."""
+
+    channels: tuple[str, ...] | None = None
+    """What each image of a scan shows; None: the only kind of image that is there."""
+    label: str | None = None
+    mask: str | None = None
+    age_column: str | None = "age"
+    """None: ages are not wanted, and nobody is left out for want of one."""
+
+
+class Labels(NamedTuple):
+    """What a table says about one scan; fields as in `Scan`."""
+
+    age: float
+    sex: str
+    site: str
+    extra: dict[str, str | float]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table as text: comma-separated for .csv, else tab-separated; UTF-8, first line names.
+
+    Byte order marks, CRLF, blank lines and lines cut short after the last known value are fine (the rest
+    is ""). UserError for what would have to be guessed: another encoding or separator, two columns of one
+    name, a line with too many fields; and for a table that is empty or cannot be read.
+    """
+    separator = "," if path.suffix.lower() == ".csv" else "\t"
+    reader = csv.reader(io.StringIO(_decoded(path), newline=""), delimiter=separator, strict=True)
+    names: list[str] = []
+    rows = []
+    try:
+        for fields in reader:
+            if not any(field.strip() for field in fields):
+                continue
+            if not names:
+                names = _checked_names(path, fields, separator)
+                continue
+            if len(fields) > len(names):
+                raise UserError(
+                    f"{path} line {reader.line_num} has {len(fields)} fields, but there are "
+                    f"{len(names)} columns; is a {SEPARATORS[separator]} inside a value?"
+                )
+            fields += [""] * (len(names) - len(fields))
+            rows.append({name: field for name, field in zip(names, fields, strict=True) if name})
+    except csv.Error as error:
+        kind = SEPARATORS[separator]
+        raise UserError(f"{path} line {reader.line_num} is not {kind}-separated text: {error}") from error
+    if not rows:
+        raise UserError(f"{path} is empty; a line of column names and one line per subject are needed")
+    return rows
+
+
+def need_columns(path: Path, rows: list[dict[str, str]], needed: Iterable[str], hint: str = "") -> None:
+    """UserError, naming the columns that are there, unless the table has all that are `needed`."""
+    for column in needed:
+        if column not in rows[0]:
+            raise UserError(
+                f"{path} has no column '{column}', only {', '.join(map(repr, rows[0]))}{hint}; "
+                f"{did_you_mean(column, rows[0])}"
+            )
+
+
+def number_columns(rows: Iterable[Row]) -> set[str]:
+    """The columns in which every known value is a finite number, and at least one is known."""
+    known: dict[str, bool] = {}
+    for row in rows:
+        for name, value in row.items():
+            if (text := known_text(value)) and known.get(name, True):
+                known[name] = _is_number(text)
+    return {name for name, numeric in known.items() if numeric}
+
+
+def labels_of(
+    row: Row, *, age_column: str | None, numeric: Collection[str], own: Collection[str], prefix: str
+) -> Labels:
+    """Age, sex and site of a row, and its further columns: all but those and `own`.
+
+    `numeric` columns become floats, NaN where unknown; a column named like one of the manifest's gets
+    `prefix`. UserError for an age that is missing or impossible, unless `age_column` is None.
+    """
+    sex = known_text(row.get("sex", ""))
+    age = math.nan if age_column is None else age_of(row.get(age_column, ""))
+    extra: dict[str, str | float] = {
+        (f"{prefix}{name}" if name in RESERVED else name): (
+            _number(value) if name in numeric else known_text(value)
+        )
+        for name, value in row.items()
+        if name not in {"sex", "site", age_column, *own}
+    }
+    return Labels(age, SEXES.get(sex.lower(), sex), known_text(row.get("site", "")), extra)
+
+
+def age_of(value: str | float) -> float:
+    """Age in years; UserError unless it is a number above 0 and below 130."""
+    text = known_text(str(value))
+    if not text:
+        raise UserError("age is missing")
+    try:
+        age = float(text)
+    except ValueError:
+        raise UserError(f"age '{text}' is not a number of years") from None
+    if not (math.isfinite(age) and 0 < age < OLDEST):
+        raise UserError(f"age {text} is not between 0 and {OLDEST:g} years")
+    return age
+
+
+def known_text(value: str) -> str:
+    """The value, or "" for any of the ways of writing that it is unknown."""
+    return "" if value.strip().lower() in UNKNOWN else value.strip()
+
+
+def plain_id(value: object) -> str:
+    """An identifier as one text, whatever stored it: 7, 7.0, b"007" and "sub-007 " are all "7".
+
+    UserError for one that cannot be trusted: empty, or a number in which digits were lost.
+    """
+    text = (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).strip()
+    text = text.removeprefix("sub-")
+    if not known_text(text):
+        raise UserError("its id is missing")
+    whole, point, fraction = text.partition(".")
+    if point and whole.isdecimal() and not fraction.strip("0"):
+        text = whole
+    if not text.isdecimal() and _is_number(text):
+        raise UserError(f"its id '{text}' is not a whole number; were digits lost in a spreadsheet?")
+    return text.lstrip("0") or "0" if text.isdecimal() else text
+
+
+def _decoded(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not content.strip():
+        raise UserError(f"{path} is empty; a line of column names and one line per subject are needed")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} line {line} is not UTF-8 text (byte {content[error.start]:#04x}); save it as UTF-8"
+        ) from error
+
+
+def _checked_names(path: Path, fields: list[str], separator: str) -> list[str]:
+    names = [field.strip() for field in fields]
+    if len(names) == 1:
+        counts = {other: names[0].count(other) for other in SEPARATORS if other != separator}
+        likely = max(counts, key=lambda other: counts[other])
+        if counts[likely]:
+            raise UserError(
+                f"{path} has one column '{names[0][:80]}' where separated by {SEPARATORS[separator]}; "
+                f"it looks separated by {SEPARATORS[likely]}: save it with "
+                f"{'commas as .csv' if likely == ',' else 'tabs as .tsv'}"
+            )
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise UserError(f"{path} has two columns '{twice[0]}'; rename one")
+    return names
+
+
+def _number(value: str) -> float:
+    text = known_text(value)
+    return float(text) if text else math.nan
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
