@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from core.volumes.cohort import Cohort, CohortWriter
+from core.volumes.cohort import Cohort
+from core.volumes.cohort_writer import CohortWriter
 
 SIDE = 12
 

@@ -16,7 +16,8 @@ import torch
 
 from core.errors import UserError
 from core.volumes import shards
-from core.volumes.cohort import Cohort, CohortWriter
+from core.volumes.cohort import Cohort
+from core.volumes.cohort_writer import CohortWriter
 from core.volumes.describe import describe
 
 SHAPE = (3, 4, 5)
@@ -176,7 +177,7 @@ def test_open_says_what_is_wrong(tmp_path):
         ({"volume": volume(1)[0]}, r"sub-01: volume must have shape \(1, 3, 4, 5\), got \(3, 4, 5\)"),
         ({"volume": np.full((1, *SHAPE), np.nan, np.float32)}, "sub-01: 60 voxels are NaN"),
         ({"volume": np.full((1, *SHAPE), -7e4, np.float32)}, "sub-01: 70000 is above 65504.*float32"),
-        ({"age": float("nan")}, "sub-01 has age nan"),
+        ({"age": float("inf")}, "sub-01 has age inf"),
         ({"subject": "sub-00"}, "sub-00 was added twice"),
         ({"checksum": "1"}, "columns of the manifest"),
     ],

@@ -16,10 +16,12 @@ import pandas as pd
 
 from core.errors import UserError
 from core.volumes.bids import Listing, Reject, Scan, list_scans
-from core.volumes.cohort import DESCRIPTION, Cohort, CohortWriter, StoredType
+from core.volumes.cohort import DESCRIPTION, Cohort
+from core.volumes.cohort_writer import CohortWriter
 from core.volumes.nifti import read_geometry, read_volume
 from core.volumes.preprocess import PreparedVolume, Preprocessing, covers_template_field, prepare_volume
 from core.volumes.shards import fingerprint, replacing, writing_to
+from core.volumes.stored import StoredType
 
 REJECTS = "rejects.csv"
 LOW_COVERAGE = 0.95
@@ -97,7 +99,7 @@ def ingest(
                 on_progress(done, len(listing.scans), scan.subject)
         rejects.sort(key=lambda reject: reject.subject)
         _write_rejects(out, rejects)
-        if len(rejects) and not writer.count:
+        if len(rejects) and not writer._scans:
             raise UserError(
                 f"no usable subject in {listing.source}: all {len(rejects)} are in {out / REJECTS}; "
                 f"the first: {rejects[0].subject}: {rejects[0].reason}"

@@ -20,7 +20,8 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from core.errors import UserError
-from core.volumes.cohort import DESCRIPTION, Cohort, CohortWriter
+from core.volumes.cohort import DESCRIPTION, Cohort
+from core.volumes.cohort_writer import CohortWriter
 from core.volumes.phantom_anatomy import SPACINGS
 from core.volumes.phantom_subject import PERSON, Person, PhantomBrain, make_brain, random_stream
 from core.volumes.shards import fingerprint, writing_to

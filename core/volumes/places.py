@@ -1,0 +1,89 @@
+"""Where a cohort lies: a folder of this machine, or a prefix of an object store such as s3://bucket/cohort."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from pyarrow import fs
+
+from core.errors import UserError
+
+
+def is_url(location: str | Path) -> bool:
+    """Whether `location` names an object store; anything else is a path of this machine."""
+    return "://" in str(location)
+
+
+def beneath(location: str | Path, name: str) -> str:
+    """The file `name` of the cohort at `location`, for messages and for `open_file`."""
+    return f"{str(location).split('?')[0].rstrip('/')}/{name}"
+
+
+def open_file(location: str | Path, name: str) -> BinaryIO:
+    """The file `name` below `location`, open for `seek` and `readinto`, without a buffer in between.
+
+    FileNotFoundError or another OSError as for any file; UserError where the store cannot be reached at all.
+    """
+    if not is_url(location):
+        return cast(BinaryIO, open(f"{location}/{name}", "rb", buffering=0))
+    filesystem, root = _store(str(location))
+    return cast(BinaryIO, filesystem.open_input_file(f"{root}/{name}"))
+
+
+def list_files(location: str | Path) -> Iterator[tuple[str, int]]:
+    """Name below `location` and size in bytes of every file there, in order of name."""
+    filesystem, root = _store(str(location)) if is_url(location) else (fs.LocalFileSystem(), str(location))
+    found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    for info in sorted(found, key=lambda info: info.path):
+        if info.type == fs.FileType.File:
+            yield str(info.path)[len(root) :].lstrip("/"), int(info.size)
+
+
+def upload(folder: Path, url: str, last: str) -> None:
+    """Copy every file of `folder` below `url`; the file `last` after all others, as it makes them count."""
+    filesystem, root = _store(url)
+    names = sorted((name for name, _ in list_files(folder)), key=lambda name: name == last)
+    try:
+        for name in names:
+            if not isinstance(filesystem, fs.S3FileSystem):
+                filesystem.create_dir(os.path.dirname(f"{root}/{name}"), recursive=True)
+            fs.copy_files(
+                f"{folder}/{name}", f"{root}/{name}", destination_filesystem=filesystem, use_threads=False
+            )
+    except OSError as error:
+        raise UserError(f"cannot write to {url.split('?')[0]}: {_reason(error)}") from error
+
+
+def _store(url: str) -> tuple[fs.FileSystem, str]:
+    """The file system of an address and the path in it."""
+    return _connected(url, os.getpid())
+
+
+@functools.lru_cache(maxsize=16)
+def _connected(url: str, _process: int) -> tuple[fs.FileSystem, str]:
+    """Connected once per process: the clients of object stores do not survive a fork."""
+    try:
+        filesystem, root = fs.FileSystem.from_uri(url)
+        bucket = root.split("/")[0]
+        if (
+            isinstance(filesystem, fs.S3FileSystem)
+            and filesystem.get_file_info(bucket).type == fs.FileType.NotFound
+        ):
+            raise UserError(
+                f"{url.split('?')[0]}: there is no bucket '{bucket}'; check the name and the region"
+            )
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise UserError(f"cannot open {url.split('?')[0]}: {_reason(error)}") from error
+    return filesystem, root.rstrip("/")
+
+
+def _reason(error: Exception) -> str:
+    """One line; what a store answers without credentials is long and names none."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "ACCESS_DENIED" in text or "credentials" in text.lower() or "HTTP status 403" in text:
+        return f"access denied; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role ({text[:160]})"
+    return text[:300]
