@@ -197,7 +197,7 @@ def anchor_terms(
         s_vcub = s_vcub - s_vcub.detach().flatten(2).amax(-1)[..., None, None]
     w_cb = without_dust(weigh(label_distance(labels_c, labels_b, s_vcub.dtype)))
 
-    s_vcub = fill_own_(s_vcub, 0.0, first)
+    own(s_vcub, first).fill_(0.0)
     barrier_vcub = barrier(s_vcub.detach(), z_vcd, z_ubd, first, progress, parts)
     if parts.spare_positives:
         logits_vcub = torch.addcmul(barrier_vcub, s_vcub, (1 - w_cb)[:, None])
@@ -212,11 +212,9 @@ def anchor_terms(
     return -(w_vcb * gain_vcb).sum(2), (w_vcb * pairs_cb).sum(2)
 
 
-def fill_own_(x_vcub: Tensor, value: float, first: int) -> Tensor:
-    """Put `value` where anchor and contrasted row are the same row, in place; chunks start at `first`."""
-    view = torch.arange(x_vcub.shape[0], device=x_vcub.device)[:, None]
-    anchor = torch.arange(x_vcub.shape[1], device=x_vcub.device)
-    return x_vcub.index_put_((view, anchor, view, anchor + first), x_vcub.new_full((), value))
+def own(x_vcub: Tensor, first: int) -> Tensor:
+    """(V, C), a view: where anchor and contrasted row are the same row; the chunk starts at subject `first`."""
+    return x_vcub.diagonal(dim1=0, dim2=2).diagonal(offset=first, dim1=0, dim2=1)
 
 
 @torch.no_grad()
@@ -230,14 +228,17 @@ def barrier(
     views, subjects = z_ubd.shape[:2]
     others = other_rows(views, subjects, progress, parts.neighbours)
     if parts.neighbours is None or others >= views * subjects - 1:
-        return fill_own_(torch.zeros_like(s_vcub), NOTHING, first)
+        no_barrier_vcub = torch.zeros_like(s_vcub)
+        own(no_barrier_vcub, first).fill_(NOTHING)
+        return no_barrier_vcub
     if parts.neighbours.metric in SAME_ORDER[parts.similarity]:
         close_vcub = s_vcub.clone()
     else:
         close_vcub = -farness(z_vcd.flatten(0, 1), z_ubd.flatten(0, 1), parts.neighbours.metric).view_as(
             s_vcub
         )
-    close_nm = fill_own_(close_vcub, -math.inf, first).flatten(0, 1).flatten(1)
+    own(close_vcub, first).fill_(-math.inf)
+    close_nm = close_vcub.flatten(0, 1).flatten(1)
     return close_nm.lt_(kth_largest(close_nm, others)).mul_(NOTHING).view_as(s_vcub)
 
 
