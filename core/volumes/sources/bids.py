@@ -107,7 +107,7 @@ def _read_name(path: Path, folder: Path) -> BidsImage:
         path,
         frozenset(parts),
         "image" if nameless else parts[-1],
-        entities.get("ses") or next((part for part in above if part.startswith("ses-")), ""),
+        entities.get("ses") or next((part for part in above[:-1] if part.startswith("ses-")), ""),
         entities.get("run", ""),
     )
 

@@ -1,0 +1,118 @@
+"""A plain table, CSV or TSV: one line per scan, with the paths of its images and its labels."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import UserError
+from core.volumes.sources.arrays import MNI_NOTE, mni_affine, read_header
+from core.volumes.sources.files import NIFTI, checked_file, digest_of
+from core.volumes.sources.labels import (
+    Wanted,
+    known_text,
+    labels_of,
+    need_columns,
+    number_columns,
+    read_table,
+)
+from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
+
+SUBJECT_COLUMNS = ("subject", "participant_id", "id")
+PATH_COLUMNS = ("path", "image")
+SESSION_COLUMN = "session"
+ENDINGS = (*NIFTI, ".npy")
+
+
+def list_table(source: Path, wanted: Wanted) -> Listing:
+    """Scans from a table with columns subject (or participant_id, id), path, age, sex, site and session.
+
+    With `channels` there is a column of paths for each of them, in place of "path". `label` and `mask`
+    name columns of paths; unless told otherwise, columns of those names are taken if they hold paths (a
+    "label" of numbers is a class). A line without one of its paths is left out. All other columns are
+    kept. Relative paths start at the table's folder; several lines of a subject need a session each.
+    UserError where the table as a whole cannot be used.
+    """
+    rows = read_table(source)
+    subject_column = _first_column(source, rows, SUBJECT_COLUMNS)
+    paths = wanted.channels or (_first_column(source, rows, PATH_COLUMNS),)
+    label = wanted.label or _column_of_paths(rows, "label")
+    mask = wanted.mask or _column_of_paths(rows, "mask")
+    need_columns(source, rows, [column for column in (*paths, label, mask) if column])
+    if wanted.age_column:
+        need_columns(source, rows, [wanted.age_column], " (or name another with --age-column)")
+    own = {column for column in (subject_column, SESSION_COLUMN, *paths, label, mask) if column}
+    numeric = number_columns(rows)
+    keys = Counter(_key(row, subject_column) for row in rows)
+    scans: list[Scan] = []
+    rejects: list[Reject] = []
+    for row in rows:
+        subject, session = _key(row, subject_column)
+        try:
+            _check_key(subject, session, subject_column, keys[subject, session])
+            scans.append(
+                Scan(
+                    subject,
+                    tuple(_image(source, row, column) for column in paths),
+                    session,
+                    _image(source, row, label) if label else None,
+                    _image(source, row, mask) if mask else None,
+                    *labels_of(
+                        row, age_column=wanted.age_column, numeric=numeric, own=own, prefix="table_"
+                    ),
+                )
+            )
+        except UserError as error:
+            rejects.append(Reject(subject, row[paths[0]].strip(), str(error)))
+    arrays = any(file.path.suffix == ".npy" for scan in scans for file in scan.images)
+    channels = wanted.channels or ("image",)
+    notes = (MNI_NOTE,) if arrays else ()
+    return Listing(source, "table", channels, tuple(scans), tuple(rejects), digest_of([source]), notes)
+
+
+def array_file(path: Path) -> ImageFile:
+    """A `.npy` file of one volume, (X, Y, Z) or with axes of size 1 before them, on an MNI152 grid."""
+    shape = read_header(path).shape
+    if len(shape) < 3 or math.prod(shape[:-3]) != 1:
+        raise UserError(f"{path} has shape {shape}; one volume is needed, (X, Y, Z)")
+    return ImageFile(path, None, mni_affine(path, shape[-3:]))
+
+
+def _first_column(source: Path, rows: Sequence[dict[str, str]], names: Sequence[str]) -> str:
+    found = next((name for name in names if name in rows[0]), None)
+    if found is None:
+        there = ", ".join(map(repr, rows[0]))
+        raise UserError(f"{source} needs a column '{names[0]}' (or {', '.join(names[1:])}), but has {there}")
+    return found
+
+
+def _column_of_paths(rows: Sequence[dict[str, str]], name: str) -> str | None:
+    """`name`, if the table has such a column and it holds paths of images."""
+    values = [text for row in rows if (text := known_text(row.get(name, "")))]
+    return name if values and all(value.endswith(ENDINGS) for value in values) else None
+
+
+def _key(row: dict[str, str], subject_column: str) -> tuple[str, str]:
+    return known_text(row[subject_column]), known_text(row.get(SESSION_COLUMN, ""))
+
+
+def _check_key(subject: str, session: str, subject_column: str, times: int) -> None:
+    if not subject:
+        raise UserError(f"{subject_column} is missing")
+    if times > 1:
+        which = f"session '{session}'" if session else subject
+        raise UserError(
+            f"{which} is listed {times} times; a column '{SESSION_COLUMN}' with different values is needed"
+        )
+
+
+def _image(source: Path, row: dict[str, str], column: str) -> ImageFile:
+    text = known_text(row[column])
+    if not text:
+        raise UserError(f"{column} is missing")
+    path = checked_file(source.parent / text)  # an absolute path stays what it is
+    if not path.name.endswith(ENDINGS):
+        raise UserError(f"{path} is not an image; {', '.join(ENDINGS)} are read")
+    return array_file(path) if path.suffix == ".npy" else ImageFile(path)
