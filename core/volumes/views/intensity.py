@@ -34,6 +34,7 @@ def recolour(
         image_c = ((image_c - low) / room).clamp_(0, 1).pow_(gamma).mul_(room).add_(low).where(brain, 0)
     offset: torch.Tensor | float = shift
     if contrast != 1:  # the background's zeros add nothing to the sum
-        mean = image_c.sum(spatial, keepdim=True) / brain.sum(spatial, keepdim=True).clamp(min=1)
-        offset = mean * ((1 - contrast) * scale) + shift
+        sum_c = image_c.sum(spatial, keepdim=True, dtype=torch.promote_types(image_c.dtype, torch.float32))
+        mean = sum_c / brain.sum(spatial, keepdim=True).clamp(min=1)
+        offset = (mean * ((1 - contrast) * scale) + shift).to(image_c.dtype)
     return (image_c * (contrast * scale)).add_(offset).where(brain, 0)

@@ -11,12 +11,12 @@ import torch
 Subjects = Sequence[int] | np.ndarray | torch.Tensor
 """(B,) whole numbers that identify subjects, such as rows of the cohort; not negative."""
 
-Purpose = Literal["view", "mirrored_crop", "quarter_turn", "drop", "swap", "slice", "slice_view"]
+Purpose = Literal["view", "mirrored_crop", "quarter_turn", "drop", "swap", "slice", "slice_view", "donor"]
 
 # "view" adds no word: it was there first, and its views stay what they were.
 _WORDS: dict[Purpose, tuple[int, ...]] = {
     "view": (), "mirrored_crop": (1,), "quarter_turn": (2,), "drop": (3,), "swap": (4,), "slice": (5,),
-    "slice_view": (6,),
+    "slice_view": (6,), "donor": (7,),
 }  # fmt: skip
 
 _STATE_OF_CHOICES = 4
