@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from core.errors import UserError
 from core.lookup import look_up
 from core.volumes.sources.bids import list_bids
+from core.volumes.sources.cases import list_cases
+from core.volumes.sources.decathlon import list_decathlon
+from core.volumes.sources.files import name_in
+from core.volumes.sources.images import read_image, read_image_geometry
 from core.volumes.sources.labels import Wanted
 from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
+from core.volumes.sources.mre import list_mre
+from core.volumes.sources.openbhb import list_openbhb
+from core.volumes.sources.recognise import recognised
+from core.volumes.sources.table import list_table
 
-__all__ = ["SOURCES", "ImageFile", "Listing", "Reject", "Scan", "list_scans"]
+__all__ = [
+    "SOURCES", "ImageFile", "Listing", "Reject", "Scan", "list_scans", "read_image", "read_image_geometry",
+]  # fmt: skip
 
 SOURCES: dict[str, Callable[[Path, Wanted], Listing]] = {
     "bids": list_bids,
+    "table": list_table,
+    "openbhb": list_openbhb,
+    "mre": list_mre,
+    "decathlon": list_decathlon,
+    "cases": list_cases,
 }
 
 
@@ -26,6 +44,39 @@ def list_scans(
     mask: str | None = None,
     age_column: str | None = "age",
 ) -> Listing:
-    """The scans that `source` holds, and the subjects that are left out before a voxel is read."""
-    wanted = Wanted(tuple(channels) if channels else None, label, mask, age_column)
-    return look_up(SOURCES, kind or "bids", "layout")(Path(source), wanted)
+    """The scans that `source` holds, in order of (subject, session), and the subjects that are left out.
+
+    `kind` is a key of `SOURCES`; None: what `recognised` finds. `channels` names the images that make a
+    scan, needed wherever there are several kinds; `label` and `mask` its maps. With `age_column=None` ages
+    are not wanted, and nobody is left out for want of one. What the names mean is up to the layout: a
+    suffix (bids, cases), a column (table), a quantity (mre, openbhb), a key (decathlon).
+
+    No voxel is read: what a file holds is found by `read_image`. Raises UserError where the source as a
+    whole cannot be used.
+    """
+    source = Path(source)
+    wanted = Wanted(tuple(channels) if channels else None, label or None, mask or None, age_column or None)
+    if wanted.channels and (twice := [name for name, n in Counter(wanted.channels).items() if n > 1]):
+        raise UserError(f"channel '{twice[0]}' is asked for twice; each is needed once")
+    listing = look_up(SOURCES, kind or recognised(source), "layout")(source, wanted)
+    return replace(
+        listing,
+        scans=tuple(sorted(listing.scans, key=lambda scan: (scan.subject, scan.session))),
+        rejects=tuple(sorted(listing.rejects, key=lambda reject: (reject.subject, reject.file))),
+        notes=(*listing.notes, *_shared_images(listing)),
+    )
+
+
+def _shared_images(listing: Listing) -> Iterator[str]:
+    """A note if two scans have the same image: a slip in a table, or one brain under two names."""
+    users: dict[ImageFile, set[str]] = defaultdict(set)
+    for scan in listing.scans:
+        for file in scan.images:
+            users[file].add(scan.subject)
+    shared = {file: sorted(subjects) for file, subjects in users.items() if len(subjects) > 1}
+    if shared:
+        file, subjects = next(iter(shared.items()))
+        yield (
+            f"LEAK: {len(shared)} images belong to more than one subject, such as "
+            f"{name_in(listing.source, file.path)} ({', '.join(subjects[:4])})"
+        )

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from core.errors import UserError
 from core.volumes.sources.files import checked_file
+from core.volumes.sources.listing import ImageFile
 
 AffineRows = tuple[tuple[float, ...], ...]
 
@@ -105,6 +106,14 @@ def mni_affine(path: Path, shape: tuple[int, ...]) -> AffineRows:
         (0.0, 0.0, edge, -72.0),
         (0.0, 0.0, 0.0, 1.0),
     )
+
+
+def array_file(path: Path) -> ImageFile:
+    """A `.npy` file of one volume, (X, Y, Z) or with axes of size 1 before them, on an MNI152 grid."""
+    shape = read_header(path).shape
+    if len(shape) < 3 or math.prod(shape[:-3]) != 1:
+        raise UserError(f"{path} has shape {shape}; one volume is needed, (X, Y, Z)")
+    return ImageFile(path, None, mni_affine(path, shape[-3:]))
 
 
 def _parse(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:

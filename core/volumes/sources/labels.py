@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,18 +142,21 @@ def known_text(value: str) -> str:
 def plain_id(value: object) -> str:
     """An identifier as one text, whatever stored it: 7, 7.0, b"007" and "sub-007 " are all "7".
 
-    UserError for one that cannot be trusted: empty, or a number in which digits were lost.
+    UserError for one that cannot be trusted: missing, or a number in which digits were lost.
     """
+    if isinstance(value, float) and math.isfinite(value):
+        if not value.is_integer() or abs(value) >= 2**53:
+            raise UserError(f"its id {value!r} is not a whole number that floating point can hold")
+        value = int(value)
     text = (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).strip()
     text = text.removeprefix("sub-")
     if not known_text(text):
         raise UserError("its id is missing")
-    whole, point, fraction = text.partition(".")
-    if point and whole.isdecimal() and not fraction.strip("0"):
-        text = whole
-    if not text.isdecimal() and _is_number(text):
-        raise UserError(f"its id '{text}' is not a whole number; were digits lost in a spreadsheet?")
-    return text.lstrip("0") or "0" if text.isdecimal() else text
+    if re.fullmatch(r"\d(\.\d+)?[eE]\+\d+", text):
+        raise UserError(f"its id '{text}' was shortened by a spreadsheet; the digits are lost")
+    if re.fullmatch(r"\d+(\.0+)?", text):
+        return text.partition(".")[0].lstrip("0") or "0"
+    return text
 
 
 def _decoded(path: Path) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import UserError
-from core.volumes.sources.arrays import MNI_NOTE, mni_affine, read_header
+from core.volumes.sources.arrays import MNI_NOTE, array_file
 from core.volumes.sources.files import NIFTI, checked_file, digest_of
 from core.volumes.sources.labels import (
     Wanted,
@@ -59,9 +58,7 @@ def list_table(source: Path, wanted: Wanted) -> Listing:
                     session,
                     _image(source, row, label) if label else None,
                     _image(source, row, mask) if mask else None,
-                    *labels_of(
-                        row, age_column=wanted.age_column, numeric=numeric, own=own, prefix="table_"
-                    ),
+                    *labels_of(row, age_column=wanted.age_column, numeric=numeric, own=own, prefix="table_"),
                 )
             )
         except UserError as error:
@@ -70,14 +67,6 @@ def list_table(source: Path, wanted: Wanted) -> Listing:
     channels = wanted.channels or ("image",)
     notes = (MNI_NOTE,) if arrays else ()
     return Listing(source, "table", channels, tuple(scans), tuple(rejects), digest_of([source]), notes)
-
-
-def array_file(path: Path) -> ImageFile:
-    """A `.npy` file of one volume, (X, Y, Z) or with axes of size 1 before them, on an MNI152 grid."""
-    shape = read_header(path).shape
-    if len(shape) < 3 or math.prod(shape[:-3]) != 1:
-        raise UserError(f"{path} has shape {shape}; one volume is needed, (X, Y, Z)")
-    return ImageFile(path, None, mni_affine(path, shape[-3:]))
 
 
 def _first_column(source: Path, rows: Sequence[dict[str, str]], names: Sequence[str]) -> str:

@@ -1,0 +1,118 @@
+"""Decathlon-style JSON lists: {"training": [{"image": path or paths, "label": class or path, "fold": 0}, …], …}."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import UserError
+from core.volumes.sources.arrays import MNI_NOTE, array_file
+from core.volumes.sources.files import NIFTI, checked_file, digest_of, stem
+from core.volumes.sources.json_list import Entry, leaks, read_json_list
+from core.volumes.sources.labels import Wanted, known_text, labels_of, number_columns
+from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
+
+FOLDERS = (".", "imagesTr", "imagesTs", "labelsTr")
+"""Where files lie that a list names without their folder."""
+ENDINGS = (*NIFTI, ".npy")
+OWN = {"image", "session", "subject", "participant_id"}
+
+
+def list_decathlon(source: Path, wanted: Wanted) -> Listing:
+    """Scans of a JSON list (or of dataset.json in a folder); relative paths start at its folder.
+
+    List and fold stay as the columns "list" and "fold". A label that is a number or a word is the column
+    "label", one that is a path the scan's label map. A file, id or subject in two folds, or in training
+    and test, is a leak: a note says so, and nobody is moved. A visit that is listed again is taken once.
+    Where no entry has an age, ages are NaN, with a note. UserError where the file as a whole cannot be
+    used.
+    """
+    source = source / "dataset.json" if source.is_dir() else source
+    content = read_json_list(source)
+    channels = wanted.channels or content.channels or _numbered(source, content.entries)
+    age_column = (
+        wanted.age_column if any(wanted.age_column in entry.values for entry in content.entries) else None
+    )
+    numeric = number_columns(entry.values for entry in content.entries)
+    visits: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for entry in content.entries:
+        visits[entry.subject].add(entry.images)
+    scans: dict[tuple[str, str], Scan] = {}
+    rejects: list[Reject] = []
+    for entry in content.entries:
+        try:
+            files = _images(source, entry, content.channels, channels)
+            session = _session(entry, several=len(visits[entry.subject]) > 1)
+            if (entry.subject, session) in scans:
+                raise UserError(f"the scan is listed once more in {entry.place}; the first is taken")
+            label = _map(source, entry, "label", wanted.label)
+            mask = _map(source, entry, "mask", wanted.mask)
+            own = (
+                OWN
+                | ({wanted.label or "label"} if label else set())
+                | ({wanted.mask or "mask"} if mask else set())
+            )
+            labels = labels_of(entry.values, age_column=age_column, numeric=numeric, own=own, prefix="list_")
+            scans[entry.subject, session] = Scan(entry.subject, files, session, label, mask, *labels)
+        except UserError as error:
+            file = entry.images[0] if entry.images else ""
+            rejects.append(Reject(entry.subject, file, f"{entry.where}: {error}"))
+    notes = list(leaks(content.entries))
+    if wanted.age_column and not age_column:
+        notes.append(f"no entry has '{wanted.age_column}': ages are unknown")
+    if any(file.path.suffix == ".npy" for scan in scans.values() for file in scan.images):
+        notes.append(MNI_NOTE)
+    found, left_out = tuple(scans.values()), tuple(rejects)
+    return Listing(source, "decathlon", channels, found, left_out, digest_of([source]), tuple(notes))
+
+
+def _numbered(source: Path, entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Names for channels that the list has none for: image, or image_0, image_1, …"""
+    counts = {len(entry.images) for entry in entries if entry.images}
+    if len(counts) > 1:
+        low, high = min(counts), max(counts)
+        raise UserError(
+            f"{source} has entries of {low} to {high} images; name the channels meant with --channels"
+        )
+    return ("image",) if counts <= {1} else tuple(f"image_{number}" for number in range(max(counts)))
+
+
+def _images(
+    source: Path, entry: Entry, named: tuple[str, ...] | None, channels: tuple[str, ...]
+) -> tuple[ImageFile, ...]:
+    """One file for each channel: by its name where the list names its channels, else by its position."""
+    if not entry.subject or not entry.images:
+        raise UserError("it names no image" if not entry.images else "nothing says whose image it is")
+    order = named if named and set(channels) <= set(named) else channels
+    if len(entry.images) != len(order):
+        raise UserError(
+            f"it names {len(entry.images)} images for {len(order)} channels ({', '.join(order)}); a file for "
+            "each is needed, 4D files are not split"
+        )
+    return tuple(_file(source, entry.images[order.index(channel)]) for channel in channels)
+
+
+def _map(source: Path, entry: Entry, key: str, wanted: str | None) -> ImageFile | None:
+    """The map that an entry names under `wanted`, or under `key` if it is a path there."""
+    text = known_text(entry.values.get(wanted or key, ""))
+    if wanted and not text:
+        raise UserError(f"{wanted} is missing")
+    if wanted and not text.endswith(ENDINGS):
+        raise UserError(f"{wanted} '{text}' is not the path of an image")
+    return _file(source, text) if text.endswith(ENDINGS) else None
+
+
+def _file(source: Path, text: str) -> ImageFile:
+    candidates = [source.parent / folder / text for folder in FOLDERS]
+    path = checked_file(next((path for path in candidates if path.is_file()), candidates[0]))
+    return array_file(path) if path.suffix == ".npy" else ImageFile(path)
+
+
+def _session(entry: Entry, *, several: bool) -> str:
+    """As the entry says, or the name of its first file; "" for the only scan of a subject without either."""
+    if text := known_text(entry.values.get("session", "")):
+        return text
+    name = stem(Path(entry.images[0]))
+    stated = "_".join(part for part in name.split("_") if part.startswith(("ses-", "run-")))
+    return stated or (name if several else "")
