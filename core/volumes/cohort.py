@@ -25,7 +25,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import UserError
-from core.volumes.places import beneath, is_url, list_files, open_file
+from core.volumes.places import beneath, is_url, list_files, open_file, upload
 from core.volumes.shards import (
     LABELS,
     VOLUMES,
@@ -100,7 +100,7 @@ class Cohort:
     def open(cls, location: str | Path) -> Self:
         """The cohort at `location`; UserError if there is none, or it is incomplete, damaged or too new."""
         location = str(location)
-        description = _read_description(location)
+        description = read_description(location)
         path = beneath(location, MANIFEST)
         try:
             manifest = pd.read_parquet(io.BytesIO(read_file(location, MANIFEST))).rename_axis(index="row")
@@ -161,9 +161,14 @@ class Cohort:
         ones = np.ones((len(wanted), self.volume_shape[0]), dtype=np.float32)
         return ones if self._scales is None else self._scales[wanted]
 
-    def shard_files(self) -> list[str]:
-        """Names of the shards below the location, in order."""
-        return [f"{SHARDS}/{shard}" for shard in sorted(set(self._shards))]
+    def rows_of(self, file: str) -> npt.NDArray[np.int64]:
+        """The rows that lie in a file below the location, such as shards/00000.h5."""
+        return np.flatnonzero(self._shards == file.removeprefix(f"{SHARDS}/"))
+
+    def copy_to(self, url: str) -> Self:
+        """Copy the cohort into an object store, cohort.json last, and open it there."""
+        upload(self.folder, url, last=DESCRIPTION)
+        return self.open(url)
 
     def size(self) -> int:
         """Bytes of all its files."""
@@ -272,13 +277,16 @@ def read_file(location: str, name: str) -> bytes:
         return file.read()
 
 
-def _read_description(location: str) -> CohortDescription:
+def read_description(location: str) -> CohortDescription:
+    """What cohort.json says; UserError if it is not there, is damaged or has another format."""
     path = beneath(location, DESCRIPTION)
     try:
         text = read_file(location, DESCRIPTION)
     except (FileNotFoundError, NotADirectoryError):
         if not is_url(location) and (Path(location) / SHARDS).is_dir():
-            raise UserError(f"{location} is an incomplete cohort (no {DESCRIPTION}); make it again") from None
+            raise UserError(
+                f"{location} is an incomplete cohort (no {DESCRIPTION}); run the same command again to finish it"
+            ) from None
         raise UserError(
             f"{location} is not a cohort (no {DESCRIPTION}); make one with `phantom` or `ingest`"
         ) from None

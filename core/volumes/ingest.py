@@ -1,13 +1,18 @@
-"""From a folder of scans to a cohort: check, preprocess and store every subject, and say who was left out."""
+"""From a listing of scans to a cohort, shard by shard, so that nothing finished is ever done again.
+
+The listing is cut into slices, one per shard. `write_shard_of` prepares the scans of a slice and writes the
+shard, then a record of it; a run that was cut short, at any moment, goes on with the slices that have no
+record. What ends up in the cohort depends on the files and the settings alone, not on who wrote which shard.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import math
-import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +20,31 @@ import numpy as np
 import pandas as pd
 
 from core.errors import UserError
-from core.volumes.bids import Listing, Reject, Scan, list_scans
-from core.volumes.cohort import DESCRIPTION, Cohort
-from core.volumes.cohort_writer import CohortWriter
-from core.volumes.nifti import read_geometry, read_volume
-from core.volumes.preprocess import PreparedVolume, Preprocessing, covers_template_field, prepare_volume
-from core.volumes.shards import fingerprint, replacing, writing_to
+from core.volumes.cohort import DESCRIPTION, REJECTS, SHARDS, Cohort, CohortDescription
+from core.volumes.cohort_writer import (
+    UNFINISHED,
+    claim_folder,
+    describe_cohort,
+    discard_shards,
+    finish_cohort,
+)
+from core.volumes.ingest_request import newest_file, request_of, times_of
+from core.volumes.ingest_shards import ShardRecord, ShardTask, as_error, read_record, write_shard_of
+from core.volumes.nifti import Affine, read_geometry
+from core.volumes.places import is_url
+from core.volumes.preprocess import Preprocessing, covers_template_field
+from core.volumes.shards import Compression, Storage, fingerprint, replacing, writing_to
+from core.volumes.sources import list_scans
+from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
 from core.volumes.stored import StoredType
 
-REJECTS = "rejects.csv"
+REQUEST = "request.json"
 LOW_COVERAGE = 0.95
+SHARD_BYTES = 64 * 10**6
+MOST_VOLUMES, FEWEST_VOLUMES, ENOUGH_SHARDS = 256, 4, 32
 
-Progress = Callable[[int, int, str], None]
-"""Called with (subjects done, subjects in all, subject)."""
+OnProgress = Callable[[int, int, str], None]
+"""Called with (scans done, scans in all, subject of the last one) whenever a shard is finished."""
 
 
 @dataclass(frozen=True)
@@ -43,78 +60,84 @@ class IngestReport:
     """True if the folder held this very cohort, so that nothing was done."""
 
 
+Runner = Callable[[Sequence[ShardTask]], Iterator[ShardRecord]]
+"""Runs `write_shard_of` for each task, in any order and place, and yields what it gives."""
+
+
+def one_after_another(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
+    """Run the tasks in this process."""
+    return map(write_shard_of, tasks)
+
+
 def ingest(
-    source: str | Path,
+    listing: Listing | str | Path,
     out: str | Path,
     preprocessing: Preprocessing,
     *,
+    dtype: StoredType = "float16",
+    storage: Storage = "hdf5",
+    compression: Compression = "none",
+    strict: bool = False,
     suffix: str | None = None,
     age_column: str = "age",
-    strict: bool = False,
-    dtype: StoredType = "float16",
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
+    run: Runner = one_after_another,
 ) -> IngestReport:
-    """Turn a BIDS-like folder into a cohort in `out`, one row per subject, in order of subject.
+    """Turn a listing into a cohort in the folder `out`, one row per scan, in the order of the listing.
 
-    Subjects that cannot be used (no or several images, unreadable, NaN, 4D, no usable age, …) are left
-    out and listed in `out`/rejects.csv; with `strict` the first of them is a UserError. So is a source
-    that cannot be used as a whole, no usable subject at all, or an output folder that cannot be written
-    or holds anything else; a folder that holds this very cohort is left as it is. Same input, settings
-    and versions, same bytes.
+    Scans that cannot be used (unreadable, NaN, 4D, no brain in the grid, …) are left out and listed in
+    `out`/rejects.csv; with `strict` the first of them is a UserError. So is no usable scan at all, or an
+    output folder that is full, cannot be written, holds anything else or is being written by another
+    process. Finished shards stay in any case, and the same call goes on after them; if files or settings
+    changed meanwhile it starts over, with a note. A folder that holds this very cohort is left as it is.
+    Same input, settings and versions, same bytes, however often it was interrupted.
 
-    The manifest gets the columns of participants.tsv and: `coverage`, the fraction of the brain's voxels
-    inside the grid, and `origin_x/y/z`, the last column of the affine that maps the subject's voxels to
-    the mm of its own image (the rest of that affine is the spacing).
+    The manifest gets the facts of each scan, its `quality` (`core.volumes.prepare`), and `affine`: the
+    upper three rows, one after the other, of the matrix from the scan's voxels to the mm of its source.
     """
-    listing = list_scans(source, suffix, age_column)
+    if not isinstance(listing, Listing):  # until the command line lists by itself
+        listing = list_scans(listing, channels=[suffix] if suffix else None, age_column=age_column)
+    if is_url(out):
+        raise UserError(f"{out} is not a folder: ingest into a folder, then copy it there (`Cohort.copy_to`)")
     if strict and listing.rejects:
-        raise _as_error(listing.source, listing.rejects[0])
-    preprocessing = resolve_centre(preprocessing, listing.scans)
+        raise as_error(listing.source, listing.rejects[0])
     out = Path(out)
-    request = _request(listing, preprocessing, age_column, dtype)
-    if (out / DESCRIPTION).exists():
-        return _existing(out, request)
-    _check_room(out, len(listing.scans), preprocessing, dtype)
-    rejects = list(listing.rejects)
-    with CohortWriter(
-        out,
+    preprocessing = resolve_centre(preprocessing, listing.scans)
+    description = describe_cohort(
         name=out.resolve().name,
-        channels=[listing.suffix],
+        channels=listing.channels,
         shape=preprocessing.shape,
         spacing=preprocessing.spacing,
         affine=preprocessing.affine,
         dtype=dtype,
+        storage=storage,
+        compression=compression,
+        labels=any(scan.label for scan in listing.scans),
         preprocessing=preprocessing.settings,
         source=str(listing.source.resolve()),
-        provenance={"request": request, "suffix": listing.suffix, "age_column": age_column},
-    ) as writer:
-        for done, (scan, prepared) in enumerate(_prepare_all(listing.scans, preprocessing), start=1):
-            if isinstance(prepared, PreparedVolume):
-                _add(writer, scan, prepared, listing.source)
-            else:
-                rejects.append(Reject(scan.subject, _relative(scan.path, listing.source), str(prepared)))
-                if strict:
-                    raise _as_error(listing.source, rejects[-1])
-            if on_progress is not None:
-                on_progress(done, len(listing.scans), scan.subject)
-        rejects.sort(key=lambda reject: reject.subject)
-        _write_rejects(out, rejects)
-        if len(rejects) and not writer._scans:
-            raise UserError(
-                f"no usable subject in {listing.source}: all {len(rejects)} are in {out / REJECTS}; "
-                f"the first: {rejects[0].subject}: {rejects[0].reason}"
-            )
-    cohort = Cohort.open(out)
-    return IngestReport(cohort, tuple(rejects), _notes(cohort))
+    )
+    request = request_of(listing, description)
+    description = description.model_copy(
+        update={"provenance": {"request": fingerprint(request), "layout": listing.kind}}
+    )
+    if (out / DESCRIPTION).exists():
+        return _existing(out, listing, description)
+    with _claimed(out):
+        notes = _start_or_go_on(
+            out, {**request, "versions": fingerprint(description.versions)}, listing.scans
+        )
+        tasks = _tasks(out, listing, description, preprocessing, strict)
+        records = _run_all(out, tasks, run, on_progress, listing)
+        return _finish(out, listing, description, records, notes)
 
 
-def prepare_subject(scan: Scan, preprocessing: Preprocessing) -> PreparedVolume:
-    """One subject from file to grid; a pure function of the file and the settings. UserError says why not."""
-    voxels, affine = read_volume(scan.path)
-    try:
-        return prepare_volume(voxels, affine, preprocessing)
-    except UserError as error:
-        raise UserError(f"{scan.path}: {error}") from error
+def volumes_per_shard(volume_bytes: int, scans: int) -> int:
+    """About 64 MB, at most 256 volumes, and for small cohorts so few that many processes find work.
+
+    A function of the cohort alone, because the machine must not show in what is written.
+    """
+    by_size = min(max(SHARD_BYTES // volume_bytes, 1), MOST_VOLUMES)
+    return min(by_size, max(math.ceil(scans / ENOUGH_SHARDS), FEWEST_VOLUMES))
 
 
 def resolve_centre(preprocessing: Preprocessing, scans: Sequence[Scan]) -> Preprocessing:
@@ -133,92 +156,159 @@ def resolve_centre(preprocessing: Preprocessing, scans: Sequence[Scan]) -> Prepr
 
 def _covers_template(scan: Scan) -> bool | None:
     try:
-        return covers_template_field(*read_geometry(scan.path))
+        return covers_template_field(*_geometry(scan.images[0]))
     except UserError:
         return None  # it will be rejected, with its reason, when its voxels are read
 
 
-def _prepare_all(
-    scans: Sequence[Scan], preprocessing: Preprocessing
-) -> Iterator[tuple[Scan, PreparedVolume | UserError]]:
-    """Prepare in threads (gzip and scipy release the GIL), in order, a few ahead: memory stays bounded."""
-    workers = min(8, os.cpu_count() or 1)
-    waiting: deque[tuple[Scan, Future[PreparedVolume]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for scan in scans:
-                waiting.append((scan, pool.submit(prepare_subject, scan, preprocessing)))
-                if len(waiting) > 2 * workers:
-                    yield _outcome(*waiting.popleft())
-            while waiting:
-                yield _outcome(*waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _outcome(scan: Scan, future: Future[PreparedVolume]) -> tuple[Scan, PreparedVolume | UserError]:
+def _geometry(image: ImageFile) -> tuple[tuple[int, ...], Affine]:
+    """Shape and affine of one volume, without reading its voxels."""
+    if image.affine is None:
+        return read_geometry(image.path)
     try:
-        return scan, future.result()
-    except UserError as error:
-        return scan, error
+        return np.load(image.path, mmap_mode="r").shape[-3:], np.asarray(image.affine)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{image.path} is not a NumPy array: {error}") from error
 
 
-def _add(writer: CohortWriter, scan: Scan, prepared: PreparedVolume, source: Path) -> None:
-    x, y, z = prepared.affine[:3, 3].tolist()
-    writer.add(
-        prepared.voxels[np.newaxis],
-        subject=scan.subject,
-        age=scan.age,
-        sex=scan.sex,
-        site=scan.site,
-        source=_relative(scan.path, source),
-        coverage=prepared.coverage,
-        origin_x=x,
-        origin_y=y,
-        origin_z=z,
-        **scan.extra,
+def _tasks(
+    out: Path, listing: Listing, description: CohortDescription, preprocessing: Preprocessing, strict: bool
+) -> list[ShardTask]:
+    size = volumes_per_shard(_volume_bytes(description), len(listing.scans))
+    return [
+        ShardTask(
+            out.resolve(), index, listing.scans[begin : begin + size], description, preprocessing,
+            listing.source.resolve(), strict,
+        )
+        for index, begin in enumerate(range(0, len(listing.scans), size))
+    ]  # fmt: skip
+
+
+def _run_all(
+    out: Path, tasks: Sequence[ShardTask], run: Runner, on_progress: OnProgress | None, listing: Listing
+) -> list[ShardRecord]:
+    """The records of all tasks, in order; only those that have none yet are run."""
+    records = {task.index: record for task in tasks if (record := read_record(out, task.index)) is not None}
+    left = [task for task in tasks if task.index not in records]
+    done = sum(len(tasks[index].scans) for index in records)
+    if left:
+        _check_room(out, sum(len(task.scans) for task in left), left[0].description)
+    for record in run(left):
+        records[record.index] = record
+        done += len(tasks[record.index].scans)
+        if on_progress is not None:
+            on_progress(done, len(listing.scans), tasks[record.index].scans[-1].subject)
+    return [records[task.index] for task in tasks]
+
+
+def _finish(
+    out: Path,
+    listing: Listing,
+    description: CohortDescription,
+    records: Sequence[ShardRecord],
+    notes: Sequence[str],
+) -> IngestReport:
+    rejects = sorted(
+        [*listing.rejects, *(reject for record in records for reject in record.rejects)],
+        key=lambda reject: (reject.subject, reject.file),
     )
-
-
-def _request(listing: Listing, preprocessing: Preprocessing, age_column: str, dtype: str) -> str:
-    """Identity of what was asked for, to know the cohort again: settings, labels and the files' sizes."""
-    return fingerprint({
-        "source": str(listing.source.resolve()),
-        "participants": listing.participants_hash,
-        "files": [[_relative(scan.path, listing.source), _size(scan.path)] for scan in listing.scans],
-        "settings": [preprocessing.hash, listing.suffix, age_column, dtype],
-    })  # fmt: skip
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _existing(out: Path, request: str) -> IngestReport:
-    cohort = Cohort.open(out)
-    if cohort.description.provenance.get("request") != request:
+    with writing_to(out), replacing(out / REJECTS) as temporary:
+        table = pd.DataFrame([vars(reject) for reject in rejects], columns=["subject", "file", "reason"])
+        table.to_csv(temporary, index=False)
+    written = [record.written for record in records if record.written is not None]
+    if not written:
+        discard_shards(out)
+        first = f"; the first: {rejects[0].subject}: {rejects[0].reason}" if rejects else ""
         raise UserError(
-            f"{out} already holds a cohort made from other files or settings ({len(cohort)} subjects of "
+            f"no usable subject in {listing.source}: all {len(rejects)} are in {out / REJECTS}{first}"
+        )
+    _clear_temporaries(out)
+    finish_cohort(out, description, written)
+    shutil.rmtree(out / UNFINISHED)
+    cohort = Cohort.open(out)
+    return IngestReport(cohort, tuple(rejects), (*listing.notes, *notes, *_notes(cohort)))
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Hold the folder against other processes; the hold ends with this one, however it ends.
+
+    Where an error comes before any shard is finished, nothing stays behind.
+    """
+    claim_folder(out)
+    with writing_to(out):
+        (out / UNFINISHED).mkdir(exist_ok=True)
+        lock = (out / UNFINISHED / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{out} is being written by another process; wait for it, or choose another"
+            ) from None
+        try:
+            yield
+        except BaseException:
+            if not any((out / UNFINISHED).glob("[0-9]*.json")):
+                discard_shards(out)
+            raise
+
+
+def _start_or_go_on(out: Path, request: dict[str, str], scans: Sequence[Scan]) -> list[str]:
+    """Keep the shards of an unfinished run of the same request, clear those of another away and say so."""
+    path, notes = out / UNFINISHED / REQUEST, []
+    asked = {**request, "times": times_of(scans)}
+    with writing_to(out):
+        before = json.loads(path.read_text()) if path.exists() else None
+        if before != asked:
+            if before is not None:
+                changed = [name for name in asked if before.get(name) != asked[name]]
+                notes.append(f"{out} held an unfinished cohort of other {', '.join(changed)}; started over")
+            for leftover in (*(out / UNFINISHED).glob("*.json"), *(out / SHARDS).glob("*")):
+                leftover.unlink()
+            (out / SHARDS).mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(asked, indent=2))
+        _clear_temporaries(out)
+    return notes
+
+
+def _clear_temporaries(out: Path) -> None:
+    """Remove what killed processes left half written; see `replacing`."""
+    for folder in (out / SHARDS, out / UNFINISHED):
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def _existing(out: Path, listing: Listing, description: CohortDescription) -> IngestReport:
+    cohort = Cohort.open(out)
+    changed, newest = newest_file(listing.scans)
+    other = cohort.description.provenance.get("request") != description.provenance["request"]
+    if other or changed > (out / DESCRIPTION).stat().st_mtime_ns:
+        why = "made from other files or settings" if other else f"that is older than {newest}"
+        raise UserError(
+            f"{out} already holds a cohort {why} ({cohort.manifest['subject'].nunique()} subjects of "
             f"{cohort.description.source}); choose another folder or delete it"
         )
-    lines = pd.read_csv(out / REJECTS, dtype=str, keep_default_na=False) if (out / REJECTS).exists() else None
-    rejects = () if lines is None else tuple(Reject(*line) for line in lines.itertuples(index=False))
-    return IngestReport(cohort, rejects, _notes(cohort), already_there=True)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # killed in the very last step
+    lines = pd.read_csv(out / REJECTS, dtype=str, keep_default_na=False)
+    rejects = tuple(Reject(*line) for line in lines.itertuples(index=False))
+    return IngestReport(cohort, rejects, (*listing.notes, *_notes(cohort)), already_there=True)
 
 
-def _check_room(out: Path, subjects: int, preprocessing: Preprocessing, dtype: str) -> None:
-    needed = subjects * math.prod(preprocessing.shape) * np.dtype(dtype).itemsize
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if (free := shutil.disk_usage(existing).free) < needed:
+def _check_room(out: Path, scans: int, description: CohortDescription) -> None:
+    needed, free = scans * _volume_bytes(description), shutil.disk_usage(out).free
+    if description.compression == "none" and free < needed:
         raise UserError(
-            f"{out} needs {needed / 1e6:,.1f} MB for {subjects} volumes, but {free / 1e6:,.1f} MB are free"
+            f"{out} needs {needed / 1e6:,.1f} MB for {scans} volumes, but {free / 1e6:,.1f} MB are free"
         )
 
 
-def _write_rejects(out: Path, rejects: Sequence[Reject]) -> None:
-    table = pd.DataFrame([vars(reject) for reject in rejects], columns=["subject", "file", "reason"])
-    with writing_to(out), replacing(out / REJECTS) as temporary:
-        table.to_csv(temporary, index=False)
+def _volume_bytes(description: CohortDescription) -> int:
+    """Bytes of one stored volume and its label map."""
+    voxels = math.prod(description.shape)
+    per_voxel = len(description.channels) * np.dtype(description.dtype).itemsize + 2 * description.labels
+    return voxels * per_voxel
 
 
 def _notes(cohort: Cohort) -> tuple[str, ...]:
@@ -230,11 +320,3 @@ def _notes(cohort: Cohort) -> tuple[str, ...]:
         f"{len(cut)} of {len(cohort)} brains reach out of the grid, most of all {worst['subject']} "
         f"({worst['coverage']:.0%} inside); are the images brain-extracted, and is the grid large enough?",
     )
-
-
-def _as_error(source: Path, reject: Reject) -> UserError:
-    return UserError(f"{source}: {reject.subject}: {reject.reason}")
-
-
-def _relative(path: Path, source: Path) -> str:
-    return str(path.relative_to(source))
