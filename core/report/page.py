@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from core.errors import UserError
 from core.report import figures, schedule_figure, subject_figures
 from core.report.describe import describe, is_absent, number
 from core.report.findings import caveats, headline, importance_note, in_words, states, verdict_lines
+from core.report.html import load_page, write_page
 from core.report.record import RunRecord, read_run
 from core.report.style import NothingToDraw, as_svg
 from core.report.tables import (
@@ -60,26 +58,13 @@ def write_report(run: Path) -> Path:
     """
     run = Path(run)
     page = render(read_run(run))
-    target, unfinished = run / "report.html", run / "report.html.part"
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, target)
-    except OSError as error:
-        raise UserError(f"cannot write the report to '{target}': {error.strerror}") from None
-    return target
+    return write_page(page, run / "report.html", "report")
 
 
 def render(record: RunRecord) -> str:
     """The report as HTML text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     failed = failed_trials(record.trials)
-    return environment.get_template("report.html").render(
+    return load_page("report.html").render(
         name=record.folder.resolve().name,
         about=record.about,
         synthetic=bool((record.about.get("cohort") or {}).get("synthetic")),
