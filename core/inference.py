@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,9 @@ from core.config import RunSettings, resolve
 from core.errors import UserError
 from core.evaluation.probes import AgeProbe
 from core.tasks import TASKS
-from core.volumes.nifti import read_volume
-from core.volumes.preprocess import IntensityStatistics, Preprocessing, normalise, prepare_volume
+from core.volumes.prepare import prepare_scan
+from core.volumes.preprocess import IntensityStatistics, Preprocessing, normalise
+from core.volumes.sources.listing import ImageFile, Scan
 
 BATCH = 16
 FAR = 4.0
@@ -110,7 +111,15 @@ def load_predictor(folder: Path) -> Predictor:
     )
 
 
-def prepare_files(files: Sequence[Path], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
-    """Volumes (n, 1, X, Y, Z) of NIfTI files, prepared as the training cohort was."""
-    prepared = [prepare_volume(*read_volume(file), preprocessing).voxels for file in files]
-    return np.stack(prepared)[:, None].astype(np.float32)
+def prepare_files(
+    files: Sequence[Path], preprocessing: Preprocessing, masks: Sequence[Path] | None = None
+) -> npt.NDArray[np.float32]:
+    """Volumes (n, 1, X, Y, Z) of NIfTI files, prepared as the training cohort was, registration included.
+
+    `masks` are their brain masks, needed where the cohort was made with them. UserError names the file.
+    """
+    scans = [Scan(subject=file.name, images=(ImageFile(file),)) for file in files]
+    if masks is not None:
+        pairs = zip(scans, masks, strict=True)
+        scans = [replace(scan, mask=ImageFile(mask)) for scan, mask in pairs]
+    return np.stack([prepare_scan(scan, preprocessing).voxels for scan in scans])

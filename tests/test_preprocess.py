@@ -14,20 +14,28 @@ from reference_resample import affine_of, rotation, trilinear
 from core.errors import UserError
 from core.volumes.intensity import Intensity, scale
 from core.volumes.nifti import read_volume
+from core.volumes.prepare import PreparedScan, brain_centre, prepare_scan
 from core.volumes.preprocess import (
     IntensityStatistics,
     Preprocessing,
-    brain_centre,
     covers_template_field,
     fit_intensity_statistics,
     grid_affine,
     normalise,
-    prepare_volume,
 )
 from core.volumes.resample import resample
+from core.volumes.sources.listing import ImageFile, Scan
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 OBLIQUE = rotation(0.2, -0.15, 0.3)
+
+
+def prepare_volume(
+    folder: Path, voxels: np.ndarray, affine: np.ndarray, settings: Preprocessing
+) -> PreparedScan:
+    path = folder / "volume.nii"
+    nib.save(nib.Nifti1Image(voxels.astype(np.float32), affine), path)
+    return prepare_scan(Scan("sub-01", (ImageFile(path),)), settings)
 
 
 def bump(shape: tuple[int, int, int], affine: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -126,38 +134,40 @@ def test_agrees_with_nilearn_away_from_the_mask_edge(name):
 
 @pytest.mark.parametrize("name", AFFINES)
 @pytest.mark.parametrize("spacing", [2.0, 4.0])
-def test_a_landmark_stays_at_its_mm(name, spacing):
+def test_a_landmark_stays_at_its_mm(name, spacing, tmp_path):
     affine = AFFINES[name].copy()
     affine[:3, 3] *= 6
     landmark = apply_affine(affine, [33, 24, 30])
     voxels = bump((60, 60, 60), affine, landmark)
     for centre in ("brain", "world"):
         settings = Preprocessing(spacing=spacing, intensity="raw", centre=centre, shape=(64, 64, 64))
-        prepared = prepare_volume(voxels, affine, settings)
-        assert prepared.coverage == 1
+        prepared = prepare_volume(tmp_path, voxels, affine, settings)
+        assert prepared.quality["coverage"] == 1
         np.testing.assert_allclose(np.diag(prepared.affine)[:3], spacing)
-        found = centre_of_mass(prepared.voxels, prepared.affine)
+        found = centre_of_mass(prepared.voxels[0], prepared.affine)
         np.testing.assert_allclose(found, landmark, atol=0.02)
         middle = apply_affine(prepared.affine, np.full(3, 31.5))
         np.testing.assert_allclose(middle, landmark if centre == "brain" else [0, -18, 18], atol=2)
 
 
-def test_left_stays_left():
+def test_left_stays_left(tmp_path):
     affine = affine_of([2, 2, 2], [-60, -60, -60])
     voxels = ball((60, 60, 60), affine, [0, 0, 0], radius=50)
     voxels[10, 30, 30] = 5000  # at X = -40 mm: the subject's left
-    prepared = prepare_volume(voxels, affine, Preprocessing(spacing=4, intensity="raw", centre="brain"))
-    brightest = np.unravel_index(prepared.voxels.argmax(), prepared.voxels.shape)
+    prepared = prepare_volume(
+        tmp_path, voxels, affine, Preprocessing(spacing=4, intensity="raw", centre="brain")
+    )
+    brightest = np.unravel_index(prepared.voxels[0].argmax(), prepared.voxels[0].shape)
     np.testing.assert_allclose(apply_affine(prepared.affine, brightest), [-40, 0, 0], atol=2.01)
-    assert brightest[0] < prepared.voxels.shape[0] / 2
+    assert brightest[0] < prepared.voxels[0].shape[0] / 2
 
 
 @pytest.mark.parametrize("spacing", [2.0, 3.3, 4.0, 8.0])
-def test_the_edge_is_neither_dark_nor_spread_and_volume_is_kept(spacing):
+def test_the_edge_is_neither_dark_nor_spread_and_volume_is_kept(spacing, tmp_path):
     affine = AFFINES["oblique"]
     voxels = ball((64, 64, 64), affine, apply_affine(affine, [32, 31, 30]).tolist(), radius=45)
     result = prepare_volume(
-        voxels, affine, Preprocessing(spacing=spacing, intensity="raw", centre="brain")
+        tmp_path, voxels, affine, Preprocessing(spacing=spacing, intensity="raw", centre="brain")
     ).voxels
     inside = result[result != 0]
     np.testing.assert_allclose(inside, 100, rtol=1e-5)
@@ -185,34 +195,36 @@ def test_the_same_grid_gives_the_same_bits():
     np.testing.assert_array_equal(resample(voxels, affine, affine, voxels.shape).voxels, voxels)
 
 
-def test_a_volume_of_the_right_spacing_is_moved_without_interpolation():
+def test_a_volume_of_the_right_spacing_is_moved_without_interpolation(tmp_path):
     affine = affine_of([2, 2, 2], [-31.3, 4.7, 12.9])
     voxels = np.zeros((120, 130, 100), np.float32)
     voxels[30:90, 20:95, 11:71] = np.random.default_rng(0).uniform(1, 2, (60, 75, 60))
-    prepared = prepare_volume(voxels, affine, Preprocessing(spacing=2, intensity="raw", centre="brain"))
+    prepared = prepare_volume(
+        tmp_path, voxels, affine, Preprocessing(spacing=2, intensity="raw", centre="brain")
+    )
     np.testing.assert_array_equal(
-        np.sort(prepared.voxels[prepared.voxels != 0]), np.sort(voxels[voxels != 0])
+        np.sort(prepared.voxels[0][prepared.voxels[0] != 0]), np.sort(voxels[voxels != 0])
     )
 
 
 def test_brain_centre_ignores_stray_voxels():
     affine = affine_of([2, 2, 2], [0, 0, 0])
     voxels = ball((64, 64, 64), affine, [40, 50, 60], radius=30)
-    np.testing.assert_allclose(brain_centre(voxels, affine), [40, 50, 60], atol=2)
+    np.testing.assert_allclose(brain_centre(voxels != 0, affine), [40, 50, 60], atol=2)
     voxels[63, 63, 0:3] = 1
-    np.testing.assert_allclose(brain_centre(voxels, affine), [40, 50, 60], atol=2)
+    np.testing.assert_allclose(brain_centre(voxels != 0, affine), [40, 50, 60], atol=2)
 
 
-def test_coverage_counts_the_voxels_inside():
+def test_coverage_counts_the_voxels_inside(tmp_path):
     affine = affine_of([2, 2, 2], [0, 0, 0])
     voxels = np.zeros((40, 40, 40), np.float32)
     voxels[10:30, 10:30, 10:30] = 1
     settings = Preprocessing(spacing=4.2, shape=(5, 20, 20), intensity="raw", centre="brain")
     # the grid reaches 10.5 mm to both sides of voxel 19, at 38 mm: voxels 14 to 24 of 10 to 29
-    assert prepare_volume(voxels, affine, settings).coverage == pytest.approx(11 / 20)
+    assert prepare_volume(tmp_path, voxels, affine, settings).quality["coverage"] == pytest.approx(11 / 20)
     far = affine_of([2, 2, 2], [500, 0, 0])
-    with pytest.raises(UserError, match=r"no non-zero voxel .*\[0\.0, -18\.0, 18\.0\] mm"):
-        prepare_volume(voxels, far, Preprocessing(centre="world"))
+    with pytest.raises(UserError, match=r"volume\.nii: no voxel of the brain falls into the grid"):
+        prepare_volume(tmp_path, voxels, far, Preprocessing(centre="world"))
 
 
 def test_template_space_is_recognised_by_its_field_of_view():
@@ -304,22 +316,22 @@ def test_normalise_refuses_what_cannot_be():
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the real volumes of ../shared/data")
-def test_real_stiffness_map_at_its_own_grid_is_unchanged():
+def test_real_stiffness_map_at_its_own_grid_is_unchanged(tmp_path):
     voxels, affine = read_volume(DATA / "mre_stiffness" / "sub-005" / "mre" / "sub-005_stiffness.nii.gz")
-    prepared = prepare_volume(voxels, affine, Preprocessing(spacing=2, intensity="raw"))
-    np.testing.assert_array_equal(prepared.voxels, voxels)
+    prepared = prepare_volume(tmp_path, voxels, affine, Preprocessing(spacing=2, intensity="raw"))
+    np.testing.assert_array_equal(prepared.voxels[0], voxels)
     np.testing.assert_array_equal(prepared.affine, affine)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the real volumes of ../shared/data")
-def test_real_brain_is_centred_whole_and_of_the_same_size():
+def test_real_brain_is_centred_whole_and_of_the_same_size(tmp_path):
     voxels, affine = read_volume(DATA / "t1w_bids" / "sub-31" / "anat" / "sub-31_T1w.nii.gz")
-    prepared = prepare_volume(voxels, affine, Preprocessing(spacing=4))
-    occupied = np.argwhere(prepared.voxels)
+    prepared = prepare_volume(tmp_path, voxels, affine, Preprocessing(spacing=4))
+    occupied = np.argwhere(prepared.voxels[0])
     margins = np.stack([occupied.min(axis=0), np.array([46, 55, 46]) - 1 - occupied.max(axis=0)])
     assert (margins >= 2).all()
     assert (np.abs(margins[0] - margins[1]) <= 3).all()
-    assert prepared.coverage == 1
+    assert prepared.quality["coverage"] == 1
     assert len(occupied) * 64 == pytest.approx(np.count_nonzero(voxels) * 8, rel=0.01)
-    inside = prepared.voxels[prepared.voxels != 0].astype(np.float64)
+    inside = prepared.voxels[0][prepared.voxels[0] != 0].astype(np.float64)
     assert (inside.mean(), inside.std()) == pytest.approx((0, 1), abs=1e-5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +12,15 @@ from nibabel.affines import apply_affine
 
 from core.errors import UserError
 from core.volumes.intensity import foreground, scale
-from core.volumes.nifti import Affine, Volume, read_volume
+from core.volumes.nifti import Affine, Volume
 from core.volumes.preprocess import (
     Preprocessing,
-    brain_centre,
     covers_template_field,
     grid_affine,
 )
 from core.volumes.registration import overlap_with_template, register
 from core.volumes.resample import Labels, Mask, Resampled, resample, resample_labels
+from core.volumes.sources.images import read_image
 from core.volumes.sources.listing import ImageFile, Scan
 
 SAME_GRID = 0.1  # of a voxel: how far the corners of two maps of one grid may lie apart; tools round affines
@@ -83,7 +82,11 @@ def prepare_scan(scan: Scan, preprocessing: Preprocessing) -> PreparedScan:
 
 
 def _read(file: ImageFile) -> Image:
-    return Image(*read_volume(file.path))
+    return Image(*read_image(file))
+
+
+def _name(file: ImageFile) -> str:
+    return str(file.path) if file.row is None else f"{file.path} row {file.row}"
 
 
 def _first_image(scan: Scan, preprocessing: Preprocessing) -> tuple[Image, Mask]:
@@ -91,23 +94,23 @@ def _first_image(scan: Scan, preprocessing: Preprocessing) -> tuple[Image, Mask]
     image = _read(scan.images[0])
     if preprocessing.mask is None:
         if scan.mask is not None:
-            raise UserError(f"{scan.mask.path}: a brain mask is listed, but preprocessing has mask=None")
+            raise UserError(f"{_name(scan.mask)}: a brain mask is listed, but preprocessing has mask=None")
         mask = foreground(image.voxels, preprocessing.scaling)
     else:
         if scan.mask is None:
             raise UserError(
-                f"{scan.images[0].path} comes with no brain mask, but preprocessing has mask='file'"
+                f"{_name(scan.images[0])} comes with no brain mask, but preprocessing has mask='file'"
             )
         stored = _read(scan.mask)
-        _check_grid(scan.mask.path, "mask", stored, scan.images[0].path, image)
+        _check_grid(scan.mask, "mask", stored, scan.images[0], image)
         mask = stored.voxels != 0
         if not image.voxels[mask].any():
             raise UserError(
-                f"{scan.mask.path}: the image is 0 everywhere inside this mask; do they belong together?"
+                f"{_name(scan.mask)}: the image is 0 everywhere inside this mask; do they belong together?"
             )
     if not mask.any():
         raise UserError(
-            f"{scan.images[0].path}: no voxel is above the lower end of {preprocessing.intensity}"
+            f"{_name(scan.images[0])}: no voxel is above the lower end of {preprocessing.intensity}"
         )
     return image, mask
 
@@ -121,7 +124,7 @@ def _place(
         try:
             found = register(*image, mask)
         except UserError as error:
-            raise UserError(f"{file.path}: {error}") from None
+            raise UserError(f"{_name(file)}: {error}") from None
         return found.template_to_source @ grid(), found.measures
     mode = preprocessing.centre
     if mode == "auto":
@@ -129,6 +132,22 @@ def _place(
     if mode == "brain":
         return grid(brain_centre(mask, image.affine)), {"template_overlap": math.nan}
     return grid(), {"template_overlap": overlap_with_template(mask, image.affine)}
+
+
+def brain_centre(mask: Mask, affine: Affine) -> npt.NDArray[np.float64]:
+    """Middle of the brain in mm: of the box that holds the inner 99 % of the brain on each axis.
+
+    A box, because it leaves equal margins on both sides of the grid; not quite all of the voxels, because
+    a few stray ones far from the brain must not move it. A whole voxel, so that a volume that has the
+    cohort's spacing already is moved without interpolation (where the grid has a middle voxel).
+    """
+    middle = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        cumulative = np.cumsum(mask.sum(axis=others))
+        low, high = np.searchsorted(cumulative, np.array([0.005, 0.995]) * cumulative[-1])
+        middle.append((low + high) // 2)
+    return np.asarray(apply_affine(affine, middle), dtype=np.float64)
 
 
 def coverage(mask: Mask, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> float:
@@ -158,35 +177,35 @@ def _intensity_measures(placed: Resampled, ending: str) -> dict[str, float]:
 def _scaled(placed: Resampled, file: ImageFile, preprocessing: Preprocessing) -> Volume:
     if not placed.inside.any():
         raise UserError(
-            f"{file.path}: no voxel of the brain falls into the grid; is centre='brain' meant, or is the "
+            f"{_name(file)}: no voxel of the brain falls into the grid; is centre='brain' meant, or is the "
             "affine of this image not that of the others?"
         )
     try:
         return scale(placed.voxels, placed.inside, preprocessing.scaling)
     except UserError as error:
-        raise UserError(f"{file.path}: {error}") from None
+        raise UserError(f"{_name(file)}: {error}") from None
 
 
 def _label(
     file: ImageFile, image_file: ImageFile, image: Image, target: Affine, preprocessing: Preprocessing
 ) -> Labels:
     stored = _read(file)
-    _check_grid(file.path, "label map", stored, image_file.path, image)
+    _check_grid(file, "label map", stored, image_file, image)
     low, high = float(stored.voxels.min()), float(stored.voxels.max())
     if low < 0 or high > MOST_CLASSES or (stored.voxels != np.rint(stored.voxels)).any():
         odd = stored.voxels[(stored.voxels != np.rint(stored.voxels)) | (stored.voxels < 0)]
         raise UserError(
-            f"{file.path}: classes must be whole numbers from 0 to {MOST_CLASSES}, "
+            f"{_name(file)}: classes must be whole numbers from 0 to {MOST_CLASSES}, "
             f"got {float(odd.flat[0]) if odd.size else high:g}"
         )
     return resample_labels(stored.voxels.astype(np.int16), stored.affine, target, preprocessing.shape)
 
 
-def _check_grid(path: Path, what: str, stored: Image, image_path: Path, image: Image) -> None:
+def _check_grid(file: ImageFile, what: str, stored: Image, image_file: ImageFile, image: Image) -> None:
     """Raise UserError unless the map lies on the image's grid."""
     if stored.voxels.shape != image.voxels.shape:
         raise UserError(
-            f"{path}: this {what} has {stored.voxels.shape} voxels, its image {image_path.name} has "
+            f"{_name(file)}: this {what} has {stored.voxels.shape} voxels, its image {image_file.path.name} has "
             f"{image.voxels.shape}; resample it to the image's grid"
         )
     corners = np.array(np.meshgrid(*([0, size - 1] for size in image.voxels.shape))).reshape(3, -1).T
@@ -194,6 +213,6 @@ def _check_grid(path: Path, what: str, stored: Image, image_path: Path, image: I
     if (furthest := float(np.abs(apart).max())) > SAME_GRID:
         lies = f"{furthest:.3g} voxels" if math.isfinite(furthest) else "far"
         raise UserError(
-            f"{path}: this {what} lies {lies} away from its image {image_path.name} (another affine); "
+            f"{_name(file)}: this {what} lies {lies} away from its image {image_file.path.name} (another affine); "
             "resample it to the image's grid"
         )

@@ -1,7 +1,8 @@
-"""From any scanner's grid to the cohort's grid, with geometry kept, and intensities on one scale.
+"""The settings of the pipeline from a scan to the cohort's grid, and the scale that the network sees.
 
-One declared pipeline: canonical RAS volume -> centred -> resampled to spacing and grid -> intensity.
-`Preprocessing` holds its settings; its hash stands in every cohort.
+One declared pipeline (`prepare.prepare_scan` runs it): canonical RAS -> brain mask -> registration to MNI152 or
+centring -> resampling to spacing and grid -> intensity. `Preprocessing` holds its settings; its hash stands in
+every cohort.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from nibabel.affines import apply_affine, voxel_sizes
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from core.errors import UserError
 from core.lookup import look_up
-from core.volumes.intensity import Intensity, foreground, parse_intensity, scale
-from core.volumes.nifti import Affine, Volume
-from core.volumes.resample import resample
+from core.volumes.intensity import Intensity, parse_intensity
+from core.volumes.nifti import Affine
 from core.volumes.shards import fingerprint
 
 PIPELINE_VERSION = 2  # raise it whenever the same settings would give other voxels
@@ -127,46 +127,24 @@ class Preprocessing(BaseModel):
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Preprocessing:
         """The pipeline that a cohort recorded; UserError if this version would give other voxels."""
+        if "phantom" in settings:
+            raise UserError(
+                "the cohort is of phantoms, which are made on their grid: there is no preprocessing to repeat"
+            )
         fields = dict(settings)
         if (made_by := fields.pop("version", None)) != PIPELINE_VERSION:
             raise UserError(
                 f"the cohort was made by preprocessing version {made_by}, this is {PIPELINE_VERSION}; "
                 "ingest it again"
             )
-        return cls(**fields)
-
-
-class PreparedVolume(NamedTuple):
-    """A volume on the cohort's grid."""
-
-    voxels: Volume
-    """(X, Y, Z), exactly 0 outside the brain."""
-    affine: Affine
-    """Voxel to mm of the *source* image: a landmark keeps its place in the scanner's or MNI mm."""
-    coverage: float
-    """Fraction of the source's non-zero voxels that lie within the grid."""
-
-
-def prepare_volume(voxels: Volume, affine: Affine, preprocessing: Preprocessing) -> PreparedVolume:
-    """Run the pipeline on one canonical volume (X, Y, Z) and its affine, as `read_volume` gives them.
-
-    With `centre="brain"` the middle of the grid is `brain_centre`; the grid's axes stay those of the
-    world. Raises UserError where no brain falls inside the grid, or z-scoring finds no spread.
-    """
-    mode = preprocessing.centre
-    if mode == "auto":
-        mode = "world" if covers_template_field(voxels.shape, affine) else "brain"
-    middle = brain_centre(voxels, affine) if mode == "brain" else np.asarray(FIELD_CENTRE)
-    target = grid_affine(preprocessing.spacing, preprocessing.shape, middle)
-    mask = foreground(voxels, preprocessing.scaling)
-    resampled = resample(voxels, affine, target, preprocessing.shape, mask)
-    if not resampled.inside.any():
-        raise UserError(
-            f"no non-zero voxel falls into the grid around {middle.round(1).tolist()} mm; "
-            "is centre='brain' meant?"
-        )
-    scaled = scale(resampled.voxels, resampled.inside, preprocessing.scaling)
-    return PreparedVolume(scaled, target, _coverage(voxels, affine, target, preprocessing.shape))
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"the cohort's preprocessing setting '{what}': {first['msg']}; ingest it again"
+            ) from None
 
 
 def covers_template_field(shape: tuple[int, ...], affine: Affine) -> bool:
@@ -179,29 +157,6 @@ def covers_template_field(shape: tuple[int, ...], affine: Affine) -> bool:
     along_axes = np.allclose(np.abs(directions).max(axis=0), 1, atol=1e-4)
     centre = apply_affine(affine, (np.asarray(shape[:3]) - 1) / 2)
     return bool(along_axes and np.linalg.norm(centre - FIELD_CENTRE) <= 5)
-
-
-def brain_centre(voxels: npt.NDArray[Any], affine: Affine) -> npt.NDArray[np.float64]:
-    """Middle of the brain in mm: of the box that holds the inner 99 % of the non-zero voxels on each axis.
-
-    A box, because it leaves equal margins on both sides of the grid; not quite all of the voxels, because
-    a few stray ones far from the brain must not move it. A whole voxel, so that a volume that has the
-    cohort's spacing already is moved without interpolation (where the grid has a middle voxel).
-    """
-    mask = voxels != 0
-    middle = []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        cumulative = np.cumsum(mask.sum(axis=others))
-        low, high = np.searchsorted(cumulative, np.array([0.005, 0.995]) * cumulative[-1])
-        middle.append((low + high) // 2)
-    return np.asarray(apply_affine(affine, middle), dtype=np.float64)
-
-
-def _coverage(voxels: Volume, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> float:
-    places = apply_affine(np.linalg.inv(target) @ affine, np.argwhere(voxels != 0))
-    within = ((places > -0.5) & (places < np.asarray(shape) - 0.5)).all(axis=1)
-    return float(within.mean())
 
 
 class IntensityStatistics(NamedTuple):
