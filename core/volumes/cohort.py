@@ -32,6 +32,7 @@ from core.volumes.shards import (
     Compression,
     Storage,
     checksum,
+    kept_as,
     read_compressed,
     read_pieces,
 )
@@ -78,6 +79,8 @@ class _Column:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    kept: np.dtype[Any]
+    """The type in the file, where that is not compressed."""
     checksum: npt.NDArray[np.object_]
     offset: npt.NDArray[np.int64] | None
     """Where each row begins in its shard; None where shards are compressed."""
@@ -145,9 +148,18 @@ class Cohort:
             decode(scratch, None if scales is None else scales[wanted[place]], volumes[place])
         return volumes
 
-    def read_stored(self, rows: Sequence[int] | npt.NDArray[Any], *, verify: bool = True) -> npt.NDArray[Any]:
-        """As `read`, but (n, C, X, Y, Z) in the stored type; times `scales` they are what `read` gives."""
-        return self._read_as_stored(self._volumes, rows, verify)
+    def read_stored(
+        self,
+        rows: Sequence[int] | npt.NDArray[Any],
+        *,
+        verify: bool = True,
+        out: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
+        """As `read`, but (n, C, X, Y, Z) in the stored type; times `scales` they are what `read` gives.
+
+        Into `out` if given: memory that was used before is twice as fast as fresh pages.
+        """
+        return self._read_as_stored(self._volumes, rows, verify, out)
 
     def read_labels(
         self, rows: Sequence[int] | npt.NDArray[Any], *, verify: bool = True
@@ -204,13 +216,28 @@ class Cohort:
                 f"{beneath(self.location, MANIFEST)} lacks the columns {missing}; make the cohort again"
             )
         offset = self.manifest[offsets].to_numpy(dtype=np.int64) if len(needed) == 2 else None
-        return _Column(name, shape, np.dtype(dtype), self.manifest[checksums].to_numpy(dtype=object), offset)
+        return _Column(
+            name=name,
+            shape=shape,
+            dtype=np.dtype(dtype),
+            kept=kept_as(self.description.storage, dtype),
+            checksum=self.manifest[checksums].to_numpy(dtype=object),
+            offset=offset,
+        )
 
     def _read_as_stored(
-        self, column: _Column, rows: Sequence[int] | npt.NDArray[Any], verify: bool
+        self,
+        column: _Column,
+        rows: Sequence[int] | npt.NDArray[Any],
+        verify: bool,
+        out: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
         wanted = self._checked(rows)
-        stored = np.empty((len(wanted), *column.shape), dtype=column.dtype)
+        stored = np.empty((len(wanted), *column.shape), dtype=column.dtype) if out is None else out
+        if stored.shape != (len(wanted), *column.shape) or stored.dtype != column.dtype:
+            raise ValueError(
+                f"out must be {column.dtype} {(len(wanted), *column.shape)}, got {stored.dtype} {stored.shape}"
+            )
         for _ in self._fill(column, wanted, lambda place: stored[place], verify):
             pass
         return stored
@@ -236,7 +263,7 @@ class Cohort:
             try:
                 with open_file(self.location, f"{SHARDS}/{shard}") as file:
                     if column.offset is not None:
-                        filling = read_pieces(file, column.offset[rows].tolist(), targets)
+                        filling = read_pieces(file, column.kept, column.offset[rows].tolist(), targets)
                     else:
                         positions = self._positions[rows].tolist()
                         filling = read_compressed(
