@@ -128,17 +128,29 @@ def write_shard(
     return Written(rows, hashlib.sha256(image).hexdigest())
 
 
+def kept_as(storage: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """The type whose bytes lie in an uncompressed file for values of `dtype`."""
+    kept = np.dtype(dtype)
+    return shards_parquet.ON_DISK.get(str(kept), kept) if storage == "parquet" else kept
+
+
 def read_pieces(
-    file: BinaryIO, offsets: Sequence[int], targets: Iterator[npt.NDArray[Any]]
+    file: BinaryIO, kept: np.dtype[Any], offsets: Sequence[int], targets: Iterator[npt.NDArray[Any]]
 ) -> Iterator[None]:
-    """Fill one target after the other with the bytes that begin at each offset; EOFError if the file ends."""
+    """Fill one target after the other with the values, `kept` in the file, that begin at each offset.
+
+    Raises EOFError if the file ends before.
+    """
     for offset, target in zip(offsets, targets, strict=True):
-        left = target.reshape(-1).view(np.uint8).data
+        values = target if kept == target.dtype else np.empty(target.shape, dtype=kept)
+        left = values.reshape(-1).view(np.uint8).data
         file.seek(offset)
         while left:
             if not (count := file.readinto(left)):  # type: ignore[attr-defined]
                 raise EOFError("the file ends too early")
             left = left[count:]
+        if values is not target:
+            target[:] = values
         yield
 
 

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from core.errors import UserError
 
+ON_DISK = {"int16": np.dtype("int32")}
+"""What a type is kept as where the format has no such narrow one."""
 _ONE_PAGE = 2**30  # bytes: no volume is divided into pages, so its values lie in one piece
 
 
@@ -21,7 +23,7 @@ def pack(
     """The bytes of a file that holds each column as tensors, and where the values of each begin in them.
 
     Equal volumes give equal bytes. Places are given only without compression: then the values of one row
-    are the last part of its column chunk (plain encoding, one page), the same bytes as in memory.
+    are the last part of its column chunk (plain encoding, one page), as in memory but for `ON_DISK`.
     """
     schema = pa.schema(
         [pa.field(name, _tensor(arrays[0]), nullable=False) for name, arrays in columns.items()]
@@ -67,9 +69,10 @@ def _as_arrow(array: npt.NDArray[Any]) -> pa.ExtensionArray:
 
 
 def _begin(image: pa.Buffer, chunk: pq.ColumnChunkMetaData, array: npt.NDArray[Any]) -> int:
-    begin = int(chunk.data_page_offset + chunk.total_uncompressed_size - array.nbytes)
-    if image[begin : begin + array.nbytes] != pa.py_buffer(np.ascontiguousarray(array)):
+    kept = np.ascontiguousarray(array, dtype=ON_DISK.get(str(array.dtype), array.dtype))
+    begin = int(chunk.data_page_offset + chunk.total_uncompressed_size - kept.nbytes)
+    if image[begin : begin + kept.nbytes] != pa.py_buffer(kept):
         raise UserError(
-            f"a volume of {array.nbytes / 1e6:,.0f} MB does not fit a Parquet page; use --format hdf5"
+            f"a volume of {kept.nbytes / 1e6:,.0f} MB does not fit a Parquet page; use --format hdf5"
         )
     return begin
