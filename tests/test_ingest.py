@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -10,11 +15,13 @@ import pytest
 from reference_resample import affine_of, rotation
 
 from core.errors import UserError
+from core.volumes import ingest_shards
 from core.volumes.cohort import Cohort
-from core.volumes.ingest import IngestReport
+from core.volumes.ingest import IngestReport, volumes_per_shard, write_shard_of
 from core.volumes.ingest import ingest as ingest_listing
 from core.volumes.preprocess import Preprocessing
 from core.volumes.sources import list_scans
+from core.volumes.verify import verify
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SETTINGS = Preprocessing(spacing=8, intensity="raw")
@@ -322,3 +329,225 @@ def test_real_folders(tmp_path, folder, count, centre):
         volume = cohort.read([row])[0, 0].astype(float)
         assert np.count_nonzero(volume) * 512 == pytest.approx(np.count_nonzero(stored) * 8, rel=0.02)
         assert volume[volume != 0].mean() == pytest.approx(stored[stored != 0].mean(), rel=0.03)
+
+
+def ingest_slowly(source: Path, out: Path, pause: float) -> None:
+    """As `ingest`, in a process that is about to be killed; a pause before each shard spreads the moments."""
+
+    def run(tasks):
+        for task in tasks:
+            time.sleep(pause)
+            yield write_shard_of(task)
+
+    ingest(source, out, SETTINGS, run=run)
+
+
+def study_of_several_shards(folder: Path) -> Path:
+    source = tree(folder, count=10)
+    save(source, "sub-05_T1w.nii.gz", nan_voxels())
+    cut_short(source / "sub-06" / "anat" / "sub-06_T1w.nii.gz")
+    return source
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_in_the_same_bytes(tmp_path):
+    source = study_of_several_shards(tmp_path / "study")
+    ingest(source, tmp_path / "whole" / "c", SETTINGS)
+    whole = contents(tmp_path / "whole" / "c")
+    assert sum(name.startswith("shards/") for name in whole) == 3
+    began = time.monotonic()
+    process = multiprocessing.get_context("fork").Process(
+        target=ingest_slowly, args=(source, tmp_path / "timed" / "c", 0.02)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    duration = time.monotonic() - began
+    out, generator, killed = tmp_path / "killed" / "c", np.random.default_rng(0), 0
+    for _ in range(12):
+        process = multiprocessing.get_context("fork").Process(target=ingest_slowly, args=(source, out, 0.02))
+        process.start()
+        process.join(generator.uniform(0, 0.7 * duration))
+        process.kill()
+        process.join(60)
+        killed += process.exitcode == -9
+        if not (out / "cohort.json").exists():
+            with pytest.raises(UserError, match=r"not a cohort|incomplete"):
+                Cohort.open(out)
+    assert killed >= 3
+    ingest(source, out, SETTINGS)
+    assert contents(out) == whole
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_killed_at_every_replaced_file_it_ends_in_the_same_bytes(tmp_path, step):
+    """Files are replaced at each step of the way; the process dies right before or after the one of number `step`."""
+    source = study_of_several_shards(tmp_path / "study")
+    whole = ingest(source, tmp_path / "1" / "c", SETTINGS).cohort.folder
+
+    def ingest_and_die() -> None:
+        replace, steps = Path.replace, itertools.count(1)
+
+        def counted(self: Path, target: Path) -> None:
+            if (count := next(steps)) == step:
+                os._exit(9)
+            replace(self, target)
+            if count == step - 1 and step % 2:
+                os._exit(9)
+
+        Path.replace = counted
+        ingest(source, tmp_path / "2" / "c", SETTINGS)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=ingest_and_die)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9  # the request, 3 shards with a record each, rejects, manifest, cohort.json
+    done = []
+    ingest(
+        source, tmp_path / "2" / "c", SETTINGS, run=lambda tasks: map(write_shard_of, done_by(done, tasks))
+    )
+    assert contents(tmp_path / "2" / "c") == contents(whole)
+    if step >= 4:
+        assert len(done) < 3  # finished shards are not made again
+
+
+def done_by(done: list[int], tasks):
+    done.extend(task.index for task in tasks)
+    return tasks
+
+
+@pytest.mark.parametrize("what", ["settings", "subjects or labels", "images", "times"])
+def test_an_unfinished_cohort_of_another_request_is_started_over_with_a_note(tmp_path, what):
+    source = study_of_several_shards(tmp_path / "study")
+
+    def stop_after_one(tasks):
+        yield write_shard_of(tasks[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(source, tmp_path / "c", SETTINGS, run=stop_after_one)
+    assert (tmp_path / "c" / "unfinished" / "00000.json").exists()
+    settings = Preprocessing(spacing=10, intensity="raw") if what == "settings" else SETTINGS
+    image = source / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    if what == "subjects or labels":
+        replace_row(source, "\t23\t", "\t24\t")
+    elif what == "images":
+        save(source, "sub-01_T1w.nii.gz", brain(33) * 3)
+    elif what == "times":
+        os.utime(image, (1, 1))
+    report = ingest(source, tmp_path / "c", settings)
+    assert any(f"unfinished cohort of other {what}" in note for note in report.notes), report.notes
+    ingest(source, tmp_path / "fresh" / "c", settings)
+    assert contents(tmp_path / "c") == contents(tmp_path / "fresh" / "c")
+
+
+def test_an_image_changed_after_the_cohort_was_made_is_noticed(tmp_path):
+    source = tree(tmp_path / "study")
+    ingest(source, tmp_path / "c", SETTINGS)
+    image = source / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    content = bytearray(image.read_bytes())
+    content[-9] ^= 1
+    image.write_bytes(content)  # the same number of bytes
+    with pytest.raises(UserError, match=r"already holds a cohort that is older than .*sub-01_T1w\.nii\.gz"):
+        ingest(source, tmp_path / "c", SETTINGS)
+
+
+def test_two_processes_do_not_write_one_cohort(tmp_path):
+    source = study_of_several_shards(tmp_path / "study")
+
+    def run(tasks):
+        with pytest.raises(UserError, match="is being written by another process"):
+            ingest(source, tmp_path / "c", SETTINGS)
+        return map(write_shard_of, tasks)
+
+    assert len(ingest(source, tmp_path / "c", SETTINGS, run=run).cohort) == 8
+
+
+def test_strict_keeps_what_was_finished_before_it_stopped(tmp_path):
+    source = study_of_several_shards(tmp_path / "study")
+    with pytest.raises(UserError, match=r"sub-05: .*NaN"):
+        ingest(source, tmp_path / "c", SETTINGS, strict=True)
+    done: list[int] = []
+    ingest(source, tmp_path / "c", SETTINGS, run=lambda tasks: map(write_shard_of, done_by(done, tasks)))
+    assert done == [1, 2]
+
+
+def test_a_bug_in_a_reader_costs_one_subject_and_is_written_down(tmp_path, monkeypatch):
+    source = tree(tmp_path / "study")
+    prepare = ingest_shards.prepare_scan
+
+    def surprised(scan, preprocessing):
+        if scan.subject == "sub-02":
+            raise RuntimeError("ITK says\nsomething long")
+        return prepare(scan, preprocessing)
+
+    monkeypatch.setattr(ingest_shards, "prepare_scan", surprised)
+    report = ingest(source, tmp_path / "c", SETTINGS)
+    assert len(report.cohort) == 3
+    assert [reject.reason for reject in report.rejects] == [
+        "cannot be prepared (RuntimeError: ITK says something long)"
+    ]
+
+
+def test_a_full_disk_is_one_line_and_finished_shards_stay(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs to mount a small file system")
+    source, disk = study_of_several_shards(tmp_path / "study"), tmp_path / "disk"
+    large = Preprocessing(spacing=4, intensity="raw")
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(UserError, match=r"needs 2\.\d MB for 10 volumes, but 2\.\d MB are free"):
+            ingest(source, disk / "c", large)
+
+        def fill_up(tasks):
+            yield write_shard_of(tasks[0])
+            (disk / "other").write_bytes(bytes(1_300_000))
+            yield write_shard_of(tasks[1])
+
+        small = large.model_copy(update={"shape": (40, 48, 40)})
+        with pytest.raises(UserError, match=r"^cannot write to .*No space left on device; choose"):
+            ingest(source, disk / "c", small, run=fill_up)
+        (disk / "other").unlink()
+        done: list[int] = []
+        ingest(source, disk / "c", small, run=lambda tasks: map(write_shard_of, done_by(done, tasks)))
+        assert done == [1, 2]
+        ingest(source, tmp_path / "c", small)
+        assert contents(disk / "c") == contents(tmp_path / "c")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_shards_are_as_large_as_the_cohort_allows():
+    assert volumes_per_shard(1_805_258, 10_000) == 35  # 64 MB
+    assert volumes_per_shard(30_000, 100_000) == 256
+    assert volumes_per_shard(2 * 10**8, 100) == 1
+    assert volumes_per_shard(232_760, 36) == 4  # nine shards, for two processes to share
+    assert volumes_per_shard(232_760, 300) == 10
+
+
+@pytest.mark.parametrize("storage", ["hdf5", "parquet"])
+def test_label_maps_and_channels_of_a_listing(tmp_path, storage):
+    source = tree(tmp_path / "study", count=3)
+    for number in range(3):
+        save(source, f"sub-{number:02d}_FLAIR.nii.gz", brain(number + 9))
+        save(source, f"sub-{number:02d}_dseg.nii.gz", (brain(number) > 75).astype(np.uint8))
+    listing = list_scans(source, kind="bids", channels=["T1w", "FLAIR"], label="dseg")
+    cohort = ingest_listing(listing, tmp_path / "c", SETTINGS, storage=storage, compression="zstd").cohort
+    assert cohort.description.channels == ("T1w", "FLAIR")
+    assert cohort.description.labels
+    labels, volumes = cohort.read_labels(range(3)), cohort.read(range(3))
+    assert labels.shape == (3, *cohort.description.shape)
+    assert set(np.unique(labels)) == {0, 1}
+    assert (
+        volumes[:, 0][labels == 1] > volumes[:, 0][(labels == 0) & (volumes[:, 0] > 0)].mean()
+    ).mean() > 0.8
+    assert verify(tmp_path / "c") == []
+
+
+def test_an_address_of_an_object_store_is_no_folder(tmp_path):
+    with pytest.raises(UserError, match=r"s3://bucket/c is not a folder: ingest into a folder, then copy"):
+        ingest(tree(tmp_path / "study"), "s3://bucket/c", SETTINGS)
