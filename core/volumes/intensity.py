@@ -117,7 +117,7 @@ def _scaled(values: npt.NDArray[Any], intensity: Intensity) -> npt.NDArray[Any]:
     if intensity.kind == "raw":
         return values
     if intensity.kind == "zscore":
-        if np.ptp(values) == 0:
+        if _alike(values.min(), values.max()):
             raise UserError(
                 "the voxels of the brain are all alike, so they have no z-score; use intensity raw"
             )
@@ -125,12 +125,17 @@ def _scaled(values: npt.NDArray[Any], intensity: Intensity) -> npt.NDArray[Any]:
     low, high = intensity.low, intensity.high
     if intensity.kind == "percentile":
         low, high = (float(value) for value in np.percentile(values, [low, high]))
-        if low == high:
+        if _alike(low, high):
             raise UserError(
                 f"percentiles {intensity.low:g} and {intensity.high:g} of the brain are both {low:g}; "
                 "nothing can be stretched between them"
             )
     return np.asarray(np.clip((values - low) / (high - low), 0, 1))
+
+
+def _alike(low: float, high: float) -> bool:
+    """Whether two values differ by no more than float32 rounds when a constant image is interpolated."""
+    return bool(high - low <= 16 * np.finfo(np.float32).eps * max(abs(low), abs(high)))
 
 
 def _kept_from_zero(values: Values, intensity: Intensity) -> Values:
