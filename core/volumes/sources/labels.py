@@ -166,6 +166,8 @@ def _decoded(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not content.strip():
         raise UserError(f"{path} is empty; a line of column names and one line per subject are needed")
+    if b"\0" in content:
+        raise UserError(f"{path} is not UTF-8 text (it has zero bytes, as UTF-16 has); save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
