@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
+import os
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -155,11 +158,95 @@ def test_files_that_are_not_there_or_not_nifti(tmp_path):
         with pytest.raises(UserError, match=f"{name} cannot be read as NIfTI"):
             read_volume(tmp_path / name)
     nib.save(nib.MGHImage(voxels_of(), np.eye(4)), tmp_path / "a.mgz")
-    with pytest.raises(UserError, match="MGHImage, not NIfTI"):
+    with pytest.raises(
+        UserError, match=r"a\.mgz cannot be read as NIfTI \(it does not begin with a NIfTI header"
+    ):
         read_volume(tmp_path / "a.mgz")
+
+
+def test_paths_that_lead_nowhere_are_named_with_the_reason(tmp_path):
     (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(
+        UserError, match=r"loop\.nii cannot be read as NIfTI \(Too many levels of symbolic links"
+    ):
         read_volume(tmp_path / "loop.nii")
+    (tmp_path / "dangling.nii").symlink_to(tmp_path / "gone.nii")
+    with pytest.raises(UserError, match=r"dangling\.nii does not exist"):
+        read_geometry(tmp_path / "dangling.nii")
+    with pytest.raises(UserError, match=r"cannot be read as NIfTI \(File name too long"):
+        read_volume(tmp_path / ("a" * 300 + ".nii"))
+    os.mkfifo(tmp_path / "pipe.nii")  # opening it would wait for ever
+    with pytest.raises(UserError, match=r"pipe\.nii is not a file"):
+        read_volume(tmp_path / "pipe.nii")
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_files_without_permission_are_named_with_the_reason(tmp_path, where, monkeypatch):
+    path = tmp_path / "shut" / "a.nii"
+    path.parent.mkdir()
+    save(path, voxels_of())
+    (path if where == "file" else path.parent).chmod(0)
+    if os.geteuid() == 0:  # root may read everything: what the system would have said
+        denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        monkeypatch.setattr(Path, "open" if where == "file" else "stat", raising(denied))
+    try:
+        with pytest.raises(UserError, match=r"a\.nii cannot be read as NIfTI \(Permission denied\)"):
+            read_volume(path)
+    finally:
+        monkeypatch.undo()
+        path.parent.chmod(0o700)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def always(*_: object, **__: object) -> None:
+        raise error
+
+    return always
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.NII", "a.nii.GZ", "a"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_is_what_its_first_bytes_say_whatever_its_name(tmp_path, name, packed):
+    content = nib.Nifti1Image(voxels_of(), np.diag([2, 2, 2, 1])).to_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+    np.testing.assert_array_equal(read_volume(tmp_path / name)[0], voxels_of())
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_voxels_are_never_taken_from_the_header(tmp_path, kind):
+    """nibabel reads from byte 0 where vox_offset is 0."""
+    image = kind(voxels_of(), np.diag([2, 2, 2, 1]))
+    content = image.to_bytes()
+    fields, start = image.header.template_dtype.fields["vox_offset"]
+    damaged = content[:start] + bytes(fields.itemsize) + content[start + fields.itemsize :]
+    (tmp_path / "a.nii").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.nii places its voxels at byte 0, inside its header"):
+        read_volume(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.Nifti2Pair])
+@pytest.mark.parametrize("name", ["a.hdr", "b.nii"])
+def test_one_file_of_a_pair_is_refused(tmp_path, kind, name):
+    nib.save(kind(voxels_of(), np.diag([2, 2, 2, 1])), tmp_path / "a.img")
+    (tmp_path / "b.nii").write_bytes((tmp_path / "a.hdr").read_bytes() + (tmp_path / "a.img").read_bytes())
+    with pytest.raises(UserError, match=rf"{name} is half of a pair"):
+        read_volume(tmp_path / name)
+
+
+@pytest.mark.parametrize("esize", [0, -16, 2**31 - 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_forged_extensions_of_the_header_cost_neither_memory_nor_time(tmp_path, esize, packed):
+    content = bytearray(nib.Nifti1Image(voxels_of(), np.diag([2, 2, 2, 1])).to_bytes())
+    content[108:112] = np.float32(384).tobytes()  # vox_offset
+    content[348:352] = b"\1\0\0\0" + np.array([esize, 6], "<i4").tobytes() + bytes(24)
+    path = tmp_path / "a.nii"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    tracemalloc.start()
+    try:
+        np.testing.assert_array_equal(read_volume(path)[0], voxels_of())
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])

@@ -1,18 +1,24 @@
-"""Reading NIfTI files: voxels and geometry together, in one orientation, and an error that names the file."""
+"""Reading NIfTI files: voxels and geometry together, in one orientation, and an error that names the file.
+
+A file is taken for what its first bytes say, not for what it is called, and nothing that a header claims is
+believed before it is compared with the size of the file: a damaged or forged header must cost neither memory
+nor time. Extensions of headers are not read at all.
+"""
 
 from __future__ import annotations
 
 import gzip
+import io
 import math
+import stat
 import zlib
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel.arrayproxy import ArrayProxy
-from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from core.errors import UserError
@@ -22,12 +28,31 @@ Affine = npt.NDArray[np.float64]
 
 MAX_VOXELS = 2**29  # 2 GB of float32; a whole head at 0.4 mm has a tenth of it
 VOXEL_EDGES = (0.05, 50.0)  # mm: outside, the unit is wrong or the header damaged
+_HEADERS = (nib.Nifti1Header, nib.Nifti2Header)
+_LONGEST_HEADER = 540  # bytes; NIfTI-2
 _DEFLATE_LIMIT = 1032  # no deflate stream expands more than this (zlib's technical notes)
 _SLACK = 2**20  # bytes that may follow the voxels
 _UNREADABLE = (
-    ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, ArithmeticError, TypeError,
+    HeaderDataError,
+    OSError,
+    EOFError,
+    zlib.error,
+    ValueError,
+    ArithmeticError,
+    TypeError,
     MemoryError,
-)  # fmt: skip
+)
+
+
+class _Stored(NamedTuple):
+    """What a file says of itself, once it is plausible that it holds what it claims."""
+
+    header: nib.Nifti1Header
+    shape: tuple[int, int, int]
+    affine: Affine
+    is_packed: bool
+    claimed: int
+    """Bytes up to the last voxel, uncompressed."""
 
 
 def read_volume(path: str | Path) -> tuple[Volume, Affine]:
@@ -38,67 +63,92 @@ def read_volume(path: str | Path) -> tuple[Volume, Affine]:
     naming the file, for anything that is not one finite, non-constant 3D volume with a usable affine.
     """
     path = Path(path)
-    image = _open(path)
-    shape = _checked_shape(path, image)
-    _check_affine(path, image.affine)
-    voxels = _voxels(path, image).reshape(shape)
+    stored = _open(path)
+    voxels = _voxels(path, stored)
     _check_values(path, voxels)
-    canonical = nib.as_closest_canonical(nib.Nifti1Image(voxels, image.affine))
+    canonical = nib.as_closest_canonical(nib.Nifti1Image(voxels, stored.affine))
     return np.ascontiguousarray(canonical.dataobj, dtype=np.float32), np.asarray(canonical.affine, np.float64)
 
 
 def read_geometry(path: str | Path) -> tuple[tuple[int, int, int], Affine]:
     """Shape and affine as stored, from the header alone; the same UserErrors for them as `read_volume`."""
-    path = Path(path)
-    image = _open(path)
-    shape = _checked_shape(path, image)
-    _check_affine(path, image.affine)
-    return shape, np.asarray(image.affine, np.float64)
+    stored = _open(Path(path))
+    return stored.shape, stored.affine
 
 
-def _open(path: Path) -> nib.Nifti1Image:
-    """The image with its header read and its voxels still on disk."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; a NIfTI file (.nii or .nii.gz) is needed")
+def _open(path: Path) -> _Stored:
+    """What the header says, read and checked; the voxels are still on disk."""
+    size = _size(path)
     try:
-        image = nib.load(path, mmap=False)
+        with path.open("rb") as stream:
+            beginning = stream.read(_LONGEST_HEADER)
+        is_packed = beginning[:2] == b"\x1f\x8b"
+        if is_packed:
+            with gzip.open(path) as stream:
+                beginning = stream.read(_LONGEST_HEADER)
+        header = _header(path, beginning)
+        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+        affine = np.asarray(header.get_best_affine(), np.float64)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
-    if not isinstance(image, nib.Nifti1Image):
-        raise UserError(f"{path} is {type(image).__name__}, not NIfTI; convert it to .nii or .nii.gz")
-    return image
+    if offset < header.single_vox_offset:
+        raise UserError(f"{path} places its voxels at byte {offset}, inside its header; mend vox_offset")
+    sides = _checked_shape(path, tuple(int(side) for side in shape), dtype)
+    claimed = offset + math.prod(sides) * dtype.itemsize
+    if claimed > (size * _DEFLATE_LIMIT if is_packed else size):
+        raise UserError(
+            f"{path} claims {claimed:,} bytes (shape {sides}, {dtype}, from byte {offset:,}), but has only "
+            f"{size:,}; it is truncated or its header is damaged"
+        )
+    _check_affine(path, affine)
+    return _Stored(header, sides, affine, is_packed, claimed)
 
 
-def _checked_shape(path: Path, image: nib.Nifti1Image) -> tuple[int, int, int]:
-    """The three spatial sizes, once it is plausible that the file holds what its header claims."""
-    shape = tuple(int(size) for size in image.shape)
+def _size(path: Path) -> int:
+    """Bytes of the file, once it is one."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:  # no permission, links in a circle, a name that no file can have
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a file; a NIfTI file (.nii or .nii.gz) is needed")
+    return status.st_size
+
+
+def _header(path: Path, beginning: bytes) -> nib.Nifti1Header:
+    """The NIfTI-1 or NIfTI-2 header at the beginning of a file, uncompressed."""
+    if not beginning:
+        raise ValueError("the file is empty")
+    for kind in _HEADERS:
+        if kind.may_contain_header(beginning):
+            header = kind(beginning[: kind.sizeof_hdr])
+            if header["magic"].item() != kind.single_magic:
+                raise UserError(
+                    f"{path} is half of a pair of header and image files; convert the pair to one .nii or .nii.gz"
+                )
+            return header
+    raise ValueError("it does not begin with a NIfTI header")
+
+
+def _checked_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]:
+    """The three spatial sizes, if there are no more and no fewer, of voxels that are numbers."""
     if len(shape) > 3 and any(size != 1 for size in shape[3:]):
         raise UserError(f"{path} is {len(shape)}D with shape {shape}; one 3D volume is needed: extract one")
     if len(shape) < 3 or min(shape[:3]) < 2:
         raise UserError(f"{path} has shape {shape}; a 3D volume of at least 2 voxels a side is needed")
-    dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
         raise UserError(f"{path} holds {dtype} voxels; integer or floating-point grey values are needed")
-    # before anything is allocated: a forged header must not cost memory
     if math.prod(shape) > MAX_VOXELS:
         raise UserError(
             f"{path} claims shape {shape}, more than {MAX_VOXELS:,} voxels; is the header damaged?"
         )
-    size = path.stat().st_size
-    room = size * _DEFLATE_LIMIT if path.suffix == ".gz" else size
-    claimed = math.prod(shape) * dtype.itemsize
-    if claimed > room:
-        raise UserError(
-            f"{path} claims {claimed:,} bytes of voxels (shape {shape}, {dtype}), but has only {size:,}; "
-            "it is truncated or its header is damaged"
-        )
     return shape[0], shape[1], shape[2]
 
 
-def _check_affine(path: Path, affine: npt.NDArray[np.float64] | None) -> None:
-    if affine is None or not np.isfinite(affine).all():
+def _check_affine(path: Path, affine: Affine) -> None:
+    if not np.isfinite(affine).all():
         raise UserError(f"{path} has an affine with values that are not numbers; mend its header")
     edges = np.linalg.norm(affine[:3, :3], axis=0)
     # volume of the voxel over that of a box with its edges: 1 for right angles, 0 for a flat voxel
@@ -111,24 +161,23 @@ def _check_affine(path: Path, affine: npt.NDArray[np.float64] | None) -> None:
         )
 
 
-def _voxels(path: Path, image: nib.Nifti1Image) -> Volume:
+def _voxels(path: Path, stored: _Stored) -> Volume:
+    """The voxels (X, Y, Z) as stored, slope and intercept applied."""
     try:
-        if path.suffix == ".gz":
-            image = _decompressed(path, image)
-        return image.get_fdata(dtype=np.float32, caching="unchanged")
+        with path.open("rb") as file, np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
+            source = _unpacked(path, stored.claimed) if stored.is_packed else file
+            return np.asarray(ArrayProxy(source, stored.header, mmap=False), np.float32).reshape(stored.shape)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
-def _decompressed(path: Path, image: nib.Nifti1Image) -> nib.Nifti1Image:
-    """The image in memory, read to the end of the stream: only there gzip checks its CRC."""
-    offset = cast(ArrayProxy, image.dataobj).offset
-    claimed = offset + math.prod(image.shape) * image.get_data_dtype().itemsize
+def _unpacked(path: Path, claimed: int) -> io.BytesIO:
+    """What a gzip stream holds, read to its end: only there gzip checks its CRC."""
     with gzip.open(path) as stream:
         content = stream.read(claimed + _SLACK + 1)
     if len(content) > claimed + _SLACK:  # a damaged stream, or one made to fill the memory
         raise UserError(f"{path} goes on after the {claimed:,} bytes that its header claims; it is damaged")
-    return type(image).from_bytes(content)
+    return io.BytesIO(content)
 
 
 def _check_values(path: Path, voxels: Volume) -> None:
@@ -144,7 +193,8 @@ def _check_values(path: Path, voxels: Volume) -> None:
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = (told.splitlines() or [""])[0] or type(error).__name__
     return UserError(
         f"{path} cannot be read as NIfTI ({reason}); it is truncated, damaged or of another kind"
     )
