@@ -63,8 +63,9 @@ def stem(path: Path) -> str:
 
 
 def name_in(source: Path, path: Path) -> str:
-    """`path` as a person would find it: relative to `source`, or as it is where it lies elsewhere."""
-    return str(path.relative_to(source) if path.is_relative_to(source) else path)
+    """`path` as a person would find it: relative to the source's folder, or as it is if it lies elsewhere."""
+    folder = source.parent if source.is_file() else source
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def digest_of(tables: Iterable[Path]) -> str:

@@ -87,18 +87,20 @@ def _read_study(
     grids = {role: mni_affine(study.files[role], volumes_in(study.files[role])[1]) for role in channels}
     values = {role: read_values(path) for role, path in study.files.items() if role not in VOLUMES}
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    names = [_subject(study, row["id"]) for row in rows]
-    times = Counter(names)
+    keys = [_key(row["id"]) for row in rows]
+    times = Counter(keys)
     numeric = (
         {COVERAGE_COLUMN} if all(isinstance(row.get("coverage"), (int, float)) for row in rows) else set()
     )
     scans, rejects = [], []
-    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+    for number, (key, row) in enumerate(zip(keys, rows, strict=True)):
+        # the studies number their people alike, so their name makes the subject
+        name = "" if isinstance(key, UserError) else f"{study.name}_{_text(row['id']).removeprefix('sub-')}"
         try:
-            if not name:
-                raise UserError(f"row {number}: {_why_no_id(row['id'])}")
-            if times[name] > 1:
-                raise UserError(f"{name} is listed {times[name]} times in {study.files['id'].name}")
+            if isinstance(key, UserError):
+                raise UserError(f"row {number}: {key}")
+            if times[key] > 1:
+                raise UserError(f"{name} is listed {times[key]} times in {study.files['id'].name}")
             text = {
                 COVERAGE_COLUMN if role == "coverage" else role: _text(value) for role, value in row.items()
             }
@@ -113,25 +115,18 @@ def _read_study(
     return scans, rejects
 
 
-def _subject(study: Study, written: object) -> str:
-    """STUDY_ID, because the studies number their people alike; "" where the id cannot be used."""
-    try:
-        return f"{study.name}_{plain_id(written)}"
-    except UserError:
-        return ""
-
-
-def _why_no_id(written: object) -> str:
+def _key(written: object) -> str | UserError:
+    """The id as `plain_id` gives it, or why it cannot be used."""
     try:
         return plain_id(written)
     except UserError as error:
-        return str(error)
+        return error
 
 
 def _text(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).strip()
 
 
 def _studies(source: Path) -> list[Study]:
