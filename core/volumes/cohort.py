@@ -25,7 +25,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import UserError
-from core.volumes.places import beneath, is_url, list_files, open_file, upload
+from core.volumes.places import beneath, is_url, list_files, open_file, shown, upload
 from core.volumes.shards import (
     LABELS,
     VOLUMES,
@@ -120,7 +120,7 @@ class Cohort:
     def folder(self) -> Path:
         """Where it lies on this machine; UserError for a cohort in an object store."""
         if is_url(self.location):
-            raise UserError(f"{self.location} is not a folder of this machine; copy the cohort to one")
+            raise UserError(f"{shown(self.location)} is not a folder of this machine; copy the cohort to one")
         return Path(self.location)
 
     @property
@@ -206,7 +206,7 @@ class Cohort:
     @cached_property
     def _labels(self) -> _Column:
         if not self.description.labels:
-            raise UserError(f"{self.location} has no label maps; ingest it from a source that has")
+            raise UserError(f"{shown(self.location)} has no label maps; ingest it from a source that has")
         return self._column(LABELS, self.description.shape, "int16", "label_checksum", "label_offset")
 
     def _column(self, name: str, shape: tuple[int, ...], dtype: str, checksums: str, offsets: str) -> _Column:
@@ -246,7 +246,9 @@ class Cohort:
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             wrong = next(row for row in wanted if not 0 <= row < len(self))
-            raise UserError(f"{self.location} has rows 0 to {len(self) - 1}, but row {wrong} was asked for")
+            raise UserError(
+                f"{shown(self.location)} has rows 0 to {len(self) - 1}, but row {wrong} was asked for"
+            )
         return wanted
 
     def _fill(
@@ -312,10 +314,10 @@ def read_description(location: str) -> CohortDescription:
     except (FileNotFoundError, NotADirectoryError):
         if not is_url(location) and (Path(location) / SHARDS).is_dir():
             raise UserError(
-                f"{location} is an incomplete cohort (no {DESCRIPTION}); run the same command again to finish it"
+                f"{shown(location)} is an incomplete cohort (no {DESCRIPTION}); run the same command again to finish it"
             ) from None
         raise UserError(
-            f"{location} is not a cohort (no {DESCRIPTION}); make one with `phantom` or `ingest`"
+            f"{shown(location)} is not a cohort (no {DESCRIPTION}); make one with `phantom` or `ingest`"
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

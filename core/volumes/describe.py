@@ -9,6 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from core.volumes.cohort import Cohort
+from core.volumes.places import shown
 from core.volumes.preprocess import fit_intensity_statistics
 
 SAMPLE = 200
@@ -25,7 +26,7 @@ def describe(cohort: Cohort) -> dict[str, Any]:
     age = manifest["age"].to_numpy(dtype=float)
     return {
         "name": description.name,
-        "folder": cohort.location,
+        "folder": shown(cohort.location),
         "source": description.source,
         "synthetic": description.synthetic,
         "subjects": int(manifest["subject"].nunique()),

@@ -30,11 +30,12 @@ from core.volumes.cohort_writer import (
 )
 from core.volumes.ingest_request import newest_file, request_of, times_of
 from core.volumes.ingest_shards import ShardRecord, ShardTask, as_error, read_record, write_shard_of
-from core.volumes.nifti import Affine, read_geometry
+from core.volumes.nifti import read_geometry
 from core.volumes.places import is_url
 from core.volumes.preprocess import Preprocessing, covers_template_field
 from core.volumes.shards import Compression, Storage, fingerprint, replacing, writing_to
 from core.volumes.sources import list_scans
+from core.volumes.sources.arrays import read_header
 from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
 from core.volumes.stored import StoredType
 
@@ -155,26 +156,24 @@ def resolve_centre(preprocessing: Preprocessing, scans: Sequence[Scan]) -> Prepr
 
 
 def _covers_template(scan: Scan) -> bool | None:
+    image = scan.images[0]
     try:
-        return covers_template_field(*_geometry(scan.images[0]))
+        if image.affine is not None:
+            return covers_template_field(image_shape(image), np.asarray(image.affine))
+        return covers_template_field(*read_geometry(image.path))
     except UserError:
         return None  # it will be rejected, with its reason, when its voxels are read
 
 
-def _geometry(image: ImageFile) -> tuple[tuple[int, ...], Affine]:
-    """Shape and affine of one volume, without reading its voxels."""
-    if image.affine is None:
-        return read_geometry(image.path)
-    try:
-        return np.load(image.path, mmap_mode="r").shape[-3:], np.asarray(image.affine)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{image.path} is not a NumPy array: {error}") from error
+def image_shape(image: ImageFile) -> tuple[int, ...]:
+    """Voxels of an image along each axis, without reading them; UserError for a file that is none."""
+    return read_geometry(image.path)[0] if image.affine is None else read_header(image.path).shape[-3:]
 
 
 def _tasks(
     out: Path, listing: Listing, description: CohortDescription, preprocessing: Preprocessing, strict: bool
 ) -> list[ShardTask]:
-    size = volumes_per_shard(_volume_bytes(description), len(listing.scans))
+    size = volumes_per_shard(volume_bytes(description), len(listing.scans))
     return [
         ShardTask(
             out.resolve(), index, listing.scans[begin : begin + size], description, preprocessing,
@@ -297,14 +296,14 @@ def _existing(out: Path, listing: Listing, description: CohortDescription) -> In
 
 
 def _check_room(out: Path, scans: int, description: CohortDescription) -> None:
-    needed, free = scans * _volume_bytes(description), shutil.disk_usage(out).free
+    needed, free = scans * volume_bytes(description), shutil.disk_usage(out).free
     if description.compression == "none" and free < needed:
         raise UserError(
             f"{out} needs {needed / 1e6:,.1f} MB for {scans} volumes, but {free / 1e6:,.1f} MB are free"
         )
 
 
-def _volume_bytes(description: CohortDescription) -> int:
+def volume_bytes(description: CohortDescription) -> int:
     """Bytes of one stored volume and its label map."""
     voxels = math.prod(description.shape)
     per_voxel = len(description.channels) * np.dtype(description.dtype).itemsize + 2 * description.labels

@@ -20,7 +20,13 @@ def is_url(location: str | Path) -> bool:
 
 def beneath(location: str | Path, name: str) -> str:
     """The file `name` of the cohort at `location`, for messages and for `open_file`."""
-    return f"{str(location).split('?')[0].rstrip('/')}/{name}"
+    return f"{shown(location)}/{name}"
+
+
+def shown(location: str | Path) -> str:
+    """A location as it may be printed: without the keys and options that a URL can carry."""
+    kind, sign, rest = str(location).split("?")[0].rstrip("/").partition("://")
+    return f"{kind}{sign}{rest.rsplit('@', 1)[-1]}" if sign else kind
 
 
 def open_file(location: str | Path, name: str) -> BinaryIO:
@@ -31,7 +37,12 @@ def open_file(location: str | Path, name: str) -> BinaryIO:
     if not is_url(location):
         return cast(BinaryIO, open(f"{location}/{name}", "rb", buffering=0))
     filesystem, root = _store(str(location))
-    return cast(BinaryIO, filesystem.open_input_file(f"{root}/{name}"))
+    try:
+        return cast(BinaryIO, filesystem.open_input_file(f"{root}/{name}"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {beneath(location, name)}: {_reason(error)}") from error
 
 
 def list_files(location: str | Path) -> Iterator[tuple[str, int]]:
@@ -55,7 +66,7 @@ def upload(folder: Path, url: str, last: str) -> None:
                 f"{folder}/{name}", f"{root}/{name}", destination_filesystem=filesystem, use_threads=False
             )
     except OSError as error:
-        raise UserError(f"cannot write to {url.split('?')[0]}: {_reason(error)}") from error
+        raise UserError(f"cannot write to {shown(url)}: {_reason(error)}") from error
 
 
 def _store(url: str) -> tuple[fs.FileSystem, str]:
@@ -73,11 +84,9 @@ def _connected(url: str, _process: int) -> tuple[fs.FileSystem, str]:
             isinstance(filesystem, fs.S3FileSystem)
             and filesystem.get_file_info(bucket).type == fs.FileType.NotFound
         ):
-            raise UserError(
-                f"{url.split('?')[0]}: there is no bucket '{bucket}'; check the name and the region"
-            )
+            raise UserError(f"{shown(url)}: there is no bucket '{bucket}'; check the name and the region")
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise UserError(f"cannot open {url.split('?')[0]}: {_reason(error)}") from error
+        raise UserError(f"cannot open {shown(url)}: {_reason(error)}") from error
     return filesystem, root.rstrip("/")
 
 
