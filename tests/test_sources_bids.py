@@ -65,7 +65,7 @@ def test_what_sessions_tsv_says_goes_before_participants_tsv(tmp_path, where):
     assert [(scan.age, scan.sex, scan.site) for scan in listing.scans] == [
         (31, "F", "A"), (33.5, "F", "A"), (40, "M", "B"),
     ]  # fmt: skip
-    assert [scan.extra.get("scanner") for scan in listing.scans] == ["x", None, None]
+    assert [scan.extra["scanner"] for scan in listing.scans] == ["x", "", ""]
     assert listing.notes == ()
     assert listing.digest != list_scans(bids(tmp_path / "other", "sub-01_T1w", table=PEOPLE)).digest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -61,10 +62,17 @@ def list_scans(
     listing = look_up(SOURCES, kind or recognised(source), "layout")(source, wanted)
     return replace(
         listing,
-        scans=tuple(sorted(listing.scans, key=lambda scan: (scan.subject, scan.session))),
+        scans=_with_same_columns(sorted(listing.scans, key=lambda scan: (scan.subject, scan.session))),
         rejects=tuple(sorted(listing.rejects, key=lambda reject: (reject.subject, reject.file))),
         notes=(*listing.notes, *_shared_images(listing)),
     )
+
+
+def _with_same_columns(scans: Sequence[Scan]) -> tuple[Scan, ...]:
+    """Every scan with all further columns of the source, in one order: NaN or "" where it has no value."""
+    columns = {name: value for scan in scans for name, value in scan.extra.items()}
+    unknown = {name: math.nan if isinstance(value, float) else "" for name, value in columns.items()}
+    return tuple(replace(scan, extra=unknown | scan.extra) for scan in scans)
 
 
 def _shared_images(listing: Listing) -> Iterator[str]:

@@ -34,7 +34,10 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
     age_column = (
         wanted.age_column if any(wanted.age_column in entry.values for entry in content.entries) else None
     )
-    numeric = number_columns(entry.values for entry in content.entries)
+    numeric = number_columns(
+        {key: value for key, value in entry.values.items() if not value.endswith(ENDINGS)}
+        for entry in content.entries
+    )
     visits: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for entry in content.entries:
         visits[entry.subject].add(entry.images)
@@ -82,14 +85,16 @@ def _images(
     source: Path, entry: Entry, named: tuple[str, ...] | None, channels: tuple[str, ...]
 ) -> tuple[ImageFile, ...]:
     """One file for each channel: by its name where the list names its channels, else by its position."""
-    if not entry.subject or not entry.images:
-        raise UserError("it names no image" if not entry.images else "nothing says whose image it is")
     order = named if named and set(channels) <= set(named) else channels
+    if not entry.images:
+        raise UserError("it names no image")
     if len(entry.images) != len(order):
         raise UserError(
             f"it names {len(entry.images)} images for {len(order)} channels ({', '.join(order)}); a file for "
             "each is needed, 4D files are not split"
         )
+    if not entry.subject:
+        raise UserError("nothing says whose image it is; a key 'subject' is needed")
     return tuple(_file(source, entry.images[order.index(channel)]) for channel in channels)
 
 
