@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import datetime
-import math
-import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from core.errors import UserError
+from distributed.cli_common import (
+    Address,
+    Changes,
+    CohortFolder,
+    RunArgument,
+    console,
+    readable,
+    wrong_option,
+)
+from distributed.cli_data import data
 
 app = typer.Typer(
     name="brainsweep",
@@ -26,152 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-# A log file is no terminal of 80 columns: tables need more.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
-
-CohortFolder = Annotated[Path, typer.Argument(metavar="COHORT", help="folder made by `ingest` or `phantom`")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="NAME=VALUE", help="change any setting, e.g. training.epochs=20; repeatable"
-    ),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(help="HEAD:PORT of a running Ray cluster, or auto; this machine if absent"),
-]
-
-
-class Ages(StrEnum):
-    """How the ages of a phantom cohort are distributed."""
-
-    clusters = "clusters"
-    uniform = "uniform"
-
-
-class Intensity(StrEnum):
-    """What ingest stores of the intensities."""
-
-    zscore = "zscore"
-    raw = "raw"
-
-
-class StoredAs(StrEnum):
-    """Number format of stored volumes."""
-
-    float16 = "float16"
-    float32 = "float32"
-
-
-@app.command(epilog="Example: brainsweep phantom cohorts/phantom --subjects 96 --spacing 4")
-def phantom(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the new cohort")],
-    subjects: Annotated[int, typer.Option(help="how many brains")] = 96,
-    spacing: Annotated[float, typer.Option(help="voxel edge in mm: 2, 4 or 8")] = 4.0,
-    ages: Annotated[
-        Ages, typer.Option(help="young and old with few in between, or all ages alike")
-    ] = Ages.clusters,
-    sites: Annotated[int, typer.Option(help="scanner sites, with unequal ages")] = 3,
-    channels: Annotated[str, typer.Option(help="stiffness, t1w, or both as stiffness,t1w")] = "stiffness",
-    seed: Annotated[int, typer.Option(help="another seed gives other brains")] = 0,
-    nifti: Annotated[
-        bool, typer.Option("--nifti", help="write a BIDS-like tree of NIfTI files instead")
-    ] = False,
-) -> None:
-    """Make synthetic brains with known ageing, from the ICBM152 anatomy. The same cohort already there is reused."""
-    from pydantic import ValidationError
-
-    from core.volumes.phantom import PhantomSettings, write_phantom_bids, write_phantom_cohort
-
-    try:
-        settings = PhantomSettings(
-            subjects=subjects, spacing=spacing, ages=ages.value, sites=sites, seed=seed,
-            channels=tuple(channel.strip() for channel in channels.split(",")),
-        )  # fmt: skip
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"--{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
-    with _progress("making brains") as progress:
-        task = progress.add_task("", total=subjects)
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        if nifti:
-            write_phantom_bids(out, settings, show)
-        else:
-            cohort = write_phantom_cohort(out, settings, show)
-        progress.update(task, completed=subjects)
-    if nifti:
-        console.print(f"{subjects} subjects in {out}\n\nNext:\n  brainsweep ingest {out} COHORT --suffix T1w")
-    else:
-        console.print(f"{len(cohort)} phantom brains of {cohort.description.shape} voxels in {out}")
-        console.print(f"\nNext:\n  brainsweep describe {out}\n  brainsweep sweep {out}", highlight=False)
-
-
-@app.command(epilog="Example: brainsweep ingest study/ cohorts/study --suffix T1w --spacing 4")
-def ingest(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="BIDS-like folder with participants.tsv")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the new cohort")],
-    suffix: Annotated[
-        str | None, typer.Option(help="which image of each subject, e.g. T1w or stiffness")
-    ] = None,
-    spacing: Annotated[float, typer.Option(help="voxel edge in mm")] = 4.0,
-    shape: Annotated[
-        str | None, typer.Option(help="voxels as X,Y,Z; the MNI field of view if absent")
-    ] = None,
-    intensity: Annotated[
-        Intensity, typer.Option(help="zscore inside the brain of each volume, or raw (quantitative maps)")
-    ] = Intensity.zscore,
-    age_column: Annotated[str, typer.Option(help="column of participants.tsv with the age in years")] = "age",
-    dtype: Annotated[StoredAs, typer.Option(help="how volumes are stored")] = StoredAs.float16,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="stop at the first subject that cannot be used")
-    ] = False,
-) -> None:
-    """Turn NIfTI images and a participants table into a cohort. Subjects that cannot be used are listed, not fatal."""
-    from pydantic import ValidationError
-
-    from core.volumes.ingest import ingest as ingest_folder
-    from core.volumes.preprocess import Preprocessing
-
-    try:
-        grid = tuple(int(side) for side in shape.split(",")) if shape else None
-        preprocessing = Preprocessing(spacing=spacing, shape=grid, intensity=intensity.value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"--{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
-    except ValueError:
-        raise UserError(f"--shape must be three whole numbers such as 46,55,46, got {shape!r}") from None
-    with _progress("ingesting") as progress:
-        task = progress.add_task("", total=None)
-        report = ingest_folder(
-            source, out, preprocessing, suffix=suffix, age_column=age_column, strict=strict, dtype=dtype.value,
-            on_progress=lambda done, total, _: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
-    if report.already_there:
-        console.print(f"{out} already holds this cohort; nothing to do")
-    for note in report.notes:
-        console.print(f"note: {note}", highlight=False)
-    for reject in report.rejects[:10]:
-        console.print(f"left out {reject.subject}: {reject.reason}", style="yellow", highlight=False)
-    if len(report.rejects) > 10:
-        console.print(f"… and {len(report.rejects) - 10} more in {out}/rejects.csv", style="yellow")
-    console.print(f"{len(report.cohort)} subjects in {out}, {len(report.rejects)} left out")
-    console.print(f"\nNext:\n  brainsweep describe {out}\n  brainsweep sweep {out}", highlight=False)
-
-
-@app.command(epilog="Example: brainsweep describe cohorts/phantom")
-def describe(cohort: CohortFolder) -> None:
-    """Say what is in a cohort: subjects, ages, sites, grid, intensities, and the error any model must beat."""
-    from core.volumes.cohort import Cohort
-    from core.volumes.describe import describe as facts_of
-
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    for name, value in facts_of(Cohort.open(cohort)).items():
-        table.add_row(name.replace("_", " "), _readable(value))
-    console.print(table)
+app.add_typer(data)
 
 
 @app.command(
@@ -219,9 +80,47 @@ def sweep(
     gpus_per_worker: Annotated[
         float | None, typer.Option(min=0, help="1 where there are GPUs, if absent; fractions share one")
     ] = None,
-    scheduler: Annotated[str, typer.Option(help="what stops bad trials early: asha, median, none")] = "asha",
-    sampler: Annotated[str, typer.Option(help="what proposes trials: tpe, random, qmc, cmaes")] = "tpe",
+    objectives: Annotated[
+        str,
+        typer.Option(
+            help="what to minimise, the first stops trials and chooses the winner: "
+            "mae, site_balanced_accuracy, openbhb_score, accelerator_seconds; comma-separated"
+        ),
+    ] = "mae",
+    scheduler: Annotated[
+        str, typer.Option(help="what stops bad trials early: asha, hyperband, median, none")
+    ] = "asha",
+    pruner: Annotated[
+        str,
+        typer.Option(
+            help="beside the scheduler: none, or wilcoxon[=P] against the best trial, cell by cell (P 0.1)"
+        ),
+    ] = "none",
+    sampler: Annotated[
+        str, typer.Option(help="what proposes trials: tpe, gp, cmaes, nsga2, qmc, random, grid")
+    ] = "tpe",
+    grid_points: Annotated[
+        int | None, typer.Option(min=2, help="values of every continuous setting, for --sampler grid")
+    ] = None,
+    enqueue: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="list of your configurations, tried after the published one"),
+    ] = None,
     time_budget: Annotated[float | None, typer.Option(help="seconds of search, refits not counted")] = None,
+    accelerator_hours: Annotated[
+        float | None,
+        typer.Option(help="GPU-hours (CPU-core-hours without GPUs) of all trials, refits not counted"),
+    ] = None,
+    stop_when: Annotated[
+        str,
+        typer.Option(
+            help="also end when improvement is unlikely: regret or emmr (from 20 completed trials), never"
+        ),
+    ] = "never",
+    confirm_seeds: Annotated[
+        int,
+        typer.Option(min=0, help="repeat winner and published on the same folds with so many fresh seeds"),
+    ] = 0,
     search_seed: Annotated[int, typer.Option(min=0, help="seed of splits and sampler")] = 0,
     out: Annotated[Path | None, typer.Option(help="run folder; runs/DATE-sweep if absent")] = None,
     address: Address = None,
@@ -238,24 +137,44 @@ def sweep(
             space=space, trials=trials, folds=folds, seeds=seeds, refit_seeds=refit_seeds, holdout=holdout,
             slots=slots, workers_per_slot=workers_per_slot, gpus_per_worker=gpus_per_worker, scheduler=scheduler,
             sampler=sampler, time_budget=time_budget, search_seed=search_seed, changes=parse_changes(changes or []),
+            objectives=tuple(name.strip() for name in objectives.split(",")), pruner=pruner, grid_points=grid_points,
+            accelerator_hours=accelerator_hours, stop_when=stop_when, confirm_seeds=confirm_seeds,
         )  # fmt: skip
     except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"--{option}: {first['msg'].lower()}, got {first['input']!r}") from None
-    run_sweep(cohort, request, out or _new_run("sweep"), address, console)
+        raise wrong_option(error) from None
+    run_sweep(cohort, request, out or _new_run("sweep"), address, console, enqueue)
 
 
 @app.command(epilog="Example: brainsweep resume runs/demo")
 def resume(
     run: RunArgument,
     time_budget: Annotated[float | None, typer.Option(help="seconds of further search")] = None,
+    accelerator_hours: Annotated[
+        float | None, typer.Option(help="of the whole run, earlier sessions included")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="of the whole run; needs --change-search")] = None,
+    space: Annotated[str | None, typer.Option(help="another space; needs --change-search")] = None,
+    changes: Changes = None,
+    change_search: Annotated[
+        bool,
+        typer.Option(
+            "--change-search", help="search another space, fix settings with --set, or try more trials"
+        ),
+    ] = False,
     address: Address = None,
 ) -> None:
     """Continue an interrupted sweep: no finished trial is repeated, unfinished ones go on from their last epoch."""
-    from distributed.sweep import resume_sweep
+    from core.config import parse_changes
+    from distributed.resume import resume_sweep
 
-    resume_sweep(run, address, console, time_budget)
+    resume_sweep(
+        run,
+        address,
+        console,
+        budgets={"time_budget": time_budget, "accelerator_hours": accelerator_hours},
+        search={"space": space, "changes": parse_changes(changes or []), "trials": trials},
+        change=change_search,
+    )
 
 
 @app.command(epilog="Example: brainsweep report runs/demo")
@@ -279,7 +198,7 @@ def evaluate(run: RunArgument, cohort: CohortFolder) -> None:
         console.print(f"note: {note}", highlight=False)
     table = Table("metric", "value", box=None, padding=(0, 2))
     for name, value in {"subjects": len(evaluation.predictions), **evaluation.metrics}.items():
-        table.add_row(name, _readable(value))
+        table.add_row(name, readable(value))
     console.print(table)
     console.print(f"predictions in {evaluation.table}", highlight=False)
 
@@ -325,33 +244,8 @@ def _escape(error: UserError) -> str:
     return escape(str(error))
 
 
-def _progress(what: str) -> Progress:
-    return Progress(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-
-
 def _new_run(kind: str) -> Path:
     return Path("runs") / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{kind}"
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_readable(entry)}" for name, entry in value.items())
-    if isinstance(value, list | tuple):
-        return (
-            " × ".join(map(str, value))
-            if all(isinstance(entry, int) for entry in value)
-            else ", ".join(map(str, value))
-        )
-    return str(value)
 
 
 def _show_cells(run: Path) -> None:

@@ -5,7 +5,8 @@ RUN/run.json                       request, resolved settings, seeds, versions, 
     study.journal                  the Optuna study: the one record of the search
     trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs
     refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
-    trials.csv, trials.parquet, cells.csv, history.csv, holdout.csv, predictions.csv    made from the above
+    confirmed/METHOD/…             winner and published once more on the search's folds, with seeds it never used
+    trials.csv, trials.parquet, cells.csv, history.csv, confirmed.csv, holdout.csv, predictions.csv    made from these
     tensorboard/  best/  report.html
 """
 
@@ -16,6 +17,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -27,14 +29,18 @@ from typing import Any
 
 import optuna
 import pandas as pd
-from optuna.trial import TrialState
 
 from core.config import Settings
 from core.errors import UserError
 from core.evaluation.regression import regression_metrics
+from core.objectives import COST, OBJECTIVES
+from core.report.record import STUDY_NAME, reported
 from core.volumes.cohort import Cohort
+from core.volumes.places import is_url
 from core.volumes.splits import Splits
-from distributed.search import STUDY, trial_name
+from distributed.claim import refuse_url
+from distributed.search import trial_name
+from distributed.study import best_trial
 from distributed.trial import PROGRESS
 
 METHODS = {"winner": "search winner", "published": "published", "l1": "L1 baseline"}
@@ -67,6 +73,10 @@ class RunFolder:
         """The folder of a refit."""
         return self.path / "refits" / method
 
+    def confirmed(self, method: str) -> Path:
+        """The folder of a repetition on the search's own folds with fresh seeds."""
+        return self.path / "confirmed" / method
+
     def update(self, **changes: Any) -> None:
         """Replace fields of run.json."""
         _write_json(self.path / "run.json", self.about | changes)
@@ -80,6 +90,7 @@ def create_run(
     Raises:
         UserError: the folder exists with something in it, or cannot be written.
     """
+    refuse_url(out)
     out = Path(out).resolve()
     if any(part.startswith("_ray_pkg_") for part in out.parts):
         raise UserError(
@@ -93,7 +104,7 @@ def create_run(
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise UserError(f"the output folder {out} is not empty; give another --out")
-        _write_json(out / "run.json", _about(kind, request, settings, cohort))
+        _write_json(out / "run.json", _about(kind, request, settings, cohort, out))
     except OSError as error:
         raise UserError(f"cannot write a run to {out}: {error.strerror or error}") from None
     return RunFolder(out)
@@ -111,6 +122,34 @@ def open_run(path: Path) -> RunFolder:
     return folder
 
 
+def cohort_of(folder: RunFolder, given: Path | str | None = None) -> Cohort:
+    """The run's cohort: at `given`, else where it was, else where it was as seen from the run's folder.
+
+    A run that was copied or mounted elsewhere with its cohort beside it finds it so; its new place is recorded.
+
+    Raises:
+        UserError: it is at none of them, or what is there is another cohort.
+    """
+    recorded = folder.about["cohort"]
+    beside = os.path.normpath(folder.path / recorded.get("from_run", recorded["path"]))
+    places = [given] if given is not None else [recorded["path"], beside]
+    found = next((place for place in places if is_url(place) or (Path(place) / "cohort.json").exists()), None)
+    if found is None:
+        raise UserError(
+            f"the cohort of {folder.path} is not at {' nor at '.join(map(str, dict.fromkeys(map(str, places))))}; "
+            "give its new place with --cohort"
+        )
+    cohort = Cohort.open(found if is_url(found) else Path(found))
+    if cohort.description.hash != recorded["hash"]:
+        raise UserError(
+            f"{found} holds another cohort than the run began with (or it was changed: hash "
+            f"{cohort.description.hash[:8]}, not {recorded['hash'][:8]}); its trials would not be comparable"
+        )
+    if str(found) != recorded["path"]:
+        folder.update(cohort=recorded | {"path": str(found)})
+    return cohort
+
+
 def write_splits(folder: RunFolder, splits: Splits, cohort: Cohort) -> None:
     """Record who is in which fold and who is held out."""
     splits.to_frame(cohort.manifest).to_csv(folder.path / "splits.csv", index=False)
@@ -126,6 +165,28 @@ def write_tables(folder: RunFolder, study: optuna.Study) -> None:
     for name, key in (("cells", "cells"), ("history", "history")):
         rows = [{"number": number} | row for number, made in progress.items() for row in made[key]]
         pd.DataFrame(rows).to_csv(folder.path / f"{name}.csv", index=False)
+
+
+def accelerator_seconds(folder: RunFolder, study: optuna.Study, devices: float) -> dict[str, float]:
+    """What each trial of the run has used so far, by its name: as recorded at its end, else by its epochs."""
+    used = {}
+    for trial in study.get_trials(deepcopy=False):
+        name = trial_name(trial.number)
+        epochs = read_progress(folder.trial(name))["history"]
+        so_far = sum(row.get("spent_seconds", 0.0) for row in epochs) * devices
+        used[name] = trial.user_attrs.get(COST, so_far)
+    return used
+
+
+def write_confirmed(folder: RunFolder) -> None:
+    """confirmed.csv: winner and published on the search's folds again, with seeds that it never used."""
+    rows = [
+        {"method": METHODS[method]} | cell
+        for method in METHODS
+        for cell in read_progress(folder.confirmed(method))["cells"]
+    ]
+    if rows:
+        pd.DataFrame(rows).to_csv(folder.path / "confirmed.csv", index=False)
 
 
 def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
@@ -163,21 +224,16 @@ def keep_best(folder: RunFolder, model: Path) -> None:
     shutil.copytree(model, best)
 
 
-def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
-    """The completed trial with the least value; None when none was completed."""
-    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return min(completed, key=lambda trial: (trial.value, trial.number), default=None)
-
-
-def finish(folder: RunFolder, study: optuna.Study | None = None) -> None:
-    """Close run.json: when, how long, and which trial was best."""
+def finish(folder: RunFolder, study: optuna.Study | None = None, ended: str | None = None) -> None:
+    """Close run.json: when, how long, which trial was best, and why the search `ended` before its last trial."""
     about = folder.about
     best = best_trial(study) if study else None
     started = datetime.datetime.fromisoformat(about["created"]).timestamp()
     folder.update(
         finished=_now(),
         seconds=time.time() - started,
-        best={"number": best.number, "value": best.value} if best else None,
+        best={"number": best.number, "value": best.values[0]} if best else None,
+        ended=ended,
     )
 
 
@@ -188,13 +244,15 @@ def _trial_row(trial: optuna.trial.FrozenTrial, progress: dict[str, Any]) -> dic
         "number": trial.number,
         "label": attributes.get("label"),
         "state": trial.state.name,
-        "value": trial.value if trial.value is not None else _last(trial.intermediate_values),
+        "value": trial.values[0] if trial.values else _last(reported(trial)),
         "sd": attributes.get("sd"),
         "n": attributes.get("n"),
         "epochs": len(history),
         "seconds": attributes.get("seconds"),
         "reason": attributes.get("reason"),
-        **trial.params,
+        "outside": "outside" in attributes,
+        **{name: attributes.get(name, math.nan) for name in OBJECTIVES},
+        **(trial.params or attributes.get("outside", {})),
     }
 
 
@@ -210,7 +268,9 @@ def read_progress(folder: Path) -> dict[str, Any]:
         return {"history": [], "cells": [], "answer": None}
 
 
-def _about(kind: str, request: dict[str, Any], settings: Settings, cohort: Cohort) -> dict[str, Any]:
+def _about(
+    kind: str, request: dict[str, Any], settings: Settings, cohort: Cohort, out: Path
+) -> dict[str, Any]:
     description = cohort.description
     return {
         "kind": kind,
@@ -221,7 +281,8 @@ def _about(kind: str, request: dict[str, Any], settings: Settings, cohort: Cohor
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS_OF},
         "code": code_version(),
         "cohort": {
-            "path": str(cohort.folder.resolve()),
+            "path": cohort.address,
+            "from_run": cohort.address if is_url(cohort.address) else os.path.relpath(cohort.address, out),
             "n": len(cohort),
             **description.model_dump(
                 mode="json", include={"name", "hash", "synthetic", "spacing", "shape", "source"}
@@ -231,7 +292,8 @@ def _about(kind: str, request: dict[str, Any], settings: Settings, cohort: Cohor
         },
         "settings": settings,
         "sweep": request,
-        "study": STUDY,
+        "study": STUDY_NAME,
+        "changes": [],
         "best": None,
     }
 

@@ -6,149 +6,30 @@ The Optuna study in the run's journal file is the one record of the search. Ray 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.terminator import Terminator
 from optuna.trial import FrozenTrial, TrialState
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from core.config import Settings, flatten, merge, resolve, with_absent
-from core.errors import UserError
-from core.lookup import look_up
-from core.tasks import TASKS
-from distributed.train_loop import HOLDOUT
-from distributed.trial import CHECKPOINT, PRUNABLE_EPOCHS
+from core.config import Settings, merge, resolve
+from core.objectives import COST, OBJECTIVES, mean_of, measure
+from distributed.budget import Budget, judge_improvement
+from distributed.schedulers import CELL_VALUES, METRIC, Wilcoxon
+from distributed.study import PUBLISHED, report_cells, report_value
+from distributed.trial import CHECKPOINT
+from search_spaces import Space
 
-# The grouped and quasi-random samplers are "experimental" since years.
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-STUDY = "brainsweep"
-METRIC, TIME = "value", PRUNABLE_EPOCHS
-"""The keys of a result that the scheduler compares: validation error, and epochs done over all cells."""
-PUBLISHED = "published"
-"""The label of the first trial. It is never stopped early, so that every other can be compared with it."""
-
-Space = Callable[[optuna.Trial], Mapping[str, Any]]
-
-
-def _asha(epochs: int, cells: int) -> TrialScheduler:
-    """Halving at 1/4 and 1/2 of the first cell, at its end, and at every doubling of whole cells."""
-    grace = max(1, epochs // 4)
-    return ASHAScheduler(TIME, METRIC, "min", max_t=epochs * cells, grace_period=grace, reduction_factor=2)
-
-
-def _median(epochs: int, cells: int) -> TrialScheduler:
-    """Stop what is worse than the median of the others' running means, from half of the first cell on."""
-    return MedianStoppingRule(
-        TIME,
-        METRIC,
-        "min",
-        grace_period=max(1, epochs // 2),
-        min_samples_required=3,
-        min_time_slice=float("inf"),  # type: ignore[arg-type]  # never pause a trial to give others its slot
-    )
-
-
-SCHEDULERS: dict[str, Callable[[int, int], TrialScheduler]] = {
-    "asha": _asha,
-    "median": _median,
-    "none": lambda epochs, cells: FIFOScheduler(),
-}
-
-SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(
-        seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=8
-    ),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed),
-    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
-}
-
-
-def make_scheduler(name: str, epochs: int, cells: int) -> TrialScheduler:
-    """The scheduler `name` for trials of `cells` cells of `epochs` epochs each."""
-    return look_up(SCHEDULERS, name, "scheduler")(epochs, cells)
-
-
-def open_study(journal: Path, sampler: str, seed: int) -> optuna.Study:
-    """The study in `journal`, made if absent."""
-    return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(journal))),
-        study_name=STUDY,
-        sampler=look_up(SAMPLERS, sampler, "sampler")(seed),
-        direction="minimize",
-        load_if_exists=True,
-    )
-
-
-def published_parameters(space: Space, base: Settings) -> dict[str, Any] | None:
-    """The point of `space` that is the published configuration `base`; None if it lies outside."""
-    every_setting = flatten(resolve(base).model_dump(mode="json"))
-    trial = optuna.trial.FixedTrial(with_absent(every_setting))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Optuna only warns of a value out of range
-        try:
-            space(trial)  # type: ignore[arg-type]
-        except (ValueError, UserWarning):
-            return None
-    return dict(trial.params)
-
-
-def check_space(space: Space, base: Settings, samples: int = 30) -> frozenset[str]:
-    """Try `space` on random points before anything is started; returns the names of what it searches.
-
-    Raises:
-        UserError: the first mistake.
-    """
-    names: set[str] = set()
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for _ in range(samples):
-        trial = study.ask()
-        proposed = space(trial)
-        names |= trial.params.keys()
-        if not isinstance(proposed, Mapping):
-            raise UserError(f"the space must return a dict of settings, got {type(proposed).__name__}")
-        settings = resolve(merge(base, proposed))
-        look_up(TASKS, settings.task, "task").check(settings)
-    return frozenset(names)
-
-
-@dataclass
-class Budget(tune.Stopper):
-    """When to propose nothing more (`spent`), and when to stop everything at once (`interrupted`).
-
-    The clock of `seconds` starts with the first result: bringing slots up is no searching.
-    """
-
-    seconds: float | None = None
-    interrupted: bool = False
-    deadline: float | None = None
-
-    @property
-    def spent(self) -> bool:
-        """Whether the time budget is used up."""
-        return self.deadline is not None and time.time() > self.deadline
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Stop a running trial of the search once the time is up; refits run to their end."""
-        if self.deadline is None and self.seconds is not None:
-            self.deadline = time.time() + self.seconds
-        return self.spent and not result["done"] and result["fold"] != HOLDOUT
-
-    def stop_all(self) -> bool:
-        """Asked by Tune between results."""
-        return self.interrupted
+SLOT_CRASHES = 2
+"""How often a trial may lose its slot and be given another, beside Tune's own restarts."""
 
 
 @dataclass
@@ -165,20 +46,33 @@ class Proposals:
     continued: list[FrozenTrial] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """How trials are judged: what is minimised, and what stops a trial or the whole search early."""
+
+    objectives: Sequence[str] = ("mae",)
+    scheduler: str = "none"
+    pruner: Wilcoxon | None = None
+    terminator: Terminator | None = None
+
+
 class StudySearch(tune.search.Searcher):
     """Ray Tune's searcher over an Optuna study, which it tells the truth.
 
     Ray's own OptunaSearch tells COMPLETE for trials the scheduler stopped and only logs a NaN. Here an early
-    stop is PRUNED with its intermediate values, a diverged or crashed trial FAIL with the reason, and an
-    interrupted trial stays RUNNING until `resume` continues it. When the search is over, the refits follow
-    in the same slots.
+    stop is PRUNED with its intermediate values and the reason, a diverged or crashed trial FAIL with the reason,
+    and an interrupted trial stays RUNNING until `resume` continues it. When the search is over, the refits
+    follow in the same slots.
     """
 
-    def __init__(self, proposals: Proposals, budget: Budget) -> None:
+    def __init__(self, proposals: Proposals, budget: Budget, judgement: Judgement | None = None) -> None:
         super().__init__(metric=METRIC, mode="min")
-        self.proposals, self.budget = proposals, budget
+        self.proposals, self.budget, self.judgement = proposals, budget, judgement or Judgement()
         self.running: dict[str, optuna.Trial] = {}
-        self.refitting: set[str] = set()
+        self.refitting: dict[str, dict[str, Any]] = {}
+        self.crashes: dict[str, int] = {}
+        self.broken: str | None = None
+        """Why the storage of the run or the cohort failed: then everything stops, and can be resumed."""
         self.refits: list[dict[str, Any]] | None = None
         self.started: dict[str, float] = {}
 
@@ -188,25 +82,34 @@ class StudySearch(tune.search.Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next assignment; None while refits wait for the last trials; FINISHED in the end."""
-        trial = self._next_trial()
-        if trial is not None:
-            self.running[trial_id] = trial
-            self.started[trial_id] = time.time()
-            return {"assignment": self._assignment(trial)}
+        with self._storage():
+            trial = self._next_trial()
+            if trial is not None:
+                self.running[trial_id] = trial
+                self.started[trial_id] = time.time()
+                return {"assignment": self._assignment(trial)}
+        if self.broken is not None:
+            return tune.search.Searcher.FINISHED
         if self.running:
             return None
         if self.refits is None:
             self.refits = self.proposals.refits(self.proposals.study)
-        if not self.refits:
-            return tune.search.Searcher.FINISHED
-        self.refitting.add(trial_id)
-        return {"assignment": self.refits.pop(0)}
+        if not self.refits:  # while one runs, its slot may crash, and it be due again
+            return None if self.refitting else tune.search.Searcher.FINISHED
+        self.budget.beyond.add(trial_id)
+        self.refitting[trial_id] = self.refits.pop(0)
+        return {"assignment": self.refitting[trial_id]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Keep the intermediate value, at the epochs done over all cells."""
+        if self.broken is None:  # else half a line may stand in the journal
+            with self._storage():
+                self._keep(trial_id, result)
+
+    def _keep(self, trial_id: str, result: dict[str, Any]) -> None:
         trial = self.running.get(trial_id)
         if trial is not None and math.isfinite(result[METRIC]):
-            trial.report(result[METRIC], step=result["epochs"])
+            report_value(trial, result[METRIC], result["epochs"])
         if trial is not None and result["epochs"] == 1 and result.get("previous_end_at"):
             # from the end of the slot's last trial to the first step of this one
             trial.set_user_attr("idle_seconds", result["started_at"] - result["previous_end_at"])
@@ -215,29 +118,37 @@ class StudySearch(tune.search.Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tell the study how the trial ended."""
-        self.refitting.discard(trial_id)
+        if self.broken is None:
+            with self._storage():
+                self._end(trial_id, result, error)
+
+    def _end(self, trial_id: str, result: dict[str, Any] | None, error: bool) -> None:
         trial = self.running.pop(trial_id, None)
+        refit = self.refitting.pop(trial_id, None)
+        result = result or {}
+        if result.get("storage"):
+            self._stop_for(result["failed"])
+        if self.budget.interrupted and (error or "storage" in result):
+            return
+        if error and refit is not None and self._may_begin_again(refit["name"]) and self.refits is not None:
+            self.refits.append(refit)
         if trial is None:
             return
-        result = result or {}
-        finished = bool(result.get("finished"))
-        if not (error or finished or "failed" in result) and (self.budget.interrupted or self.budget.spent):
+        if error and self._may_begin_again(trial_name(trial.number)):
+            self.proposals.continued.append(self.proposals.study.get_trials(deepcopy=False)[trial.number])
             return
-        seconds = time.time() - self.started[trial_id]
-        for name, value in {"sd": result.get("sd"), "n": result.get("n"), "seconds": seconds}.items():
-            trial.set_user_attr(name, value)
-        study = self.proposals.study
-        if error or "failed" in result:
-            trial.set_user_attr(
-                "reason", result.get("failed") or "its slot crashed; see error.txt under tune/"
-            )
-            study.tell(trial, state=TrialState.FAIL)
-        elif finished:
-            study.tell(trial, result[METRIC])
+        failed = "its slot crashed; see error.txt under tune/" if error else result.get("failed")
+        if failed is None and result.get("finished"):
+            failed = self._undefined(result)
+        elif failed is None and (self.budget.interrupted or self.budget.spent):
+            return
+        self._describe(trial, trial_id, result)
+        if failed is not None:
+            self._tell_failed(trial, failed)
+        elif result.get("finished"):
+            self._tell_completed(trial, result)
         else:
-            if math.isfinite(result[METRIC]):
-                trial.report(result[METRIC], step=result["epochs"])
-            study.tell(trial, state=TrialState.PRUNED)
+            self._tell_pruned(trial, trial_id, result)
         self._forget_checkpoint(trial)
 
     def save(self, checkpoint_path: str) -> None:
@@ -255,7 +166,7 @@ class StudySearch(tune.search.Searcher):
 
     def _next_trial(self) -> optuna.Trial | None:
         proposals = self.proposals
-        if self.budget.spent or self.budget.interrupted:
+        if self.budget.is_over:
             return None
         if proposals.continued:
             unfinished = proposals.continued.pop(0)
@@ -277,6 +188,74 @@ class StudySearch(tune.search.Searcher):
         prunable = trial.user_attrs.get("label") != PUBLISHED
         return self.proposals.assignment(trial_name(trial.number), settings, prunable)
 
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[None]:
+        """Stop everything where the study's journal cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            self._stop_for(f"cannot write the study: {error.strerror or error}")
+
+    def _stop_for(self, reason: str) -> None:
+        self.broken, self.budget.interrupted = self.broken or reason.partition(";")[0], True
+
+    def _may_begin_again(self, name: str) -> bool:
+        """Whether a trial whose slot crashed is handed to another one; it goes on from its last epoch.
+
+        Tune restarts only trials that it takes for running, not one that the slot was just being given.
+        """
+        self.crashes[name] = self.crashes.get(name, 0) + 1
+        return self.crashes[name] <= SLOT_CRASHES
+
+    def _undefined(self, result: dict[str, Any]) -> str | None:
+        """The reason why a finished trial has no value, if it has none."""
+        for name in self.judgement.objectives:
+            if OBJECTIVES[name].of is not None and not math.isfinite(mean_of(name, result["cells"])):
+                return f"'{name}' is undefined in a cell: fewer than two sites among its subjects"
+        return None
+
+    def _describe(self, trial: optuna.Trial, trial_id: str, result: dict[str, Any]) -> None:
+        """What the tables say of a trial, however it ended."""
+        cells = result.get("cells") or []
+        cost = result.get("spent_seconds", 0.0) * self.budget.devices
+        measured = {
+            name: mean_of(name, cells) for name, objective in OBJECTIVES.items() if objective.of and cells
+        }
+        described = {
+            "sd": result.get("sd"),
+            "n": result.get("n"),
+            "seconds": time.time() - self.started[trial_id],
+            COST: cost,
+            CELL_VALUES: [measure(self.judgement.objectives[0], cell) for cell in cells],
+            **{name: value for name, value in measured.items() if math.isfinite(value)},
+        }
+        for name, value in described.items():
+            trial.set_user_attr(name, value)
+
+    def _tell_failed(self, trial: optuna.Trial, reason: str) -> None:
+        trial.set_user_attr("reason", reason)
+        self.proposals.study.tell(trial, state=TrialState.FAIL)
+
+    def _tell_completed(self, trial: optuna.Trial, result: dict[str, Any]) -> None:
+        first, *others = self.judgement.objectives
+        values = [result[METRIC]]
+        for name in others:
+            is_cost = name == COST
+            values.append(trial.user_attrs[COST] if is_cost else mean_of(name, result["cells"]))
+        report_cells(trial, [measure(first, cell) for cell in result["cells"]])
+        self.proposals.study.tell(trial, values)
+        if judge_improvement(self.judgement.terminator, self.proposals.study):
+            self.budget.unlikely = True
+
+    def _tell_pruned(self, trial: optuna.Trial, trial_id: str, result: dict[str, Any]) -> None:
+        if math.isfinite(result[METRIC]):
+            report_value(trial, result[METRIC], result["epochs"])
+        by_pruner = self.judgement.pruner.reasons.pop(trial_id, None) if self.judgement.pruner else None
+        trial.set_user_attr(
+            "reason", by_pruner or f"{self.judgement.scheduler} after epoch {result['epochs']}"
+        )
+        self.proposals.study.tell(trial, state=TrialState.PRUNED)
+
     def _forget_checkpoint(self, trial: optuna.Trial) -> None:
         folder = self.proposals.assignment(trial_name(trial.number), {}, True)["folder"]
         (Path(folder) / CHECKPOINT).unlink(missing_ok=True)
@@ -285,24 +264,3 @@ class StudySearch(tune.search.Searcher):
 def trial_name(number: int) -> str:
     """The name of a trial's folder."""
     return f"{number:04d}"
-
-
-@dataclass(frozen=True)
-class _Replayed:
-    """Stands for a finished trial before a scheduler, which knows trials by their `trial_id`."""
-
-    trial_id: str
-
-
-def replay(scheduler: TrialScheduler, finished: list[FrozenTrial]) -> None:
-    """Show a new scheduler what earlier trials reported, so that a resumed search prunes as it would have."""
-    for trial in finished:
-        stand_in: Any = _Replayed(f"replayed-{trial.number}")
-        controller: Any = None  # asked only by schedulers that pause trials
-        scheduler.on_trial_add(controller, stand_in)
-        result: dict[str, Any] = {}
-        for epochs, value in sorted(trial.intermediate_values.items()):
-            result = {TIME: epochs, METRIC: value}
-            scheduler.on_trial_result(controller, stand_in, result)
-        if result:
-            scheduler.on_trial_complete(controller, stand_in, result)

@@ -1,4 +1,4 @@
-"""A sweep from beginning to end: space, splits, slots, search, refits, report. And how it is resumed."""
+"""A sweep from beginning to end: splits, study, slots, search, refits, report. `resume.py` continues one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import pandas as pd
 from optuna.trial import TrialState
-from pydantic import BaseModel, ConfigDict, Field
 from ray import tune
+from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
 from core.config import Settings, merge, resolve
@@ -24,165 +23,152 @@ from core.volumes.cohort import Cohort
 from core.volumes.shards import writing_to
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
+from distributed.budget import Budget, make_terminator
+from distributed.claim import claim
 from distributed.cluster import check_shared, connect, plan_slots
 from distributed.data import hold
+from distributed.request import SearchPlan, SweepRequest, plan_search
 from distributed.run_folder import RunFolder
-from distributed.search import (
+from distributed.samplers import GRID, grid_points, sampler_note
+from distributed.schedulers import Wilcoxon, make_scheduler, pruner_threshold, replay
+from distributed.search import Judgement, Proposals, StudySearch
+from distributed.slot import Slot, Workers
+from distributed.study import (
+    ENQUEUED,
     PUBLISHED,
-    Budget,
-    Proposals,
-    StudySearch,
-    check_space,
-    make_scheduler,
+    best_trial,
+    enqueue,
     open_study,
     published_parameters,
-    replay,
+    read_points,
 )
-from distributed.slot import Slot
-from distributed.train_loop import HOLDOUT
+from distributed.train_loop import Subjects
 from distributed.trial import assign, make_runner
 from distributed.watch import Display, TensorBoard
-from search_spaces import Space, load_space, pin
 
 TRIAL_RESTARTS = 2
 # Tune's per-trial driver must hold something; the head's marker resource costs no CPU of the slots.
 DRIVER_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.001}
 
 
-class SweepRequest(BaseModel):
-    """What a user asks of a sweep; recorded in run.json, so that `resume` asks the same."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    space: str = Field("brain_age", description="NAME of a space, or FILE.py:FUNCTION")
-    trials: int = Field(20, ge=1)
-    folds: int = Field(5, ge=2, description="cross-validation folds among the development subjects")
-    seeds: int = Field(1, ge=1, description="repeats of every fold with another seed")
-    refit_seeds: int = Field(
-        1, ge=1, description="refits of the winner and the baselines, each with its own seed"
-    )
-    holdout: float = Field(0.2, gt=0, lt=1, description="share of the subjects that the search never sees")
-    slots: int | None = Field(
-        None, ge=1, description="trials at a time; as many as the cluster holds if absent"
-    )
-    workers_per_slot: int = Field(1, ge=1)
-    gpus_per_worker: float | None = Field(None, ge=0, description="1 where there are GPUs, if absent")
-    scheduler: str = "asha"
-    sampler: str = "tpe"
-    time_budget: float | None = Field(None, gt=0, description="seconds, refits not counted")
-    search_seed: int = Field(0, ge=0, description="seed of splits and sampler")
-    changes: dict[str, Any] = Field({}, description="settings fixed by the user, by dotted name")
-
-    @property
-    def cells(self) -> list[dict[str, int]]:
-        """The (fold, seed) cells of every trial, in the order all trials visit them."""
-        return [{"fold": fold, "seed": seed} for seed in range(self.seeds) for fold in range(self.folds)]
-
-    @property
-    def refit_cells(self) -> list[dict[str, int]]:
-        """The cells of a refit."""
-        return [{"fold": HOLDOUT, "seed": seed} for seed in range(self.refit_seeds)]
-
-
 def run_sweep(
-    cohort: Path, request: SweepRequest, out: Path, address: str | None, console: Console
+    cohort: Path,
+    request: SweepRequest,
+    out: Path,
+    address: str | None,
+    console: Console,
+    enqueued: Path | None = None,
 ) -> RunFolder:
     """Search, refit, look at the hold-out once, report. Returns the run's folder.
+
+    Args:
+        cohort: its folder.
+        request: what is asked.
+        out: the run's folder, made here.
+        address: of a Ray cluster; this machine if None.
+        console: where to say how it goes.
+        enqueued: a YAML file with configurations to try after the published one.
 
     Raises:
         UserError: before anything is started, for anything in the request that cannot work.
     """
     opened = Cohort.open(cohort)
-    space, settings = _space_of(request)
-    base = resolve(settings).model_dump(mode="json")
-    check_space(space, base)
-    make_scheduler(request.scheduler, base["training"]["epochs"], len(request.cells))
+    plan = plan_search(request, opened)
+    first = _first_points(plan, enqueued, console)
+    grid = None
+    if request.sampler == GRID:
+        grid = grid_points(plan.space, request.grid_points, request.search_seed)
+        request = _with_whole_grid(request, first, grid)
     splits = make_splits(opened.manifest, request.folds, request.holdout, request.search_seed)
-    folder = run_folder.create_run(out, "sweep", request.model_dump(mode="json"), base, opened)
+    folder = run_folder.create_run(out, "sweep", request.model_dump(mode="json"), plan.base, opened)
+    with claim(folder.path, console):
+        return _begin(folder, request, plan, first, grid, opened, splits, address, console)
+
+
+def _begin(
+    folder: RunFolder, request: SweepRequest, plan: SearchPlan, first: dict[str, list[dict[str, Any]]],
+    grid: list[dict[str, Any]] | None, opened: Cohort, splits: Splits, address: str | None, console: Console,
+) -> RunFolder:  # fmt: skip
+    """Record what is searched and who is held out, fill the study, and run it."""
+    folder.update(searched=plan.profile.as_json())
     run_folder.write_splits(folder, splits, opened)
-    study = open_study(folder.journal, request.sampler, request.search_seed)
-    parameters = published_parameters(space, base)
-    if parameters is not None:
-        study.enqueue_trial(parameters, user_attrs={"label": PUBLISHED}, skip_if_exists=True)
-    else:
+    study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives)
+    for label, points in first.items():
+        enqueue(study, points, label)
+    enqueue(study, grid or [], None)
+    note = sampler_note(request.sampler, plan.profile)
+    if note:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    return execute(folder, request, plan, opened, splits, study, address, console)
+
+
+def _first_points(
+    plan: SearchPlan, enqueued: Path | None, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """What is tried before the sampler is asked, by label: the published configuration, then the user's own."""
+    published = published_parameters(plan.space, plan.base)
+    if published is None:
         console.print("note: the starting settings lie outside this space; they are refitted, not searched")
-    return _execute(folder, request, opened, splits, study, address, console)
+    own = read_points(enqueued, plan.space) if enqueued else []
+    return {PUBLISHED: [published] if published is not None else [], ENQUEUED: own}
 
 
-def resume_sweep(
-    run: Path, address: str | None, console: Console, time_budget: float | None = None
-) -> RunFolder:
-    """Continue a sweep that was interrupted: unfinished trials first, each from its last epoch."""
-    folder = run_folder.open_run(run)
-    about = folder.about
-    if about.get("kind") != "sweep":
-        raise UserError(f"{run} is not a sweep but a '{about.get('kind')}' run; only sweeps are resumed")
-    request = SweepRequest(**about["sweep"] | {"time_budget": time_budget})
-    cohort = Cohort.open(Path(about["cohort"]["path"]))
-    if cohort.description.hash != about["cohort"]["hash"]:
+def _with_whole_grid(
+    request: SweepRequest, first: dict[str, list[dict[str, Any]]], grid: list[dict[str, Any]]
+) -> SweepRequest:
+    """`request` with as many trials as the grid and what comes before it have; refused where they are not asked for."""
+    before = [point for points in first.values() for point in points if point not in grid]
+    needed = len(grid) + len(before)
+    if request.trials < needed:
         raise UserError(
-            f"cohort {cohort.folder} has changed since the run began; its trials would not be comparable"
+            f"the grid has {len(grid)} points, {needed} trials with those before it, and --trials is {request.trials}; "
+            f"give --trials {needed}, fewer --grid-points, or --sampler qmc to spread fewer trials"
         )
-    splits = make_splits(cohort.manifest, request.folds, request.holdout, request.search_seed)
-    recorded = pd.read_csv(folder.path / "splits.csv", dtype=str)
-    if not splits.to_frame(cohort.manifest).astype(str).reset_index(drop=True).equals(recorded):
-        raise UserError(
-            f"the splits recorded in {folder.path}/splits.csv are not those of this version; start anew"
-        )
-    study = open_study(folder.journal, request.sampler, request.search_seed)
-    states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    if about["finished"] and sum(state.is_finished() for state in states) >= request.trials:
-        console.print(f"nothing left to do: all {request.trials} trials of {run} are finished")
-        return folder
-    if about["code"] != run_folder.code_version():
-        console.print("note: the code has changed since this run began; later trials may not be comparable")
-    return _execute(folder, request, cohort, splits, study, address, console)
+    return request.model_copy(update={"trials": needed})
 
 
-def _space_of(request: SweepRequest) -> tuple[Space, Settings]:
-    """The space with what the user fixed taken out of it, and the settings it starts from."""
-    space, settings = load_space(request.space)
-    return pin(space, request.changes), merge(settings, request.changes)
-
-
-def _execute(
-    folder: RunFolder, request: SweepRequest, cohort: Cohort, splits: Splits, study: optuna.Study,
-    address: str | None, console: Console,
+def execute(
+    folder: RunFolder, request: SweepRequest, plan: SearchPlan, cohort: Cohort, splits: Splits,
+    study: optuna.Study, address: str | None, console: Console,
 ) -> RunFolder:  # fmt: skip
     """Run what is left of a sweep on Ray, and write everything it leaves."""
-    space, _ = _space_of(request)
-    base: Settings = folder.about["settings"]
-    budget = Budget(request.time_budget)
-    unfinished = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    epochs = plan.base["training"]["epochs"]
+    budget = Budget(request.time_budget, request.accelerator_hours)
+    threshold = pruner_threshold(request.pruner, len(request.cells))
+    pruner = Wilcoxon(threshold, study, request.objectives[0], len(request.cells)) if threshold else None
+    judgement = Judgement(
+        request.objectives,
+        request.scheduler,
+        pruner,
+        make_terminator(
+            request.stop_when, request.search_seed, len(request.objectives), len(plan.profile.always)
+        ),
+    )
     proposals = Proposals(
         study=study,
-        space=space,
-        base=base,
+        space=plan.space,
+        base=plan.base,
         trials=request.trials,
         assignment=lambda name, settings, prunable: assign(
-            folder.trial(name), settings, request.cells, prunable=prunable
+            folder.trial(name), settings, request.cells, prunable=prunable, metric=request.objectives[0]
         ),
-        refits=lambda study: _refits(folder, request, base, study),
-        continued=unfinished,
+        refits=lambda study: _repetitions(folder, request, study) + _refits(folder, request, study),
+        continued=study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)),
     )
-    epochs = base["training"]["epochs"]
+    search = StudySearch(proposals, budget, judgement)
     scheduler = make_scheduler(request.scheduler, epochs, len(request.cells))
     replay(scheduler, [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()])
     with connect(address, console), _interruptible(budget, console):
         workers, slots = plan_slots(
             request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials, console
         )
+        _count_devices(budget, workers, folder, study)
         check_shared(folder.path)
         console.print(
             f"{slots} slots of {workers.count} worker(s), {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
         )
-        display = Display(console, request.trials, epochs, budget)
-        arguments = {
-            "volumes": hold(cohort),
-            "manifest": cohort.manifest[["subject", "age", "site"]],
-            "splits": splits,
-            "channels": cohort.description.channels,
-        }
+        display = Display(console, request.trials, epochs, budget, request.objectives[0])
+        arguments = {"subjects": Subjects.of(cohort, splits, hold(cohort))}
         trainable = tune.with_parameters(
             Slot,
             workers=workers,
@@ -193,7 +179,7 @@ def _execute(
         tuner = tune.Tuner(
             tune.with_resources(trainable, DRIVER_RESOURCES),
             tune_config=tune.TuneConfig(
-                search_alg=StudySearch(proposals, budget),
+                search_alg=search,
                 scheduler=scheduler,
                 num_samples=-1,
                 max_concurrent_trials=slots,
@@ -202,26 +188,60 @@ def _execute(
             run_config=tune.RunConfig(
                 storage_path=str(folder.path / "tune"),
                 name="sweep",
-                stop=budget,
+                stop=CombinedStopper(budget, pruner) if pruner else budget,
                 failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[display, TensorBoard(folder.path / "tensorboard", check_space(space, base))],
+                callbacks=[display, TensorBoard(folder.path / "tensorboard", list(plan.profile.settings))],
                 verbose=0,
             ),
         )
         with display:
             tuner.fit()
-    return _conclude(folder, study, cohort, splits, budget, console)
+    if search.broken is not None:
+        raise UserError(
+            f"the sweep stopped: {search.broken}. Nothing finished is lost; once that is mended: "
+            f"brainsweep resume {_short(folder.path)}"
+        )
+    return _conclude(folder, request, study, cohort, splits, budget, console)
 
 
-def _refits(
-    folder: RunFolder, request: SweepRequest, base: Settings, study: optuna.Study
-) -> list[dict[str, Any]]:
+def _count_devices(budget: Budget, workers: Workers, folder: RunFolder, study: optuna.Study) -> None:
+    """Tell the budget what a slot holds, and what the trials of earlier sessions have used."""
+    budget.unit = "GPU" if workers.gpus else "CPU"
+    budget.devices = workers.count * (workers.gpus or workers.cpus)
+    budget.used = run_folder.accelerator_seconds(folder, study, budget.devices)
+
+
+def _repetitions(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[dict[str, Any]]:
+    """Winner and published on the search's own folds again, with fresh seeds: what was luck does not repeat."""
+    best = best_trial(study)
+    if best is None or not request.confirm_cells:
+        return []
+    _set_aside_former_winner(folder, best.number)
+    chosen = {"winner": json.loads(best.user_attrs["settings"])}
+    if best.user_attrs.get("label") != PUBLISHED:
+        chosen["published"] = folder.about["settings"]
+    return [
+        assign(
+            folder.confirmed(method),
+            settings,
+            request.confirm_cells,
+            prunable=False,
+            metric=request.objectives[0],
+        )
+        | {"name": f"{method}-repeated"}
+        for method, settings in chosen.items()
+    ]
+
+
+def _refits(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[dict[str, Any]]:
     """The winner, the published configuration and the L1 baseline, each on all development subjects."""
+    base: Settings = folder.about["settings"]
     regression = merge(base, {"objective.name": "l1"})
     chosen = {"published": base, "l1": resolve(regression).model_dump(mode="json")}
-    best = run_folder.best_trial(study)
+    best = best_trial(study)
     if best is not None:
+        _set_aside_former_winner(folder, best.number)
         chosen = {"winner": json.loads(best.user_attrs["settings"])} | chosen
     return [
         assign(folder.refit(method), settings, request.refit_cells, keep_model=True)
@@ -229,18 +249,30 @@ def _refits(
     ]
 
 
+def _set_aside_former_winner(folder: RunFolder, number: int) -> None:
+    """A search that went on after its refits may have another winner: the old one's refits must not stand for it."""
+    former = folder.about.get("refitted")
+    if former not in (None, number):
+        for made in (folder.refit("winner"), folder.confirmed("winner")):
+            if made.exists():
+                made.rename(made.with_name(f"winner-was-{former}"))
+    folder.update(refitted=number)
+
+
 def _conclude(
-    folder: RunFolder, study: optuna.Study, cohort: Cohort, splits: Splits, budget: Budget, console: Console
-) -> RunFolder:
+    folder: RunFolder, request: SweepRequest, study: optuna.Study, cohort: Cohort, splits: Splits,
+    budget: Budget, console: Console,
+) -> RunFolder:  # fmt: skip
     """Tables, the best model, the report, the leaderboard, and what to type next."""
     with writing_to(folder.path):
         run_folder.write_tables(folder, study)
+        run_folder.write_confirmed(folder)
         run_folder.write_holdout(folder, cohort, splits)
-        model = folder.refit("winner") / "model-0"
+        model = folder.refit("winner") / f"model-{request.refit_cells[0]['seed']}"
         if model.exists():
             run_folder.keep_best(folder, model)
         if not budget.interrupted:
-            run_folder.finish(folder, study)
+            run_folder.finish(folder, study, budget.reason)
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     if failed and len(failed) == len(study.get_trials(deepcopy=False)):
         reason = failed[0].user_attrs.get("reason", "unknown")
@@ -254,6 +286,8 @@ def _conclude(
 def _say_next(folder: RunFolder, page: Path, study: optuna.Study, budget: Budget, console: Console) -> None:
     run = _short(folder.path)
     unfinished = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+    if budget.reason and not budget.interrupted:
+        console.print(f"\nThe search ended early: {budget.reason}.", highlight=False)
     if budget.interrupted or unfinished:
         console.print(f"\n{unfinished} trial(s) unfinished. Continue with\n  brainsweep resume {run}")
     console.print(

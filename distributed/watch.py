@@ -16,10 +16,17 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from core.config import flatten
+from core.objectives import OBJECTIVES
 from core.report.describe import describe
-from distributed.search import Budget
+from distributed.budget import Budget
 from distributed.train_loop import HOLDOUT
 
+VALUE_NAMES = {
+    "mae": ("MAE", " y"),
+    "site_balanced_accuracy": ("site accuracy", ""),
+    "openbhb_score": ("score", ""),
+}
+"""How the display calls a trial's value, and its unit."""
 SCALARS = ("value", "mae", "loss", "learning_rate", "temperature", "width", "neighbours")
 
 
@@ -29,8 +36,11 @@ class Display(tune.Callback):
     In a terminal the display is live; elsewhere one line is printed for every trial that ends.
     """
 
-    def __init__(self, console: Console, trials: int, epochs: int, budget: Budget) -> None:
+    def __init__(
+        self, console: Console, trials: int, epochs: int, budget: Budget, objective: str = "mae"
+    ) -> None:
         self.console, self.trials, self.epochs, self.budget = console, trials, epochs, budget
+        self.value_name, self.unit = VALUE_NAMES.get(objective, (OBJECTIVES[objective].words, ""))
         self.done = 0
         self.best: tuple[float, str] | None = None
         self.slots: dict[str, dict[str, Any]] = {}
@@ -84,24 +94,37 @@ class Display(tune.Callback):
         if slot is None:
             return
         name, result = slot["assignment"]["name"], slot.get("result") or {}
-        is_refit = slot["assignment"]["cells"][0]["fold"] == HOLDOUT
+        is_trial = name.isdigit()
         how = "finished" if result.get("finished") else otherwise
         if "failed" in result:
             how = f"failed: {result['failed']}"
         value = result.get("value", math.nan)
-        if how == "finished" and not is_refit and (self.best is None or value < self.best[0]):
+        if how == "finished" and is_trial and (self.best is None or value < self.best[0]):
             self.best = (value, name)
-        if not is_refit:
+        if is_trial:
             self.done += 1
             self.overall.update(self.task, completed=self.done, best=self._best())
         if not self.console.is_terminal:
-            shown = "refit" if is_refit else "trial"
-            self.console.print(
-                f"{shown} {name} {how} after {self._epochs(result)} epochs, MAE {value:.2f} y  {self._best()}"
+            shown = (
+                "trial"
+                if is_trial
+                else "refit"
+                if slot["assignment"]["cells"][0]["fold"] == HOLDOUT
+                else "repeated"
             )
+            ended = f"{shown} {name} {how} after {self._epochs(result)} epochs, {self._value(value)}"
+            self.console.print("  ".join(filter(None, [ended, self._best(), self._left()])), highlight=False)
 
     def _best(self) -> str:
-        return f"best {self.best[0]:.2f} y (trial {self.best[1]})" if self.best else ""
+        return f"best {self.best[0]:.2f}{self.unit} (trial {self.best[1]})" if self.best else ""
+
+    def _value(self, value: float) -> str:
+        return f"{self.value_name} {value:.2f}{self.unit}"
+
+    def _left(self) -> str:
+        """The remaining budget, of those that were set besides the number of trials."""
+        left = self.budget.remaining()
+        return f"left: {', '.join(left)}" if left else ""
 
     def _render(self) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -110,9 +133,11 @@ class Display(tune.Callback):
             table.add_row("[dim]starting the slots …[/dim]" if not self.done else "")
         for slot in list(self.slots.values()):
             table.add_row(self._slot_line(slot))
-        if self.budget.deadline is not None:
-            left = max(0.0, self.budget.deadline - time.time())
-            table.add_row(f"[dim]time budget left: {left:.0f} s[/dim]")
+        trials = max(0, self.trials - self.done)
+        left = [f"{trials} trials", *self.budget.remaining()]
+        table.add_row(f"[dim]left: {', '.join(left)}[/dim]")
+        if self.budget.unlikely:
+            table.add_row("[dim]further improvement is unlikely: no new trials[/dim]")
         return table
 
     def _slot_line(self, slot: dict[str, Any]) -> str:
@@ -122,7 +147,7 @@ class Display(tune.Callback):
             return f"  {assignment['name']}  {what}  [dim]first epoch …[/dim]"
         where = "refit" if result["fold"] == HOLDOUT else f"fold {result['fold']}"
         value = result.get("value", math.nan)
-        shown = "" if math.isnan(value) else f"  MAE {value:.2f} y"
+        shown = "" if math.isnan(value) else f"  {self._value(value)}"
         epoch = f"seed {result['seed']}, epoch {result['epoch']}/{self.epochs}"
         return f"  {assignment['name']}  {what}  {where}, {epoch}{shown}"
 

@@ -48,8 +48,13 @@ def pin(space: Space, changes: Mapping[str, Any]) -> Space:
 
     A block that is switched off (`objective.neighbours=null`) pins everything in it.
     """
-    pinned = with_absent(flatten(changes)) | dict(changes)
+    pinned = fixed_by(changes)
     return lambda trial: space(PinnedTrial(trial, pinned))  # type: ignore[arg-type]
+
+
+def fixed_by(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting that `changes` give a value, by dotted name: also those of a block that they switch off."""
+    return with_absent(flatten(changes)) | dict(changes)
 
 
 class PinnedTrial:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from core.report.record import RunRecord
+from core.report.record import RunRecord, reported
 from core.report.style import (
     ACCENT,
     INK,
@@ -154,13 +154,15 @@ def importances_of(record: RunRecord) -> dict[str, float]:
     completed = record.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(completed) < 2:
         raise NothingToDraw(f"importance needs at least 2 completed trials; this run has {len(completed)}")
-    if np.ptp([trial.value for trial in completed]) == 0:
+    if np.ptp([trial.values[0] for trial in completed]) == 0:
         raise NothingToDraw("all completed trials have the same value, so no setting made a difference")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = optuna.importance.get_param_importances(
-                record.study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+                record.study,
+                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+                target=lambda trial: trial.values[0],
             )
     except (RuntimeError, ValueError) as error:
         raise NothingToDraw(f"Optuna cannot assess it: {error}") from None
@@ -247,11 +249,11 @@ def learning_curves(record: RunRecord) -> Figure:
     """What the pruner saw: the mean validation MAE of every trial as epochs went by, and where it stopped."""
     if record.study is None:
         raise NothingToDraw("the Optuna study, which holds the values reported by the trials, is absent")
-    trials = [trial for trial in record.study.get_trials(deepcopy=False) if trial.intermediate_values]
+    trials = [trial for trial in record.study.get_trials(deepcopy=False) if reported(trial)]
     if not trials:
         raise NothingToDraw("no trial reported a value before it ended")
     figure, axes = new_figure(3.4)
-    is_large = sum(len(trial.intermediate_values) for trial in trials) > MOST_POINTS
+    is_large = sum(len(reported(trial)) for trial in trials) > MOST_POINTS
     for trial in trials:
         _draw_curve(axes, trial, record, rasterized=is_large)
     if any(trial.state == TrialState.PRUNED for trial in trials):
@@ -283,16 +285,16 @@ def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord, rasterized: b
 
 def _values_over_epochs(trial: FrozenTrial, record: RunRecord) -> dict[int, float]:
     """What a trial reported by epochs done; its end is its value, which need not have been reported."""
-    values = dict(trial.intermediate_values)
+    values = dict(reported(trial))
     epochs = record.trials.loc[record.trials["number"] == trial.number, "epochs"].max()
-    if trial.state == TrialState.COMPLETE and trial.value is not None and epochs >= max(values):
-        values[int(epochs)] = trial.value
+    if trial.state == TrialState.COMPLETE and trial.values and epochs >= max(values):
+        values[int(epochs)] = trial.values[0]
     return values
 
 
 def _clip_curves(axes: Axes, trials: list[FrozenTrial]) -> None:
     """First epochs can be wild: show up to twice the 90th percentile of all that was reported."""
-    values = np.array([value for trial in trials for value in trial.intermediate_values.values()])
+    values = np.array([value for trial in trials for value in reported(trial).values()])
     values = values[np.isfinite(values)]
     if len(values) and values.max() > 2 * np.percentile(values, 90):
         axes.set_ylim(top=2 * np.percentile(values, 90))

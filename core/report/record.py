@@ -10,12 +10,22 @@ from typing import Any
 import optuna
 import pandas as pd
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
 
 from core.errors import UserError
+from core.objectives import OBJECTIVES
 from core.report.verdict import MEDIAN
 
 STUDY_NAME = "brainsweep"
+"""The study of a run whose space was never changed; run.json names the present one."""
+OUTSIDE = "outside the space"
+"""The label of a trial that a change of the space has left outside; it has a value, but cannot win."""
+VALUE_AT = "value at epoch "
+"""Before the epochs done: the user attribute for what Optuna refuses to keep of trials with several objectives."""
 TRIAL_COLUMNS = ("number", "label", "state", "value", "sd", "n", "epochs", "seconds", "reason")
+MEASURED_COLUMNS = ("outside", *OBJECTIVES)
+"""What a trials table may say besides: whether the space was changed since, and means over the cells."""
+NO_SETTINGS = (*TRIAL_COLUMNS, *MEASURED_COLUMNS)
 
 # Every table a run leaves: its columns, and what the reader of a report misses without it.
 TABLES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -83,7 +93,16 @@ class RunRecord:
     def best(self) -> int | None:
         """The number of the best completed trial, or None when no trial was completed."""
         completed = self.trials[(self.trials["state"] == "COMPLETE") & self.trials["value"].notna()]
-        return None if completed.empty else int(completed.sort_values(["value", "number"])["number"].iloc[0])
+        if "outside" in completed:
+            completed = completed[~completed["outside"].fillna(False).astype(bool)]
+        later = [name for name in self.objectives[1:] if name in completed]
+        ordered = completed.sort_values(["value", *later, "number"])
+        return None if ordered.empty else int(ordered["number"].iloc[0])
+
+    @property
+    def objectives(self) -> list[str]:
+        """What the search minimised; the first is the trials' value."""
+        return list((self.about.get("sweep") or {}).get("objectives") or ["mae"])
 
     @property
     def published(self) -> int | None:
@@ -98,7 +117,7 @@ class RunRecord:
 
     def searched(self) -> list[str]:
         """The settings that the search varied (dotted names), as the trials table has them."""
-        return [str(name) for name in self.trials.columns if name not in TRIAL_COLUMNS]
+        return [str(name) for name in self.trials.columns if name not in NO_SETTINGS]
 
 
 def read_run(run: Path) -> RunRecord:
@@ -114,7 +133,7 @@ def read_run(run: Path) -> RunRecord:
     about = _read_json(run / "run.json", "how the run was made", missing)
     if about.get("kind", "sweep") != "sweep":
         raise UserError(f"'{run}' is a '{about['kind']}' run; a report is made of sweeps")
-    study = _read_study(run / "study.journal", missing)
+    study = _read_study(run / "study.journal", about.get("study") or STUDY_NAME, missing)
     tables = {name: _read_table(run, name, missing) for name in TABLES}
     if tables["trials"].empty and study is not None:
         tables["trials"] = _trials_of(study)
@@ -177,18 +196,28 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=["", "nan", "NaN"])
 
 
-def _read_study(path: Path, missing: list[str]) -> optuna.Study | None:
+def _read_study(path: Path, name: str, missing: list[str]) -> optuna.Study | None:
     if not path.exists():  # looked at first, because opening a journal creates it
         missing.append(f"{path.name} is absent: parameter importance and learning curves")
         return None
     backend = JournalFileBackend(str(path))
     try:
-        return optuna.load_study(study_name=STUDY_NAME, storage=optuna.storages.JournalStorage(backend))
+        return optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
     except (KeyError, OSError, ValueError) as error:
         missing.append(
             f"{path.name} cannot be read ({_first_line(error)}): parameter importance and learning curves"
         )
         return None
+
+
+def reported(trial: FrozenTrial) -> dict[int, float]:
+    """What a trial reported, by epochs done over all cells, of one objective or the first of several."""
+    several = {
+        int(name.removeprefix(VALUE_AT)): float(value)
+        for name, value in trial.user_attrs.items()
+        if name.startswith(VALUE_AT)
+    }
+    return several or trial.intermediate_values
 
 
 def _trials_of(study: optuna.Study) -> pd.DataFrame:
@@ -198,10 +227,10 @@ def _trials_of(study: optuna.Study) -> pd.DataFrame:
             "number": trial.number,
             "label": trial.user_attrs.get("label"),
             "state": trial.state.name,
-            "value": trial.value if trial.state.is_finished() else None,
+            "value": trial.values[0] if trial.values else None,
             "sd": trial.user_attrs.get("sd"),
             "n": trial.user_attrs.get("n"),
-            "epochs": trial.last_step,
+            "epochs": max(reported(trial), default=None),
             "seconds": trial.user_attrs.get("seconds"),
             "reason": trial.user_attrs.get("reason"),
             **trial.params,

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from core.report.describe import describe, is_absent, number
-from core.report.record import TRIAL_COLUMNS, RunRecord, read_run
+from core.report.record import NO_SETTINGS, RunRecord, read_run
 from core.report.verdict import METHODS, comparisons, verdict
 
 __all__ = [
@@ -44,7 +44,7 @@ def leaderboard(trials: pd.DataFrame, top: int = 10) -> pd.DataFrame:
     not comparable; pruned trials come after them, as far as there is room. Columns: rank, trial, what (the
     configuration in few words), validation MAE (years, mean ± SD over cells), n (cells), state.
     """
-    settings = [name for name in trials.columns if name not in TRIAL_COLUMNS]
+    settings = [name for name in trials.columns if name not in NO_SETTINGS]
     is_ranked = (trials["state"] == "COMPLETE") & trials["value"].notna()
     ranked = trials[is_ranked].sort_values(["value", "number"], kind="stable")
     pruned = trials[trials["state"] == "PRUNED"].sort_values(["value", "number"], kind="stable")
@@ -109,7 +109,7 @@ def _holdout_row(method: str, holdout: pd.DataFrame) -> dict[str, Any]:
 
 def failed_trials(trials: pd.DataFrame) -> pd.DataFrame:
     """The trials that failed: trial, reason, epochs done, what (the configuration in few words)."""
-    settings = [name for name in trials.columns if name not in TRIAL_COLUMNS]
+    settings = [name for name in trials.columns if name not in NO_SETTINGS]
     rows = [
         {
             "trial": int(row["number"]),

@@ -1,0 +1,171 @@
+"""What stops trials early: against laws, Optuna's own pruner, and what a resumed search would have decided."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
+
+from core.errors import UserError
+from distributed.schedulers import (
+    CELL_VALUES,
+    METRIC,
+    SCHEDULERS,
+    TIME,
+    Hyperband,
+    Wilcoxon,
+    make_scheduler,
+    pruner_threshold,
+    replay,
+)
+
+
+class Trial:
+    """What a scheduler sees of a trial."""
+
+    def __init__(self, name):
+        self.trial_id = f"t{name}"
+        self.config = {"assignment": {"name": str(name)}}
+
+
+def run(scheduler, number, curve, report=lambda epochs, value: None):
+    """Epochs until `scheduler` stops the trial, or all."""
+    trial = Trial(number)
+    scheduler.on_trial_add(None, trial)
+    for epochs, value in enumerate(curve, start=1):
+        report(epochs, value)
+        shown = {TIME: epochs, METRIC: value}
+        if scheduler.on_trial_result(None, trial, shown) != TrialScheduler.CONTINUE or epochs == len(curve):
+            scheduler.on_trial_complete(None, trial, shown)
+            return epochs
+    return None
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_resumed_scheduler_decides_like_one_that_saw_everything(name):
+    """A law: replaying finished trials leaves the scheduler in the state it would have been in."""
+    generator = np.random.default_rng(0)
+    curves = generator.uniform(5, 15, (16, 1)) * np.linspace(1.5, 1, 8)
+    study = optuna.create_study()
+    lived = make_scheduler(name, epochs=4, cells=2)
+    for number, curve in enumerate(curves[:8]):
+        trial = study.ask()
+        run(lived, number, curve, lambda epochs, value, trial=trial: trial.report(value, epochs))
+        study.tell(trial, state=TrialState.PRUNED)
+    resumed = make_scheduler(name, epochs=4, cells=2)
+    replay(resumed, study.get_trials())
+    decided = [
+        (run(lived, number, curve), run(resumed, number, curve))
+        for number, curve in enumerate(curves[8:], start=8)
+    ]
+    assert all(before == after for before, after in decided)
+    if name != "none":
+        assert min(before for before, _ in decided) < 8  # the law is not about nothing
+
+
+def test_asha_stops_the_worse_half_and_never_a_refit():
+    scheduler = make_scheduler("asha", epochs=4, cells=2)
+    decisions = []
+    for number, value in enumerate([5.0, 6.0, 9.0, 4.0]):
+        trial = Trial(number)
+        scheduler.on_trial_add(None, trial)
+        decisions.append(scheduler.on_trial_result(None, trial, {TIME: 1, "value": value}))
+    assert decisions == ["CONTINUE", "STOP", "STOP", "CONTINUE"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_reports_no_time_is_never_stopped(name):
+    scheduler = make_scheduler(name, epochs=4, cells=2)
+    for number in range(6):
+        run(scheduler, number, [3.0] * 8)
+    refit = Trial("winner")
+    scheduler.on_trial_add(None, refit)
+    for epochs in range(1, 9):
+        assert scheduler.on_trial_result(None, refit, {"epochs": epochs, "value": math.nan}) == "CONTINUE"
+
+
+def test_hyperband_gives_every_bracket_the_same_number_of_epochs():
+    """Li et al. 2018: every bracket has the same budget when all its trials are halved as planned."""
+    scheduler = Hyperband(epochs=4, cells=27)  # 108 epochs, the first comparison after 1
+    assert len(scheduler.brackets) == 5
+    dealt = Counter(scheduler.bracket_number(number) for number in range(600))
+    last = len(scheduler.brackets) - 1
+    budgets = []
+    for bracket, trials in dealt.items():
+        rungs = last - bracket + 1
+        budgets.append(trials * 3**bracket * rungs)
+    assert np.ptp(budgets) < 0.1 * np.mean(budgets)
+
+
+def test_hyperband_has_a_bracket_that_stops_nobody_early():
+    scheduler = Hyperband(epochs=4, cells=3)
+    last = len(scheduler.brackets) - 1
+    patient = [number for number in range(60) if scheduler.bracket_number(number) == last]
+    grace = 3**last
+    assert all(run(scheduler, number, [float(number)] * 12) >= grace for number in patient)
+
+
+def study_with_best(values):
+    study = optuna.create_study()
+    trial = study.ask()
+    for step, value in enumerate(values):
+        trial.report(value, step)
+    trial.set_user_attr(CELL_VALUES, list(values))
+    study.tell(trial, float(np.mean(values)))
+    return study
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_wilcoxon_decides_as_optunas_pruner_does(seed):
+    generator = np.random.default_rng(seed)
+    best = generator.normal(5, 0.5, 8)
+    mine = best + generator.normal(generator.choice([-0.3, 0.0, 0.5]), 0.5, 8)
+    mine[0] = best[0]  # a difference of zero
+    study = study_with_best(best)
+    other = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=0)
+    stopper = Wilcoxon(0.1, study, "mae", 8)
+    for n in range(1, 8):
+        frozen = optuna.trial.create_trial(
+            state=TrialState.RUNNING, intermediate_values=dict(enumerate(mine[:n]))
+        )
+        result = {TIME: n, "done": False, "cells": [{"mae": value} for value in mine[:n]]}
+        assert stopper("a", result) == other.prune(study, frozen), n
+        if "a" in stopper.reasons:
+            break
+
+
+def test_wilcoxon_leaves_refits_the_published_and_the_first_trial_alone():
+    worse = [{"mae": 9.0}] * 6
+    stopper = Wilcoxon(0.1, study_with_best([5.0] * 8), "mae", 8)
+    assert stopper("a", {TIME: 6, "done": False, "cells": worse})
+    assert "p = 0.0" in stopper.reasons["a"]
+    assert not stopper("b", {"epochs": 6, "done": False, "cells": worse})
+    assert not Wilcoxon(0.1, optuna.create_study(), "mae", 8)("c", {TIME: 6, "done": False, "cells": worse})
+
+
+@pytest.mark.parametrize(
+    ("text", "cells", "message"),
+    [
+        ("wilcoxn", 9, "did you mean 'wilcoxon'"),
+        ("wilcoxon=x", 9, "between 0 and 1"),
+        ("wilcoxon=1.5", 9, "between 0 and 1"),
+        ("wilcoxon=0.05", 5, "could never stop a trial: after 4 of 5 cells"),
+    ],
+)
+def test_a_pruner_that_cannot_act_is_refused(text, cells, message):
+    with pytest.raises(UserError, match=message):
+        pruner_threshold(text, cells)
+
+
+def test_pruners_that_can():
+    assert pruner_threshold("none", 2) is None
+    assert pruner_threshold("wilcoxon", 5) == 0.1
+    assert pruner_threshold("wilcoxon=0.05", 6) == 0.05
+
+
+def test_an_unknown_scheduler_is_refused():
+    with pytest.raises(UserError, match="did you mean 'asha'"):
+        make_scheduler("ashaa", 4, 2)
