@@ -25,16 +25,18 @@ def recolour(
     One image at a time: sums over a batch end in other last bits than sums over one of its images, and a view
     must not depend on its batch.
     """
-    brain = image_c != 0
+    brain = image_c.sign().abs_()  # 1 and 0, several times as fast as a comparison
     spatial = tuple(range(1, image_c.ndim))
     if gamma != 1:
-        low = image_c.where(brain, torch.inf).amin(spatial, keepdim=True)
-        high = image_c.where(brain, -torch.inf).amax(spatial, keepdim=True)
-        room = (high - low).clamp(min=torch.finfo(image_c.dtype).tiny)
-        image_c = ((image_c - low) / room).clamp_(0, 1).pow_(gamma).mul_(room).add_(low).where(brain, 0)
-    offset: torch.Tensor | float = shift
+        limit = torch.finfo(image_c.dtype)
+        low = image_c.addcmul(brain - 1, brain.new_tensor(-limit.max)).amin(spatial, keepdim=True)
+        high = image_c.addcmul(brain - 1, brain.new_tensor(limit.max)).amax(spatial, keepdim=True)
+        room = (high - low).clamp(min=limit.tiny)
+        image_c = ((image_c - low) / room).clamp_(0, 1).pow_(gamma).mul_(room).add_(low).mul_(brain)
+    offset = brain.new_full((1,) * brain.ndim, shift)
     if contrast != 1:  # the background's zeros add nothing to the sum
-        sum_c = image_c.sum(spatial, keepdim=True, dtype=torch.promote_types(image_c.dtype, torch.float32))
-        mean = sum_c / brain.sum(spatial, keepdim=True).clamp(min=1)
-        offset = (mean * ((1 - contrast) * scale) + shift).to(image_c.dtype)
-    return (image_c * (contrast * scale)).add_(offset).where(brain, 0)
+        wide = torch.promote_types(image_c.dtype, torch.float32)
+        sum_c, voxels_c = (part.sum(spatial, keepdim=True, dtype=wide) for part in (image_c, brain))
+        mean_c = sum_c / voxels_c.clamp(min=1)
+        offset = (mean_c * ((1 - contrast) * scale) + shift).to(image_c.dtype)
+    return (image_c * (contrast * scale)).addcmul_(brain, offset)

@@ -67,13 +67,16 @@ def make_views(
         UserError: `settings.pad_to` is smaller than the volume or its crop.
     """
     if settings.change_nothing:
-        return volumes_bcxyz.unsqueeze(1).repeat(1, settings.count, 1, 1, 1, 1)
+        return torch.stack([volumes_bcxyz] * settings.count, dim=1)
     if len(subjects) != len(volumes_bcxyz):
         raise ValueError(f"{len(volumes_bcxyz)} volumes for {len(subjects)} subjects")
     subjects_count, channels, *grid = volumes_bcxyz.shape
-    out_bvcxyz = volumes_bcxyz.new_zeros(
-        (subjects_count, settings.count, channels, *_grid_of_views(grid, settings))
-    )
+    grid_of_views = _grid_of_views(grid, settings)
+    fills = list(grid_of_views) == _kept_sides(
+        grid, settings
+    )  # every voxel, so that zeros need not lie there
+    allocate = volumes_bcxyz.new_empty if fills else volumes_bcxyz.new_zeros
+    out_bvcxyz = allocate((subjects_count, settings.count, channels, *grid_of_views))
     views = [
         _View(row, number, stream, _draw(stream))
         for row, subject in enumerate(subjects)
@@ -168,7 +171,7 @@ def _three(sides: Sides) -> tuple[int, int, int]:
 def _write_view(
     out_cxyz: torch.Tensor, volume_cxyz: torch.Tensor, view: _View, settings: ViewSettings
 ) -> None:
-    """Fill `out_cxyz`, which holds zeros, with crop, noise and cutout of `volume_cxyz`."""
+    """Fill `out_cxyz` with crop, noise and cutout of `volume_cxyz`; around a crop it must hold zeros."""
     choices = view.choices
     grid = volume_cxyz.shape[1:]
     kept = _kept_sides(grid, settings)

@@ -121,11 +121,10 @@ def drop_patches(
     """
     streams = [stream_of(seed, subject, epoch, view, "drop", side) for subject in subjects]
     where_bxyz = _blocks(volumes_bcxyz, streams, settings.drop, settings)
-    noise = [
-        _noise(volume_cxyz, stream, settings)
-        for volume_cxyz, stream in zip(volumes_bcxyz, streams, strict=True)
-    ]
-    return torch.where(where_bxyz[:, None], torch.stack(noise), volumes_bcxyz), where_bxyz
+    dropped_bcxyz = volumes_bcxyz.clone()
+    for dropped_cxyz, where_xyz, stream in zip(dropped_bcxyz, where_bxyz, streams, strict=True):
+        dropped_cxyz.masked_scatter_(where_xyz, _noise(dropped_cxyz, where_xyz, stream, settings))
+    return dropped_bcxyz, where_bxyz
 
 
 def swap_patches(
@@ -211,15 +210,23 @@ def block_mask(
 
 
 def _noise(
-    volume_cxyz: torch.Tensor, stream: np.random.SeedSequence, settings: PatchSettings
+    volume_cxyz: torch.Tensor,
+    where_xyz: torch.Tensor,
+    stream: np.random.SeedSequence,
+    settings: PatchSettings,
 ) -> torch.Tensor:
-    """A volume of noise on the scale that `settings.noise` says."""
-    noise_cxyz = standard_normal(volume_cxyz, stream)
+    """Noise for the voxels of a volume that are replaced, (C, voxels), on the scale that `settings.noise` says."""
+    noise_cn = standard_normal(volume_cxyz.new_empty(len(volume_cxyz), int(where_xyz.sum())), stream)
     if settings.noise == "unit":
-        low, high = noise_cxyz.aminmax()
-        return (noise_cxyz - low) / (high - low)
-    for noise, channel in zip(noise_cxyz, volume_cxyz, strict=True):
-        brain = channel[channel != 0].float()
-        if brain.numel():
-            noise.mul_(brain.std(correction=0)).add_(brain.mean())
-    return noise_cxyz
+        if noise_cn.numel() > 1:
+            low, high = noise_cn.aminmax()
+            noise_cn = (noise_cn - low) / (high - low)
+        return noise_cn
+    wide_cn = volume_cxyz.flatten(1).to(torch.promote_types(volume_cxyz.dtype, torch.float32))
+    brain_cn = wide_cn.sign().abs_()
+    voxels_c = brain_cn.sum(1, keepdim=True).clamp(min=1)
+    mean_c = wide_cn.sum(1, keepdim=True) / voxels_c
+    spread_c = ((wide_cn - mean_c).square_().mul_(brain_cn).sum(1, keepdim=True) / voxels_c).sqrt()
+    # a channel of zeros has no scale of its own
+    spread_c = torch.where(spread_c > 0, spread_c, 1)
+    return noise_cn * spread_c.to(noise_cn.dtype) + mean_c.to(noise_cn.dtype)
