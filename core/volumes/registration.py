@@ -157,6 +157,8 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
     """The affine from MNI mm to the image's, and the mutual information reached."""
     import SimpleITK as sitk
 
+    # the method's own number of threads does not reach its metric; ITK is used for nothing else here
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     template = load_template()
     fixed, moving = _as_itk(template.brain, template.affine), _as_itk(voxels, affine)
     around = ndimage.binary_dilation(template.mask, iterations=round(MARGIN_MM / 2 / SPACING))
@@ -165,7 +167,6 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
     )
     transform = sitk.AffineTransform(start)
     method = sitk.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
     method.SetMetricFixedMask(_as_itk(around.astype(np.uint8), template.affine))
     method.SetInterpolator(sitk.sitkLinear)
