@@ -10,8 +10,11 @@ import pytest
 from small_cohort import SMALL, write_small_cohort
 
 from distributed.cli import app, main
+from distributed.cli_data import data
 
-COMMANDS = ["phantom", "ingest", "describe", "train", "sweep", "resume", "report", "evaluate", "predict"]
+COHORTS = ["phantom", "ingest", "describe", "quality", "verify"]
+RUNS = ["train", "sweep", "resume", "report", "evaluate", "predict"]
+COMMANDS = COHORTS + RUNS
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,8 @@ def test_every_command_has_help_with_an_example(brainsweep, command):
 
 
 def test_the_commands_are_these_and_no_others():
-    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
+    assert [command.callback.__name__ for command in data.registered_commands] == COHORTS
+    assert [command.callback.__name__ for command in app.registered_commands] == RUNS
 
 
 @pytest.mark.parametrize(
@@ -143,15 +147,15 @@ def test_ingest_refuses_an_empty_folder_and_a_missing_age_column(brainsweep, tmp
 )
 def test_ingest_leaves_out_what_cannot_be_used_and_names_it(brainsweep, tmp_path, damage, reason):
     source = bids(tmp_path / "study", damage=damage)
-    code, out, _ = brainsweep("ingest", source, tmp_path / "out", "--spacing", 8, "--suffix", "T1w")
+    code, out, _ = brainsweep("ingest", source, tmp_path / "out", "--spacing", 8, "--channels", "T1w")
     assert code == 0
     assert "left out sub-02" in out
     assert reason in out
-    assert "2 subjects in" in out
+    assert "2 scans in" in out
     rejects = (tmp_path / "out" / "rejects.csv").read_text()
     assert "sub-02" in rejects
     code, _, err = brainsweep(
-        "ingest", source, tmp_path / "strict", "--spacing", 8, "--suffix", "T1w", "--strict"
+        "ingest", source, tmp_path / "strict", "--spacing", 8, "--channels", "T1w", "--strict"
     )
     assert (code, "sub-02" in err) == (2, True)
 
@@ -162,9 +166,9 @@ def test_from_nifti_files_to_predictions(brainsweep, tmp_path):
     assert code == 0
     cohort = tmp_path / "cohort"
     code, out, _ = brainsweep(
-        "ingest", source, cohort, "--suffix", "stiffness", "--intensity", "raw", "--spacing", 8
+        "ingest", source, cohort, "--channels", "stiffness", "--intensity", "raw", "--spacing", 8
     )
-    assert (code, "12 subjects" in out) == (0, True)
+    assert (code, "12 scans" in out) == (0, True)
     small = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     run = tmp_path / "run"
     code, out, _ = brainsweep("train", cohort, "--folds", 2, "--out", run, *small)
@@ -182,3 +186,30 @@ def test_from_nifti_files_to_predictions(brainsweep, tmp_path):
     nibabel.Nifti1Image(image.get_fdata() * 1000, image.affine).to_filename(save_scaled)
     code, out, _ = brainsweep("predict", run, volume, save_scaled)
     assert (code, out.count("other units?")) == (0, 1)
+
+
+def test_a_flipped_byte_is_found_by_verify_and_nothing_else_is(brainsweep, tmp_path):
+    source = bids(tmp_path / "study")
+    cohort = tmp_path / "out"
+    code, _, _ = brainsweep(
+        "ingest", source, cohort, "--spacing", 8, "--channels", "T1w", "--format", "parquet"
+    )
+    assert code == 0
+    assert brainsweep("verify", cohort)[0] == 0
+    shard = next((cohort / "shards").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, out, _ = brainsweep("verify", cohort)
+    assert code == 1
+    assert shard.name in out
+
+
+def test_quality_writes_a_page_that_names_every_subject(brainsweep, tmp_path):
+    cohort = tmp_path / "out"
+    brainsweep("ingest", bids(tmp_path / "study"), cohort, "--spacing", 8, "--channels", "T1w")
+    code, out, _ = brainsweep("quality", cohort)
+    assert code == 0
+    assert "quality.html" in out
+    page = (cohort / "quality.html").read_text()
+    assert all(f"sub-0{index}" in page for index in (1, 2, 3))
