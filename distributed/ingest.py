@@ -14,8 +14,9 @@ import ray.data
 from ray.data import DataContext, TaskPoolStrategy
 
 from core.errors import UserError
-from core.volumes.ingest import image_shape, volume_bytes
+from core.volumes.ingest import volume_bytes
 from core.volumes.ingest_shards import ShardRecord, ShardTask, write_shard_of
+from core.volumes.sources import Scan, read_image_geometry
 
 PROCESS_BYTES = 500 * 2**20
 """What a worker holds once it has imported everything."""
@@ -61,10 +62,17 @@ def task_bytes(tasks: Sequence[ShardTask]) -> int:
     """An upper estimate of the memory of one task, from the headers of some of the images."""
     scans = [scan for task in tasks for scan in task.scans]
     sampled = scans[:: math.ceil(len(scans) / SAMPLE)]
-    largest = max((math.prod(image_shape(scan.images[0])) for scan in sampled), default=0)
     grid = math.prod(tasks[0].description.shape)
+    largest = max([grid, *(_voxels(scan) for scan in sampled)])
     shard = 2 * volume_bytes(tasks[0].description) * max(len(task.scans) for task in tasks)
-    return PROCESS_BYTES + BYTES_PER_VOXEL * max(largest, grid) + shard
+    return PROCESS_BYTES + BYTES_PER_VOXEL * largest + shard
+
+
+def _voxels(scan: Scan) -> int:
+    try:
+        return math.prod(read_image_geometry(scan.images[0])[0])
+    except UserError:
+        return 0  # it will be left out, with its reason
 
 
 def at_a_time(memory: int, tasks: int) -> int:

@@ -30,13 +30,10 @@ from core.volumes.cohort_writer import (
 )
 from core.volumes.ingest_request import newest_file, request_of, times_of
 from core.volumes.ingest_shards import ShardRecord, ShardTask, as_error, read_record, write_shard_of
-from core.volumes.nifti import read_geometry
 from core.volumes.places import is_url
 from core.volumes.preprocess import Preprocessing, covers_template_field
 from core.volumes.shards import Compression, Storage, fingerprint, replacing, writing_to
-from core.volumes.sources import list_scans
-from core.volumes.sources.arrays import read_header
-from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
+from core.volumes.sources import Listing, Reject, Scan, list_scans, read_image_geometry
 from core.volumes.stored import StoredType
 
 REQUEST = "request.json"
@@ -156,18 +153,10 @@ def resolve_centre(preprocessing: Preprocessing, scans: Sequence[Scan]) -> Prepr
 
 
 def _covers_template(scan: Scan) -> bool | None:
-    image = scan.images[0]
     try:
-        if image.affine is not None:
-            return covers_template_field(image_shape(image), np.asarray(image.affine))
-        return covers_template_field(*read_geometry(image.path))
+        return covers_template_field(*read_image_geometry(scan.images[0]))
     except UserError:
         return None  # it will be rejected, with its reason, when its voxels are read
-
-
-def image_shape(image: ImageFile) -> tuple[int, ...]:
-    """Voxels of an image along each axis, without reading them; UserError for a file that is none."""
-    return read_geometry(image.path)[0] if image.affine is None else read_header(image.path).shape[-3:]
 
 
 def _tasks(
