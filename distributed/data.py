@@ -1,156 +1,123 @@
-"""The plan, then the volumes: which rows an epoch visits in which order, and how a worker gets them.
+"""The plan, then the volumes: from the rows of every batch to tensors on the device, one batch ahead.
 
-The order is a pure function of (seed, epoch): one worker or eight see the same batches, split among them.
+    plan ──▶ resident, streaming or direct ──▶ read ahead ──▶ tensors
+
+All ways give the same batches in the same order; they differ in speed and in what they need.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import ray
+import torch
 
 from core.errors import UserError
 from core.volumes.cohort import Cohort
+from distributed.plan import Plan, Rows
+from distributed.resident import Resident, scan
+from distributed.sources import Direct, Stored, Volumes, bytes_of_a_volume
+from distributed.streaming import Streaming
 
-Rows = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.floating[Any]]
+Mode = Literal["auto", "resident", "streaming", "direct"]
+MODES: tuple[str, ...] = get_args(Mode)
 
-BLOCK_BYTES = 4 * 2**20
-"""Smaller objects cost more calls, and below 100 kB Ray keeps them in the memory of one process."""
+Batches = Generator[torch.Tensor, None, None]
+"""Tensors (n, C, X, Y, Z) in the stored type on the device. One may be overwritten once the one after it was
+asked for, and none may be written to. Closing the generator ends the reading. A damaged volume is a UserError
+that names shard, row and subject."""
+
 OBJECT_STORE_SHARE = 0.6
-"""Largest share of the object store that a resident cohort may fill; beyond it Ray would spill to disk."""
+"""Largest share of a node's object store that a resident cohort may fill; beyond it Ray would spill to disk."""
 
 
-class Volumes(Protocol):
-    """Where a worker gets its volumes from."""
+def hold(cohort: Cohort, mode: Mode = "auto") -> Volumes:
+    """The cohort made ready for the workers of a sweep: resident where it fits every node, else streamed.
 
-    def read(self, rows: Rows) -> Floats:
-        """Volumes (n, C, X, Y, Z) of the cohort's `rows`, in the order asked."""
+    resident: read once into the object store. streaming: read by Ray Data while a trial trains. direct: read
+    by a thread of the worker that trains. All three read every byte once here, and hold it against its
+    checksum, for the statistics that normalisation needs.
 
-
-@dataclass(frozen=True)
-class InMemory:
-    """A cohort held by this very process: for `train` without Ray, and for debugging."""
-
-    volumes: Floats
-
-    @classmethod
-    def of(cls, cohort: Cohort) -> InMemory:
-        """Read the whole cohort, keeping the precision it is stored in."""
-        return cls(cohort.read(np.arange(len(cohort))).astype(cohort.description.dtype))
-
-    def read(self, rows: Rows) -> Floats:
-        """See `Volumes.read`."""
-        return self.volumes[rows]
-
-
-@dataclass(frozen=True)
-class OnDisk:
-    """A cohort too large to hold: every batch is read from its shards by the worker that needs it."""
-
-    folder: str
-
-    def read(self, rows: Rows) -> Floats:
-        """See `Volumes.read`."""
-        return _opened(self.folder).read(rows)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A cohort in the object store, in blocks of consecutive rows: workers on a node read the same memory.
-
-    A worker keeps hold of the blocks it has seen, without copying them, so they are never evicted under it.
+    Raises:
+        UserError: a damaged shard, an unknown mode, or a cohort that does not fit where it was told to stay.
     """
-
-    references: tuple[ray.ObjectRef, ...]
-    rows_per_block: int
-
-    @classmethod
-    def of(cls, cohort: Cohort) -> Resident:
-        """Read every shard once, in parallel; Ray reads a lost block again from its task.
-
-        Raises:
-            UserError: a shard is damaged.
-        """
-        rows_per_block = max(1, BLOCK_BYTES // _bytes_of_a_volume(cohort))
-        rows = np.arange(len(cohort))
-        folder = str(cohort.folder.resolve())
-        references = [_read_block.remote(folder, block) for block in chunks(rows, rows_per_block)]
-        try:
-            ray.get([_is_read.remote(reference) for reference in references])  # a damaged shard fails here
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, UserError) else error from None
-        return cls(tuple(references), rows_per_block)
-
-    def read(self, rows: Rows) -> Floats:
-        """See `Volumes.read`."""
-        return np.stack([self._block(row // self.rows_per_block)[row % self.rows_per_block] for row in rows])
-
-    def _block(self, index: int) -> Floats:
-        reference = self.references[index]
-        if reference not in _BLOCKS:
-            _BLOCKS[reference] = ray.get(reference)
-        return _BLOCKS[reference]
+    if mode not in MODES:
+        raise UserError(f"unknown data mode '{mode}'; choose one of {', '.join(MODES)}")
+    needed, room = bytes_of_a_volume(cohort) * len(cohort), _room()
+    if mode == "resident" and needed > room:
+        raise UserError(
+            f"a resident cohort of {needed / 1e9:.1f} GB does not fit: {OBJECT_STORE_SHARE:.0%} of the smallest "
+            f"node's object store is {room / 1e9:.1f} GB; use streaming, or start Ray with a larger object store"
+        )
+    if mode == "resident" or (mode == "auto" and needed <= room):
+        return Resident.of(cohort)
+    return (Direct if mode == "direct" else Streaming)(cohort.address, scan(cohort))
 
 
-_BLOCKS: dict[ray.ObjectRef, Floats] = {}
-"""The blocks that this process has mapped."""
+def batches(volumes: Volumes, plan: Plan, device: torch.device) -> Batches:
+    """Every batch of `plan`, in order: streamed where the volumes are, else as `read_ahead` gives them."""
+    if isinstance(volumes, Streaming):
+        return _ahead(volumes.stream(plan), device)
+    return read_ahead(volumes, plan.batches(), device)
 
 
-def hold(cohort: Cohort) -> Resident | OnDisk:
-    """The cohort in the object store where it fits, else on disk (Ray would spill it to disk in silence)."""
-    needed = _bytes_of_a_volume(cohort) * len(cohort)
-    available = ray.cluster_resources().get("object_store_memory", 0) * OBJECT_STORE_SHARE
-    return Resident.of(cohort) if needed <= available else OnDisk(str(cohort.folder.resolve()))
+def read_ahead(volumes: Volumes, parts: Iterable[Rows], device: torch.device) -> Batches:
+    """The volumes of each of the `parts`; a thread reads the next one while the last one is used."""
+    return _ahead(_in_turn(volumes, parts, pinned=device.type == "cuda"), device)
 
 
-@ray.remote(num_cpus=0.5)
-def _read_block(folder: str, rows: Rows) -> Floats:
-    cohort = _opened(folder)
-    return cohort.read(rows).astype(cohort.description.dtype)
+def _room() -> float:
+    """Bytes that a resident cohort may take: every node that works has to hold it whole."""
+    stores = [
+        node["Resources"].get("object_store_memory", 0)
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
+    ]
+    return OBJECT_STORE_SHARE * min(stores, default=0)
 
 
-@ray.remote(num_cpus=0)
-def _is_read(block: Floats) -> bool:
-    """Runs only once `block` is there, and raises what its task raised."""
-    return True
+def _in_turn(volumes: Volumes, parts: Iterable[Rows], pinned: bool) -> Iterator[Stored]:
+    """Part after part into two buffers in turn: one is used while the other is filled."""
+    buffers: list[Stored] = []
+    for turn, rows in enumerate(parts):
+        if len(buffers) < 2 or len(buffers[turn % 2]) < len(rows):
+            fresh = volumes.read(rows)
+            if pinned:  # the GPU fetches from page-locked memory by itself
+                fresh = torch.from_numpy(fresh).pin_memory().numpy()
+            buffers[turn % 2 : turn % 2 + 1] = [fresh]
+            yield fresh
+        else:
+            yield volumes.read(rows, out=buffers[turn % 2][: len(rows)])
 
 
-@functools.lru_cache(maxsize=4)
-def _opened(folder: str) -> Cohort:
-    return Cohort.open(Path(folder))
+def _ahead(source: Iterator[Stored], device: torch.device) -> Batches:
+    """The batches of `source` on `device`; a thread makes the next one while the last one is used."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def make() -> torch.Tensor | None:
+        stored = next(source, None)
+        if stored is None:
+            return None
+        tensor = torch.from_numpy(stored)
+        if stream is None:
+            return tensor
+        with torch.cuda.stream(stream):  # beside the training's own queue
+            moved = tensor.to(device, non_blocking=True)
+        stream.synchronize()  # the buffer may be filled again
+        return moved
 
-def _bytes_of_a_volume(cohort: Cohort) -> int:
-    return np.dtype(cohort.description.dtype).itemsize * int(np.prod(cohort.volume_shape))
-
-
-def epoch_batches(rows: Rows, batch_size: int, seed: int, epoch: int, workers: int = 1) -> list[Rows]:
-    """The batches of one epoch: a permutation of `rows`, cut into `batch_size`.
-
-    The last batch is kept, as in the references. One that would leave a worker fewer than two subjects
-    (nothing to contrast, no batch statistics) joins the batch before it.
-    """
-    order = np.random.default_rng((seed, epoch)).permutation(np.asarray(rows))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if len(batches) > 1 and len(batches[-1]) < 2 * workers:
-        batches[-2:] = [np.concatenate(batches[-2:])]
-    return batches
-
-
-def share(rows: Rows, rank: int, workers: int) -> Rows:
-    """The part of a batch that worker `rank` of `workers` takes; the parts differ by at most one row."""
-    return np.array_split(rows, workers)[rank]
-
-
-def chunks(rows: Sequence[int] | Rows, size: int) -> Iterator[Rows]:
-    """`rows` in order, `size` at a time."""
-    rows = np.asarray(rows)
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        coming = reader.submit(make)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(make)
+            if stream is not None:
+                batch.record_stream(torch.cuda.current_stream(device))
+            yield batch
+    finally:
+        reader.submit(
+            getattr(source, "close", lambda: None)
+        )  # a generator is closed by the thread that runs it
+        reader.shutdown(wait=True)

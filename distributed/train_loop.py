@@ -24,10 +24,14 @@ from core.inference import Predictor, save_predictor
 from core.schedules import with_epochs
 from core.tasks import TASKS
 from core.tasks.brain_age import Embedded, Outcome
-from core.volumes.preprocess import fit_intensity_statistics, normalise
+from core.volumes.cohort import Cohort
+from core.volumes.moments import pooled_statistics
+from core.volumes.preprocess import IntensityStatistics, normalise
 from core.volumes.splits import Splits
 from core.volumes.views import make_views
-from distributed.data import Rows, Volumes, chunks, epoch_batches, share
+from distributed.data import Batches, batches, read_ahead
+from distributed.plan import Plan, Rows, chunks, share
+from distributed.sources import Volumes
 
 HOLDOUT = -1
 """The fold of a refit: trained on all development subjects, judged on the hold-out."""
@@ -53,6 +57,20 @@ class Subjects:
     manifest: pd.DataFrame
     splits: Splits
     channels: tuple[str, ...]
+    scales: np.ndarray | None = None
+    """Factors (rows, C) from stored to real values; None where they are the same."""
+
+    @classmethod
+    def of(cls, cohort: Cohort, splits: Splits, volumes: Volumes) -> Subjects:
+        """The subjects of `cohort`, whose volumes are held in `volumes`."""
+        scales = cohort.scales(np.arange(len(cohort)))
+        return cls(
+            volumes,
+            cohort.manifest[["subject", "age", "site"]],
+            splits,
+            cohort.description.channels,
+            None if (scales == 1).all() else scales,
+        )
 
     def rows_of(self, fold: int) -> tuple[Rows, Rows]:
         """(training rows, evaluation rows) of a fold; the hold-out is read for `HOLDOUT` alone."""
@@ -89,6 +107,7 @@ class CellTraining:
         self.objective = self.task.build_objective(settings)
         self.optimiser = build_optimiser(settings, self.model)
         self.epoch = 0
+        self._reading: Batches | None = None
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch; returns its row of the history."""
@@ -98,16 +117,11 @@ class CellTraining:
         rate = set_learning_rate(self.settings, self.optimiser, self.epoch)
         torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}"))
         self.trained.train()
-        batches = epoch_batches(
-            self.training_rows,
-            self.settings.training.batch_size,
-            self._order_seed,
-            self.epoch,
-            self.place.workers,
-        )
+        if self._reading is None:  # one reading for all epochs that are left
+            self._reading = batches(self.subjects.volumes, self._plan, self.place.device)
         losses, neighbours = [], []
-        for batch in batches:
-            losses.append(self._step(share(batch, self.place.rank, self.place.workers), progress))
+        for rows in self._plan.epoch(self.epoch):
+            losses.append(self._step(rows, next(self._reading), progress))
             neighbours.append(self.objective.diagnostics.get("neighbours", torch.tensor(math.nan)))
         loss = _mean_over_workers(torch.stack(losses).mean(), self.place)
         if not math.isfinite(loss):
@@ -121,15 +135,15 @@ class CellTraining:
             "seconds": time.time() - started,
         }  # fmt: skip
 
-    def judge(self) -> Outcome:
-        """Probe fitted on the training subjects, measured on the evaluation subjects."""
+    def judge(self, *, sites: bool = True) -> Outcome:
+        """Probe fitted on the training subjects, measured on the evaluation subjects; `sites`: see the task."""
         training, evaluation = self._embed(self.training_rows), self._embed(self.evaluation_rows)
         for embedded in (training, evaluation):
             if not np.isfinite(embedded.embeddings).all():
                 raise DivergedError(
                     f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}"
                 )
-        return self.task.judge(training, evaluation, sites=self.epoch == self.settings.training.epochs)
+        return self.task.judge(training, evaluation, sites=sites)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continuation needs; tensors and plain numbers only."""
@@ -157,13 +171,26 @@ class CellTraining:
         table = of_subject[["subject", "age", "site"]].assign(predicted=outcome.predicted)
         table.to_csv(path, index=False)
 
-    @property
-    def _order_seed(self) -> int:
-        return _derive_seed(self.cell, "order")
+    def close(self) -> None:
+        """Stop reading ahead, where this cell is left before its last epoch."""
+        if self._reading is not None:
+            self._reading.close()
 
-    def _step(self, rows: Rows, progress: float) -> torch.Tensor:
+    @property
+    def _plan(self) -> Plan:
+        """What is left to train on, from the current epoch."""
+        return Plan(
+            self.training_rows,
+            self.settings.training.batch_size,
+            _derive_seed(self.cell, "order"),
+            range(self.epoch, self.settings.training.epochs + 1),
+            self.place.rank,
+            self.place.workers,
+        )
+
+    def _step(self, rows: Rows, stored: torch.Tensor, progress: float) -> torch.Tensor:
         """One optimiser step on this worker's share of a batch; returns the loss, detached, on the device."""
-        volumes = self._load(rows)
+        volumes = self._prepare(rows, stored)
         views = make_views(volumes, rows, self.epoch, self.cell.seed, self.settings.views)
         ages = torch.as_tensor(self.ages[rows], dtype=torch.float32, device=self.place.device)
         self.optimiser.zero_grad(set_to_none=True)
@@ -176,21 +203,26 @@ class CellTraining:
         self.optimiser.step()
         return loss.detach()
 
-    def _load(self, rows: Rows) -> torch.Tensor:
-        """Normalised volumes (n, C, X, Y, Z), float32, on the device."""
-        volumes = torch.as_tensor(self.subjects.volumes.read(rows)[:, self.channels]).to(self.place.device)
-        return normalise(volumes.float(), self.settings.data.normalise, self.statistics)
+    def _prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
+        """Normalised volumes (n, C, X, Y, Z), float32, on the device, of the `stored` ones with all channels."""
+        volumes = stored[:, self.channels].to(self.place.device).float()
+        if self.subjects.scales is not None:
+            scales = torch.as_tensor(self.subjects.scales[rows][:, self.channels], device=self.place.device)
+            volumes = volumes * scales[:, :, None, None, None]
+        return normalise(volumes, self.settings.data.normalise, self.statistics)
 
     @torch.no_grad()
     def _embed(self, rows: Rows) -> Embedded:
         """Embeddings of `rows` without augmentation, in evaluation mode, in parts over the workers."""
         self.trained.eval()
         mine, predicted = [], []
-        for part in chunks(
-            share(rows, self.place.rank, self.place.workers), self.settings.training.batch_size
-        ):
+        parts = list(
+            chunks(share(rows, self.place.rank, self.place.workers), self.settings.training.batch_size)
+        )
+        reading = read_ahead(self.subjects.volumes, parts, self.place.device)
+        for part, stored in zip(parts, reading, strict=True):
             with autocast(self.settings, self.place.device):
-                volumes = self._load(part)
+                volumes = self._prepare(part, stored)
                 mine.append(self.model.embed(volumes).float().cpu().numpy())
                 if self.task.is_regression(self.settings):
                     predicted.append(self.model(volumes).squeeze(-1).float().cpu().numpy())
@@ -199,14 +231,11 @@ class CellTraining:
         ages = _gather(np.concatenate(predicted), self.place) if predicted else None
         return Embedded(embeddings, self.ages[rows], sites[rows], ages)
 
-    def _fit_statistics(self) -> Any:
+    def _fit_statistics(self) -> IntensityStatistics | None:
         """Intensity statistics of this cell's training subjects."""
         if self.settings.data.normalise != "training":
             return None
-        read = self.subjects.volumes.read
-        return fit_intensity_statistics(
-            volume[self.channels] for rows in chunks(self.training_rows, 16) for volume in read(rows)
-        )
+        return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
 
     def _schedules(self, progress: float) -> dict[str, float]:
         """What the objective's temperature and kernel width stand at."""

@@ -17,9 +17,10 @@ from core.volumes.shards import writing_to
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
 from distributed.cluster import connect, plan_slots
-from distributed.data import InMemory, hold
+from distributed.data import Mode, hold
 from distributed.run_folder import RunFolder
 from distributed.slot import WorkerGroup
+from distributed.sources import InMemory
 from distributed.train_loop import Subjects
 from distributed.trial import Runner, assign, make_runner
 from search_spaces import DEFAULT, load_space
@@ -28,7 +29,7 @@ NAME = "0000"
 
 
 def train_one(
-    cohort: Path,
+    cohort: str | Path,
     out: Path,
     changes: dict[str, Any],
     *,
@@ -38,10 +39,12 @@ def train_one(
     workers: int,
     address: str | None,
     console: Console,
+    data_mode: Mode = "auto",
 ) -> RunFolder:
     """Train one configuration on one fold's training subjects, judge it on that fold's validation subjects.
 
-    The hold-out is not touched. With one worker and no `address` Ray is not started, so a debugger works.
+    The hold-out is not touched. With one worker, no `address` and no `data_mode` Ray is not started, so a
+    debugger works; the cohort is held in memory then.
     """
     opened = Cohort.open(cohort)
     _, published = load_space(DEFAULT)
@@ -55,11 +58,13 @@ def train_one(
     folder = run_folder.create_run(out, "train", request, settings, opened)
     run_folder.write_splits(folder, splits, opened)
     assignment = assign(folder.trial(NAME), settings, [{"fold": fold, "seed": seed}], keep_model=True)
-    if workers == 1 and address is None:
-        subjects = Subjects(InMemory.of(opened), opened.manifest, splits, opened.description.channels)
+    if workers == 1 and address is None and data_mode == "auto":
+        subjects = Subjects.of(opened, splits, InMemory.of(opened))
         answer = _run(Runner(subjects), assignment, settings, console)
     else:
-        answer = _run_on_ray(opened, splits, workers, address, assignment, settings, folder, console)
+        answer = _run_on_ray(
+            opened, splits, workers, address, assignment, settings, folder, console, data_mode
+        )
     if "failed" in answer:
         raise UserError(f"training failed: {answer['failed']}")
     with writing_to(folder.path):
@@ -92,16 +97,11 @@ def _run(
 
 def _run_on_ray(
     cohort: Cohort, splits: Splits, workers: int, address: str | None, assignment: dict[str, Any],
-    settings: dict[str, Any], folder: RunFolder, console: Console,
+    settings: dict[str, Any], folder: RunFolder, console: Console, data_mode: Mode,
 ) -> dict[str, Any]:  # fmt: skip
     with connect(address, console):
         size, _ = plan_slots(slots=1, workers=workers, gpus_per_worker=None, trials=1)
-        arguments = {
-            "volumes": hold(cohort),
-            "manifest": cohort.manifest[["subject", "age", "site"]],
-            "splits": splits,
-            "channels": cohort.description.channels,
-        }
+        arguments = {"subjects": Subjects.of(cohort, splits, hold(cohort, data_mode))}
         group = WorkerGroup(size, make_runner, arguments, str(folder.path / "tune"))
         group.start()
         try:

@@ -10,22 +10,21 @@ import dataclasses
 import io
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from ray import train
 from ray.train.torch import get_device
 
 from core.config import resolve
 from core.errors import UserError
+from core.objectives import OBJECTIVES, mean_of, measure
 from core.tasks.brain_age import Outcome
 from core.volumes.shards import replacing, writing_to
-from core.volumes.splits import Splits
-from distributed.data import Volumes
 from distributed.train_loop import HOLDOUT, Cell, CellTraining, DivergedError, Place, Subjects
 
 CHECKPOINT = "checkpoint.pt"
@@ -43,6 +42,8 @@ class Assignment:
     cells: list[dict[str, int]]
     keep_model: bool = False
     prunable: bool = True
+    metric: str = "mae"
+    """The objective that the trial's value is the mean of; see `core.objectives`."""
 
     @property
     def is_refit(self) -> bool:
@@ -57,9 +58,12 @@ def assign(
     *,
     keep_model: bool = False,
     prunable: bool = True,
+    metric: str = "mae",
 ) -> dict[str, Any]:
     """An assignment as JSON values; the trial is called like its folder."""
-    return dataclasses.asdict(Assignment(folder.name, str(folder), settings, cells, keep_model, prunable))
+    return dataclasses.asdict(
+        Assignment(folder.name, str(folder), settings, cells, keep_model, prunable, metric)
+    )
 
 
 class Runner:
@@ -74,12 +78,21 @@ class Runner:
         """One epoch of `assignment` (see `Assignment`); what fails by its own doing is answered."""
         try:
             if self.trial is None or dataclasses.asdict(self.trial.assignment) != assignment:
-                self.trial = None  # free the last trial's memory first
+                self._drop_trial()  # free the last trial's memory first
                 self.trial = Trial(Assignment(**assignment), self.subjects, self.place)
             return self.trial.run_epoch()
         except (DivergedError, UserError) as failure:
-            clock = self.trial.clock if self.trial else {"epochs": 0}
-            return clock | failed(str(failure))
+            return self._give_up(str(failure))
+
+    def _give_up(self, reason: str) -> dict[str, Any]:
+        clock = self.trial.clock if self.trial else {"epochs": 0}
+        self._drop_trial()
+        return clock | failed(reason)
+
+    def _drop_trial(self) -> None:
+        if self.trial is not None:
+            self.trial.close()
+        self.trial = None
 
 
 def failed(reason: str) -> dict[str, Any]:
@@ -87,13 +100,10 @@ def failed(reason: str) -> dict[str, Any]:
     return {"value": math.nan, "failed": reason, "finished": False, "done": True}
 
 
-def make_runner(
-    volumes: Volumes, manifest: pd.DataFrame, splits: Splits, channels: tuple[str, ...]
-) -> Runner:
+def make_runner(subjects: Subjects) -> Runner:
     """The runner of a slot's worker, placed where Ray Train put it."""
     context = train.get_context()
-    place = Place(get_device(), context.get_world_rank(), context.get_world_size())
-    return Runner(Subjects(volumes, manifest, splits, channels), place)
+    return Runner(subjects, Place(get_device(), context.get_world_rank(), context.get_world_size()))
 
 
 class Trial:
@@ -119,15 +129,19 @@ class Trial:
         """Train one epoch of the current cell, judge it where that is due, save, and say how it stands."""
         if self.answer is not None:  # finished before; the one who asked did not live to hear it
             return self.answer
+        started = time.perf_counter()
         training = self._current_cell()
         row = training.run_epoch()
         last_epoch = training.epoch == self.settings.training.epochs
-        outcome = training.judge() if last_epoch or self._judges_every_epoch else None
+        sites = last_epoch or OBJECTIVES[self.assignment.metric].needs_sites
+        outcome = training.judge(sites=sites) if last_epoch or self._judges_every_epoch else None
         row["mae"] = outcome.metrics["mae"] if outcome else math.nan
+        value = measure(self.assignment.metric, outcome.metrics) if outcome else math.nan
+        row["spent_seconds"] = time.perf_counter() - started
         self.history.append(row)
         if outcome and last_epoch:
             self._finish_cell(training, outcome)
-        answer = row | self.clock | self._standing(row)
+        answer = row | self.clock | self._standing(value)
         if answer["done"]:
             self.answer = answer
         self._save()
@@ -144,13 +158,26 @@ class Trial:
         """Pruning looks at every epoch of the first cell, then at whole cells; the hold-out is seen once."""
         return not self.finished and not self.assignment.is_refit
 
-    def _standing(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _standing(self, value: float) -> dict[str, Any]:
         """The trial's value: of the epoch in its first cell, then the mean of its finished cells."""
-        errors = [cell["mae"] for cell in self.finished]
-        value = float(np.mean(errors)) if errors else row["mae"]
-        sd = float(np.std(errors, ddof=1)) if len(errors) > 1 else math.nan
+        metric = self.assignment.metric
+        values = [measure(metric, cell) for cell in self.finished]
         finished = len(self.finished) == len(self.cells)
-        return {"value": value, "sd": sd, "n": len(errors), "finished": finished, "done": finished}
+        return {
+            "name": self.assignment.name,
+            "value": mean_of(metric, self.finished) if values else value,
+            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+            "n": len(values),
+            "cells": list(self.finished),
+            "spent_seconds": sum(row["spent_seconds"] for row in self.history),
+            "finished": finished,
+            "done": finished,
+        }
+
+    def close(self) -> None:
+        """Stop reading ahead, where the trial is left before its end."""
+        if self.training is not None:
+            self.training.close()
 
     def _current_cell(self) -> CellTraining:
         if self.training is None:
@@ -169,6 +196,7 @@ class Trial:
                     training.write_predictions(outcome, self.folder / f"predictions-{cell.seed}.csv")
                 if self.assignment.keep_model:
                     training.write_model(outcome, self.folder / f"model-{cell.seed}")
+        training.close()
         self.training = None
 
     def _save(self) -> None:

@@ -1,18 +1,29 @@
-"""Volumes as workers get them: the same bytes whether held in memory, in the object store or on disk."""
+"""Volumes as workers get them: the same bytes in the same order from memory, disk, object store or a stream."""
+
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import ray
+import torch
 from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
-from distributed import data
+from core.volumes.moments import pooled_statistics, volume_moments
+from core.volumes.preprocess import fit_intensity_statistics
+from distributed import data, resident
 from distributed.cluster import connect, plan_slots
-from distributed.data import InMemory, OnDisk, Resident, hold
+from distributed.data import batches, hold, read_ahead
+from distributed.plan import Plan
+from distributed.resident import Resident
+from distributed.sources import Direct, InMemory, bytes_of_a_volume
+from distributed.streaming import Streaming
 
 ROWS = np.array([7, 0, 23, 7])
+CPU = torch.device("cpu")
+PLAN = Plan(np.arange(24), 5, seed=1, epochs=range(1, 4))
 
 
 @pytest.fixture(scope="module")
@@ -20,31 +31,113 @@ def cohort(tmp_path_factory):
     return write_small_cohort(tmp_path_factory.mktemp("cohort") / "small")
 
 
-def test_in_memory_and_on_disk_give_the_rows_asked_in_order(cohort):
+def moments_of(cohort):
+    return InMemory.of(cohort).moments(np.arange(len(cohort)))
+
+
+def test_in_memory_and_direct_give_the_rows_asked_in_order(cohort):
     expected = cohort.read(ROWS)
-    for volumes in (InMemory.of(cohort), OnDisk(str(cohort.folder))):
+    for volumes in (InMemory.of(cohort), Direct(cohort.address, moments_of(cohort))):
         np.testing.assert_array_equal(np.asarray(volumes.read(ROWS), dtype=np.float32), expected)
+        into = np.empty((4, *cohort.volume_shape), np.float16)
+        assert volumes.read(ROWS, out=into) is into
+        np.testing.assert_array_equal(into.astype(np.float32), expected)
+
+
+def test_batches_are_read_one_ahead_and_are_whole_when_they_are_given(cohort):
+    volumes = Direct(cohort.address, moments_of(cohort))
+    given = [
+        (batch.clone(), rows) for batch, rows in zip(batches(volumes, PLAN, CPU), PLAN.batches(), strict=True)
+    ]
+    assert len(given) == 3 * 5
+    for batch, rows in given:
+        assert batch.dtype == torch.float16
+        np.testing.assert_array_equal(batch.float().numpy(), cohort.read(rows))
+
+
+def test_reading_ahead_passes_errors_on_and_stops_when_it_is_closed(cohort):
+    read = []
+
+    class Failing(InMemory):
+        def read(self, rows, out=None):
+            read.append(len(rows))
+            if len(read) == 4:
+                raise UserError("damaged volume: shard x")
+            return super().read(rows, out)
+
+    volumes = Failing(InMemory.of(cohort).volumes, np.ones((24, 1), np.float32))
+    with pytest.raises(UserError, match="damaged volume: shard x"):
+        list(read_ahead(volumes, PLAN.batches(), CPU))
+    read.clear()
+    reading = read_ahead(volumes, PLAN.batches(), CPU)
+    next(reading)
+    reading.close()
+    assert len(read) == 2  # the one given, and the one ahead
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_statistics_of_any_fold_are_those_of_its_voxels(offset):
+    generator = np.random.default_rng(0)
+    volumes = [generator.normal(offset, 1 + row, (2, 5, 6, 7)).astype(np.float32) for row in range(9)]
+    for volume in volumes:
+        volume[:, generator.random((5, 6, 7)) < 0.5] = 0
+    volumes[4][1] = 0  # a channel without a single voxel
+    moments = np.stack([volume_moments(volume) for volume in volumes])
+    for fold in ([0, 1, 2], [8, 4, 3], list(range(9))):
+        pooled = pooled_statistics(moments[fold])
+        for channel in range(2):
+            voxels = np.concatenate([volumes[row][channel].ravel() for row in fold]).astype(np.float64)
+            voxels = voxels[voxels != 0]
+            assert pooled.mean[channel] == pytest.approx(voxels.mean(), rel=1e-12)
+            assert pooled.sd[channel] == pytest.approx(voxels.std(), rel=1e-10)
+        again = fit_intensity_statistics(volumes[row] for row in fold)
+        np.testing.assert_allclose(pooled, again, rtol=1e-12)
+
+
+def test_moments_of_whole_numbers_with_a_factor_are_those_of_the_real_values():
+    stored = np.random.default_rng(0).integers(-300, 300, (2, 4, 4, 4)).astype(np.int16)
+    scale = np.array([0.25, 3.0], np.float32)
+    real = stored * scale[:, None, None, None]
+    np.testing.assert_allclose(volume_moments(stored, scale), volume_moments(real), rtol=1e-12)
+
+
+@pytest.mark.parametrize("volumes", [np.zeros((0, 1, 3)), np.array([[[5.0, 2.0, 0.0]]])])
+def test_statistics_without_a_spread_are_refused(volumes):
+    with pytest.raises(UserError, match="differ in every channel"):
+        pooled_statistics(volumes)
 
 
 @pytest.mark.slow
 def test_a_resident_cohort_in_other_processes_and_what_fits(cohort, tmp_path, monkeypatch):
     expected = cohort.read(ROWS)
     with connect(None, Console(quiet=True)):
-        monkeypatch.setattr(data, "BLOCK_BYTES", 5 * data._bytes_of_a_volume(cohort))
-        resident = Resident.of(cohort)
-        assert len(resident.references) == 5  # 24 rows in blocks of 5
-        np.testing.assert_array_equal(resident.read(ROWS).astype(np.float32), expected)
-        assert not resident._block(0).flags.owndata  # mapped, not copied
-        elsewhere = ray.get(ray.remote(lambda volumes: volumes.read(ROWS)).remote(resident))
+        monkeypatch.setattr(resident, "BLOCK_BYTES", 5 * bytes_of_a_volume(cohort))
+        held = Resident.of(cohort)
+        assert len(held.references) == 5  # 24 rows in blocks of 5
+        np.testing.assert_array_equal(held.read(ROWS).astype(np.float32), expected)
+        assert not held._block(0).flags.owndata  # mapped, not copied
+        elsewhere = ray.get(ray.remote(lambda volumes: volumes.read(ROWS)).remote(held))
         np.testing.assert_array_equal(elsewhere.astype(np.float32), expected)
+        np.testing.assert_array_equal(held.moments(ROWS), InMemory.of(cohort).moments(ROWS))
 
         assert isinstance(hold(cohort), Resident)
+        assert isinstance(hold(cohort, "direct"), Direct)
+        streaming = hold(cohort, "streaming")
+        assert isinstance(streaming, Streaming)
+        np.testing.assert_array_equal(streaming.known, held.known)
         monkeypatch.setattr(data, "OBJECT_STORE_SHARE", 1e-9)
-        assert isinstance(hold(cohort), OnDisk)
+        assert isinstance(hold(cohort), Streaming)
+        with pytest.raises(UserError, match="does not fit"):
+            hold(cohort, "resident")
+        with pytest.raises(UserError, match="unknown data mode 'ram'; choose one of auto, resident"):
+            hold(cohort, "ram")
 
         damaged = write_small_cohort(tmp_path / "damaged")
         with h5py.File(next((damaged.folder / "shards").glob("*.h5")), "r+") as shard:
             shard["volumes"][3, 0, 6, 6, 6] += 1
+        for mode in ("streaming", "direct"):
+            with pytest.raises(UserError, match="sub-003"):
+                hold(damaged, mode)
         with pytest.raises(UserError, match="sub-003"):
             Resident.of(damaged)
 
@@ -56,9 +149,32 @@ def test_a_resident_cohort_in_other_processes_and_what_fits(cohort, tmp_path, mo
         assert plan_slots(slots=None, workers=1, gpus_per_worker=None, trials=1)[1] == 1
 
 
+def bytes_read():
+    """What this machine's processes of this session have read by system calls: {process id: bytes}."""
+    counts = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = dict(line.split(": ") for line in (entry / "io").read_text().splitlines())
+                counts[int(entry.name)] = int(fields["rchar"])
+            except (OSError, ValueError):
+                continue
+    return counts
+
+
 def test_an_address_where_no_cluster_is():
     with (
         pytest.raises(UserError, match="no Ray cluster at"),
         connect("127.0.0.1:1", Console(quiet=True)),
     ):
         pass
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_are_those_of_the_disk(cohort):
+    volumes = Direct(cohort.address, moments_of(cohort))
+    device = torch.device("cuda")
+    for batch, rows in zip(batches(volumes, PLAN, device), PLAN.batches(), strict=True):
+        assert batch.device.type == "cuda"
+        np.testing.assert_array_equal(batch.float().cpu().numpy(), cohort.read(rows))

@@ -13,7 +13,7 @@ from small_cohort import SMALL, write_small_cohort
 from core.config import merge, resolve
 from core.inference import load_predictor
 from core.volumes.splits import make_splits
-from distributed.data import InMemory, epoch_batches, share
+from distributed.sources import InMemory
 from distributed.train_loop import HOLDOUT, Subjects, learning_rate
 from distributed.trial import Runner, assign
 from search_spaces import published
@@ -27,9 +27,13 @@ class Recorded:
     def __init__(self, volumes):
         self.volumes, self.rows = volumes, set()
 
-    def read(self, rows):
+    def read(self, rows, out=None):
         self.rows |= set(np.asarray(rows).tolist())
-        return self.volumes.read(rows)
+        return self.volumes.read(rows, out)
+
+    def moments(self, rows):
+        self.rows |= set(np.asarray(rows).tolist())
+        return self.volumes.moments(rows)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def run_all(runner, assignment):
 
 def without_times(history):
     return [
-        {key: value for key, value in row.items() if key not in ("seconds", "first_step_at")}
+        {key: value for key, value in row.items() if key not in ("seconds", "spent_seconds", "first_step_at")}
         for row in history
     ]
 
@@ -163,32 +167,6 @@ def test_the_kept_model_predicts_what_the_refit_predicted(subjects, cohort, tmp_
         table = pd.read_csv(folder / "predictions-3.csv")
         predicted = load_predictor(folder / "model-3").predict(cohort.read(subjects.splits.holdout))
         np.testing.assert_allclose(predicted, table["predicted"], rtol=1e-4)
-
-
-def test_batches_are_a_permutation_and_the_same_for_any_number_of_workers():
-    rows = np.arange(100, 137)
-    batches = epoch_batches(rows, 8, seed=1, epoch=3)
-    assert sorted(np.concatenate(batches)) == sorted(rows)
-    for workers in (1, 2, 4):
-        again = epoch_batches(rows, 8, seed=1, epoch=3, workers=workers)
-        joined = [np.concatenate([share(batch, rank, workers) for rank in range(workers)]) for batch in again]
-        assert np.concatenate(joined).tolist() == np.concatenate(batches).tolist()
-        assert min(len(share(batch, workers - 1, workers)) for batch in again) >= 2 or workers == 4
-
-
-@pytest.mark.parametrize(("subjects_left", "workers"), [(1, 1), (2, 2), (3, 2)])
-def test_a_last_batch_too_small_to_contrast_joins_the_one_before(subjects_left, workers):
-    batches = epoch_batches(np.arange(16 + subjects_left), 8, seed=0, epoch=1, workers=workers)
-    assert [len(batch) for batch in batches] == [8, 8 + subjects_left]
-
-
-def test_epochs_and_seeds_give_other_orders():
-    orders = {
-        tuple(np.concatenate(epoch_batches(np.arange(20), 8, seed, epoch)))
-        for seed in (0, 1)
-        for epoch in (1, 2)
-    }
-    assert len(orders) == 4
 
 
 def test_published_learning_rate_drops_at_epochs_11_and_21():
