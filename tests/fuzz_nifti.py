@@ -419,7 +419,10 @@ def read_both(path: Path) -> None:
     if sorted(shape) != sorted(voxels.shape):
         raise AssertionError(f"shape {shape} became {voxels.shape}")
     try:
-        image = nib.as_closest_canonical(nib.load(path, mmap=False))
+        image = nib.load(path, mmap=False)
+        if not isinstance(image, nib.Nifti1Image):  # a name that makes it look for a pair
+            return
+        image = nib.as_closest_canonical(image)
         theirs = image.get_fdata(dtype=np.float32).reshape(voxels.shape)
     except Exception:  # nibabel goes by names, and by extensions of headers
         return
