@@ -74,6 +74,10 @@ def study_in(journal):
     return optuna.create_study(storage=storage, study_name="brainsweep", load_if_exists=True)
 
 
+def ask_once(journal):
+    study_in(journal).ask()
+
+
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
 def test_a_line_torn_off_anywhere_costs_that_line_alone(tmp_path, kept):
     journal = tmp_path / "study.journal"
@@ -100,12 +104,7 @@ def test_unmended_the_study_could_be_read_no_more(tmp_path):
     study_in(journal).tell(study_in(journal).ask(), 1.0)
     journal.write_bytes(journal.read_bytes() + b'{"op_code":6,')
     with pytest.raises(ValueError, match=r"Expecting|Invalid|delimiter"):
-        for _ in range(3):
-            study_in(journal).ask()
-
-
-def ask_once(journal):
-    study_in(journal).ask()
+        ask_once(journal)
 
 
 def test_the_lock_of_a_writer_killed_in_a_folder_since_moved_is_cleared(tmp_path):
