@@ -1,0 +1,84 @@
+"""Budgets: what they count, whom they stop, and when the terminator says that it is enough."""
+
+import math
+
+import numpy as np
+import optuna
+import pytest
+from optuna.terminator import report_cross_validation_scores
+
+from core.errors import UserError
+from distributed.budget import FEWEST_TRIALS, Budget, judge_improvement, make_terminator
+from search_spaces import load_space
+
+
+def result(name="0000", seconds=0.0, **more):
+    return {"name": name, "spent_seconds": seconds, "fold": 0, "done": False} | more
+
+
+def test_the_clock_of_a_budget_starts_with_the_first_result():
+    budget = Budget(seconds=1000.0)
+    assert budget.remaining() == ["1000 s"]
+    assert budget.deadline is None
+    assert not budget("a", result())
+    assert budget.deadline is not None
+    assert not budget.spent
+
+
+def test_a_spent_budget_stops_trials_but_neither_refits_nor_what_is_done():
+    spent = Budget(deadline=0.0, seconds=5.0, beyond={"repeated"})
+    assert spent("a", result())
+    assert not spent("a", result(done=True))
+    assert not spent("a", result(fold=-1))
+    assert not spent("repeated", result())
+    assert not Budget()("a", result())
+    assert spent.reason == "the time budget of 5 s was used up"
+
+
+def test_accelerator_hours_are_those_of_all_trials_times_the_devices_of_a_slot():
+    budget = Budget(accelerator_hours=1.0, devices=4.0, unit="GPU", used={"0000": 1200.0})
+    assert not budget("b", result("0001", 100.0))
+    assert not budget("b", result("0001", 300.0))  # a trial says what it has used in all
+    assert budget.hours_used == pytest.approx((1200 + 4 * 300) / 3600)
+    assert budget.remaining() == ["0.333 GPU-hours"]
+    assert budget("c", result("0002", 300.0))
+    assert budget.is_over
+    assert budget.reason == "1 GPU-hours used of 1"
+
+
+def study_of(trials, learning, noise=0.3):
+    """A study of the brain-age space whose random points matter (`learning`), or make hardly a difference."""
+    space, _ = load_space("brain_age")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    generator = np.random.default_rng(0)
+    for _ in range(trials):
+        trial = study.ask()
+        settings = space(trial)
+        mean = 5 + learning * abs(math.log10(settings["optimiser.learning_rate"] / 3e-4))
+        cells = list(mean + generator.normal(0, noise, 5))
+        report_cross_validation_scores(trial, cells)
+        study.tell(trial, float(np.mean(cells)))
+    return study
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_the_terminator_waits_for_enough_trials_and_tells_noise_from_promise():
+    terminator = make_terminator("regret", 0, 1, 5)
+    assert not judge_improvement(terminator, study_of(FEWEST_TRIALS - 1, 0.0, noise=3.0))
+    # what is left to gain drowns in the noise of the cells; and where it does not
+    assert judge_improvement(terminator, study_of(30, 0.01, noise=3.0))
+    assert not judge_improvement(terminator, study_of(30, 3.0, noise=0.01))
+    assert not judge_improvement(None, study_of(30, 0.01, noise=3.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "objectives", "shared", "message"),
+    [
+        ("regrett", 1, 3, "did you mean 'regret'"),
+        ("regret", 2, 3, "defined for one objective, and 2"),
+        ("emmr", 1, 0, "needs a setting that every configuration has"),
+    ],
+)
+def test_a_terminator_that_cannot_judge_is_refused(name, objectives, shared, message):
+    with pytest.raises(UserError, match=message):
+        make_terminator(name, 0, objectives, shared)

@@ -1,0 +1,166 @@
+"""The study of a run: the user's own points, and what becomes of its trials in another space."""
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from core.config import resolve
+from core.errors import UserError
+from distributed.study import (
+    best_trial,
+    carry_over,
+    check_space,
+    enqueue,
+    open_study,
+    read_points,
+    report_value,
+)
+from search_spaces import pin, published
+
+BASE = resolve(published("brain_age")).model_dump(mode="json")
+
+
+def space(trial):
+    rate = trial.suggest_float("optimiser.learning_rate", 1e-4, 1e-2, log=True)
+    method = trial.suggest_categorical("objective.name", ["supcon", "exponential"])
+    if method == "supcon":
+        trial.suggest_float("objective.bin_width", 1.0, 10.0)
+    assert rate
+    return dict(trial.params)
+
+
+def points(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(text)
+    return read_points(tmp_path / "mine.yaml", space)
+
+
+def test_own_configurations_are_tried_next_in_their_order_and_once(tmp_path):
+    mine = points(
+        tmp_path,
+        """
+- {optimiser.learning_rate: 1e-3, objective.name: exponential}
+- optimiser: {learning_rate: 0.002}
+  objective: {name: supcon, bin_width: 4}
+""",
+    )
+    study = open_study(tmp_path / "study.journal", "tpe", 0)
+    assert enqueue(study, mine, "enqueued") == 2
+    assert (
+        enqueue(study, [*mine, {"optimiser.learning_rate": 0.01, "objective.name": "exponential"}], None) == 1
+    )
+    asked = []
+    for _ in range(3):
+        trial = study.ask()
+        asked.append(space(trial))
+        assert trial.params == asked[-1]
+    assert asked[:2] == [
+        {"optimiser.learning_rate": 1e-3, "objective.name": "exponential"},
+        {"optimiser.learning_rate": 0.002, "objective.name": "supcon", "objective.bin_width": 4.0},
+    ]
+    assert [trial.user_attrs.get("label") for trial in study.trials] == ["enqueued", "enqueued", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "- {objective.name: supcon}",
+            r"entry 1 of .*mine.yaml: setting 'optimiser.learning_rate' is missing",
+        ),
+        (
+            "- {optimiser.learning_rate: 1e-3, objective.name: exponential}\n"
+            "- {optimiser.learning_rate: 1.0, objective.name: exponential}",
+            r"entry 2 of .*: setting 'optimiser.learning_rate' is 1.0, which is not a number from 0.0001 to 0.01",
+        ),
+        (
+            "- {optimiser.learning_rate: 1e-3, objective.name: simclr}",
+            r"'objective.name' is 'simclr', which is not one of 'supcon', 'exponential'",
+        ),
+        (
+            "- {optimiser.learning_rate: 1e-3, objective.name: exponential, objective.bin_width: 2}",
+            r"'objective.bin_width' is not searched here",
+        ),
+        ("objective.name: supcon", "must hold a list of configurations, got dict"),
+        ("- 3", "entry 1 of .* must be a mapping"),
+        ("- {a: [", "cannot read"),
+    ],
+)
+def test_a_wrong_entry_is_one_line_that_names_it(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        points(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def old(tmp_path):
+    """Two completed trials of each method, a pruned one, one interrupted in each method, one that waits."""
+    study = open_study(tmp_path / "study.journal", "random", 0)
+    kinds = ["supcon", "exponential", "supcon", "exponential", "supcon", "exponential", "supcon"]
+    for number, method in enumerate(kinds):
+        point = {"optimiser.learning_rate": 1e-3 * (number + 1), "objective.name": method}
+        enqueue(study, [point | ({"objective.bin_width": 2.0} if method == "supcon" else {})], None)
+    for number in range(7):
+        trial = study.ask()
+        space(trial)
+        report_value(trial, 9.0 - number, 1)
+        trial.set_user_attr("settings", f"those of {number}")
+        if number < 4:
+            study.tell(trial, 9.0 - number)
+        if number == 4:
+            study.tell(trial, state=TrialState.PRUNED)
+    enqueue(study, [{"optimiser.learning_rate": 2e-4, "objective.name": "exponential"}], "enqueued")
+    return study
+
+
+def test_narrowing_keeps_every_number_and_value_and_learns_from_what_lies_inside(old, tmp_path):
+    narrow = pin(space, {"objective.name": "supcon"})
+    fresh = open_study(tmp_path / "study.journal", "tpe", 0, name="brainsweep-2")
+    carried = carry_over(old, fresh, narrow, {"objective.name": "supcon"})
+    assert (carried.inside, carried.outside, carried.dropped) == (4, [1, 3, 5], 1)
+    before, after = old.get_trials(), fresh.get_trials()
+    assert [trial.number for trial in after] == list(range(7))
+    assert [trial.values for trial in after] == [trial.values for trial in before[:7]]
+    assert after[2].params == {"optimiser.learning_rate": 0.003, "objective.bin_width": 2.0}
+    assert after[3].params == {}
+    assert after[3].user_attrs["outside"] == before[3].params
+    assert [trial.state for trial in after[4:]] == [TrialState.PRUNED, TrialState.PRUNED, TrialState.RUNNING]
+    assert "outside" in after[5].user_attrs["reason"]
+    assert (best_trial(old).number, best_trial(fresh).number) == (3, 2)  # 3 was better, and is outside
+    again = optuna.Trial(fresh, after[6]._trial_id)  # what was interrupted goes on with its own values
+    assert narrow(again)["optimiser.learning_rate"] == before[6].params["optimiser.learning_rate"]
+    fresh.tell(again, 1.0)
+    for _ in range(12):
+        trial = fresh.ask()
+        assert narrow(trial)["objective.name"] == "supcon"
+        fresh.tell(trial, 5.0)
+
+
+def test_widening_a_choice_is_another_study_where_optuna_would_refuse(old, tmp_path):
+    def wide(trial):
+        trial.suggest_float("optimiser.learning_rate", 1e-5, 1e-1, log=True)
+        method = trial.suggest_categorical("objective.name", ["supcon", "exponential", "threshold"])
+        if method == "supcon":
+            trial.suggest_float("objective.bin_width", 1.0, 10.0)
+        return dict(trial.params)
+
+    fresh = open_study(tmp_path / "study.journal", "tpe", 0, name="brainsweep-2")
+    carried = carry_over(old, fresh, wide)
+    assert carried.outside == []
+    seen = set()
+    for _ in range(30):
+        trial = fresh.ask()
+        seen.add(wide(trial)["objective.name"])
+        fresh.tell(trial, 5.0)
+    assert "threshold" in seen
+    with pytest.raises(ValueError, match="dynamic value space"):
+        for _ in range(2):  # the first is the one that waits
+            wide(old.ask())
+
+
+def test_the_profile_of_a_space_tells_what_every_configuration_has():
+    profile = check_space(space, BASE)
+    assert profile.always == {"optimiser.learning_rate", "objective.name"}
+    assert profile.conditional == ["objective.bin_width"]
+    assert profile.numbers() == ["optimiser.learning_rate"]
+    assert profile.as_json() == check_space(space, BASE).as_json()
+    assert profile.as_json() != check_space(pin(space, {"objective.name": "supcon"}), BASE).as_json()
