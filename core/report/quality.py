@@ -87,7 +87,7 @@ def _cards(
     cohort: Cohort, measured: Measured, z: pd.DataFrame, why: Sequence[Sequence[Reason]]
 ) -> list[Card]:
     manifest = cohort.manifest
-    judged = z.abs().max(axis=1).to_numpy() if len(z.columns) else np.zeros(len(manifest))
+    judged = z.abs().max(axis=1).to_numpy() if len(manifest) >= FEWEST else np.zeros(len(manifest))
     # equal scores keep the order of subjects
     worst = np.argsort(np.argsort(-judged, kind="stable"), kind="stable")
     cards = []

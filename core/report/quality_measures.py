@@ -121,7 +121,7 @@ def robust_z(values: npt.ArrayLike, least: float = 0.0) -> npt.NDArray[np.float6
         return np.full(x.shape, np.nan)
     away = x - np.median(known)
     spread = max(float(np.median(np.abs(known - np.median(known)))), 0.6745 * least / UNUSUAL)
-    return 0.6745 * away / spread if spread > 0 else np.where(away == 0, 0.0, np.sign(away) * np.inf)
+    return 0.6745 * away / spread if spread > 0 else np.where(away == 0, 0.0, np.copysign(np.inf, away))
 
 
 def scores(measured: Measured) -> pd.DataFrame:
