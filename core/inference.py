@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save
 from torch import nn
 
@@ -89,13 +90,14 @@ def load_predictor(folder: Path) -> Predictor:
         settings = resolve(json.loads((folder / "settings.json").read_text()))
         inputs = json.loads((folder / "input.json").read_text())
         probe_text = (folder / "probe.json").read_text()
+        probe = None if probe_text.strip() == "null" else AgeProbe.from_json(probe_text)
         model = TASKS[settings.task].build_model(settings, len(inputs["channels"]), np.zeros(1))
         load_model(model, str(folder / "model.safetensors"))
     except FileNotFoundError as error:
         raise UserError(
             f"no trained model in {folder}: {Path(error.filename or '').name} is missing"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the model in {folder} cannot be read: {' '.join(str(error).split())[:200]}"
         ) from None
@@ -103,7 +105,7 @@ def load_predictor(folder: Path) -> Predictor:
     return Predictor(
         settings=settings,
         model=model,
-        probe=None if probe_text.strip() == "null" else AgeProbe.from_json(probe_text),
+        probe=probe,
         channels=tuple(inputs["channels"]),
         statistics=IntensityStatistics(tuple(statistics["mean"]), tuple(statistics["sd"]))
         if statistics

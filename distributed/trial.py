@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import math
+import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from core.errors import UserError
 from core.objectives import OBJECTIVES, mean_of, measure
 from core.tasks.brain_age import Outcome
 from core.volumes.shards import replacing, writing_to
+from distributed.memory import out_of_memory
 from distributed.train_loop import HOLDOUT, Cell, CellTraining, DivergedError, Place, Subjects
 
 CHECKPOINT = "checkpoint.pt"
@@ -82,7 +84,14 @@ class Runner:
                 self.trial = Trial(Assignment(**assignment), self.subjects, self.place)
             return self.trial.run_epoch()
         except (DivergedError, UserError) as failure:
-            return self._give_up(str(failure))
+            answer = self._give_up(str(failure))
+            # no trial is to blame for its storage, and the next one would fail alike
+            return answer | ({"storage": True} if isinstance(failure.__cause__, OSError) else {})
+        except (MemoryError, RuntimeError) as failure:
+            reason = out_of_memory(failure)
+            if reason is None or self.place.workers > 1:
+                raise  # the other workers wait for this one in a collective: only its end wakes them
+            return self._give_up(reason)
 
     def _give_up(self, reason: str) -> dict[str, Any]:
         clock = self.trial.clock if self.trial else {"epochs": 0}
@@ -230,10 +239,19 @@ class Trial:
         checkpoint = self.folder / CHECKPOINT
         if self.answer is not None or not checkpoint.exists():
             return
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)  # runs no pickled code
+        saved = _read_checkpoint(checkpoint)
         self.history, self.finished = saved["history"], saved["finished"]
         if saved["state"] is not None:
             self._current_cell().load_state_dict(saved["state"])
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `_write` saved; UserError where it is damaged, or holds more than tensors and plain values."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # runs no pickled code
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0][:160]
+        raise UserError(f"checkpoint {path} is damaged or was not written by a sweep: {first}") from None
 
 
 def _serialised(saved: dict[str, Any]) -> bytes:

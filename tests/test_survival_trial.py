@@ -1,0 +1,170 @@
+"""What may befall one trial and must not befall the others: no memory, damaged or planted files. No Ray."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_cohort import SMALL, write_small_cohort
+
+from core.config import merge, resolve
+from core.errors import UserError
+from core.inference import load_predictor
+from core.volumes.splits import make_splits
+from distributed.memory import out_of_memory
+from distributed.sources import InMemory
+from distributed.train_loop import HOLDOUT, CellTraining, Place, Subjects
+from distributed.trial import CHECKPOINT, Runner, assign
+from search_spaces import published
+
+CELLS = [{"fold": 0, "seed": 0}, {"fold": 1, "seed": 0}]
+IMPOSSIBLE = 2**60
+"""Bytes that no machine has: asking for them fails at once, and as it does when memory really is short."""
+SHORTAGES = {
+    "numpy": lambda: np.empty(IMPOSSIBLE, np.uint8),
+    "torch": lambda: torch.empty(IMPOSSIBLE, dtype=torch.uint8),
+    "python": lambda: bytearray(IMPOSSIBLE),
+}
+
+
+class Planted:
+    """Pickled, it creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
+    cohort = write_small_cohort(tmp_path_factory.mktemp("cohort") / "small")
+    return Subjects(
+        InMemory.of(cohort), cohort.manifest, make_splits(cohort.manifest, folds=2), ("stiffness",)
+    )
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return resolve(merge(published("brain_age"), SMALL)).model_dump(mode="json")
+
+
+def run_all(runner, assignment):
+    answers = [runner(assignment)]
+    while not answers[-1]["done"]:
+        answers.append(runner(assignment))
+    return answers
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
+def test_a_trial_that_runs_out_of_memory_fails_by_itself_and_the_next_is_not_disturbed(
+    subjects, settings, tmp_path, monkeypatch, shortage
+):
+    undisturbed = run_all(Runner(subjects), assign(tmp_path / "0001", settings, CELLS))[-1]["value"]
+    runner = Runner(subjects)
+    runner(assign(tmp_path / "0000", settings, CELLS))
+    with monkeypatch.context() as patch:
+        patch.setattr(CellTraining, "run_epoch", lambda training: SHORTAGES[shortage]())
+        answer = runner(assign(tmp_path / "0000", settings, CELLS))
+    assert answer["done"]
+    assert not answer["finished"]
+    assert answer["epochs"] == 1
+    assert "out of memory" in answer["failed"]
+    assert "training.batch_size" in answer["failed"]
+    assert "\n" not in answer["failed"]
+    assert run_all(runner, assign(tmp_path / "0002", settings, CELLS))[-1]["value"] == undisturbed
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
+def test_one_of_several_workers_ends_with_it_because_the_others_wait(
+    subjects, settings, tmp_path, monkeypatch, shortage
+):
+    monkeypatch.setattr(CellTraining, "__init__", lambda *arguments: SHORTAGES[shortage]() and None)
+    with pytest.raises((MemoryError, RuntimeError)):
+        Runner(subjects, Place(workers=2))(assign(tmp_path / "0000", settings, CELLS))
+
+
+def test_other_errors_are_not_taken_for_a_want_of_memory(subjects, settings, tmp_path, monkeypatch):
+    assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert "on the GPU" in out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    )
+
+    def fail(training):
+        raise RuntimeError("a mistake in the code")
+
+    monkeypatch.setattr(CellTraining, "run_epoch", fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        Runner(subjects)(assign(tmp_path / "0000", settings, CELLS))
+
+
+def planted_files(witness):
+    plain, saved = pickle.dumps(Planted(witness)), io.BytesIO()
+    torch.save({"state": Planted(witness)}, saved)
+    old, text = io.BytesIO(), pickle.dumps(Planted(witness), protocol=0)
+    torch.save({"state": Planted(witness)}, old, _use_new_zipfile_serialization=False)
+    return {"pickle": plain, "torch": saved.getvalue(), "old torch": old.getvalue(), "text pickle": text}
+
+
+def test_the_planted_files_are_dangerous(tmp_path):
+    for content in planted_files(tmp_path / "witness").values():
+        torch.load(io.BytesIO(content), weights_only=False) if b"state" in content else pickle.loads(content)
+        assert (tmp_path / "witness").exists()
+        os.unlink(tmp_path / "witness")
+
+
+@pytest.mark.parametrize("kind", planted_files(Path("nowhere")))
+def test_a_planted_checkpoint_is_refused_and_nothing_of_it_runs(subjects, settings, tmp_path, kind):
+    assignment = assign(tmp_path / "0000", settings, CELLS)
+    Runner(subjects)(assignment)
+    (tmp_path / "0000" / CHECKPOINT).write_bytes(planted_files(tmp_path / "witness")[kind])
+    answer = Runner(subjects)(assignment)
+    assert not (tmp_path / "witness").exists()
+    assert (
+        f"checkpoint {tmp_path}/0000/{CHECKPOINT} is damaged or was not written by a sweep"
+        in answer["failed"]
+    )
+    assert answer["done"]
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000])
+def test_a_cut_off_checkpoint_is_named(subjects, settings, tmp_path, kept):
+    assignment = assign(tmp_path / "0000", settings, CELLS)
+    Runner(subjects)(assignment)
+    checkpoint = tmp_path / "0000" / CHECKPOINT
+    checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
+    assert f"checkpoint {checkpoint} is damaged" in Runner(subjects)(assignment)["failed"]
+
+
+@pytest.fixture(scope="module")
+def model(subjects, settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "winner"
+    run_all(Runner(subjects), assign(folder, settings, [{"fold": HOLDOUT, "seed": 0}], keep_model=True))
+    return folder / "model-0"
+
+
+@pytest.mark.parametrize("kind", planted_files(Path("nowhere")))
+@pytest.mark.parametrize("name", ["model.safetensors", "probe.json", "input.json", "settings.json"])
+def test_a_planted_file_of_a_model_is_refused_and_nothing_of_it_runs(model, tmp_path, name, kind):
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    load_predictor(tmp_path)
+    (tmp_path / name).write_bytes(planted_files(tmp_path / "witness")[kind])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_predictor(tmp_path)
+    assert not (tmp_path / "witness").exists()
+
+
+def test_storage_that_fails_is_told_from_a_trial_that_fails(subjects, settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    answer = Runner(subjects)(assign(tmp_path / "file" / "0000", settings, CELLS))
+    assert answer["storage"]
+    diverging = resolve(
+        merge(published("brain_age"), SMALL | {"optimiser.name": "sgd", "optimiser.learning_rate": 1e30})
+    )
+    answers = run_all(Runner(subjects), assign(tmp_path / "0001", diverging.model_dump(mode="json"), CELLS))
+    assert "storage" not in answers[-1]
