@@ -6,7 +6,8 @@ RUN/run.json                       request, resolved settings, seeds, versions, 
     trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs
     refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
     confirmed/METHOD/…             winner and published once more on the search's folds, with seeds it never used
-    trials.csv, trials.parquet, cells.csv, history.csv, confirmed.csv, holdout.csv, predictions.csv    made from these
+    trials.csv, trials.parquet, cells.csv, history.csv, access.csv, confirmed.csv, holdout.csv,
+    predictions.csv                made from these
     tensorboard/  best/  report.html
 """
 
@@ -38,6 +39,7 @@ from core.report.record import STUDY_NAME, reported
 from core.volumes.cohort import Cohort
 from core.volumes.places import is_url
 from core.volumes.splits import Splits
+from distributed.access import read_access
 from distributed.claim import refuse_url
 from distributed.search import trial_name
 from distributed.study import best_trial
@@ -76,6 +78,11 @@ class RunFolder:
     def confirmed(self, method: str) -> Path:
         """The folder of a repetition on the search's own folds with fresh seeds."""
         return self.path / "confirmed" / method
+
+    @property
+    def access(self) -> Path:
+        """Where workers note whom they read first."""
+        return self.path / "access"
 
     def update(self, **changes: Any) -> None:
         """Replace fields of run.json."""
@@ -176,6 +183,15 @@ def accelerator_seconds(folder: RunFolder, study: optuna.Study, devices: float) 
         so_far = sum(row.get("spent_seconds", 0.0) for row in epochs) * devices
         used[name] = trial.user_attrs.get(COST, so_far)
     return used
+
+
+def write_access(folder: RunFolder, cohort: Cohort) -> None:
+    """access.csv: when the voxels of each subject were first used, and for which fold (-1: a refit)."""
+    first = read_access(folder.access)
+    subjects = cohort.manifest["subject"].iloc[first["row"].astype(int)].to_numpy()
+    when = pd.to_datetime(first["time"].astype(float), unit="s", utc=True)
+    table = pd.DataFrame({"subject": subjects, "first_read": when, "fold": first["fold"]})
+    table.to_csv(folder.path / "access.csv", index=False)
 
 
 def write_confirmed(folder: RunFolder) -> None:

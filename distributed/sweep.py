@@ -23,6 +23,7 @@ from core.volumes.cohort import Cohort
 from core.volumes.shards import writing_to
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
+from distributed.access import AccessRecord
 from distributed.budget import Budget, make_terminator
 from distributed.claim import claim
 from distributed.cluster import check_shared, connect, plan_slots
@@ -52,7 +53,7 @@ DRIVER_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.001}
 
 
 def run_sweep(
-    cohort: Path,
+    cohort: str | Path,
     request: SweepRequest,
     out: Path,
     address: str | None,
@@ -168,7 +169,7 @@ def execute(
             f"{slots} slots of {workers.count} worker(s), {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
         )
         display = Display(console, request.trials, epochs, budget, request.objectives[0])
-        arguments = {"subjects": Subjects.of(cohort, splits, hold(cohort))}
+        arguments = {"subjects": Subjects.of(cohort, splits, hold(cohort), AccessRecord(folder.access))}
         trainable = tune.with_parameters(
             Slot,
             workers=workers,
@@ -267,6 +268,7 @@ def _conclude(
     with writing_to(folder.path):
         run_folder.write_tables(folder, study)
         run_folder.write_confirmed(folder)
+        run_folder.write_access(folder, cohort)
         run_folder.write_holdout(folder, cohort, splits)
         model = folder.refit("winner") / f"model-{request.refit_cells[0]['seed']}"
         if model.exists():

@@ -29,6 +29,7 @@ from core.volumes.moments import pooled_statistics
 from core.volumes.preprocess import IntensityStatistics, normalise
 from core.volumes.splits import Splits
 from core.volumes.views import make_views
+from distributed.access import AccessRecord
 from distributed.data import Batches, batches, read_ahead
 from distributed.plan import Plan, Rows, chunks, share
 from distributed.sources import Volumes
@@ -59,9 +60,13 @@ class Subjects:
     channels: tuple[str, ...]
     scales: np.ndarray | None = None
     """Factors (rows, C) from stored to real values; None where they are the same."""
+    access: AccessRecord | None = None
+    """Where it is noted who was read; nowhere if None."""
 
     @classmethod
-    def of(cls, cohort: Cohort, splits: Splits, volumes: Volumes) -> Subjects:
+    def of(
+        cls, cohort: Cohort, splits: Splits, volumes: Volumes, access: AccessRecord | None = None
+    ) -> Subjects:
         """The subjects of `cohort`, whose volumes are held in `volumes`."""
         scales = cohort.scales(np.arange(len(cohort)))
         return cls(
@@ -70,7 +75,13 @@ class Subjects:
             splits,
             cohort.description.channels,
             None if (scales == 1).all() else scales,
+            access,
         )
+
+    def note(self, rows: Rows, fold: int) -> None:
+        """These rows are used now; see `access`."""
+        if self.access is not None:
+            self.access.note(rows, fold)
 
     def rows_of(self, fold: int) -> tuple[Rows, Rows]:
         """(training rows, evaluation rows) of a fold; the hold-out is read for `HOLDOUT` alone."""
@@ -205,6 +216,7 @@ class CellTraining:
 
     def _prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
         """Normalised volumes (n, C, X, Y, Z), float32, on the device, of the `stored` ones with all channels."""
+        self.subjects.note(rows, self.cell.fold)
         volumes = stored[:, self.channels].to(self.place.device).float()
         if self.subjects.scales is not None:
             scales = torch.as_tensor(self.subjects.scales[rows][:, self.channels], device=self.place.device)
@@ -235,6 +247,7 @@ class CellTraining:
         """Intensity statistics of this cell's training subjects."""
         if self.settings.data.normalise != "training":
             return None
+        self.subjects.note(self.training_rows, self.cell.fold)
         return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
 
     def _schedules(self, progress: float) -> dict[str, float]:
