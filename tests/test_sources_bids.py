@@ -78,6 +78,14 @@ def test_the_age_at_another_visit_is_not_taken_for_this_one(tmp_path):
     assert reasons(listing) == {"sub-01": "age is missing"}
 
 
+def test_a_bad_table_of_sessions_costs_its_subject_only(tmp_path):
+    source = bids(tmp_path, "sub-01_ses-1_T1w", "sub-02_ses-1_T1w", table=PEOPLE)
+    text(source / "sub-01" / "sub-01_sessions.tsv", "session_id\tage", "ses-1\t31", "1\t32")
+    listing = list_scans(source)
+    assert names(listing) == [("sub-02", "ses-1")]
+    assert "lists ses-1 of sub-01 twice" in reasons(listing)["sub-01"]
+
+
 def test_participants_with_a_row_for_each_session(tmp_path):
     table = ("participant_id\tsession\tage", "sub-01\t1\t30", "sub-01\t2\t32")
     listing = list_scans(bids(tmp_path, "sub-01_ses-1_T1w", "sub-01_ses-2_T1w", table=table))
@@ -95,7 +103,9 @@ def test_images_that_session_and_run_do_not_tell_apart_are_not_guessed_between(t
     listing = list_scans(bids(tmp_path, *AMBIGUOUS[case], "sub-02_T1w", table=PEOPLE), channels=["T1w"])
     assert names(listing) == [("sub-02", "")]
     assert "sub-01 has 2 images with suffix T1w" in reasons(listing)["sub-01"]
-    assert ("choose with --channels acq-fast_T1w" in reasons(listing)["sub-01"]) == (case == "acquisition")
+    assert ("ask for acq-fast_T1w, say, in place of T1w" in reasons(listing)["sub-01"]) == (
+        case == "acquisition"
+    )
 
 
 def test_an_entity_before_the_suffix_chooses(tmp_path):

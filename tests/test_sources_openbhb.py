@@ -109,6 +109,7 @@ def test_the_published_folders_of_train_and_val(tmp_path):
     ]  # fmt: skip
     assert [scan.images[0].row for scan in both.scans] == [0, 1, 2, 1, 0]
     assert [scan.subject for scan in list_scans(tmp_path / "val").scans] == ["sub-4", "sub-5"]
+    assert {scan.extra["split"] for scan in list_scans(tmp_path / "train").scans} == {"train"}
     people(tmp_path / "participants.tsv", *(f"{id}\t{30 + id}\tF\t1\tn/a\tX" for id in range(1, 10)))
     with_all = list_scans(tmp_path)
     assert [scan.age for scan in with_all.scans] == [scan.age for scan in both.scans]
@@ -218,6 +219,9 @@ UNUSABLE = {
     "several files of ids": lambda folder: (
         ids(folder / "a_participants_id.npy", [1, 2, 3]),
         (folder / "participants_id.npy").rename(folder / "b_participants_id.npy"),
+    ),
+    r"quasiraw\.npy and .*quasiraw_1mm\.npy are both of the subjects": lambda folder: array(
+        folder / "quasiraw_1mm.npy", shape=(182, 218, 182)
     ),
     "no column 'age'": lambda folder: text(folder / "participants.tsv", "participant_id\tyears", "1\t30"),
 }

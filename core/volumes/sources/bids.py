@@ -188,7 +188,7 @@ def _how_to_choose(kind: str, group: list[BidsImage]) -> str:
     for image in group:
         others = frozenset().union(*(other.parts for other in group if other is not image))
         if telling := sorted(part for part in image.parts - others if "-" in part and part != image.run):
-            return f"; choose with --channels {telling[0]}_{kind}"
+            return f"; ask for {telling[0]}_{kind}, say, in place of {kind}"
     return ""
 
 

@@ -36,6 +36,8 @@ class People:
     age_column: str | None
     numeric: frozenset[str]
     files: tuple[Path, ...]
+    faults: dict[str, str]
+    """Why a subject's own table of sessions cannot be used."""
 
     @property
     def subjects(self) -> set[str]:
@@ -47,6 +49,8 @@ class People:
 
         What sessions.tsv says about a visit goes before participants.tsv, which says it about a person.
         """
+        if fault := self.faults.get(subject):
+            raise UserError(fault)
         row = {**self._person(subject, session)}
         visits = self.visits.get(subject, {})
         if self.age_column and any(known_text(visit.get(self.age_column, "")) for visit in visits.values()):
@@ -69,7 +73,8 @@ class People:
 
 
 def read_people(source: Path, folders: Iterable[Path], age_column: str | None) -> People:
-    """The tables of `source` and of its subjects' `folders`; UserError where a table cannot be used.
+    """The tables of `source` and of its subjects' `folders`; UserError where a table of
+    all cannot be used; a fault in one subject's own is kept for that subject.
 
     Where there is no table at all there are no ages either, and `age_column` of the result is None.
     """
@@ -80,9 +85,15 @@ def read_people(source: Path, folders: Iterable[Path], age_column: str | None) -
         files.append(path)
         participants = _by_subject(path, read_table(path))
     visits: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    faults: dict[str, str] = {}
     for path, subject in _session_tables(source, folders):
         files.append(path)
-        _add_visits(visits, path, subject)
+        try:
+            _add_visits(visits, path, subject)
+        except UserError as error:
+            if subject is None:
+                raise
+            faults[subject] = str(error)
     rows = [row for group in (participants or {}).values() for row in group]
     sessions = [row for group in visits.values() for row in group.values()]
     if files and age_column and not any(age_column in row for row in sessions):
@@ -93,6 +104,7 @@ def read_people(source: Path, folders: Iterable[Path], age_column: str | None) -
         age_column if files else None,
         frozenset(number_columns([*rows, *sessions])),
         tuple(files),
+        faults,
     )
 
 

@@ -20,7 +20,7 @@ SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}
 OLDEST = 130.0  # years
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 
-RESERVED = {"row", "session", "coverage", "origin_x", "origin_y", "origin_z", *COLUMNS}
+RESERVED = {"row", *COLUMNS}
 """Columns that the manifest of a cohort fills itself; a table's column of that name gets a prefix."""
 
 Row = Mapping[str, str]

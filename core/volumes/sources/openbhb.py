@@ -55,7 +55,7 @@ class Volume:
     part: str
     """Folder of the official split that it lies in: "train", "val" or ""."""
     fault: str = ""
-    """Why its id cannot be trusted."""
+    """Why its id cannot be trusted, or its array not be read."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ def list_openbhb(source: Path, wanted: Wanted) -> Listing:
     rejects: list[Reject] = []
     for volume in volumes:
         person = people.get(volume.subject)
-        name = "" if volume.fault else f"sub-{person.written if person else volume.subject}"
+        name = volume.subject and f"sub-{person.written if person else volume.subject}"
         try:
             if volume.fault:
-                raise UserError(f"row {volume.file.row}: {volume.fault}")
+                raise UserError(volume.fault)
             if times[volume.subject] > 1:
                 raise UserError(f"{name} has {times[volume.subject]} volumes; one is needed")
             if person is None:
@@ -143,29 +143,44 @@ def _arrays(source: Path) -> dict[Path, str]:
 def _volumes(source: Path, paths: Sequence[Path]) -> tuple[list[Volume], list[Path]]:
     """All volumes in order of their files, and the files of ids that named them."""
     volumes: list[Volume] = []
-    id_files: list[Path] = []
+    id_files: dict[Path, Path] = {}
     for path in paths:
-        parts = {folder.lower() for folder in path.relative_to(source).parts}
-        stems = {part.split("_")[0] for part in parts}
-        part = next((name for name in ("train", "val") if name in parts | stems), "")
+        words = {
+            word.lower() for folder in path.relative_to(source.parent).parts for word in folder.split("_")
+        }
+        part = next((name for name in ("train", "val") if name in words), "")
         if alone := re.match(r"sub-([^_]+)_", path.name):
-            volumes.append(_named(alone[1], array_file(path), part))
+            volumes.append(_volume_of_one(alone[1], path, part))
             continue
         count, shape = volumes_in(path)
         affine = mni_affine(path, shape)
-        id_files.append(_ids_of(source, path))
-        ids = _read_ids(id_files[-1])
+        id_file = _ids_of(source, path)
+        if id_file in id_files:
+            raise UserError(
+                f"{id_files[id_file]} and {path} are both of the subjects in {id_file.name}; keep one"
+            )
+        id_files[id_file] = path
+        ids = _read_ids(id_file)
         if len(ids) != count:
-            raise UserError(f"{path} holds {count} volumes, but {id_files[-1]} names {len(ids)} subjects")
+            raise UserError(f"{path} holds {count} volumes, but {id_file} names {len(ids)} subjects")
         volumes += [_named(subject, ImageFile(path, row, affine), part) for row, subject in enumerate(ids)]
-    return volumes, id_files
+    return volumes, list(id_files)
 
 
-def _named(subject: object, file: ImageFile, part: str) -> Volume:
+def _named(written: object, file: ImageFile, part: str) -> Volume:
+    """A row of an array, with the fault of its id if there is one."""
     try:
-        return Volume(plain_id(subject), file, part)
+        return Volume(plain_id(written), file, part)
     except UserError as error:
-        return Volume(f"row-{file.row}", file, part, str(error))
+        return Volume("", file, part, f"row {file.row}: {error}")
+
+
+def _volume_of_one(written: str, path: Path, part: str) -> Volume:
+    """The array of one subject; that it is damaged costs this subject only."""
+    try:
+        return Volume(plain_id(written), array_file(path), part)
+    except UserError as error:
+        return Volume(written, ImageFile(path), part, str(error))
 
 
 def _ids_of(source: Path, path: Path) -> Path:
