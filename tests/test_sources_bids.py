@@ -262,6 +262,21 @@ def test_a_folder_that_may_not_be_read_costs_its_subject_only(tmp_path, monkeypa
     assert "cannot be read: Permission denied" in reasons(listing)["sub-01"]
 
 
+def test_a_file_that_may_not_be_read_costs_its_subject_only(tmp_path, monkeypatch):
+    source = bids(tmp_path, "sub-01_T1w", "sub-02_T1w", table=PEOPLE)
+    is_file = Path.is_file
+
+    def refuse(path):
+        if path.name == "sub-01_T1w.nii.gz":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    listing = list_scans(source)
+    assert names(listing) == [("sub-02", "")]
+    assert "sub-01_T1w.nii.gz cannot be read: Permission denied" in reasons(listing)["sub-01"]
+
+
 def test_what_is_no_bids_folder_says_what_is_known(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         list_scans(tmp_path / "nowhere")

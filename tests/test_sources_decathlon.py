@@ -162,6 +162,8 @@ BAD_ENTRIES = {
     "age 'true' is not a number": {"image": "a.nii", "age": True},
     "age '[30]' is not a number": {"image": "a.nii", "age": [30]},
     "is not a file": {"image": "folder.nii"},
+    "cannot be read: File name too long": {"image": "a" * 5000 + ".nii"},
+    "does not exist": {"image": "a\0.nii"},
     "it names no image ": {"image": 5},
     "it names no image  ": {"image": [None]},
 }

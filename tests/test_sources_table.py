@@ -79,6 +79,9 @@ BAD_LINES = {
     "is not a file": "x,folder.nii,30",
     "is not an image; .nii.gz, .nii, .npy are read": "x,list.csv,30",
     "age is missing": "x,a.nii,",
+    "cannot be read: File name too long": f"x,{'a' * 5000}.nii,30",
+    "age 'two lines' is not a number": 'x,a.nii,"two\nlines"',
+    "is a link to itself.nii": "x,itself.nii,30",
     "age '30 y' is not a number": "x,a.nii,30 y",
     "is listed 2 times; a column 'session'": "x,a.nii,30\nx,a.nii,31",
     "is a link to": "x,broken.nii,30",
@@ -90,6 +93,7 @@ def test_a_bad_line_costs_itself_only(tmp_path, reason):
     image(tmp_path / "a.nii")
     image(tmp_path / "good.nii")
     (tmp_path / "folder.nii").mkdir()
+    (tmp_path / "itself.nii").symlink_to("itself.nii")
     (tmp_path / "broken.nii").symlink_to(tmp_path / "gone.nii")
     listing = list_scans(
         text(tmp_path / "list.csv", "subject,path,age", BAD_LINES[reason], "good,good.nii,40")
@@ -97,6 +101,7 @@ def test_a_bad_line_costs_itself_only(tmp_path, reason):
     assert [scan.subject for scan in listing.scans] == ["good"]
     assert listing.rejects
     assert all(reason in reject.reason for reject in listing.rejects), listing.rejects
+    assert all("\n" not in reject.reason for reject in listing.rejects)
 
 
 def test_one_image_under_two_names_is_pointed_out(tmp_path):

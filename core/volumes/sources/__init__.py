@@ -63,9 +63,16 @@ def list_scans(
     return replace(
         listing,
         scans=_with_same_columns(sorted(listing.scans, key=lambda scan: (scan.subject, scan.session))),
-        rejects=tuple(sorted(listing.rejects, key=lambda reject: (reject.subject, reject.file))),
+        rejects=tuple(
+            map(_in_one_line, sorted(listing.rejects, key=lambda reject: (reject.subject, reject.file)))
+        ),
         notes=(*listing.notes, *_shared_images(listing)),
     )
+
+
+def _in_one_line(reject: Reject) -> Reject:
+    """A quoted value of a table may hold line breaks; what is said about it does not."""
+    return Reject(*(" ".join(text.splitlines()) for text in (reject.subject, reject.file, reject.reason)))
 
 
 def _with_same_columns(scans: Sequence[Scan]) -> tuple[Scan, ...]:

@@ -73,8 +73,10 @@ class People:
 
 
 def read_people(source: Path, folders: Iterable[Path], age_column: str | None) -> People:
-    """The tables of `source` and of its subjects' `folders`; UserError where a table of
-    all cannot be used; a fault in one subject's own is kept for that subject.
+    """The tables of `source` and of its subjects' `folders`.
+
+    UserError where a table about everybody cannot be used; the fault of a table about one subject is kept
+    for that subject.
 
     Where there is no table at all there are no ages either, and `age_column` of the result is None.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from core.errors import UserError
 from core.volumes.sources.arrays import MNI_NOTE, array_file
-from core.volumes.sources.files import NIFTI, checked_file, digest_of, stem
+from core.volumes.sources.files import NIFTI, checked_file, digest_of, is_file, stem
 from core.volumes.sources.json_list import Entry, leaks, read_json_list
 from core.volumes.sources.labels import Wanted, known_text, labels_of, number_columns
 from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
@@ -110,7 +110,7 @@ def _map(source: Path, entry: Entry, key: str, wanted: str | None) -> ImageFile 
 
 def _file(source: Path, text: str) -> ImageFile:
     candidates = [source.parent / folder / text for folder in FOLDERS]
-    path = checked_file(next((path for path in candidates if path.is_file()), candidates[0]))
+    path = checked_file(next(filter(is_file, candidates), candidates[0]))
     return array_file(path) if path.suffix == ".npy" else ImageFile(path)
 
 

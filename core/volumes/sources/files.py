@@ -38,14 +38,26 @@ def folders_in(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there that can be looked at; unlike `Path.is_file` never an OSError."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def checked_file(path: Path) -> Path:
     """`path`, if a file is there; UserError says what is there instead."""
-    if path.is_file():
-        return path
-    if path.is_symlink():
-        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there; fetch it (git-annex?)")
-    if path.exists():
-        raise UserError(f"{path} is not a file")
+    try:
+        if path.is_file():
+            return path
+        if path.is_symlink():
+            target = os.readlink(path)
+            raise UserError(f"{path} is a link to {target}, which is not there; fetch it (git-annex?)")
+        if path.exists():
+            raise UserError(f"{path} is not a file")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     raise UserError(f"{path} does not exist")
 
 
