@@ -28,8 +28,8 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
+from core.report.record import STUDY_NAME
 from core.volumes.cohort_writer import CohortWriter
-from distributed.search import STUDY
 
 TRIALS, FOLDS, EPOCHS, SLOTS = 10, 2, 10, 2
 SMALL = {
@@ -137,7 +137,7 @@ def _command(run: Path) -> list[str]:
 
 def _study(run: Path) -> optuna.Study:
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(run / "study.journal")))
-    return optuna.load_study(study_name=STUDY, storage=storage)
+    return optuna.load_study(study_name=STUDY_NAME, storage=storage)
 
 
 def _trials(run: Path) -> list[optuna.trial.FrozenTrial]:

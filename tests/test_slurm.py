@@ -107,7 +107,7 @@ def test_a_job_runs_on_its_nodes_is_stopped_in_time_and_continued_by_the_same_li
     assert stranger.returncode != 0
     assert "Resources" not in stranger.stdout
 
-    job.send_signal(signal.SIGINT)  # what --signal=B:INT@600 does
+    job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@600 does
     out = job.communicate(timeout=120)[0]
     assert job.returncode == 0, out[-3000:]
     assert "head on node-a" in out
