@@ -16,13 +16,16 @@ from ray.data import DataContext, TaskPoolStrategy
 from core.errors import UserError
 from core.volumes.ingest import volume_bytes
 from core.volumes.ingest_shards import ShardRecord, ShardTask, write_shard_of
-from core.volumes.sources import Scan, read_image_geometry
+from core.volumes.sources import Listing, Scan, read_image_geometry
 
 PROCESS_BYTES = 500 * 2**20
 """What a worker holds once it has imported everything."""
 BYTES_PER_VOXEL = 24
 """Peak of preparing one scan, per voxel of the larger of file and grid; 16 were measured at 1 mm."""
 SAMPLE = 64
+"""How many headers are looked at to learn how large scans are."""
+LARGE = 2 * 10**8
+"""Voxels that one core prepares in the ten seconds or so that Ray needs to start twice."""
 
 Row = dict[str, Any]
 
@@ -58,14 +61,23 @@ def in_parallel(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
         yield pickle.loads(row["record"])
 
 
+def pays(listing: Listing) -> bool:
+    """Whether a listing is so large that starting Ray for it is made up for; else ingest in this process."""
+    voxels = [_voxels(scan) * len(scan.images) for scan in _sampled(listing.scans)]
+    return sum(voxels) / max(len(voxels), 1) * len(listing.scans) > LARGE
+
+
 def task_bytes(tasks: Sequence[ShardTask]) -> int:
     """An upper estimate of the memory of one task, from the headers of some of the images."""
     scans = [scan for task in tasks for scan in task.scans]
-    sampled = scans[:: math.ceil(len(scans) / SAMPLE)]
     grid = math.prod(tasks[0].description.shape)
-    largest = max([grid, *(_voxels(scan) for scan in sampled)])
+    largest = max([grid, *(_voxels(scan) for scan in _sampled(scans))])
     shard = 2 * volume_bytes(tasks[0].description) * max(len(task.scans) for task in tasks)
     return PROCESS_BYTES + BYTES_PER_VOXEL * largest + shard
+
+
+def _sampled(scans: Sequence[Scan]) -> Sequence[Scan]:
+    return scans[:: max(1, math.ceil(len(scans) / SAMPLE))]
 
 
 def _voxels(scan: Scan) -> int:
