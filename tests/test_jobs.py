@@ -8,22 +8,29 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from small_cohort import SMALL, write_small_cohort
+from optuna.trial import TrialState
+from process_helpers import (
+    MADE_SMALL,
+    ROOT,
+    end_marked,
+    environment,
+    free_ports,
+    study_of,
+    wait_until,
+)
+from small_cohort import write_small_cohort
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("core", "distributed", "search_spaces")
-MARKER = f"BRAINSWEEP_TEST=jobs-{os.getpid()}"  # two runs of these tests must not end each other
+THIS_RUN = f"jobs-{os.getpid()}"  # two runs of these tests must not end each other
 TOKEN = "0123456789abcdef" * 4
-MADE_SMALL = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 LEFT_BEHIND = (
     "run.json",
     "study.journal",
@@ -41,17 +48,16 @@ class Head:
         self.temporary = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's socket paths may have 107 bytes
         token = folder / "token"
         token.write_text(TOKEN)
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_JOB_STOP_SIGNAL": "SIGINT",
-            "RAY_JOB_STOP_WAIT_TIME_S": "60",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
-            "OMP_NUM_THREADS": "1",
-            "COLUMNS": "120",
-            "BRAINSWEEP_TEST": f"jobs-{os.getpid()}",
-        }  # fmt: skip
+        self.environment = environment(
+            THIS_RUN,
+            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN_PATH=str(token),
+            RAY_JOB_STOP_SIGNAL="SIGINT",
+            RAY_JOB_STOP_WAIT_TIME_S="60",
+            RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="900",
+        )
+        del self.environment["PYTHONPATH"]  # a job runs what it brought along
         gcs, dashboard, agent, client = free_ports(4)
         self.address, self.dashboard = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
         started = self.run(
@@ -80,47 +86,10 @@ class Head:
         )
 
     def stop(self):
-        """End what this head started, found by the marker in the environment: another Ray may run here."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in marked():
-                try:
-                    os.kill(process, number)
-                except ProcessLookupError:
-                    continue
-            if wait_until(lambda: not marked(), 8):
-                break
-        left = marked()
+        """End what this head started, found by the mark in the environment: another Ray may run here."""
+        left = end_marked(THIS_RUN)
         shutil.rmtree(self.temporary, ignore_errors=True)
         assert not left, f"processes left behind: {left}"
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def marked():
-    """Processes, zombies aside, that carry the marker in their environment."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and MARKER.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until(condition, seconds):
-    deadline = time.time() + seconds
-    while time.time() < deadline:
-        if condition():
-            return True
-        time.sleep(0.3)
-    return False
 
 
 def status_of(address, token=None):
@@ -235,3 +204,37 @@ def test_a_stopped_job_ends_gracefully_and_says_how_to_resume(head, checkout, sh
     assert "brainsweep resume" in logs, logs[-3000:]
     assert (shared / "stopped" / "report.html").exists()
     assert not json.loads((shared / "stopped" / "run.json").read_text())["finished"]
+
+
+def states(folder):
+    return [trial.state for trial in study_of(folder).get_trials()]
+
+
+def connected(head, shared, out, *more):
+    """A driver in the background that is connected to the cluster."""
+    words = [*sweep(shared, out, 4), "--scheduler", "none", "--address", head.address, *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "distributed", *map(str, words)], cwd=ROOT, env=head.environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_what_a_killed_driver_had_reserved_is_free_for_the_next_sweep(head, shared):
+    killed = connected(head, shared, "killed", "--slots", 2, "--set", "training.epochs=50")
+    assert wait_until((shared / "killed" / "trials" / "0001" / "progress.json").exists, 90)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    following = connected(head, shared, "following", "--slots", 2)  # both CPUs, which the killed one had
+    out, err = following.communicate(timeout=150)
+    assert following.returncode == 0, out[-2000:] + err[-2000:]
+    assert "2 slots of 1 worker(s)" in out
+    assert states(shared / "following") == [TrialState.COMPLETE] * 4
+
+
+def test_two_sweeps_at_once_that_both_want_the_whole_cluster_both_end(head, shared):
+    sweeps = [connected(head, shared, name, "--slots", 2) for name in ("one", "other")]
+    for name, started in zip(("one", "other"), sweeps, strict=True):
+        out, err = started.communicate(timeout=200)
+        assert started.returncode == 0, out[-2000:] + err[-2000:]
+        assert states(shared / name) == [TrialState.COMPLETE] * 4
+        check_run(shared / name, trials=4)

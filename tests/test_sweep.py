@@ -4,20 +4,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
-import optuna
 import pandas as pd
 import pytest
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from small_cohort import SMALL, write_small_cohort
+from process_helpers import command, environment, marked, run, study_of, wait_until
+from small_cohort import write_small_cohort
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
-ROOT = Path(__file__).parents[1]
 SPACE = """
 def space(trial):
     # the fourth trial diverges, whatever it is given
@@ -36,70 +32,16 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def command(*arguments):
-    """`brainsweep ARGUMENTS`; a sweep is made small first, so that ARGUMENTS have the last word."""
-    small = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
-    first, *rest = map(str, arguments)
-    return [sys.executable, "-m", "distributed", first, *(small if first == "sweep" else []), *rest]
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-
-
-def run(*arguments, cwd):
-    return subprocess.run(
-        command(*arguments),
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-
-
-def study_of(folder):
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-    return optuna.load_study(study_name="brainsweep", storage=storage)
-
-
-def processes_of(marker):
-    """Process ids whose environment carries `marker`: what a sweep started and should have ended."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if marker.encode() in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
-def wait_until(condition, seconds):
-    deadline = time.time() + seconds
-    while time.time() < deadline:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return False
-
-
 def epochs_done(progress):
     return len(json.loads(progress.read_text())["history"]) if progress.exists() else 0
 
 
 def test_a_sweep_from_beginning_to_end(workplace):
-    marker = "BRAINSWEEP_TEST=whole"
-    os.environ["BRAINSWEEP_TEST"] = "whole"
-    try:
-        done = run(
-            "sweep", "cohort", "--space", "mine.py:space", "--trials", 6, "--folds", 2, "--slots", 2, "--out", "run",
-            "--scheduler", "asha", "--refit-seeds", 2, cwd=workplace,
-        )  # fmt: skip
-    finally:
-        del os.environ["BRAINSWEEP_TEST"]
+    mark = f"whole-{os.getpid()}"
+    done = run(
+        "sweep", "cohort", "--space", "mine.py:space", "--trials", 6, "--folds", 2, "--slots", 2, "--out", "run",
+        "--scheduler", "asha", "--refit-seeds", 2, cwd=workplace, mark=mark,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = workplace / "run"
 
@@ -141,7 +83,7 @@ def test_a_sweep_from_beginning_to_end(workplace):
     assert "Leaderboard" in done.stdout
     assert "brainsweep predict run" in done.stdout
     assert "Traceback" not in done.stderr
-    assert wait_until(lambda: not processes_of(marker), 20), processes_of(marker)
+    assert wait_until(lambda: not marked(mark), 20), marked(mark)
 
     evaluated = run("evaluate", "run", "cohort", cwd=workplace)
     assert evaluated.returncode == 0, evaluated.stderr
@@ -150,11 +92,11 @@ def test_a_sweep_from_beginning_to_end(workplace):
 
 def test_a_killed_sweep_is_resumed_without_loss_or_repetition(workplace):
     folder = workplace / "killed"
-    marker = "BRAINSWEEP_TEST=killed"
+    mark = f"killed-{os.getpid()}"
     sweep = subprocess.Popen(
         command("sweep", "cohort", "--trials", 5, "--folds", 2, "--slots", 2, "--out", "killed", "--scheduler", "none",
                 "--set", "training.epochs=6"),
-        cwd=workplace, env=environment() | {"BRAINSWEEP_TEST": "killed"},
+        cwd=workplace, env=environment(mark),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -172,7 +114,7 @@ def test_a_killed_sweep_is_resumed_without_loss_or_repetition(workplace):
         trial.number: epochs_done(folder / "trials" / f"{trial.number:04d}" / "progress.json")
         for trial in study_of(folder).get_trials(states=(TrialState.RUNNING,))
     }
-    assert wait_until(lambda: not processes_of(marker), 100), "Ray outlived its driver"
+    assert wait_until(lambda: not marked(mark), 100), "Ray outlived its driver"
 
     resumed = run("resume", "killed", cwd=workplace)
     assert resumed.returncode == 0, resumed.stderr
