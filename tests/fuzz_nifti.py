@@ -438,15 +438,24 @@ def check_volume(voxels: np.ndarray, affine: np.ndarray) -> None:
         raise AssertionError("constant, or without a place")
 
 
-def prepare(path: Path) -> None:
-    """`prepare_scan` on a coarse grid, and whether its result is what it promises."""
+def prepare(path: Path, **settings: Any) -> None:
+    """`prepare_scan` of the file as an image, then as its label map too, and whether it keeps its promises."""
     from core.volumes.prepare import prepare_scan
     from core.volumes.preprocess import Preprocessing
     from core.volumes.sources.listing import ImageFile, Scan
 
-    prepared = prepare_scan(Scan("sub-1", (ImageFile(path),)), Preprocessing(spacing=20))
-    if not np.isfinite(prepared.voxels).all() or not prepared.voxels.any():
-        raise AssertionError("prepared voxels are not finite, or all 0")
+    chosen = settings or {"spacing": 2, "shape": (12, 12, 12), "centre": "brain"}
+    pipeline = Preprocessing.model_validate(chosen)
+    file = ImageFile(path)
+    for scan in (Scan("sub-1", (file,)), Scan("sub-1", (file, file), label=file)):
+        prepared = prepare_scan(scan, pipeline)
+        if not np.isfinite(prepared.voxels).all() or not prepared.voxels.any():
+            raise AssertionError("prepared voxels are not finite, or all 0")
+
+
+def prepare_registered(path: Path) -> None:
+    """`prepare` with registration to the template."""
+    prepare(path, spacing=8, registration="affine")
 
 
 def die(path: Path) -> None:
@@ -461,7 +470,9 @@ def hang(path: Path) -> None:
         time.sleep(0.1)
 
 
-READS: dict[str, Callable[[Path], Any]] = {"volume": read_both, "prepare": prepare, "die": die, "hang": hang}
+READS: dict[str, Callable[[Path], Any]] = {
+    "volume": read_both, "prepare": prepare, "register": prepare_registered, "die": die, "hang": hang,
+}  # fmt: skip
 
 
 def work(first: int, stop: int, step: int, reads: str) -> None:
@@ -549,23 +560,25 @@ def main() -> None:
     parser.add_argument("--stop", type=int, default=20_000)
     parser.add_argument("--step", type=int, default=1)
     parser.add_argument("--reads", choices=READS, default="volume")
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds after which a case hangs")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.work:
         work(chosen.first, chosen.stop, chosen.step, chosen.reads)
         return
     tried, refused, faults = collections.Counter[str](), collections.Counter[str](), 0
-    slowest, peak, valid = 0.0, 0, 0
-    for outcome in outcomes(chosen.first, chosen.stop, chosen.reads, chosen.step):
+    slowest, peak, valid = {"seconds": 0.0}, 0, 0
+    for outcome in outcomes(chosen.first, chosen.stop, chosen.reads, chosen.step, chosen.patience):
         tried.update(outcome["label"].split(" + "))
-        slowest, peak = max(slowest, outcome["seconds"]), max(peak, outcome["peak"])
+        slowest = max(slowest, outcome, key=lambda timed: timed["seconds"])
+        peak = max(peak, outcome["peak"])
         valid += "refused" not in outcome and not outcome["fault"]
         refused[outcome.get("refused", "")] += 1
         if outcome["fault"]:
             faults += 1
             print(json.dumps(outcome), flush=True)
     print(f"{(chosen.stop - chosen.first) // chosen.step} cases, {faults} faults, {valid} valid volumes")
-    print(f"slowest {slowest:.2f} s, largest process {peak} MiB")
+    print(f"slowest {slowest['seconds']:.2f} s (case {slowest.get('case')}), largest process {peak} MiB")
     for counter in (tried, refused):
         print(*(f"{count:7d} {what}" for what, count in counter.most_common(60) if what), sep="\n")
 

@@ -224,6 +224,15 @@ def test_voxels_are_never_taken_from_the_header(tmp_path, kind):
         read_volume(tmp_path / "a.nii")
 
 
+def test_small_faults_of_a_header_are_mended_without_a_word(tmp_path, capfd):
+    content = bytearray(nib.Nifti1Image(voxels_of(), np.diag([2, 2, 2, 1])).to_bytes())
+    content[76:80] = np.float32(0.5).tobytes()  # pixdim[0], the handedness, is 1 or -1
+    content[252:254] = np.int16(77).tobytes()  # qform_code goes from 0 to 5
+    (tmp_path / "a.nii").write_bytes(content)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.nii")[0], voxels_of())
+    assert "".join(capfd.readouterr()) == ""
+
+
 @pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.Nifti2Pair])
 @pytest.mark.parametrize("name", ["a.hdr", "b.nii"])
 def test_one_file_of_a_pair_is_refused(tmp_path, kind, name):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import math
 import stat
 import zlib
@@ -28,7 +29,10 @@ Affine = npt.NDArray[np.float64]
 
 MAX_VOXELS = 2**29  # 2 GB of float32; a whole head at 0.4 mm has a tenth of it
 VOXEL_EDGES = (0.05, 50.0)  # mm: outside, the unit is wrong or the header damaged
+_LOGGER = logging.getLogger(__name__)  # nibabel's own would print small faults of headers, naming no file
+_LOGGER.addHandler(logging.NullHandler())
 _HEADERS = (nib.Nifti1Header, nib.Nifti2Header)
+_HEADER_ERROR = 40  # of nibabel's levels: what it cannot mend without guessing
 _LONGEST_HEADER = 540  # bytes; NIfTI-2
 _DEFLATE_LIMIT = 1032  # no deflate stream expands more than this (zlib's technical notes)
 _SLACK = 2**20  # bytes that may follow the voxels
@@ -123,7 +127,8 @@ def _header(path: Path, beginning: bytes) -> nib.Nifti1Header:
         raise ValueError("the file is empty")
     for kind in _HEADERS:
         if kind.may_contain_header(beginning):
-            header = kind(beginning[: kind.sizeof_hdr])
+            header = kind(beginning[: kind.sizeof_hdr], check=False)
+            header.check_fix(_LOGGER, error_level=_HEADER_ERROR)
             if header["magic"].item() != kind.single_magic:
                 raise UserError(
                     f"{path} is half of a pair of header and image files; convert the pair to one .nii or .nii.gz"
