@@ -105,6 +105,10 @@ UNUSABLE = {
     "no array of id for the study A, only MRE_coverage_A.npy, age_A.npy, sex_A.npy, stiffness_A.npy": lambda folder: (
         (folder / "id_A.npy").unlink()
     ),
+    "only age_A.npy, id_A.npy, many.npy, sex_A.npy": lambda folder: (
+        (folder / "MRE_coverage_A.npy").unlink(),
+        (folder / "stiffness_A.npy").rename(folder / "many.npy"),
+    ),
     "no array of age": lambda folder: (folder / "age_A.npy").unlink(),
     "two arrays of stiffness: MRE_stiffness_A.npy and stiffness_A.npy": lambda folder: np.save(
         folder / "MRE_stiffness_A.npy", np.ones(2)
@@ -122,9 +126,20 @@ def test_arrays_that_leave_a_doubt_are_refused(tmp_path, reason):
     study(tmp_path, "A", roles="stiffness")
     UNUSABLE[reason](tmp_path)
     with pytest.raises(UserError, match=reason) as caught:
-        list_scans(tmp_path)
+        list_scans(tmp_path, kind="mre", channels=["stiffness"])
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_of_other_arrays_lists_them(tmp_path):
+    np.save(tmp_path / "StiffnessATLAS.npy", np.ones(2))
+    with pytest.raises(
+        UserError, match=r"no arrays such as stiffness_STUDY\.npy .*, only StiffnessATLAS\.npy"
+    ):
+        list_scans(tmp_path, kind="mre")
+    np.save(tmp_path / "stiffness_age.npy", np.ones(2))
+    with pytest.raises(UserError, match=r"stiffness_age\.npy names several quantities \(age, stiffness\)"):
+        list_scans(tmp_path)
 
 
 def test_one_name_for_two_studies(tmp_path):

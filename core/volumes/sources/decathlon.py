@@ -38,6 +38,7 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
         {key: value for key, value in entry.values.items() if not value.endswith(ENDINGS)}
         for entry in content.entries
     )
+    maps = (("label", wanted.label), ("mask", wanted.mask))
     visits: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for entry in content.entries:
         visits[entry.subject].add(entry.images)
@@ -49,13 +50,10 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
             session = _session(entry, several=len(visits[entry.subject]) > 1)
             if (entry.subject, session) in scans:
                 raise UserError(f"the scan is listed once more in {entry.place}; the first is taken")
-            label = _map(source, entry, "label", wanted.label)
-            mask = _map(source, entry, "mask", wanted.mask)
-            own = (
-                OWN
-                | ({wanted.label or "label"} if label else set())
-                | ({wanted.mask or "mask"} if mask else set())
-            )
+            label, mask = (_map(source, entry, key, asked) for key, asked in maps)
+            own = OWN | {
+                asked or key for (key, asked), found in zip(maps, (label, mask), strict=True) if found
+            }
             labels = labels_of(entry.values, age_column=age_column, numeric=numeric, own=own, prefix="list_")
             scans[entry.subject, session] = Scan(entry.subject, files, session, label, mask, *labels)
         except UserError as error:
@@ -66,8 +64,8 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
         notes.append(f"no entry has '{wanted.age_column}': ages are unknown")
     if any(file.path.suffix == ".npy" for scan in scans.values() for file in scan.images):
         notes.append(MNI_NOTE)
-    found, left_out = tuple(scans.values()), tuple(rejects)
-    return Listing(source, "decathlon", channels, found, left_out, digest_of([source]), tuple(notes))
+    digest = digest_of([source])
+    return Listing(source, "decathlon", channels, tuple(scans.values()), tuple(rejects), digest, tuple(notes))
 
 
 def _numbered(source: Path, entries: Sequence[Entry]) -> tuple[str, ...]:

@@ -31,6 +31,8 @@ ROLES = {
 QUALIFIERS = {"mre", "ratio", "masked"}
 """Words that say more about the quantity; what is left of the name is the study."""
 COVERAGE_COLUMN = "mre_coverage"
+COLUMNS = {"coverage": COVERAGE_COLUMN}
+"""Quantities that the manifest calls otherwise: its own "coverage" is of the grid."""
 
 
 @dataclass(frozen=True)
@@ -68,51 +70,51 @@ def list_mre(source: Path, wanted: Wanted) -> Listing:
 
 def is_mre_array(path: Path) -> bool:
     """Whether the name is that of an array of stiffness or damping ratio."""
-    return path.suffix == ".npy" and _understood(path)[0] in {"stiffness", "dr"}
+    return path.suffix == ".npy" and not {"stiffness", "dr"}.isdisjoint(_quantities(path))
 
 
 def _read_study(
     source: Path, study: Study, channels: Sequence[str], age_column: str | None
 ) -> tuple[list[Scan], list[Reject]]:
-    needed = [*channels, "id", *(["age"] if age_column else [])]
-    if missing := [role for role in needed if role not in study.files]:
-        raise UserError(
-            f"{study.folder} has no array of {missing[0]} for the study {study.name}, only "
-            f"{', '.join(sorted(path.name for path in study.files.values()))}"
-        )
+    """The scans of one study, and the rows whose id or age cannot be used."""
+    _check_arrays(study, [*channels, "id", *(["age"] if age_column else [])])
+    grids = {role: mni_affine(study.files[role], volumes_in(study.files[role])[1]) for role in channels}
+    values = {role: read_values(path) for role, path in study.files.items() if role not in VOLUMES}
+    coverage = values.get("coverage", [])
+    numeric = {COVERAGE_COLUMN} if all(isinstance(value, (int, float)) for value in coverage) else set()
+    keys = [_key(written) for written in values["id"]]
+    times = Counter(keys)
+    scans, rejects = [], []
+    for row, key in enumerate(keys):
+        texts = {COLUMNS.get(role, role): _text(column[row]) for role, column in values.items()}
+        # the studies number their people alike, so their name makes the subject
+        subject = "" if isinstance(key, UserError) else f"{study.name}_{texts['id'].removeprefix('sub-')}"
+        try:
+            if isinstance(key, UserError):
+                raise UserError(f"row {row}: {key}")
+            if times[key] > 1:
+                raise UserError(f"{subject} is listed {times[key]} times in {study.files['id'].name}")
+            labels = labels_of(
+                {**texts, "site": study.name}, age_column="age" if age_column else None, numeric=numeric,
+                own=("id", "age"), prefix="mre_",
+            )  # fmt: skip
+            images = tuple(ImageFile(study.files[role], row, grids[role]) for role in channels)
+            scans.append(Scan(subject, images, "", None, None, *labels))
+        except UserError as error:
+            rejects.append(Reject(subject, name_in(source, study.files[channels[0]]), str(error)))
+    return scans, rejects
+
+
+def _check_arrays(study: Study, needed: Sequence[str]) -> None:
+    """UserError unless the study has the quantities that are needed, and all its arrays have one length."""
+    for role in needed:
+        if role not in study.files:
+            there = ", ".join(path.name for path in sorted(study.folder.glob("*.npy")))
+            raise UserError(f"{study.folder} has no array of {role} for the study {study.name}, only {there}")
     counts = {path: read_header(path, kinds="iufUSb").shape[:1] for path in study.files.values()}
     if len(set(counts.values())) > 1:
         lengths = ", ".join(f"{path.name} {count[0] if count else 'none'}" for path, count in counts.items())
         raise UserError(f"{study.folder} has arrays of different lengths for one study: {lengths}")
-    grids = {role: mni_affine(study.files[role], volumes_in(study.files[role])[1]) for role in channels}
-    values = {role: read_values(path) for role, path in study.files.items() if role not in VOLUMES}
-    rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    keys = [_key(row["id"]) for row in rows]
-    times = Counter(keys)
-    numeric = (
-        {COVERAGE_COLUMN} if all(isinstance(row.get("coverage"), (int, float)) for row in rows) else set()
-    )
-    scans, rejects = [], []
-    for number, (key, row) in enumerate(zip(keys, rows, strict=True)):
-        # the studies number their people alike, so their name makes the subject
-        name = "" if isinstance(key, UserError) else f"{study.name}_{_text(row['id']).removeprefix('sub-')}"
-        try:
-            if isinstance(key, UserError):
-                raise UserError(f"row {number}: {key}")
-            if times[key] > 1:
-                raise UserError(f"{name} is listed {times[key]} times in {study.files['id'].name}")
-            text = {
-                COVERAGE_COLUMN if role == "coverage" else role: _text(value) for role, value in row.items()
-            }
-            labels = labels_of(
-                {**text, "site": study.name}, age_column="age" if age_column else None, numeric=numeric,
-                own=("id", "age"), prefix="mre_",
-            )  # fmt: skip
-            images = tuple(ImageFile(study.files[role], number, grids[role]) for role in channels)
-            scans.append(Scan(name, images, "", None, None, *labels))
-        except UserError as error:
-            rejects.append(Reject(name, name_in(source, study.files[channels[0]]), str(error)))
-    return scans, rejects
 
 
 def _key(written: object) -> str | UserError:
@@ -139,7 +141,8 @@ def _studies(source: Path) -> list[Study]:
         key=lambda study: study.name,
     )
     if not studies:
-        raise UserError(f"{source} has no MRE arrays, such as stiffness_STUDY.npy and age_STUDY.npy")
+        there = ", ".join(path.name for path in files_below(source, (".npy",))[:12]) or "no .npy file"
+        raise UserError(f"{source} has no arrays such as stiffness_STUDY.npy and age_STUDY.npy, only {there}")
     for one, other in itertools.pairwise(studies):
         if one.name == other.name:
             raise UserError(f"{one.folder} and {other.folder} are both called study {one.name}; rename one")
@@ -150,11 +153,11 @@ def _studies_in(folder: Path, paths: Sequence[Path]) -> list[Study]:
     """One study where no quantity occurs twice; else one for each name that files have beside the quantity."""
     understood = [(path, *_understood(path)) for path in paths]
     known = [(path, role, study) for path, role, study in understood if role]
-    masked = {study for path, role, study in known if role == "T1" and "masked" in _words(path)}
+    masked = {study for path, role, study in known if role == "T1" and _is_masked(path)}
     known = [
         (path, role, study)
         for path, role, study in known
-        if role != "T1" or study not in masked or "masked" in _words(path)
+        if role != "T1" or study not in masked or _is_masked(path)
     ]
     roles = Counter(role for _, role, _ in known)
     if not known:
@@ -174,15 +177,22 @@ def _studies_in(folder: Path, paths: Sequence[Path]) -> list[Study]:
     return [Study(study or folder.resolve().name, folder, files) for study, files in groups.items()]
 
 
-def _words(path: Path) -> list[str]:
-    return [word for word in re.split(r"[^A-Za-z0-9]+", stem(path).lower()) if word]
-
-
 def _understood(path: Path) -> tuple[str, str]:
     """Quantity ("" for none) and study that a file's name says; UserError if it says two quantities."""
-    words = [word for word in re.split(r"[^A-Za-z0-9]+", stem(path)) if word]
-    roles = [ROLES[word.lower()] for word in words if word.lower() in ROLES]
-    if len(set(roles)) > 1:
-        raise UserError(f"{path} names several quantities ({', '.join(roles)}); rename it to name one")
-    left = [word for word in words if word.lower() not in {*ROLES, *QUALIFIERS}]
-    return (roles[0] if roles else ""), "_".join(left)
+    quantities = _quantities(path)
+    if len(quantities) > 1:
+        raise UserError(f"{path} names several quantities ({', '.join(quantities)}); rename it to name one")
+    left = [word for word in _words(path) if word.lower() not in {*ROLES, *QUALIFIERS}]
+    return next(iter(quantities), ""), "_".join(left)
+
+
+def _quantities(path: Path) -> list[str]:
+    return sorted({ROLES[word.lower()] for word in _words(path) if word.lower() in ROLES})
+
+
+def _is_masked(path: Path) -> bool:
+    return "masked" in {word.lower() for word in _words(path)}
+
+
+def _words(path: Path) -> list[str]:
+    return [word for word in re.split(r"[^A-Za-z0-9]+", stem(path)) if word]
