@@ -166,14 +166,12 @@ def test_files_that_are_not_there_or_not_nifti(tmp_path):
 
 def test_paths_that_lead_nowhere_are_named_with_the_reason(tmp_path):
     (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
-    with pytest.raises(
-        UserError, match=r"loop\.nii cannot be read as NIfTI \(Too many levels of symbolic links"
-    ):
+    with pytest.raises(UserError, match=r"loop\.nii cannot be read: Too many levels of symbolic links"):
         read_volume(tmp_path / "loop.nii")
     (tmp_path / "dangling.nii").symlink_to(tmp_path / "gone.nii")
     with pytest.raises(UserError, match=r"dangling\.nii does not exist"):
         read_geometry(tmp_path / "dangling.nii")
-    with pytest.raises(UserError, match=r"cannot be read as NIfTI \(File name too long"):
+    with pytest.raises(UserError, match=r"cannot be read: File name too long"):
         read_volume(tmp_path / ("a" * 300 + ".nii"))
     os.mkfifo(tmp_path / "pipe.nii")  # opening it would wait for ever
     with pytest.raises(UserError, match=r"pipe\.nii is not a file"):
@@ -190,7 +188,7 @@ def test_files_without_permission_are_named_with_the_reason(tmp_path, where, mon
         denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         monkeypatch.setattr(Path, "open" if where == "file" else "stat", raising(denied))
     try:
-        with pytest.raises(UserError, match=r"a\.nii cannot be read as NIfTI \(Permission denied\)"):
+        with pytest.raises(UserError, match=r"a\.nii cannot be read: Permission denied"):
             read_volume(path)
     finally:
         monkeypatch.undo()

@@ -198,8 +198,9 @@ def _check_values(path: Path, voxels: Volume) -> None:
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:
-    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    reason = (told.splitlines() or [""])[0] or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None:  # the system's answer, not the content's fault
+        return UserError(f"{path} cannot be read: {error.strerror}")
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return UserError(
         f"{path} cannot be read as NIfTI ({reason}); it is truncated, damaged or of another kind"
     )
