@@ -7,6 +7,7 @@ All ways give the same batches in the same order; they differ in speed and in wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
@@ -90,6 +91,9 @@ def _in_turn(volumes: Volumes, parts: Iterable[Rows], pinned: bool) -> Iterator[
             yield fresh
         else:
             yield volumes.read(rows, out=buffers[turn % 2][: len(rows)])
+
+
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to a batch
 
 
 def _ahead(source: Iterator[Stored], device: torch.device) -> Batches:

@@ -64,17 +64,20 @@ class Streaming:
         rows_per_read = max(1, READ_BYTES // bytes_of_a_volume(cohort))
         shape, dtype = cohort.volume_shape, np.dtype(cohort.description.dtype)
         with DataContext.current(_context(READS_AHEAD * rows_per_read * bytes_of_a_volume(cohort))):
-            where: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": _this_node()}
             tables: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-            planned = ray.data.from_arrow([pa.table({"epoch": [epoch]}) for epoch in plan.epochs]).map_batches(
+            # Not from_arrow: it measures its tables in tasks that wait for a CPU.
+            epochs = ray.data.from_items(
+                [{"epoch": epoch} for epoch in plan.epochs], override_num_blocks=len(plan.epochs)
+            )
+            planned = epochs.map_batches(
                 partial(_plan_reads, plan=plan, rows_per_read=rows_per_read),
-                compute=TaskPoolStrategy(size=1), **tables, **where,
+                compute=TaskPoolStrategy(size=1), num_cpus=0, **tables,
             )  # fmt: skip
             reads = planned.map_batches(
                 partial(_read, address=self.address),
                 compute=TaskPoolStrategy(size=READERS),
+                num_cpus=0,
                 **tables,
-                **where,
             )
             lines = iter(reads.iter_batches(**tables, prefetch_batches=1))
         try:
@@ -89,14 +92,12 @@ def _context(memory: int) -> DataContext:
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory)
+    # Read where the volumes are needed; elsewhere only if this node is going away.
+    here = ray.get_runtime_context().get_node_id()
+    context.scheduling_strategy = NodeAffinitySchedulingStrategy(here, soft=True)
     context.target_max_block_size = 1  # every line of a table is a block of its own
     context.enable_progress_bars = False
     return context
-
-
-def _this_node() -> NodeAffinitySchedulingStrategy:
-    """Read where the volumes are needed; elsewhere only if this node is going away."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def _plan_reads(epochs: pa.Table, plan: Plan, rows_per_read: int) -> Iterator[pa.Table]:

@@ -1,0 +1,241 @@
+"""Volumes a second that reach a training loop: ours against h5py, torch's DataLoader and MONAI's CacheDataset.
+
+    python -m benchmarks.data
+
+Every contender gives the same thing: all volumes of a cohort (91 x 109 x 91 random voxels, float16, not
+compressed, in the page cache) in shuffled batches of 16, as torch tensors of the stored type, of which one value
+per memory page is looked at. "raw h5py" is the yardstick: volumes one by one, no batches. Ours hold every volume
+against its checksum (streaming and direct: at every read; resident: once); the others check nothing. Each
+contender runs `EPOCHS` epochs after one to warm up, all of them in turn, `ROUNDS` times; the table has the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import ray
+import torch
+from monai.data import CacheDataset
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+
+from core.volumes.cohort import Cohort
+from core.volumes.cohort_writer import CohortWriter
+from core.volumes.moments import pooled_statistics
+from distributed.cluster import connect
+from distributed.data import batches
+from distributed.plan import Plan
+from distributed.resident import Resident
+from distributed.sources import Direct, Volumes
+from distributed.streaming import Streaming
+
+SHAPE = (91, 109, 91)
+BATCH = 16
+EPOCHS = 5
+ROUNDS = 3
+TRIALS = 4
+VALUES_PER_PAGE = 2048  # of float16
+
+Batches = Iterator[torch.Tensor]
+
+
+class Shards(Dataset):
+    """Volumes by row, from files that stay open: the usual way to give h5py to a DataLoader."""
+
+    def __init__(self, cohort: Cohort) -> None:
+        self.files = [cohort.folder / "shards" / shard for shard in cohort.manifest["shard"]]
+        self.positions = cohort.manifest["position"].tolist()
+        self.opened: dict[Path, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        file = self.files[row]
+        if file not in self.opened:
+            self.opened[file] = h5py.File(file, "r", locking=False)["volumes"]
+        return torch.from_numpy(self.opened[file][self.positions[row]])
+
+
+def write_cohorts(folder: Path, volumes: int) -> dict[str, Cohort]:
+    """The same random volumes as HDF5 and as Parquet."""
+    cohorts = {}
+    for storage in ("hdf5", "parquet"):
+        generator = np.random.default_rng(0)
+        writer = CohortWriter(
+            folder / storage, name="random", channels=("T1w",), shape=SHAPE, spacing=2.0, affine=np.eye(4),
+            synthetic=True, volumes_per_shard=32, storage=storage,
+        )  # fmt: skip
+        with writer:
+            for row in range(volumes):
+                volume = generator.random((1, *SHAPE), dtype=np.float32)
+                writer.add(volume, subject=f"{row:04d}", age=float(20 + row % 60))
+        cohorts[storage] = Cohort.open(folder / storage)
+    return cohorts
+
+
+def h5py_alone(cohort: Cohort, rows: np.ndarray, epochs: int) -> Batches:
+    """Volumes one by one, in batches only for counting."""
+    shards = Shards(cohort)
+    for _ in range(epochs):
+        for row in rows:
+            yield shards[int(row)][None]
+
+
+def loader(dataset: Dataset, workers: int, epochs: int) -> Batches:
+    """A shuffling DataLoader."""
+    made = DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    for _ in range(epochs):
+        yield from made
+
+
+def ours(volumes: Volumes, rows: int, epochs: int) -> Batches:
+    """What a training worker gets."""
+    return batches(volumes, Plan(np.arange(rows), BATCH, 0, range(1, epochs + 1)), torch.device("cpu"))
+
+
+def rate_of(reading: Batches, volumes: int) -> float:
+    """Volumes a second, the first epoch left out."""
+    seen, started = 0, 0.0
+    for batch in reading:
+        batch.view(-1)[::VALUES_PER_PAGE].sum()
+        if not started and seen >= volumes:
+            started, seen = time.perf_counter(), 0
+        seen += len(batch)
+    return seen / (time.perf_counter() - started)
+
+
+def contenders(cohorts: dict[str, Cohort], resident: Resident) -> dict[str, Callable[[], Batches]]:
+    """How each one is started, by name; the first is the yardstick."""
+    hdf5, parquet = cohorts["hdf5"], cohorts["parquet"]
+    count, known, epochs = len(hdf5), resident.known, EPOCHS + 1
+    shards = Shards(hdf5)
+    cached = CacheDataset(range(count), shards.__getitem__, num_workers=1, progress=False, copy_cache=False)
+    shuffled = np.random.default_rng(0).permutation(count)
+    return {
+        "raw h5py, in order": lambda: h5py_alone(hdf5, np.arange(count), epochs),
+        "h5py, shuffled": lambda: h5py_alone(hdf5, shuffled, epochs),
+        "DataLoader, 0 workers": lambda: loader(Shards(hdf5), 0, epochs),
+        "DataLoader, 1 worker": lambda: loader(Shards(hdf5), 1, epochs),
+        "DataLoader, 2 workers": lambda: loader(Shards(hdf5), 2, epochs),
+        "MONAI CacheDataset": lambda: loader(cached, 0, epochs),
+        "resident": lambda: ours(resident, count, epochs),
+        "direct, HDF5": lambda: ours(Direct(hdf5.address, known), count, epochs),
+        "direct, Parquet": lambda: ours(Direct(parquet.address, known), count, epochs),
+        "streaming, HDF5": lambda: ours(Streaming(hdf5.address, known), count, epochs),
+        "streaming, Parquet": lambda: ours(Streaming(parquet.address, known), count, epochs),
+    }
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    """A slot's worker, which outlives its trials."""
+
+    def trial(self, volumes: Volumes, rows: int, epochs: int) -> float:
+        """Seconds from the trial's start to its first batch, statistics included; then reads all its epochs."""
+        started = time.perf_counter()
+        pooled_statistics(volumes.moments(np.arange(rows)))
+        reading = ours(volumes, rows, epochs)
+        next(reading)
+        seconds = time.perf_counter() - started
+        for _ in reading:
+            pass
+        return seconds
+
+
+def bytes_read() -> dict[str, int]:
+    """Bytes that each process of this machine has read by system calls, the page cache included."""
+    counts = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = dict(line.split(": ") for line in (entry / "io").read_text().splitlines())
+            marker = (
+                (entry / "stat").read_text().rsplit(")", 1)[1].split()[19]
+            )  # a process id may be used again
+        except OSError:
+            continue
+        counts[f"{entry.name}-{marker}"] = int(fields["rchar"])
+    return counts
+
+
+def count_reads(cohort: Cohort, console: Console) -> Resident:
+    """Hold the cohort, run `TRIALS` trials on it, two at a time, and say how much was read for that."""
+    workers = [Worker.remote() for _ in range(2)]  # type: ignore[attr-defined]
+    ray.get([worker.__ray_ready__.remote() for worker in workers])
+    before = bytes_read()
+    resident = Resident.of(cohort)
+    held = bytes_read()
+    starts = ray.get(
+        [workers[trial % 2].trial.remote(resident, len(cohort), EPOCHS) for trial in range(TRIALS)]
+    )
+    after = bytes_read()
+    size = sum(file.stat().st_size for file in (cohort.folder / "shards").iterdir())
+
+    def increase(earlier: dict[str, int], later: dict[str, int]) -> float:
+        return sum(count - earlier.get(process, 0) for process, count in later.items()) / size
+
+    console.print(
+        f"{TRIALS} resident trials of {EPOCHS} epochs: read {increase(before, held):.2f} times the shards' bytes to "
+        f"hold them and {increase(held, after):.2f} times to train (all processes, imports included)\n"
+        f"a trial's data started in {', '.join(f'{seconds:.3f}' for seconds in starts)} s"
+    )
+    for worker in workers:
+        ray.kill(worker)
+    return resident
+
+
+def main() -> None:
+    """Run everything, print the table."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    arguments.add_argument("--volumes", type=int, default=416)
+    arguments.add_argument(
+        "--folder", type=Path, help="where the cohorts are kept; a temporary one if absent"
+    )
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    console = Console()
+    with tempfile.TemporaryDirectory() as temporary, connect(None, console):
+        folder = given.folder or Path(temporary)
+        if (folder / "parquet" / "cohort.json").exists():
+            cohorts = {storage: Cohort.open(folder / storage) for storage in ("hdf5", "parquet")}
+        else:
+            cohorts = write_cohorts(folder, given.volumes)
+        resident = count_reads(cohorts["hdf5"], console)
+        rates: dict[str, list[float]] = {}
+        for _ in range(ROUNDS):
+            for name, start in contenders(cohorts, resident).items():
+                rates.setdefault(name, []).append(rate_of(start(), len(cohorts["hdf5"])))
+                gc.collect()
+        print_table(rates, console)
+
+
+def print_table(rates: dict[str, list[float]], console: Console) -> None:
+    """Medians, and their ratios to the yardstick and to the best DataLoader."""
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    raw = next(iter(medians.values()))
+    best = max(median for name, median in medians.items() if name.startswith("DataLoader"))
+    title = f"{len(rates)} contenders, {ROUNDS} rounds of {EPOCHS} epochs"
+    table = Table("contender", "volumes/s", "least", "most", "x raw h5py", "x best DataLoader", title=title)
+    for name, values in rates.items():
+        figures = (medians[name], min(values), max(values))
+        table.add_row(
+            name,
+            *(f"{value:,.0f}" for value in figures),
+            f"{medians[name] / raw:.2f}",
+            f"{medians[name] / best:.2f}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
