@@ -111,6 +111,15 @@ def test_one_image_under_two_names_is_pointed_out(tmp_path):
     assert listing.notes == ("LEAK: 1 images belong to more than one subject, such as a.nii (x, y)",)
 
 
+def test_a_subject_in_two_folds_is_pointed_out(tmp_path):
+    for name in "abcd":
+        image(tmp_path / f"{name}.nii", ord(name))
+    lines = ["x,1,a.nii,30,0", "x,2,b.nii,31,1", "y,1,c.nii,30,2", "y,2,d.nii,31,2"]
+    listing = list_scans(text(tmp_path / "list.csv", "subject,session,path,age,fold", *lines))
+    assert listing.notes == ("LEAK: 1 subjects stand in more than one fold or list: x (fold 0, fold 1)",)
+    assert [scan.extra["fold"] for scan in listing.scans] == [0, 1, 2, 2]
+
+
 def test_semicolons_and_a_table_without_lines_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"looks separated by semicolon: save it with tabs as \.tsv"):
         list_scans(text(tmp_path / "a.csv", "subject;path;age", "x;a.nii;30"))

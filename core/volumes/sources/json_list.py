@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -15,10 +14,10 @@ from typing import Any
 from core.errors import UserError
 from core.volumes.sources.files import stem
 from core.volumes.sources.labels import known_text
+from core.volumes.sources.leaks import leak_notes
 
 CHANNEL_KEYS = ("channel_names", "modality")
 LIST_COLUMN = "list"
-_NAMED = 8  # leaks that a note names one by one
 
 
 @dataclass(frozen=True)
@@ -86,19 +85,13 @@ def read_json_list(path: Path) -> JsonList:
 
 def leaks(entries: Sequence[Entry]) -> Iterator[str]:
     """A note for each way (file, id, subject) in which something stands in two folds or lists."""
-    written: dict[str, list[tuple[str, Entry]]] = {
-        "files": [(os.path.normpath(image), entry) for entry in entries for image in entry.images],
-        "ids": [(text, entry) for entry in entries if (text := known_text(entry.values.get("id", "")))],
-        "subjects": [(entry.subject, entry) for entry in entries if entry.subject],
+    named = {
+        "files": [(os.path.normpath(image), entry.place) for entry in entries for image in entry.images],
+        "ids": [(text, entry.place) for entry in entries if (text := known_text(entry.values.get("id", "")))],
+        "subjects": [(entry.subject, entry.place) for entry in entries if entry.subject],
     }
-    for what, pairs in written.items():
-        places: dict[str, dict[str, None]] = defaultdict(dict)  # a dict as a set in order
-        for name, entry in pairs:
-            places[name][entry.place] = None
-        if leaked := {name: list(found) for name, found in places.items() if len(found) > 1}:
-            named = ", ".join(f"{name} ({', '.join(leaked[name])})" for name in list(leaked)[:_NAMED])
-            more = f" and {len(leaked) - _NAMED} more" if len(leaked) > _NAMED else ""
-            yield f"LEAK: {len(leaked)} {what} stand in more than one fold or list: {named}{more}"
+    for what, placed in named.items():
+        yield from leak_notes(what, placed)
 
 
 def _parsed(path: Path) -> Any:

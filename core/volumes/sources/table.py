@@ -17,11 +17,14 @@ from core.volumes.sources.labels import (
     number_columns,
     read_table,
 )
+from core.volumes.sources.leaks import leak_notes
 from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
 
 SUBJECT_COLUMNS = ("subject", "participant_id", "id")
 PATH_COLUMNS = ("path", "image")
 SESSION_COLUMN = "session"
+FOLD_COLUMNS = ("fold", "split")
+"""Columns that a subject must have one value in, however many lines it has."""
 ENDINGS = (*NIFTI, ".npy")
 
 
@@ -65,8 +68,11 @@ def list_table(source: Path, wanted: Wanted) -> Listing:
             rejects.append(Reject(subject, row[paths[0]].strip(), str(error)))
     arrays = any(file.path.suffix == ".npy" for scan in scans for file in scan.images)
     channels = wanted.channels or ("image",)
-    notes = (MNI_NOTE,) if arrays else ()
-    return Listing(source, "table", channels, tuple(scans), tuple(rejects), digest_of([source]), notes)
+    notes = [MNI_NOTE] if arrays else []
+    for column in FOLD_COLUMNS:
+        folds = [(_key(row, subject_column)[0], known_text(row.get(column, ""))) for row in rows]
+        notes += leak_notes("subjects", [(name, f"{column} {fold}") for name, fold in folds if name and fold])
+    return Listing(source, "table", channels, tuple(scans), tuple(rejects), digest_of([source]), tuple(notes))
 
 
 def _first_column(source: Path, rows: Sequence[dict[str, str]], names: Sequence[str]) -> str:
