@@ -315,7 +315,8 @@ def test_brains_that_reach_out_of_the_grid_are_pointed_out(tmp_path):
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the real volumes of ../shared/data")
 @pytest.mark.parametrize(
-    ("folder", "count", "centre"), [("mre_stiffness", 34, "world"), ("t1w_bids", 36, "brain")]
+    ("folder", "count", "centre"),
+    [pytest.param("mre_stiffness", 34, "world", marks=pytest.mark.slow), ("t1w_bids", 36, "brain")],
 )
 def test_real_folders(tmp_path, folder, count, centre):
     report = ingest(DATA / folder, tmp_path / "c", Preprocessing(spacing=8, intensity="raw"))
@@ -363,7 +364,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_in_the_same_bytes(tmp_path):
     assert process.exitcode == 0
     duration = time.monotonic() - began
     out, generator, killed = tmp_path / "killed" / "c", np.random.default_rng(0), 0
-    for _ in range(12):
+    for _ in range(8):
         process = multiprocessing.get_context("fork").Process(target=ingest_slowly, args=(source, out, 0.02))
         process.start()
         process.join(generator.uniform(0, 0.7 * duration))
@@ -373,7 +374,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_in_the_same_bytes(tmp_path):
         if not (out / "cohort.json").exists():
             with pytest.raises(UserError, match=r"not a cohort|incomplete"):
                 Cohort.open(out)
-    assert killed >= 3
+    assert killed >= 2
     ingest(source, out, SETTINGS)
     assert contents(out) == whole
     assert verify(out) == []

@@ -78,7 +78,7 @@ def _store(url: str) -> tuple[fs.FileSystem, str]:
 def _connected(url: str, _process: int) -> tuple[fs.FileSystem, str]:
     """Connected once per process: the clients of object stores do not survive a fork."""
     try:
-        filesystem, root = fs.FileSystem.from_uri(url)
+        filesystem, root = fs.FileSystem.from_uri(_patient_for_a_while(url))
         bucket = root.split("/")[0]
         if (
             isinstance(filesystem, fs.S3FileSystem)
@@ -88,6 +88,13 @@ def _connected(url: str, _process: int) -> tuple[fs.FileSystem, str]:
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise UserError(f"cannot open {shown(url)}: {_reason(error)}") from error
     return filesystem, root.rstrip("/")
+
+
+def _patient_for_a_while(url: str) -> str:
+    """Google's client would try for a quarter of an hour before it says that it cannot connect."""
+    if not url.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}retry_limit_seconds=20"
 
 
 def _reason(error: Exception) -> str:
