@@ -30,6 +30,10 @@ class Objective:
     of: Callable[[Metrics], float] | None
     needs_sites: bool = False
 
+    def amount(self, number: str) -> str:
+        """`number` with the unit."""
+        return f"{number} {self.unit}".strip()
+
     @property
     def label(self) -> str:
         """For axes and columns: `validation MAE (years)`."""

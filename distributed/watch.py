@@ -113,7 +113,9 @@ class Display(tune.Callback):
                 else "repeated"
             )
             ended = f"{shown} {name} {how} after {self._epochs(result)} epochs, {self._value(value)}"
-            self.console.print("  ".join(filter(None, [ended, self._best(), self._left()])), highlight=False)
+            self.console.print(
+                "  ".join(filter(None, [ended, self._best(), self._left()])), highlight=False, soft_wrap=True
+            )
 
     def _best(self) -> str:
         return f"best {self.best[0]:.2f}{self.unit} (trial {self.best[1]})" if self.best else ""

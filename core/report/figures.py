@@ -84,7 +84,7 @@ def optimisation_history(record: RunRecord) -> Figure:
     _median_line(axes, record)
     _keep_scale(axes, completed["value"], pruned["value"])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="trial number", ylabel=MAE_LABEL)
+    axes.set(xlabel="trial number", ylabel=record.value_label)
     legend_above(axes)
     return figure
 
@@ -106,7 +106,7 @@ def _ring_published(axes: Axes, record: RunRecord, valued: pd.DataFrame) -> None
 def _median_line(axes: Axes, record: RunRecord) -> None:
     """What predicting the training median scores on the same validation subjects."""
     median = record.cells["median_mae"].mean()
-    if np.isfinite(median):
+    if np.isfinite(median) and record.objectives[0] == "mae":
         axes.axhline(median, color=INK, lw=1, ls=(0, (4, 3)), label="training median")
 
 
@@ -261,7 +261,7 @@ def learning_curves(record: RunRecord) -> Figure:
     if {trial.number for trial in trials} - {record.best, record.published}:
         axes.plot([], [], color=MUTED, lw=1, alpha=0.6, label="other trials")
     _clip_curves(axes, trials)
-    axes.set(xlabel="epochs done, over all folds and seeds", ylabel=MAE_LABEL)
+    axes.set(xlabel="epochs done, over all folds and seeds", ylabel=record.value_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(axes, columns=4)
     return figure

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from core.report.figures import importances_of
+from core.report.front import front_in_words
+from core.report.honesty import access_line, change_lines, optimism
 from core.report.record import RunRecord
 from core.report.style import NothingToDraw
 from core.report.subject_figures import held_out
@@ -23,8 +25,8 @@ def headline(record: RunRecord) -> str:
         cells = "" if pd.isna(best["n"]) else f", {count(best['n'], 'cell')}"
         return (
             "No held-out result yet. "
-            f"Best validation MAE so far: {value} years (trial {record.best}{cells}). It is optimistic, "
-            "because the search chose it."
+            f"Best {record.objective.words} so far: {record.objective.amount(value)} "
+            f"(trial {record.best}{cells}). It is optimistic, because the search chose it."
         )
     return f"No trial was completed, so nothing can be said about accuracy ({states(record)})."
 
@@ -73,6 +75,7 @@ def caveats(record: RunRecord) -> list[str]:
         _sites(record),
         _cells(record),
         _pruning(record),
+        *change_lines(record),
         "The brain-age gap shrinks to the middle: young people look older and old people younger wherever "
         "the prediction is imperfect. A gap is not a finding about a person before that is corrected for.",
     ]
@@ -112,10 +115,12 @@ def _winners_curse(record: RunRecord) -> str:
         return ""
     best = record.trial(record.best)
     completed = int((record.trials["state"] == "COMPLETE").sum())
+    value = mean_and_sd(best["value"], best["sd"])
     line = (
         f"The winner is the best of {count(completed, 'completed trial')}, and the best of many is partly "
-        f"luck: its validation MAE ({mean_and_sd(best['value'], best['sd'])} years) is optimistic."
+        f"luck: its {record.objective.words} ({record.objective.amount(value)}) is optimistic."
     )
+    line = " ".join(filter(None, [line, optimism(record)]))
     winner = record.holdout.loc[record.holdout["method"] == WINNER, "mae"]
     if winner.empty:
         return line
@@ -126,9 +131,15 @@ def _one_look(record: RunRecord) -> str:
     if record.holdout.empty:
         return "The held-out subjects have not been used: no number here is an estimate for new people."
     return (
-        "The held-out subjects were looked at once, after the search. Whoever changes something because of "
-        "this page and runs again has tuned on them."
+        f"The held-out subjects were looked at {_looks(record)}, after the search. {access_line(record)} "
+        "Whoever changes something because of this page and runs again has tuned on them."
     )
+
+
+def _looks(record: RunRecord) -> str:
+    """How often the hold-out was used: once, and again after each change of a search that had used it."""
+    before = sum(bool(change.get("holdout_seen")) for change in record.about.get("changes") or [])
+    return "once" if not before else f"{before + 1} times"
 
 
 def _single_refit(record: RunRecord) -> str:
@@ -197,14 +208,15 @@ def importance_note(record: RunRecord) -> str:
 def in_words(record: RunRecord) -> dict[str, str]:
     """Every figure's content in a sentence with its numbers, for people who cannot see it."""
     values = record.trials.loc[record.trials["state"] == "COMPLETE", "value"].dropna()
-    span = f", from {values.min():.2f} to {values.max():.2f} years" if len(values) else ""
+    span = f", from {values.min():.2f} to {values.max():.2f}" if len(values) else ""
     cells = record.cells.loc[record.cells["number"] == record.best, "mae"]
     pruned = int((record.trials["state"] == "PRUNED").sum())
     trials = count(len(record.trials), "trial")
     return {
-        "history": f"Validation MAE of every trial in order: {states(record)}{span}.",
+        "front": front_in_words(record) if len(record.objectives) > 1 else "",
+        "history": f"{record.value_title} of every trial in order: {states(record)}{span}.",
         "importance": _importance_in_words(record),
-        "curves": f"Validation MAE of {trials} against epochs; {pruned} were pruned.",
+        "curves": f"{record.value_title} of {trials} against epochs; {pruned} were pruned.",
         "loss": f"Training loss of the winner in {count(len(cells), 'cell')} against progress.",
         "folds": f"MAE per cell of the leading trials; best: {mean_and_sd(cells.mean(), cells.std())} years.",
         "gains": " ".join(each.sentence() for each in comparisons(record.predictions)),

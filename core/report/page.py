@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from core.report import figures, schedule_figure, subject_figures
 from core.report.describe import describe, is_absent, number
 from core.report.findings import caveats, headline, importance_note, in_words, states, verdict_lines
+from core.report.front import front_table, pareto_figure
+from core.report.honesty import measured_again
 from core.report.html import load_page, write_page
 from core.report.record import RunRecord, read_run
 from core.report.style import NothingToDraw, as_svg
@@ -38,6 +40,9 @@ FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "gap": ("Brain-age gap by site", subject_figures.gap_by_site),
     "schedules": ("Over the course of training", schedule_figure.schedules),
     "ages": ("Ages by site", subject_figures.cohort_ages),
+}
+OF_SEVERAL_OBJECTIVES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
+    "front": ("Objectives against each other", pareto_figure),
 }
 
 
@@ -77,6 +82,10 @@ def render(record: RunRecord) -> str:
         what=_winner_in_words(record),
         leaderboard=_rows(leaderboard(record.trials)),
         holdout=_rows(holdout_table(record.holdout)),
+        again=_rows(measured_again(record)) if record.best is not None else [],
+        front=_rows(front_table(record)),
+        value_label=record.value_label,
+        value_title=record.value_title,
         beside=_rows(winner_beside_published(record)),
         winner_cells=_winner_cells(record),
         failed=_rows(failed),
@@ -96,7 +105,8 @@ def render(record: RunRecord) -> str:
 def draw_all(record: RunRecord) -> dict[str, Drawing]:
     """Every figure of the page by name; a figure that cannot be drawn has its reason instead."""
     words = in_words(record)
-    return {name: _draw(name, title, draw, record, words[name]) for name, (title, draw) in FIGURES.items()}
+    drawn = FIGURES | (OF_SEVERAL_OBJECTIVES if len(record.objectives) > 1 else {})
+    return {name: _draw(name, title, draw, record, words[name]) for name, (title, draw) in drawn.items()}
 
 
 def _draw(
@@ -150,12 +160,17 @@ def sweep_facts(record: RunRecord) -> list[tuple[str, str]]:
         "Seeds": _joined(sweep.get("seeds"), ", "),
         "Refit seeds": sweep.get("refit_seeds"),
         "Search seed": sweep.get("search_seed"),
+        "Objectives": _joined(sweep.get("objectives"), ", "),
+        "Ended early": about.get("ended"),
         "Sampler": sweep.get("sampler"),
         "Scheduler": sweep.get("scheduler"),
+        "Pruner": sweep.get("pruner"),
         "Held out": f"{100 * sweep['holdout']:.0f} % of subjects" if sweep.get("holdout") else None,
         "Slots": sweep.get("slots"),
         "Workers per slot": sweep.get("workers_per_slot"),
         "Time budget": _duration(sweep.get("time_budget")),
+        "Accelerator-hours": sweep.get("accelerator_hours"),
+        "Stop when unlikely": sweep.get("stop_when"),
     }
     return _pairs(facts)
 

@@ -13,7 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
 from core.errors import UserError
-from core.objectives import OBJECTIVES
+from core.objectives import OBJECTIVES, Objective
 from core.report.verdict import MEDIAN
 
 STUDY_NAME = "brainsweep"
@@ -61,11 +61,17 @@ TABLES: dict[str, tuple[tuple[str, ...], str]] = {
         "the predicted ages of the held-out subjects",
     ),
 }
+# Tables that only some runs have.
+OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
+    "confirmed": ("method", "fold", "seed", "mae", "site_balanced_accuracy", "n"),
+    "access": ("subject", "first_read", "fold"),
+}
 _TEXT_COLUMNS = ("subject", "site", "label", "reason", "role", "method", "state")
 
 
 def _empty(name: str) -> pd.DataFrame:
-    return pd.DataFrame(columns=list(TABLES[name][0]))
+    columns = OPTIONAL_TABLES[name] if name in OPTIONAL_TABLES else TABLES[name][0]
+    return pd.DataFrame(columns=list(columns))
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class RunRecord:
     history: pd.DataFrame = field(default_factory=lambda: _empty("history"))
     holdout: pd.DataFrame = field(default_factory=lambda: _empty("holdout"))
     predictions: pd.DataFrame = field(default_factory=lambda: _empty("predictions"))
+    confirmed: pd.DataFrame = field(default_factory=lambda: _empty("confirmed"))
+    access: pd.DataFrame = field(default_factory=lambda: _empty("access"))
     cohort: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["subject", "age", "site"]))
     study: optuna.Study | None = None
     winner: dict[str, Any] = field(default_factory=dict)
@@ -110,6 +118,21 @@ class RunRecord:
         labelled = self.trials.loc[self.trials["label"] == "published", "number"]
         return None if labelled.empty else int(labelled.iloc[0])
 
+    @property
+    def objective(self) -> Objective:
+        """The first objective, which is a trial's value."""
+        return OBJECTIVES[self.objectives[0]]
+
+    @property
+    def value_label(self) -> str:
+        """What a trial's value is: `validation MAE (years)`."""
+        return self.objective.label
+
+    @property
+    def value_title(self) -> str:
+        """`value_label`, to begin a sentence or a heading."""
+        return self.value_label[:1].upper() + self.value_label[1:]
+
     def trial(self, number: int) -> dict[str, Any]:
         """The row of one trial."""
         row = self.trials[self.trials["number"] == number].iloc[0]
@@ -135,6 +158,7 @@ def read_run(run: Path) -> RunRecord:
         raise UserError(f"'{run}' is a '{about['kind']}' run; a report is made of sweeps")
     study = _read_study(run / "study.journal", about.get("study") or STUDY_NAME, missing)
     tables = {name: _read_table(run, name, missing) for name in TABLES}
+    tables |= {name: _read_optional(run / f"{name}.csv", name, missing) for name in OPTIONAL_TABLES}
     if tables["trials"].empty and study is not None:
         tables["trials"] = _trials_of(study)
     cohort = _read_cohort(run, about, missing)
@@ -187,6 +211,16 @@ def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
     if absent:
         missing.append(f"{csv.name} has no column {', '.join(absent)}: {what} may be incomplete")
     return table.assign(**dict.fromkeys(absent, float("nan")))
+
+
+def _read_optional(path: Path, name: str, missing: list[str]) -> pd.DataFrame:
+    try:
+        return _read_csv(path)
+    except FileNotFoundError:
+        return _empty(name)
+    except (OSError, ValueError) as error:
+        missing.append(f"{path.name} cannot be read ({_first_line(error)})")
+        return _empty(name)
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

@@ -63,7 +63,8 @@ def _leaderboard_row(rank: str, row: pd.Series, settings: list[str]) -> dict[str
         what = f"published: {what}"
     state = str(row["state"])
     if state == "PRUNED" and not is_absent(row["epochs"]):
-        state = f"PRUNED, epoch {int(row['epochs'])}"
+        by = "" if is_absent(row["reason"]) or "Wilcoxon" not in str(row["reason"]) else ", Wilcoxon"
+        state = f"PRUNED, epoch {int(row['epochs'])}{by}"
     return {
         "rank": rank,
         "trial": int(row["number"]),
