@@ -70,6 +70,13 @@ def test_what_sessions_tsv_says_goes_before_participants_tsv(tmp_path, where):
     assert listing.digest != list_scans(bids(tmp_path / "other", "sub-01_T1w", table=PEOPLE)).digest
 
 
+def test_an_unknown_value_of_a_visit_leaves_that_of_the_person(tmp_path):
+    source = bids(tmp_path, "sub-01_ses-1_T1w", "sub-01_ses-2_T1w", table=PEOPLE[:2])
+    text(source / "sub-01" / "sub-01_sessions.tsv", "session_id\tsite\tiq", "ses-1\tn/a\t90", "ses-2\tC\tn/a")
+    listing = list_scans(source)
+    assert [(scan.site, scan.extra["iq"]) for scan in listing.scans] == [("A", 90), ("C", 100)]
+
+
 def test_the_age_at_another_visit_is_not_taken_for_this_one(tmp_path):
     source = bids(tmp_path, "sub-01_ses-1_T1w", "sub-01_ses-2_T1w", table=PEOPLE[:2])
     text(source / "sub-01" / "sub-01_sessions.tsv", "session_id\tage", "ses-1\t31", "ses-2\tn/a")

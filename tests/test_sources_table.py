@@ -45,6 +45,17 @@ def test_a_label_of_numbers_is_a_class(tmp_path):
     assert (scan.label, scan.extra) == (None, {"label": 2.0})
 
 
+def test_a_slip_among_the_paths_of_label_maps_costs_its_line_only(tmp_path):
+    image(tmp_path / "a.nii")
+    lines = ["x,a.nii,30,a.nii", "y,a.nii,30,1", "z,a.nii,30,"]
+    listing = list_scans(text(tmp_path / "list.csv", "subject,path,age,label", *lines))
+    assert [(scan.subject, scan.label.path.name) for scan in listing.scans] == [("x", "a.nii")]
+    assert [reject.reason.rpartition("/")[2] for reject in listing.rejects] == [
+        "1 does not exist",
+        "label is missing",
+    ]
+
+
 def test_a_column_for_each_channel(tmp_path):
     for name in ("t1.nii", "flair.nii", "seg.nii"):
         image(tmp_path / name)

@@ -84,9 +84,8 @@ def _first_column(source: Path, rows: Sequence[dict[str, str]], names: Sequence[
 
 
 def _column_of_paths(rows: Sequence[dict[str, str]], name: str) -> str | None:
-    """`name`, if the table has such a column and it holds paths of images."""
-    values = [text for row in rows if (text := known_text(row.get(name, "")))]
-    return name if values and all(value.endswith(ENDINGS) for value in values) else None
+    """`name`, if the table has such a column and any of its values is the path of an image."""
+    return name if any(row.get(name, "").strip().endswith(ENDINGS) for row in rows) else None
 
 
 def _key(row: dict[str, str], subject_column: str) -> tuple[str, str]:
