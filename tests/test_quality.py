@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
+from core.report import quality
 from core.report.quality import write_quality_page
 from core.report.quality_measures import measure, reasons, robust_z, scores
 from core.report.quality_pictures import OUTLINE, thumbnail
@@ -248,6 +249,7 @@ def test_an_empty_channel_or_scan_does_not_stop_the_page(tmp_path):
     assert re.search(r'class="card odd" id="scan-4"', text)
 
 
-def test_a_page_that_cannot_be_written_says_where(cohort, tmp_path):
+def test_a_page_that_cannot_be_written_says_where(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "render", lambda _: "a page")
     with pytest.raises(UserError, match=r"cannot write the quality page to '.*gone"):
         write_quality_page(cohort, tmp_path / "gone" / "q.html")

@@ -183,6 +183,16 @@ def test_a_volume_with_nothing_to_go_by_is_refused(monkeypatch):
         register(block, np.diag([2.0, 2, 2, 1]), block != 0)
 
 
+def test_a_forged_voxel_size_costs_no_memory_and_a_speck_no_traceback():
+    huge = np.ones((60, 60, 60), np.float32)
+    with pytest.raises(UserError, match=r"3000 x 3000 x 3000 mm large, a head is below 600 mm"):
+        register(huge, np.diag([50.0, 50, 50, 1]), huge != 0)
+    speck = np.zeros((20, 20, 20), np.float32)
+    speck[10, 10, 10] = 1
+    with pytest.raises(UserError, match="nothing is left of the brain at 2 mm"):
+        register(speck, np.diag([0.1, 0.1, 0.1, 1]), speck != 0)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="needs the real volumes of ../shared/data")
 @pytest.mark.parametrize("subject", ["sub-31", "sub-55"])

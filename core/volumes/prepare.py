@@ -152,8 +152,13 @@ def brain_centre(mask: Mask, affine: Affine) -> npt.NDArray[np.float64]:
 
 def coverage(mask: Mask, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> float:
     """Fraction of the mask's voxels whose centres lie within the grid."""
-    places = apply_affine(np.linalg.inv(target) @ affine, np.argwhere(mask))
-    return float(((places > -0.5) & (places < np.asarray(shape) - 0.5)).all(axis=1).mean())
+    to_grid = np.linalg.inv(target) @ affine
+    within = 0
+    for x in range(len(mask)):  # a slice at a time: the places of a whole head would take a gigabyte
+        inside = np.argwhere(mask[x])
+        places = apply_affine(to_grid, np.column_stack([np.full(len(inside), x), inside]))
+        within += int(((places > -0.5) & (places < np.asarray(shape) - 0.5)).all(axis=1).sum())
+    return within / int(np.count_nonzero(mask))
 
 
 def _mask_of(image: Image, mask: Mask, affine: Affine, preprocessing: Preprocessing) -> Mask:

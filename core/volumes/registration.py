@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from core.errors import UserError
 from core.volumes.nifti import Affine, Volume
-from core.volumes.resample import Mask, resample, resample_labels
+from core.volumes.resample import Mask, bounding_box, resample, resample_labels
 
 if TYPE_CHECKING:
     import SimpleITK
@@ -27,6 +27,7 @@ SPACING = 2.0  # mm, of the template and of what is registered to it
 SHRINKING = (4, 2, 1)  # so 8, 4 and 2 mm
 BLUR_MM = (4.0, 2.0, 0.0)
 MARGIN_MM = 20.0  # background around the brain: its outline counts, the rest of the picture does not
+LONGEST_MM = 600.0  # a forged or wrong voxel size must not cost memory
 HISTOGRAM_BINS = 32
 STEPS = 200  # at most, per level
 CLIPPED = (0.5, 99.5)  # percentiles inside the brain; bright vessels would leave few bins to the tissues
@@ -140,14 +141,21 @@ def _check(before: float, after: float, determinant: float, stretch: float) -> N
 
 def _simplified(voxels: Volume, affine: Affine, mask: Mask) -> tuple[Volume, Affine]:
     """The brain at 2 mm along its own axes with an empty margin, its values between percentiles as 0 to 1."""
-    directions = affine[:3, :3] / voxel_sizes(affine)
-    occupied = np.argwhere(mask)
-    low, high = occupied.min(axis=0), occupied.max(axis=0)
-    shape = np.ceil(((high - low + 1) * voxel_sizes(affine) + 2 * MARGIN_MM) / SPACING).astype(int)
+    edges = voxel_sizes(affine)
+    ends = np.array([[box.start, box.stop - 1] for box in bounding_box(mask)])
+    extent = (ends[:, 1] - ends[:, 0] + 1) * edges
+    if extent.max() > LONGEST_MM:
+        raise UserError(
+            f"registration to MNI152 failed: the brain is {' x '.join(f'{side:.0f}' for side in extent)} mm large, "
+            f"a head is below {LONGEST_MM:.0f} mm; is the unit of length wrong?"
+        )
+    shape = np.ceil((extent + 2 * MARGIN_MM) / SPACING).astype(int)
     target = np.eye(4)
-    target[:3, :3] = directions * SPACING
-    target[:3, 3] = apply_affine(affine, (low + high) / 2) - target[:3, :3] @ ((shape - 1) / 2)
+    target[:3, :3] = affine[:3, :3] / edges * SPACING
+    target[:3, 3] = apply_affine(affine, ends.mean(axis=1)) - target[:3, :3] @ ((shape - 1) / 2)
     small = resample(voxels, affine, target, (int(shape[0]), int(shape[1]), int(shape[2])), mask)
+    if not small.inside.any():
+        raise UserError(f"registration to MNI152 failed: nothing is left of the brain at {SPACING:g} mm")
     darkest, brightest = np.percentile(small.voxels[small.inside], CLIPPED)
     stretched = (small.voxels - darkest) / max(brightest - darkest, np.finfo(np.float32).tiny)
     return np.where(small.inside, np.clip(stretched, 0, 1), 0).astype(np.float32), target

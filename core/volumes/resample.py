@@ -44,7 +44,8 @@ def resample(
     to_source = np.linalg.inv(affine) @ target
     old, new = voxel_sizes(affine), voxel_sizes(target)
     sigma = np.sqrt(np.maximum(new**2 - old**2, 0)) / math.sqrt(8 * math.log(2)) / old
-    box = _box(mask, np.ceil(_TRUNCATE * sigma).astype(int) + 2)
+    # the box around the mask, and what smoothing can reach from it, is all that matters
+    box = bounding_box(mask, np.ceil(_TRUNCATE * sigma).astype(int) + 2)
     to_box = to_source.copy()
     to_box[:3, 3] -= [part.start for part in box]
     known = mask[box].astype(np.float32)
@@ -61,13 +62,16 @@ def resample_labels(labels: Labels, affine: Affine, target: Affine, shape: Shape
     )
 
 
-def _box(mask: Mask, margin: npt.NDArray[np.int64]) -> tuple[slice, slice, slice]:
-    """The part of the volume that matters: the box around the mask, and what smoothing can reach from it."""
+def bounding_box(mask: Mask, margin: npt.NDArray[np.int64] | int = 0) -> tuple[slice, slice, slice]:
+    """The box around the mask and `margin` voxels on each axis, within the volume; of an empty mask one voxel."""
+    margins = np.broadcast_to(margin, 3)
     slices = []
     for axis in range(3):
         occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
         low, high = (occupied[0], occupied[-1] + 1) if occupied.size else (0, 1)
-        slices.append(slice(max(0, low - margin[axis]), int(min(mask.shape[axis], high + margin[axis]))))
+        slices.append(
+            slice(int(max(0, low - margins[axis])), int(min(mask.shape[axis], high + margins[axis])))
+        )
     return slices[0], slices[1], slices[2]
 
 
