@@ -6,7 +6,7 @@ Every contender gives the same thing: all volumes of a cohort (91 x 109 x 91 ran
 compressed, in the page cache) in shuffled batches of 16, as torch tensors of the stored type, of which one value
 per memory page is looked at. "raw h5py" is the yardstick: volumes one by one, no batches. Ours hold every volume
 against its checksum (streaming and direct: at every read; resident: once); the others check nothing. Each
-contender runs `EPOCHS` epochs after one to warm up, all of them in turn, `ROUNDS` times; the table has the medians.
+contender runs `EPOCHS` epochs after one to warm up, all of them in turn, several times; the table has the medians.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from distributed.streaming import Streaming
 SHAPE = (91, 109, 91)
 BATCH = 16
 EPOCHS = 5
-ROUNDS = 3
 TRIALS = 4
 VALUES_PER_PAGE = 2048  # of float16
 
@@ -198,6 +197,7 @@ def main() -> None:
     """Run everything, print the table."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     arguments.add_argument("--volumes", type=int, default=416)
+    arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument(
         "--folder", type=Path, help="where the cohorts are kept; a temporary one if absent"
     )
@@ -212,7 +212,7 @@ def main() -> None:
             cohorts = write_cohorts(folder, given.volumes)
         resident = count_reads(cohorts["hdf5"], console)
         rates: dict[str, list[float]] = {}
-        for _ in range(ROUNDS):
+        for _ in range(given.rounds):
             for name, start in contenders(cohorts, resident).items():
                 rates.setdefault(name, []).append(rate_of(start(), len(cohorts["hdf5"])))
                 gc.collect()
@@ -224,7 +224,7 @@ def print_table(rates: dict[str, list[float]], console: Console) -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     raw = next(iter(medians.values()))
     best = max(median for name, median in medians.items() if name.startswith("DataLoader"))
-    title = f"{len(rates)} contenders, {ROUNDS} rounds of {EPOCHS} epochs"
+    title = f"{len(rates)} contenders, {EPOCHS} epochs at a time"
     table = Table("contender", "volumes/s", "least", "most", "x raw h5py", "x best DataLoader", title=title)
     for name, values in rates.items():
         figures = (medians[name], min(values), max(values))

@@ -17,6 +17,7 @@ import torch
 
 from core.errors import UserError
 from core.volumes.cohort import Cohort
+from core.volumes.places import is_url
 from distributed.plan import Plan, Rows
 from distributed.resident import Resident, scan
 from distributed.sources import Direct, Stored, Volumes, bytes_of_a_volume
@@ -35,11 +36,11 @@ OBJECT_STORE_SHARE = 0.6
 
 
 def hold(cohort: Cohort, mode: Mode = "auto") -> Volumes:
-    """The cohort made ready for the workers of a sweep: resident where it fits every node, else streamed.
+    """The cohort made ready for the workers of a sweep.
 
-    resident: read once into the object store. streaming: read by Ray Data while a trial trains. direct: read
-    by a thread of the worker that trains. All three read every byte once here, and hold it against its
-    checksum, for the statistics that normalisation needs.
+    resident: read once into the object store. streaming: read by tasks of Ray Data while a trial trains.
+    direct: read by a thread of the worker that trains. All three read every byte once here, and hold it
+    against its checksum, for the statistics that normalisation needs. auto: see `choose_mode`.
 
     Raises:
         UserError: a damaged shard, an unknown mode, or a cohort that does not fit where it was told to stay.
@@ -52,9 +53,22 @@ def hold(cohort: Cohort, mode: Mode = "auto") -> Volumes:
             f"a resident cohort of {needed / 1e9:.1f} GB does not fit: {OBJECT_STORE_SHARE:.0%} of the smallest "
             f"node's object store is {room / 1e9:.1f} GB; use streaming, or start Ray with a larger object store"
         )
-    if mode == "resident" or (mode == "auto" and needed <= room):
+    chosen = choose_mode(cohort, room) if mode == "auto" else mode
+    if chosen == "resident":
         return Resident.of(cohort)
-    return (Direct if mode == "direct" else Streaming)(cohort.address, scan(cohort))
+    return (Direct if chosen == "direct" else Streaming)(cohort.address, scan(cohort))
+
+
+def choose_mode(cohort: Cohort, room: float) -> Mode:
+    """Resident where `room` bytes are enough. Else direct for plain local shards, streaming for all others.
+
+    A plain shard is read at the speed of memory, two to five times as fast as a stream can hand it over
+    (`benchmarks.data`). Shards that have to be unpacked or fetched first are worth the processes of a stream.
+    """
+    if bytes_of_a_volume(cohort) * len(cohort) <= room:
+        return "resident"
+    plain = cohort.description.compression == "none" and not is_url(cohort.location)
+    return "direct" if plain else "streaming"
 
 
 def batches(volumes: Volumes, plan: Plan, device: torch.device) -> Batches:

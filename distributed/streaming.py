@@ -9,6 +9,7 @@ is opened once for many volumes and a block is never cut or joined: the worker m
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -79,12 +80,10 @@ class Streaming:
                 num_cpus=0,
                 **tables,
             )
-            lines = iter(reads.iter_batches(**tables, prefetch_batches=1))
-        try:
+            lines: Any = iter(reads.iter_batches(**tables, prefetch_batches=1))
+        with contextlib.closing(lines):  # at once, not when the garbage is collected
             for line in lines:
                 yield from _batches_of(line, shape, dtype)
-        except ray.exceptions.RayError as error:
-            raise _user_error(error) or error from None
 
 
 def _context(memory: int) -> DataContext:
@@ -106,12 +105,19 @@ def _plan_reads(epochs: pa.Table, plan: Plan, rows_per_read: int) -> Iterator[pa
 
 
 def _read(line: pa.Table, address: str) -> pa.Table:
-    """The line with its volumes, as bytes: no conversion, and one copy into the object store."""
-    rows = line["rows"][0].as_py()
-    volumes = opened(address).read_stored(rows, out=_buffer(opened(address), len(rows)))
+    """The line with its volumes, as bytes: no conversion, and one copy into the object store.
+
+    What is wrong with a volume is handed on in words: Ray Data wraps an exception and loses its cause.
+    """
+    rows, damage = line["rows"][0].as_py(), None
+    try:
+        volumes = opened(address).read_stored(rows, out=_buffer(opened(address), len(rows)))
+    except UserError as error:
+        volumes, damage = np.empty(0), str(error)
     bounds = np.array([0, volumes.nbytes])
     buffers = [None, pa.py_buffer(bounds), pa.py_buffer(volumes)]
-    return line.append_column("volumes", pa.Array.from_buffers(pa.large_binary(), 1, buffers))
+    line = line.append_column("volumes", pa.Array.from_buffers(pa.large_binary(), 1, buffers))
+    return line.append_column("damage", pa.array([damage], pa.string()))
 
 
 def _buffer(cohort: Cohort, volumes: int) -> Stored:
@@ -128,14 +134,9 @@ def _buffer(cohort: Cohort, volumes: int) -> Stored:
 
 def _batches_of(line: pa.Table, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Stored]:
     """The batches of one read, as views of its block."""
+    if damage := line["damage"][0].as_py():
+        raise UserError(damage)
     content = line["volumes"].chunk(0).buffers()[2]
     volumes = np.frombuffer(content, dtype).reshape(-1, *shape)
     bounds = np.cumsum(line["sizes"][0].as_py())[:-1]
     yield from np.split(volumes, bounds)
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """What a task raised for people, however Ray wrapped it."""
-    while error is not None and not isinstance(error, UserError):
-        error = getattr(error, "cause", None) or error.__cause__
-    return error

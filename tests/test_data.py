@@ -1,6 +1,6 @@
 """Volumes as workers get them: the same bytes in the same order from memory, disk, object store or a stream."""
 
-from pathlib import Path
+import dataclasses
 
 import h5py
 import numpy as np
@@ -15,7 +15,7 @@ from core.volumes.moments import pooled_statistics, volume_moments
 from core.volumes.preprocess import fit_intensity_statistics
 from distributed import data, resident
 from distributed.cluster import connect, plan_slots
-from distributed.data import batches, hold, read_ahead
+from distributed.data import batches, choose_mode, hold, read_ahead
 from distributed.plan import Plan
 from distributed.resident import Resident
 from distributed.sources import Direct, InMemory, bytes_of_a_volume
@@ -107,6 +107,20 @@ def test_statistics_without_a_spread_are_refused(volumes):
         pooled_statistics(volumes)
 
 
+def test_the_way_to_read_is_chosen_by_size_place_and_compression(cohort):
+    size = 24 * 12**3 * 2
+    packed = dataclasses.replace(
+        cohort, description=cohort.description.model_copy(update={"compression": "gzip"})
+    )
+    remote = dataclasses.replace(cohort, location="s3://bucket/cohort")
+    assert [choose_mode(each, size) for each in (cohort, packed, remote)] == ["resident"] * 3
+    assert [choose_mode(each, size - 1) for each in (cohort, packed, remote)] == [
+        "direct",
+        "streaming",
+        "streaming",
+    ]
+
+
 @pytest.mark.slow
 def test_a_resident_cohort_in_other_processes_and_what_fits(cohort, tmp_path, monkeypatch):
     expected = cohort.read(ROWS)
@@ -126,7 +140,7 @@ def test_a_resident_cohort_in_other_processes_and_what_fits(cohort, tmp_path, mo
         assert isinstance(streaming, Streaming)
         np.testing.assert_array_equal(streaming.known, held.known)
         monkeypatch.setattr(data, "OBJECT_STORE_SHARE", 1e-9)
-        assert isinstance(hold(cohort), Streaming)
+        assert isinstance(hold(cohort), Direct)
         with pytest.raises(UserError, match="does not fit"):
             hold(cohort, "resident")
         with pytest.raises(UserError, match="unknown data mode 'ram'; choose one of auto, resident"):
@@ -147,19 +161,6 @@ def test_a_resident_cohort_in_other_processes_and_what_fits(cohort, tmp_path, mo
         with pytest.raises(UserError, match="NCCL needs a whole GPU"):
             plan_slots(slots=1, workers=2, gpus_per_worker=0.5, trials=9)
         assert plan_slots(slots=None, workers=1, gpus_per_worker=None, trials=1)[1] == 1
-
-
-def bytes_read():
-    """What this machine's processes of this session have read by system calls: {process id: bytes}."""
-    counts = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = dict(line.split(": ") for line in (entry / "io").read_text().splitlines())
-                counts[int(entry.name)] = int(fields["rchar"])
-            except (OSError, ValueError):
-                continue
-    return counts
 
 
 def test_an_address_where_no_cluster_is():
