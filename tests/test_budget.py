@@ -1,14 +1,18 @@
 """Budgets: what they count, whom they stop, and when the terminator says that it is enough."""
 
+import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
 import pytest
 from optuna.terminator import report_cross_validation_scores
+from rich.console import Console
 
 from core.errors import UserError
 from distributed.budget import FEWEST_TRIALS, Budget, judge_improvement, make_terminator
+from distributed.watch import Display
 from search_spaces import load_space
 
 
@@ -82,3 +86,27 @@ def test_the_terminator_waits_for_enough_trials_and_tells_noise_from_promise():
 def test_a_terminator_that_cannot_judge_is_refused(name, objectives, shared, message):
     with pytest.raises(UserError, match=message):
         make_terminator(name, 0, objectives, shared)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_is_left_is_shown_live_in_a_terminal_and_in_a_line_per_trial_elsewhere(is_terminal):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
+    budget = Budget(seconds=60.0, accelerator_hours=2.0, unit="GPU", used={"0000": 3600.0})
+    display = Display(console, 5, 2, budget)
+    settings = {"objective": {"name": "supcon"}}
+    trial = SimpleNamespace(
+        trial_id="a",
+        config={"assignment": {"name": "0000", "settings": settings, "cells": [{"fold": 0, "seed": 0}]}},
+    )
+    display.on_trial_start(0, [], trial)
+    display.on_trial_result(0, [], trial, {"value": 4.25, "epochs": 2, "fold": 0, "finished": True})
+    display.on_trial_complete(0, [], trial)
+    if is_terminal:
+        assert console.file.getvalue() == ""
+        console.print(display._render())
+        shown = console.file.getvalue()
+        assert "left: 4 trials, 60 s, 1 GPU-hours" in shown
+        assert "best 4.25 y (trial 0000)" in shown
+    else:
+        expected = "trial 0000 finished after 2 epochs, MAE 4.25 y  best 4.25 y (trial 0000)  left: 60 s, 1 GPU-hours"
+        assert console.file.getvalue().splitlines() == [expected]
