@@ -465,6 +465,7 @@ def test_views_without_noise_are_the_same_on_a_gpu_to_rounding():
         ({"crop": 0.9, "crop_size": 8}, "exclude each other"),
         ({"crop_place": "centre"}, "acts only with crop"),
         ({"crop_size": 0}, "crop_size"),
+        ({"pad_to": "x"}, "pad_to"),
         ({"zoom": 1.0}, "zoom"),
     ],
 )
@@ -473,3 +474,8 @@ def test_settings_that_cannot_act_are_refused(wrong, message):
         ViewSettings(**wrong)
     with pytest.raises(UserError, match=message):
         resolve({"views": wrong})
+
+
+def test_a_side_that_is_no_number_is_named_by_its_setting():
+    with pytest.raises(UserError, match=r"setting 'views\.crop_size': input should be greater"):
+        resolve({"views": {"crop_size": 0}})
