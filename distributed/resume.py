@@ -58,7 +58,9 @@ def resume_sweep(
         raise UserError(f"{run} is not a sweep but a '{about.get('kind')}' run; only sweeps are resumed")
     recorded = SweepRequest(**about["sweep"])
     request = _asked(recorded, budgets or {}, search or {})
-    with claim(folder.path, console):  # before the study is read: a running sweep has trials that look interrupted
+    with claim(
+        folder.path, console
+    ):  # before the study is read: a running sweep has trials that look interrupted
         mend_journal(folder.journal)
         opened = run_folder.cohort_of(folder, cohort)
         return _resume(folder, recorded, request, opened, change, address, console)
@@ -169,7 +171,8 @@ def _change(
         fresh = open_study(folder.journal, request.sampler, request.search_seed, request.objectives, name)
         carried = carry_over(study, fresh, plan.space, fixed_by(request.changes))
         note |= {"inside": carried.inside, "outside": carried.outside, "dropped": carried.dropped}
-        study = fresh
+        # opened again, now that it has trials: its sampler must not draw again what began the search
+        study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives, name)
         console.print(
             f"the search goes on in a changed space: {carried.inside} of its trials lie inside, "
             f"{len(carried.outside)} outside keep their rows but cannot win",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import optuna
 from optuna.samplers import (
     BaseSampler,
@@ -92,7 +93,7 @@ SAMPLERS: dict[str, Sampler] = {
     "tpe": Sampler(_tpe),
     "gp": Sampler(_gp, learns_from="settings of every trial"),
     "cmaes": Sampler(_cmaes, learns_from="numbers of every trial", most_objectives=1),
-    "nsga2": Sampler(_nsga2),
+    "nsga2": Sampler(_nsga2, learns_from="settings of every trial"),
     "qmc": Sampler(_qmc, learns_from="settings of every trial"),
     "random": Sampler(lambda seed: RandomSampler(seed=seed)),
     # Every point is enqueued when the study is made (`grid_points`), so nothing is left to sample.
@@ -100,8 +101,14 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def make_sampler(name: str, seed: int) -> BaseSampler:
-    """The Optuna sampler `name`."""
+def make_sampler(name: str, seed: int, begun: int = 0) -> BaseSampler:
+    """The Optuna sampler `name` of a study in which `begun` trials were begun by earlier processes.
+
+    A sampler made anew with the same seed would draw again what it drew at the beginning. Only the Sobol sequence
+    counts on by itself: its position stands in the study, under its seed.
+    """
+    if begun and name != "qmc":
+        seed = int(np.random.SeedSequence((seed, begun)).generate_state(1)[0])
     return look_up(SAMPLERS, name, "sampler").make(seed)
 
 

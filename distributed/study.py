@@ -39,19 +39,21 @@ def open_study(
     journal: Path, sampler: str, seed: int, objectives: Sequence[str] = ("mae",), name: str = STUDY_NAME
 ) -> optuna.Study:
     """The study `name` in `journal`, made if absent; every objective is minimised."""
-    known = journal.exists() and any(
-        study.study_name == name for study in optuna.get_all_study_summaries(_storage(journal))
-    )
     study = optuna.create_study(
         storage=_storage(journal),
         study_name=name,
-        sampler=make_sampler(sampler, seed),
         directions=["minimize"] * len(objectives),
         load_if_exists=True,
     )
-    if not known:
+    study.sampler = make_sampler(sampler, seed, begun=len(_begun(study)))
+    if study.metric_names is None:
         study.set_metric_names([OBJECTIVES[objective].label for objective in objectives])
     return study
+
+
+def _begun(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that were ever asked for, which those that only wait are not."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
 
 
 def _storage(journal: Path) -> JournalStorage:

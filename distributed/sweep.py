@@ -32,7 +32,7 @@ from distributed.request import SearchPlan, SweepRequest, plan_search
 from distributed.run_folder import RunFolder
 from distributed.samplers import GRID, grid_points, sampler_note
 from distributed.schedulers import Wilcoxon, make_scheduler, pruner_threshold, replay
-from distributed.search import Judgement, Proposals, StudySearch
+from distributed.search import Judgement, Proposals, StudySearch, trial_name
 from distributed.slot import Slot, Workers
 from distributed.study import (
     ENQUEUED,
@@ -158,7 +158,8 @@ def execute(
     )
     search = StudySearch(proposals, budget, judgement)
     scheduler = make_scheduler(request.scheduler, epochs, len(request.cells))
-    replay(scheduler, [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()])
+    finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    replay(scheduler, finished)
     with connect(address, console), _interruptible(budget, console):
         workers, slots = plan_slots(
             request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials, console
@@ -169,6 +170,8 @@ def execute(
             f"{slots} slots of {workers.count} worker(s), {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
         )
         display = Display(console, request.trials, epochs, budget, request.objectives[0])
+        best = best_trial(study)
+        display.count_earlier(len(finished), (best.values[0], trial_name(best.number)) if best else None)
         arguments = {"subjects": Subjects.of(cohort, splits, hold(cohort), AccessRecord(folder.access))}
         trainable = tune.with_parameters(
             Slot,

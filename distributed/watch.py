@@ -51,6 +51,11 @@ class Display(tune.Callback):
         self.task = self.overall.add_task("trials", total=trials, best="")
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
+    def count_earlier(self, finished: int, best: tuple[float, str] | None) -> None:
+        """Begin with what earlier sessions of the run have finished, and their best (value, trial's name)."""
+        self.done, self.best = finished, best
+        self.overall.update(self.task, completed=finished, best=self._best())
+
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks for a restore that we do not use; a terminal does not travel."""
         return {}

@@ -152,9 +152,22 @@ def test_widening_a_choice_is_another_study_where_optuna_would_refuse(old, tmp_p
         seen.add(wide(trial)["objective.name"])
         fresh.tell(trial, 5.0)
     assert "threshold" in seen
+    old.ask()  # the one that waits
+    another = old.ask()
     with pytest.raises(ValueError, match="dynamic value space"):
-        for _ in range(2):  # the first is the one that waits
-            wide(old.ask())
+        wide(another)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc", "nsga2"])
+def test_a_resumed_sampler_draws_on_and_does_not_begin_again(sampler, tmp_path):
+    asked = []
+    for _ in range(3):  # three processes
+        study = open_study(tmp_path / "study.journal", sampler, 0)
+        for _ in range(4):
+            trial = study.ask()
+            asked.append(space(trial)["optimiser.learning_rate"])
+            study.tell(trial, 5.0)
+    assert len(set(asked)) == 12
 
 
 def test_the_profile_of_a_space_tells_what_every_configuration_has():
