@@ -38,7 +38,7 @@ def run(*arguments, cwd, **more):
         env=environment(**more),
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=600,
         check=False,
     )
 

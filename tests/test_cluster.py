@@ -1,7 +1,8 @@
-"""cluster.yaml: what Ray's own schema says of it, and what that schema lets through."""
+"""The cluster templates: what Ray's own schema says of cluster.yaml and lets through; KubeRay and SLURM by hand."""
 
 import copy
 import re
+import subprocess
 from pathlib import Path
 
 import jsonschema
@@ -159,3 +160,190 @@ def test_what_is_mounted_from_here_exists(cluster):
     local = [path for path in cluster["file_mounts"].values() if not path.startswith("~")]
     assert local == ["."]
     assert (ROOT / "constraints.txt").exists()
+
+
+# --- KubeRay and SLURM -------------------------------------------------------------------------------------------
+
+CLUSTERS = ROOT / "distributed" / "clusters"
+# Fields of the custom resources as of KubeRay 1.6 (ray.io/v1 API reference); the operator prunes unknown ones silently.
+JOB_FIELDS = {
+    "activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate", "metadata", "clusterSelector",
+    "submitterConfig", "managedBy", "deletionStrategy", "entrypoint", "runtimeEnvYAML", "jobId", "submissionMode",
+    "entrypointResources", "entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished",
+    "shutdownAfterJobFinishes", "suspend",
+}  # fmt: skip
+CLUSTER_FIELDS = {
+    "headGroupSpec", "workerGroupSpecs", "rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "suspend",
+    "headServiceAnnotations", "authOptions", "managedBy", "gcsFaultToleranceOptions", "upgradeStrategy",
+}  # fmt: skip
+HEAD_FIELDS = {
+    "serviceType",
+    "headService",
+    "enableIngress",
+    "rayStartParams",
+    "template",
+    "resources",
+    "labels",
+}
+WORKER_FIELDS = {
+    "groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template", "scaleStrategy",
+    "idleTimeoutSeconds", "suspend", "resources", "labels",
+}  # fmt: skip
+
+
+@pytest.fixture
+def kubernetes():
+    """(RayJob, NetworkPolicy)"""
+    return list(yaml.safe_load_all((CLUSTERS / "kuberay-rayjob.yaml").read_text()))
+
+
+def problems_of_fields(job):
+    cluster = job["spec"]["rayClusterSpec"]
+    levels = [(job["spec"], JOB_FIELDS), (cluster, CLUSTER_FIELDS), (cluster["headGroupSpec"], HEAD_FIELDS)]
+    levels += [(group, WORKER_FIELDS) for group in cluster["workerGroupSpecs"]]
+    for level, known in levels:
+        if unknown := level.keys() - known:
+            yield f"unknown fields {sorted(unknown)}"
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        if not all(isinstance(value, str) for value in group["rayStartParams"].values()):
+            yield "rayStartParams must be text"
+
+
+def problems_of_pods(job):
+    cluster = job["spec"]["rayClusterSpec"]
+    head, groups = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    for group in (head, *groups):
+        pod = group["template"]["spec"]
+        [container] = pod["containers"]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        claims = {volume["name"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
+        if not claims & mounted:
+            yield "a pod without the shared volume"
+        if mounted - {volume["name"] for volume in pod["volumes"]}:
+            yield "a mount without its volume"
+        if container["resources"]["requests"] != container["resources"]["limits"]:
+            yield "requests and limits differ: Ray would plan with what the pod may not use"
+        if container["image"] != head["template"]["spec"]["containers"][0]["image"]:
+            yield "head and workers of different images"
+    if "nvidia.com/gpu" in str(head["template"]) or head["rayStartParams"].get("num-cpus") != "0":
+        yield "slots could run on the head"
+    for group in groups:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        if limits.get("nvidia.com/gpu") is None:
+            yield "workers without a GPU"
+        if group["rayStartParams"]["num-cpus"] != limits["cpu"]:
+            yield "Ray is told of other CPUs than the pod has"
+        if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
+            yield "replicas outside their bounds"
+
+
+def problems_of_kuberay(documents):
+    job, policy = documents
+    spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
+    yield from problems_of_fields(job)
+    yield from problems_of_pods(job)
+    if not spec.get("shutdownAfterJobFinishes"):
+        yield "the cluster would outlive its job"
+    if cluster["rayVersion"] != ray.__version__:
+        yield "another Ray than the pinned one"
+    auth = cluster.get("authOptions", {})
+    if auth.get("mode") != "token" or not auth.get("secretName"):
+        yield "no token authentication"
+    if cluster["headGroupSpec"].get("serviceType") != "ClusterIP" or cluster["headGroupSpec"].get(
+        "enableIngress"
+    ):
+        yield "the head can be reached from outside the cluster"
+    if policy["kind"] != "NetworkPolicy" or policy["spec"]["policyTypes"] != ["Ingress"]:
+        yield "no NetworkPolicy"
+    if any("from" not in rule for rule in policy["spec"]["ingress"]):
+        yield "a rule that lets everybody in"
+    if "stringData" in str(documents) or re.search(r"auth_token.{0,20}[0-9a-f]{16}", str(documents)):
+        yield "a secret in the template"
+    timeout = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]
+    if int(timeout) < 600:
+        yield "Train would give up before a node is up"
+
+
+def test_nothing_to_complain_about_the_rayjob(kubernetes):
+    assert list(problems_of_kuberay(kubernetes)) == []
+
+
+HEAD_GROUP = (0, "spec", "rayClusterSpec", "headGroupSpec")
+WORKERS = (0, "spec", "rayClusterSpec", "workerGroupSpecs", 0)
+RAYJOB_MISTAKES = {
+    "unknown fields": put((0, "spec", "shutDownAfterJobFinishes"), True),
+    "must be text": put((*HEAD_GROUP, "rayStartParams", "num-cpus"), 0),
+    "outlive its job": put((0, "spec", "shutdownAfterJobFinishes"), False),
+    "another Ray": put((0, "spec", "rayClusterSpec", "rayVersion"), "2.9.0"),
+    "no token": put((0, "spec", "rayClusterSpec", "authOptions"), {"mode": "disabled"}),
+    "from outside": put((*HEAD_GROUP, "serviceType"), "LoadBalancer"),
+    "lets everybody in": put((1, "spec", "ingress"), [{"ports": [{"port": 8265}]}]),
+    "without the shared volume": put((*WORKERS, "template", "spec", "volumes"), [{"name": "memory"}]),
+    "without its volume": put((*WORKERS, "template", "spec", "volumes"), [{"name": "memory"}]),
+    "limits differ": put(
+        (*WORKERS, "template", "spec", "containers", 0, "resources", "requests"), {"cpu": "1"}
+    ),
+    "different images": put((*WORKERS, "template", "spec", "containers", 0, "image"), "other:1"),
+    "on the head": put((*HEAD_GROUP, "rayStartParams", "num-cpus"), "4"),
+    "other CPUs": put((*WORKERS, "rayStartParams", "num-cpus"), "16"),
+    "outside their bounds": put((*WORKERS, "replicas"), 9),
+}
+
+
+@pytest.mark.parametrize("complaint", RAYJOB_MISTAKES)
+def test_every_mistake_in_a_rayjob_is_found(kubernetes, complaint):
+    changed = copy.deepcopy(kubernetes)  # apart from each other, where YAML had them share
+    RAYJOB_MISTAKES[complaint](changed)
+    found = list(problems_of_kuberay(changed))
+    assert any(complaint in problem for problem in found), found
+
+
+def test_a_rayjob_begins_and_continues_with_the_same_script_as_slurm(kubernetes):
+    script = "distributed/clusters/sweep_or_resume.sh"
+    assert script in kubernetes[0]["spec"]["entrypoint"]
+    assert script in (CLUSTERS / "slurm.sbatch").read_text()
+    assert (ROOT / script).stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_script_begins_what_is_not_there_and_resumes_what_is(tmp_path, there):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    python.chmod(0o755)
+    run = tmp_path / "a run"
+    if there:
+        run.mkdir()
+        (run / "run.json").write_text("{}")
+    said = subprocess.run(
+        ["sh", CLUSTERS / "sweep_or_resume.sh", run, "a cohort", "--trials", "3"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True,
+    ).stdout.split("|")[:-1]  # fmt: skip
+    sweep = [
+        "-m",
+        "distributed",
+        "sweep",
+        "a cohort",
+        "--trials",
+        "3",
+        "--out",
+        str(run),
+        "--address",
+        "auto",
+    ]
+    assert said == (["-m", "distributed", "resume", str(run), "--address", "auto"] if there else sweep)
+
+
+def test_the_slurm_job_has_a_token_of_its_own_and_a_local_dashboard():
+    text = (CLUSTERS / "slurm.sbatch").read_text()
+    assert subprocess.run(["bash", "-n", CLUSTERS / "slurm.sbatch"], check=False).returncode == 0
+    lines = [line.split("#")[0] for line in text.splitlines() if not line.lstrip().startswith("#")]
+    code = "\n".join(lines)
+    assert (
+        code.index("umask 077")
+        < code.index("token_hex")
+        < code.index("RAY_AUTH_MODE=token")
+        < code.index("ray start")
+    )
+    assert "--dashboard-host=127.0.0.1" in code
+    assert "ray stop" not in code  # it would end the Ray of other jobs on the node
+    assert re.search(r"#SBATCH --signal=B:USR1@(\d+)", text)

@@ -1,6 +1,7 @@
 """Sweeps that are shot at, as second processes with real Ray: nothing finished is lost, nothing is done twice."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from process_helpers import (
 from small_cohort import write_small_cohort
 
 survival = pytest.importorskip("benchmarks.survival", reason="run as `python -m pytest` from the repository")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -72,11 +73,11 @@ def test_worker_mailbox_and_slot_are_killed_in_one_sweep_and_no_trial_notices(wo
     killed = []
     try:
         for after, name in victims.items():
-            assert wait_until(lambda after=after: len(finished_trials(folder)) >= after, 150), sweep.poll()
+            assert wait_until(lambda after=after: len(finished_trials(folder)) >= after, 400), sweep.poll()
             [victim] = [process for process, words in marked(mark).items() if words.startswith(name)]
             os.kill(victim, signal.SIGKILL)
             killed.append(victim)
-        _, err = sweep.communicate(timeout=200)
+        _, err = sweep.communicate(timeout=500)
     finally:
         sweep.kill()
     assert sweep.returncode == 0, err[-3000:]
@@ -93,7 +94,7 @@ def test_ctrl_c_twice_ends_at_once_and_leaves_a_resumable_run(workplace, mark):
         "sweep", "cohort", "--trials", 40, "--folds", 2, "--slots", 1, "--scheduler", "none", "--out", "run",
         "--set", "training.epochs=200", cwd=workplace, mark=mark,
     )  # fmt: skip
-    assert wait_until(lambda: progress_of(folder, 0)["history"], 150)
+    assert wait_until(lambda: progress_of(folder, 0)["history"], 400)
     os.killpg(sweep.pid, signal.SIGINT)  # a terminal interrupts the driver and all that Ray started from it
     os.killpg(sweep.pid, signal.SIGINT)
     out, err = sweep.communicate(timeout=90)
@@ -125,9 +126,9 @@ def test_a_full_disk_stops_the_sweep_which_goes_on_once_there_is_room(workplace,
         folder = disk / "run"
         sweep = start("sweep", "cohort", "--trials", 6, "--folds", 2, "--slots", 1, "--scheduler", "none",
                       "--out", "disk/run", cwd=workplace, mark=mark)  # fmt: skip
-        assert wait_until(lambda: finished_trials(folder), 150), sweep.poll()
+        assert wait_until(lambda: finished_trials(folder), 400), sweep.poll()
         fill(disk / "ballast")
-        out, err = sweep.communicate(timeout=120)
+        out, err = sweep.communicate(timeout=300)
         assert sweep.returncode == 2, (out[-2000:], err[-2000:])
         last = err.strip().splitlines()[-1]
         assert "No space left on device" in last
@@ -145,3 +146,37 @@ def test_a_full_disk_stops_the_sweep_which_goes_on_once_there_is_room(workplace,
     finally:
         end_marked(mark)
         subprocess.run(["umount", "-l", disk], check=False)
+
+
+def test_a_run_that_was_copied_with_its_cohort_is_continued_there(workplace, mark):
+    here, there = workplace / "here", workplace / "there"
+    here.mkdir()
+    (workplace / "cohort").rename(here / "cohort")
+    sweep = start("sweep", "cohort", "--trials", 4, "--folds", 2, "--slots", 1, "--scheduler", "none",
+                  "--out", "runs/mine", cwd=here, mark=mark)  # fmt: skip
+    assert wait_until(lambda: finished_trials(here / "runs" / "mine"), 400), sweep.poll()
+    second = run("resume", "runs/mine", cwd=here, mark=mark)  # while the first still runs
+    assert second.returncode == 2
+    assert f"is being written by process {sweep.pid} on " in second.stderr
+    sweep.kill()
+    sweep.wait()
+    before = {trial.number: trial.value for trial in finished_trials(here / "runs" / "mine")}
+    assert wait_until(lambda: not marked(mark), 60)
+    here.rename(there)
+    about = json.loads((there / "runs" / "mine" / "run.json").read_text())
+    about["code"]["sources"] = "another"
+    (there / "runs" / "mine" / "run.json").write_text(json.dumps(about))
+
+    (there / "cohort").rename(there / "gone")
+    lost = run("resume", there / "runs" / "mine", cwd=workplace, mark=mark)
+    assert lost.returncode == 2
+    assert "--cohort" in lost.stderr
+    (there / "gone").rename(there / "cohort")
+    resumed = run("resume", there / "runs" / "mine", cwd=workplace, mark=mark)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "the code has changed" in resumed.stdout
+    after = {trial.number: trial.value for trial in study_of(there / "runs" / "mine").get_trials()}
+    assert sorted(after) == [0, 1, 2, 3]
+    assert before.items() <= after.items()
+    each_epoch_once(there / "runs" / "mine", 4, 2, 2)
+    assert not here.exists()

@@ -26,7 +26,7 @@ from distributed.slot import WorkerGroup, Workers
 from distributed.trial import assign, make_runner
 from search_spaces import published
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SIZE = {"num_cpus": 1, "object_store_memory": 80_000_000}
 
 
@@ -53,14 +53,14 @@ def test_a_node_goes_and_another_comes_and_no_trial_is_lost(cluster, tmp_path):
     with (tmp_path / "log").open("w") as log:
         sweep = subprocess.Popen(words, cwd=tmp_path, env=environment(mark), stdout=log, stderr=log)
     try:
-        assert wait_until(lambda: len(finished_trials(folder)) >= 2, 150), (tmp_path / "log").read_text()[
+        assert wait_until(lambda: len(finished_trials(folder)) >= 2, 400), (tmp_path / "log").read_text()[
             -3000:
         ]
         cluster.remove_node(cluster.other, allow_graceful=False)
         at_loss = len(finished_trials(folder))
-        assert wait_until(lambda: len(finished_trials(folder)) >= at_loss + 2, 90)  # the other slot goes on
+        assert wait_until(lambda: len(finished_trials(folder)) >= at_loss + 2, 300)  # the other slot goes on
         cluster.add_node(**SIZE)
-        sweep.wait(timeout=150)
+        sweep.wait(timeout=500)
     finally:
         sweep.send_signal(signal.SIGKILL)
         left = end_marked(mark)
@@ -141,14 +141,10 @@ def _read(volumes, rows):
 def test_a_cohort_whose_node_is_gone_is_read_again_though_slots_hold_every_cpu(cluster, tmp_path):
     cohort = write_small_cohort(tmp_path / "cohort", subjects=24)
     with connect(cluster.address, Console(quiet=True)):
-        head, other = (cluster.head_node.node_id, cluster.other.node_id)
-        held = ray.util.placement_group([{"CPU": 1}])
-        assert held.wait(20)  # one node is full: all blocks are read on the other
-        full = next(iter(ray.util.placement_group_table(held)["bundles_to_node_id"].values()))
-        volumes = hold(cohort)
-        if full == other:
-            pytest.skip("Ray put the blocks on the head, which cannot be removed")
-        assert full == head
+        held = ray.util.placement_group([{"CPU": 1, "GPU": 0.1}])  # as slots hold the head, which has the GPU
+        assert held.wait(20)
+        volumes = hold(cohort)  # so all blocks are read on the other node
+        head = cluster.head_node.node_id
         cluster.remove_node(cluster.other, allow_graceful=False)
         rows = np.arange(len(cohort))
         there = NodeAffinitySchedulingStrategy(head, soft=False)
