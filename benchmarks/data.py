@@ -12,6 +12,7 @@ contender runs `EPOCHS` epochs after one to warm up, all of them in turn, severa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import psutil
 import ray
 import torch
 from monai.data import CacheDataset
@@ -152,18 +154,12 @@ class Worker:
         return seconds
 
 
-def bytes_read() -> dict[str, int]:
-    """Bytes that each process of this machine has read by system calls, the page cache included."""
+def bytes_read() -> dict[tuple[int, float], int]:
+    """Bytes that each process of this session has read by system calls, those from the page cache included."""
     counts = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = dict(line.split(": ") for line in (entry / "io").read_text().splitlines())
-            marker = (
-                (entry / "stat").read_text().rsplit(")", 1)[1].split()[19]
-            )  # a process id may be used again
-        except OSError:
-            continue
-        counts[f"{entry.name}-{marker}"] = int(fields["rchar"])
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            counts[process.pid, process.create_time()] = process.io_counters().read_chars
     return counts
 
 
@@ -171,6 +167,7 @@ def count_reads(cohort: Cohort, console: Console) -> Resident:
     """Hold the cohort, run `TRIALS` trials on it, two at a time, and say how much was read for that."""
     workers = [Worker.remote() for _ in range(2)]  # type: ignore[attr-defined]
     ray.get([worker.__ray_ready__.remote() for worker in workers])
+    Resident.of(cohort)  # the reading processes import what they need
     before = bytes_read()
     resident = Resident.of(cohort)
     held = bytes_read()
@@ -180,12 +177,12 @@ def count_reads(cohort: Cohort, console: Console) -> Resident:
     after = bytes_read()
     size = sum(file.stat().st_size for file in (cohort.folder / "shards").iterdir())
 
-    def increase(earlier: dict[str, int], later: dict[str, int]) -> float:
+    def increase(earlier: dict[tuple[int, float], int], later: dict[tuple[int, float], int]) -> float:
         return sum(count - earlier.get(process, 0) for process, count in later.items()) / size
 
     console.print(
         f"{TRIALS} resident trials of {EPOCHS} epochs: read {increase(before, held):.2f} times the shards' bytes to "
-        f"hold them and {increase(held, after):.2f} times to train (all processes, imports included)\n"
+        f"hold them and {increase(held, after):.2f} times to train (system calls of all its processes)\n"
         f"a trial's data started in {', '.join(f'{seconds:.3f}' for seconds in starts)} s"
     )
     for worker in workers:
