@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import UserError
 from core.lookup import did_you_mean
 from core.losses.settings import Exponential, ObjectiveSettings
 from core.models.settings import ModelSettings, ResNetSettings
-from core.schedules import Schedule, Step
+from core.schedules import Piecewise, Schedule, Step
 from core.volumes.views import ViewSettings
 
 Settings = dict[str, Any]
@@ -44,12 +44,34 @@ class DataSettings(Frozen):
     )
 
 
+def _all_above(bound: float, *, itself: bool) -> AfterValidator:
+    """A check that every value of a piecewise schedule is above `bound`, or is `bound` where `itself` may be."""
+
+    def check(schedule: Piecewise) -> Piecewise:
+        if min(schedule.values) < bound or (not itself and bound in schedule.values):
+            raise ValueError(f"values must be {'at least' if itself else 'above'} {bound:g}")
+        return schedule
+
+    return AfterValidator(check)
+
+
+PositiveNumber = Annotated[float, Field(gt=0)]
+PositivePieces = Annotated[Piecewise, _all_above(0, itself=False)]
+NonNegativeNumber = Annotated[float, Field(ge=0)]
+NonNegativePieces = Annotated[Piecewise, _all_above(0, itself=True)]
+
+
 class AdamSettings(Frozen):
     """Adam with decoupled weight decay off, as the references use it."""
 
     name: Literal["adam"] = "adam"
-    learning_rate: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(5e-5, ge=0)
+    learning_rate: PositiveNumber | PositivePieces = Field(
+        1e-4,
+        description="before decay and warm-up; what a population found may change on the way (piecewise)",
+    )
+    weight_decay: NonNegativeNumber | NonNegativePieces = Field(
+        5e-5, description="a number, or piecewise as above"
+    )
     decay: Schedule = Field(
         Step(start=1.0, rate=0.9, step=10), description="factor on the learning rate over progress, from 1"
     )
@@ -124,10 +146,12 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Settings:
 
 
 def with_absent(flat: Mapping[str, Any]) -> Settings:
-    """`flat` settings, with None for every name under a block that is None."""
-    absent = {name for name, value in flat.items() if value is None}
-    under = {name: None for name in known_names() if any(name.startswith(f"{block}.") for block in absent)}
-    return under | dict(flat)
+    """`flat` settings, with None for every name beneath one of them.
+
+    A block that is None has nothing in it, and a number that could have been a schedule has no shape and no ends.
+    """
+    beneath = {name: None for name in known_names() if any(name.startswith(f"{given}.") for given in flat)}
+    return beneath | dict(flat)
 
 
 def parse_changes(assignments: list[str]) -> Settings:

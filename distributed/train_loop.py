@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.config import RunSettings
+from core.config import RunSettings, SgdSettings
 from core.errors import UserError
 from core.inference import Predictor, save_predictor
-from core.schedules import with_epochs
+from core.schedules import at, with_epochs
 from core.tasks import TASKS
 from core.tasks.brain_age import Embedded, Outcome
 from core.volumes.cohort import Cohort
@@ -125,7 +125,7 @@ class CellTraining:
         started = time.time()
         self.epoch += 1
         progress = self.epoch / self.settings.training.epochs
-        rate = set_learning_rate(self.settings, self.optimiser, self.epoch)
+        rate = set_rates(self.settings, self.optimiser, self.epoch)
         torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}"))
         self.trained.train()
         if self._reading is None:  # one reading for all epochs that are left
@@ -266,31 +266,37 @@ class CellTraining:
 
 def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of `settings.optimiser` over all parameters of `model`."""
-    chosen = settings.optimiser
-    if chosen.name == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=chosen.learning_rate,
-            momentum=chosen.momentum,
-            weight_decay=chosen.weight_decay,
-        )
-    return torch.optim.Adam(  # fused: one pass over the parameters instead of a dozen
-        model.parameters(), lr=chosen.learning_rate, weight_decay=chosen.weight_decay, fused=True
-    )
+    if isinstance(settings.optimiser, SgdSettings):
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
+    else:
+        optimiser = torch.optim.Adam(
+            model.parameters(), fused=True
+        )  # one pass over the parameters, not a dozen
+    set_rates(settings, optimiser, epoch=1)
+    return optimiser
 
 
-def set_learning_rate(settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: int) -> float:
-    """Set and return the rate of `epoch` (from 1): warm-up, then the decay's factor at e/E."""
+def set_rates(settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: int) -> float:
+    """Set what the settings say for `epoch` (from 1); returns the learning rate.
+
+    Everything that they say of the optimiser is set, every epoch: a restored optimiser brings its own values along,
+    which are those of another configuration where a member of a population goes on from another one's weights.
+    """
     rate = learning_rate(settings, epoch)
+    chosen = settings.optimiser
     for group in optimiser.param_groups:
         group["lr"] = rate
+        group["weight_decay"] = at(chosen.weight_decay, epoch / settings.training.epochs)
+        if isinstance(chosen, SgdSettings):
+            group["momentum"] = chosen.momentum
     return rate
 
 
 def learning_rate(settings: RunSettings, epoch: int) -> float:
     """Learning rate in `epoch` (from 1): the warm-up rises in a line from 1 % of what the decay says."""
     chosen, epochs = settings.optimiser, settings.training.epochs
-    rate = chosen.learning_rate * with_epochs(chosen.decay, epochs)(epoch / epochs)
+    progress = epoch / epochs
+    rate = at(chosen.learning_rate, progress) * with_epochs(chosen.decay, epochs)(progress)
     warmup = round(chosen.warmup * epochs)
     if epoch <= warmup:
         rate *= 0.01 + 0.99 * (epoch - 1) / warmup

@@ -24,13 +24,23 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
 def _objective(trial: optuna.Trial) -> None:
     """The method, and only what can act beside it."""
     method = trial.suggest_categorical("objective.name", ["supcon", "y_aware", "threshold", "exponential"])
-    trial.suggest_float("objective.temperature", 0.03, 0.5, log=True)
+    _value_or_schedule(trial, "objective.temperature", 0.03, 0.5)
     trial.suggest_categorical("objective.normalise", ["anchor", "total"])
     if method == "supcon":  # positives are ages in the same bin
         trial.suggest_float("objective.bin_width", 1.0, 10.0)
     else:  # positives are weighed by a kernel of the age difference, its width in years
         trial.suggest_categorical("objective.kernel", ["rbf", "cauchy", "laplace"])
-        trial.suggest_float("objective.width", 0.5, 20.0, log=True)
+        _value_or_schedule(trial, "objective.width", 0.5, 20.0)
+
+
+def _value_or_schedule(trial: optuna.Trial, name: str, low: float, high: float) -> None:
+    """The setting `name`: one value throughout (the shape is None, as in the published configuration), or from a to b."""
+    shape = trial.suggest_categorical(f"{name}.shape", [None, "linear", "cosine", "exponential"])
+    if shape is None:
+        trial.suggest_float(name, low, high, log=True)
+    else:
+        trial.suggest_float(f"{name}.start", low, high, log=True)
+        trial.suggest_float(f"{name}.end", low, high, log=True)
 
 
 def _neighbours(trial: optuna.Trial) -> None:

@@ -161,7 +161,7 @@ def test_the_same_seed_proposes_the_same(tmp_path):
         for _ in range(12):
             trial = study.ask()
             values.append(whole(trial))
-            study.tell(trial, values[-1]["objective.temperature"])
+            study.tell(trial, values[-1]["optimiser.learning_rate"])
         return values
 
     assert proposals("a") == proposals("b")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from core.schedules import Shape, as_schedule
+from core.schedules import Piecewise, Shape, as_schedule, at
 
 Metric = Literal["cosine", "euclidean", "manhattan", "chebyshev"]
 
@@ -33,8 +33,9 @@ class Neighbours(BaseModel):
         None,
         description="subjects at the start: a whole count, a fraction of the batch in (0, 1], or None: all",
     )
-    end: int | float = Field(
-        description="subjects at the end: a whole count, or a fraction of the batch in (0, 1]"
+    end: int | float | Piecewise = Field(
+        description="subjects at the end: a whole count, or a fraction of the batch in (0, 1]; what a "
+        "population found may aim at another end in each part of the training (piecewise)"
     )
     shape: Literal["staircase", "linear", "cosine", "exponential"] = Field(
         "staircase", description="how the count goes from start to end"
@@ -52,8 +53,8 @@ class Neighbours(BaseModel):
 
     @model_validator(mode="after")
     def _can_act(self) -> Neighbours:
-        for field in ("start", "end"):
-            value = getattr(self, field)
+        ends = self.end.values if isinstance(self.end, Piecewise) else (self.end,)
+        for field, value in (("start", self.start), *(("end", end) for end in ends)):
             if (
                 value is not None
                 and not _is_count(value)
@@ -79,12 +80,17 @@ class Neighbours(BaseModel):
         if subjects < (self.min_batch or 1):
             return subjects
         # A billionth more, because a cosine can arrive at 22.999999999 where 23 is meant.
-        count = math.floor(self._schedule(subjects)(progress) + 1e-9)
+        count = math.floor(self._schedule(subjects, progress)(progress) + 1e-9)
         return min(max(count, 1), subjects)
 
-    def _schedule(self, subjects: int) -> Shape:
+    def _schedule(self, subjects: int, progress: float) -> Shape:
+        """The course of the count that is followed at `progress`."""
         start = subjects if self.start is None else _as_count(self.start, subjects)
-        ends: dict[str, object] = {"shape": self.shape, "start": start, "end": _as_count(self.end, subjects)}
+        ends: dict[str, object] = {
+            "shape": self.shape,
+            "start": start,
+            "end": _as_count(at(self.end, progress), subjects),
+        }
         if self.shape == "staircase":
             ends |= {"step": self.step, "epochs": self.epochs}
         return as_schedule(ends, "neighbours")
