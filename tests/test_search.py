@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from ray.tune.search import Searcher
 from core.config import resolve
 from core.errors import UserError
 from core.report.record import reported
-from distributed.budget import Budget
+from distributed.budget import FEWEST_TRIALS, Budget
 from distributed.schedulers import CELL_VALUES, Wilcoxon
 from distributed.search import SLOT_CRASHES, Judgement, Proposals, StudySearch
 from distributed.study import check_space, open_study, published_parameters
@@ -245,3 +246,16 @@ def test_nothing_is_begun_once_improvement_is_unlikely_but_what_runs_is_finished
     assert states(study) == [TrialState.COMPLETE]
     assert search.suggest("b") == {"assignment": {"name": "winner"}}
     assert "b" in search.budget.beyond
+
+
+def test_the_terminator_is_asked_once_enough_trials_are_completed(study):
+    asked = []
+    terminator = SimpleNamespace(should_terminate=lambda study: bool(asked.append(len(study.trials))) or True)
+    search = searcher(study, trials=100, judgement=Judgement(terminator=terminator))
+    for number in range(100):
+        if not isinstance(search.suggest(str(number)), dict):
+            break
+        search.on_trial_complete(str(number), result(7.0, 2, n=2, finished=True, done=True))
+    assert asked == [FEWEST_TRIALS]
+    assert number == FEWEST_TRIALS
+    assert search.budget.reason == "further improvement was judged unlikely"

@@ -1,0 +1,114 @@
+"""A request that cannot work is refused before anything is started, in one line that says why."""
+
+import numpy as np
+import pytest
+from rich.console import Console
+from small_cohort import write_small_cohort
+
+from core.errors import UserError
+from distributed.request import SweepRequest, plan_search
+from distributed.resume import _asked, _what_changed
+from distributed.sweep import run_sweep
+
+SPACE = """
+def finite(trial):
+    trial.suggest_categorical("views.noise", [0.0, 0.1])
+    trial.suggest_categorical("model.readout", ["projection", "encoder"])
+    return dict(trial.params)
+
+def continuous(trial):
+    trial.suggest_float("optimiser.learning_rate", 1e-4, 1e-2)
+    return finite(trial)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("requests")
+    write_small_cohort(folder / "cohort", subjects=12)
+    (folder / "mine.py").write_text(SPACE)
+    return folder
+
+
+@pytest.fixture
+def cohort(place):
+    from core.volumes.cohort import Cohort
+
+    return Cohort.open(place / "cohort")
+
+
+def request(place, function="continuous", **asked):
+    return SweepRequest(**{"space": f"{place}/mine.py:{function}", "folds": 2} | asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"objectives": ("mae", "maee")}, "unknown objective 'maee'; did you mean 'mae'"),
+        ({"objectives": ("mae", "openbhb_score"), "sampler": "cmaes"}, "'cmaes' knows one objective and 2"),
+        ({"sampler": "cmaes"}, "needs two numeric settings"),
+        ({"grid_points": 3}, "--grid-points 3 acts with --sampler grid only, not tpe"),
+        ({"scheduler": "hyperbannd"}, "did you mean 'hyperband'"),
+        ({"pruner": "wilcoxon"}, "could never stop a trial: after 1 of 2 cells no p-value is below 0.5"),
+        ({"stop_when": "regret", "objectives": ("mae", "accelerator_seconds")}, "defined for one objective"),
+    ],
+)
+def test_what_cannot_work_is_refused(place, cohort, asked, message):
+    with pytest.raises(UserError, match=message) as caught:
+        plan_search(request(place, **asked), cohort)
+    assert "\n" not in str(caught.value)
+
+
+def test_sites_are_needed_by_what_measures_them(place, cohort):
+    cohort.manifest["site"] = "only"
+    with pytest.raises(UserError, match="two sites or more; this cohort has 1"):
+        plan_search(request(place, objectives=("site_balanced_accuracy",)), cohort)
+
+
+def test_a_grid_is_run_whole_or_not_at_all(place, tmp_path):
+    def sweep(**asked):
+        run_sweep(place / "cohort", request(place, **asked), tmp_path / "run", None, Console(quiet=True))
+
+    with pytest.raises(
+        UserError, match=r"is a number from 0.0001 to 0.01; give it a step"
+    ):
+        sweep(sampler="grid")
+    with pytest.raises(UserError, match=r"12 points, 12 trials with those before it, and --trials is 5"):
+        sweep(sampler="grid", grid_points=3, trials=5)
+    assert not (tmp_path / "run").exists()  # refused before anything was written
+
+
+def test_cells_of_the_search_its_confirmation_and_the_refits_share_no_seed():
+    asked = SweepRequest(folds=3, seeds=2, confirm_seeds=2, refit_seeds=3)
+    seeds = {
+        name: {cell["seed"] for cell in getattr(asked, name)}
+        for name in ("cells", "confirm_cells", "refit_cells")
+    }
+    assert seeds["cells"] == {0, 1}
+    assert not seeds["cells"] & (seeds["confirm_cells"] | seeds["refit_cells"])
+    assert [len(getattr(asked, name)) for name in ("cells", "confirm_cells", "refit_cells")] == [6, 6, 3]
+    folds = [cell["fold"] for cell in asked.confirm_cells]
+    assert np.bincount(folds).tolist() == [2, 2, 2]
+
+
+def test_whatever_changes_the_search_is_named_and_budgets_do_not(place, cohort):
+    recorded = request(place)
+    plan = plan_search(recorded, cohort)
+    about = {"searched": plan.profile.as_json()}
+
+    def changed(budgets=None, **search):
+        now = _asked(recorded, budgets or {}, search)
+        return _what_changed(recorded, now, about, plan_search(now, cohort))
+
+    assert changed() == []
+    assert changed({"time_budget": 5.0, "accelerator_hours": 2.0}) == []
+    assert changed(trials=30) == ["20 trials become 30"]
+    assert changed(changes={"views.noise": 0.1}) == [
+        "views.noise is fixed at 0.1",
+        "searched otherwise or no longer: views.noise",
+    ]
+    (place / "mine.py").write_text(SPACE.replace("1e-2", "1e-1"))  # the file was edited meanwhile
+    try:
+        assert changed() == ["searched otherwise or no longer: optimiser.learning_rate"]
+    finally:
+        (place / "mine.py").write_text(SPACE)
