@@ -56,6 +56,10 @@ def resume_sweep(
     about = folder.about
     if about.get("kind") != "sweep":
         raise UserError(f"{run} is not a sweep but a '{about.get('kind')}' run; only sweeps are resumed")
+    if not about.get("begun", True):
+        raise UserError(
+            f"{run} was stopped before its first trial: there is nothing to resume. Delete it, start anew"
+        )
     recorded = SweepRequest(**about["sweep"])
     request = _asked(recorded, budgets or {}, search or {})
     with claim(

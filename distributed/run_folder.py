@@ -292,6 +292,7 @@ def _about(
         "kind": kind,
         "command": " ".join(["brainsweep", *sys.argv[1:]]),
         "created": _now(),
+        "begun": kind != "sweep",  # a sweep has once its splits and its first points are written
         "finished": None,
         "seconds": None,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS_OF},

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 from ray import train, tune
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.mailbox import Answer, Mailbox
 
@@ -90,7 +91,9 @@ class WorkerGroup:
     def start(self) -> None:
         """Bring the workers up; returns at once, the first `run` waits for them."""
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_TIMEOUT_S)
-        self.mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+        # beside the slot: on another node it would be lost with that node, and the slot's trial begin its epoch again
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self.thread = threading.Thread(target=self._fit, name="slot-workers", daemon=True)
         self.thread.start()
 
@@ -170,6 +173,14 @@ class Slot(tune.Trainable):
         """Take the next trial: the workers learn of it with the next order."""
         self.config = new_config
         return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """A note for Tune, which pauses and clones trials by their checkpoints: the state itself is in the folder
+        of the trial, and where to begin from is part of its assignment."""
+        return {"name": self.config["assignment"]["name"]}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing: see `save_checkpoint`."""
 
     def cleanup(self) -> None:
         """Close the slot."""

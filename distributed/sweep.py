@@ -97,6 +97,7 @@ def _begin(
     for label, points in first.items():
         enqueue(study, points, label)
     enqueue(study, grid or [], None)
+    folder.update(begun=True)
     note = sampler_note(request.sampler, plan.profile)
     if note:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)

@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
+from distributed.resume import resume_sweep
 from distributed.run_folder import cohort_of, create_run, open_run
 
 
@@ -65,3 +67,8 @@ def test_a_run_in_an_object_store_is_refused_before_anything_is_made(study, tmp_
     with pytest.raises(UserError, match="s3 address"):
         create_run("s3://bucket/run", "sweep", {}, {}, cohort)
     assert not (tmp_path / "s3:").exists()
+
+
+def test_a_sweep_killed_before_its_study_was_filled_is_not_resumed_as_another(study):
+    with pytest.raises(UserError, match="stopped before its first trial"):
+        resume_sweep(study / "runs" / "mine", None, Console(quiet=True))
