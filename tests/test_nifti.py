@@ -301,6 +301,20 @@ def test_a_forged_header_costs_no_memory(tmp_path, shape, packed):
         tracemalloc.stop()
 
 
+def test_a_header_that_claims_what_a_stream_could_hold_costs_no_memory(tmp_path):
+    noise = np.random.default_rng(0).bytes(300_000)  # packed no smaller, so up to 310 MB are plausible
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(forged((400, 400, 400), False) + noise))
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            UserError, match=r"a\.nii\.gz claims 256,000,352 bytes, but its stream holds 300,"
+        ):
+            read_volume(tmp_path / "a.nii.gz")
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_stream_that_goes_on_after_the_volume_is_not_read_to_its_end(tmp_path):
     content = nib.Nifti1Image(voxels_of(), np.eye(4)).to_bytes()
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content + b"a short note"))

@@ -36,6 +36,7 @@ _HEADER_ERROR = 40  # of nibabel's levels: what it cannot mend without guessing
 _LONGEST_HEADER = 540  # bytes; NIfTI-2
 _DEFLATE_LIMIT = 1032  # no deflate stream expands more than this (zlib's technical notes)
 _SLACK = 2**20  # bytes that may follow the voxels
+_PIECE = 2**20  # bytes of a stream unpacked at a time
 _UNREADABLE = (
     HeaderDataError,
     OSError,
@@ -177,12 +178,21 @@ def _voxels(path: Path, stored: _Stored) -> Volume:
 
 
 def _unpacked(path: Path, claimed: int) -> io.BytesIO:
-    """What a gzip stream holds, read to its end: only there gzip checks its CRC."""
+    """What a gzip stream holds, read to its end: only there gzip checks its CRC.
+
+    In pieces, since asking for all at once takes the memory that the header claims, be it there or not.
+    """
+    content = io.BytesIO()
     with gzip.open(path) as stream:
-        content = stream.read(claimed + _SLACK + 1)
-    if len(content) > claimed + _SLACK:  # a damaged stream, or one made to fill the memory
+        while (held := content.tell()) <= claimed + _SLACK and (piece := stream.read(_PIECE)):
+            content.write(piece)
+    if held > claimed + _SLACK:  # a damaged stream, or one made to fill the memory
         raise UserError(f"{path} goes on after the {claimed:,} bytes that its header claims; it is damaged")
-    return io.BytesIO(content)
+    if held < claimed:
+        raise UserError(
+            f"{path} claims {claimed:,} bytes, but its stream holds {held:,}; it is truncated or its header is damaged"
+        )
+    return content
 
 
 def _check_values(path: Path, voxels: Volume) -> None:
