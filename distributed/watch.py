@@ -183,7 +183,7 @@ class TensorBoard(tune.Callback):
     ) -> None:
         """Write the epoch's scalars."""
         writer = self._writer(trial)
-        step = result["epochs"]
+        step = result.get("epochs", 0)  # a slot whose workers ended answers without
         for name in SCALARS:
             value = result.get(name)
             if isinstance(value, int | float) and math.isfinite(value):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from core.errors import UserError
 from distributed.budget import FEWEST_TRIALS, Budget, judge_improvement, make_terminator
-from distributed.watch import Display
+from distributed.watch import Display, TensorBoard
 from search_spaces import load_space
 
 
@@ -110,3 +110,14 @@ def test_what_is_left_is_shown_live_in_a_terminal_and_in_a_line_per_trial_elsewh
     else:
         expected = "trial 0000 finished after 2 epochs, MAE 4.25 y  best 4.25 y (trial 0000)  left: 60 s, 1 GPU-hours"
         assert console.file.getvalue().splitlines() == [expected]
+
+
+def test_the_end_of_a_slots_workers_does_not_end_the_sweep_with_them(tmp_path):
+    board = TensorBoard(tmp_path, ["views.noise"])
+    trial = SimpleNamespace(
+        trial_id="a", config={"assignment": {"name": "0000", "settings": {"views": {"noise": 0.1}}}}
+    )
+    ended = {"value": math.nan, "failed": "its workers ended: killed", "finished": False, "done": True}
+    board.on_trial_result(0, [], trial, ended)
+    board.on_trial_complete(0, [], trial)
+    assert list((tmp_path / "0000").glob("events*"))
