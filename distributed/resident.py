@@ -41,7 +41,7 @@ class Resident:
         """
         rows_per_block = max(1, BLOCK_BYTES // bytes_of_a_volume(cohort))
         blocks = list(chunks(np.arange(len(cohort)), rows_per_block))
-        pairs: list[list[ray.ObjectRef]] = [_read_block.remote(cohort.address, rows) for rows in blocks]  # type: ignore[misc]
+        pairs = _read_blocks(cohort.address, blocks)
         known = _outcome([moments for _, moments in pairs])
         return cls(tuple(block for block, _ in pairs), rows_per_block, np.concatenate(known))
 
@@ -75,8 +75,22 @@ def scan(cohort: Cohort) -> Moments:
     return np.concatenate(_outcome([_scan_block.remote(cohort.address, rows) for rows in blocks]))
 
 
-# Ray rebuilds a lost block by running its task again: as often as it takes.
-@ray.remote(num_cpus=0.5, num_returns=2, max_retries=-1)
+def _read_blocks(address: str, blocks: list[Rows]) -> list[list[ray.ObjectRef]]:
+    """(block, moments) of every block, two tasks at a time for each CPU."""
+    at_once = max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    pairs: list[list[ray.ObjectRef]] = []
+    reading: list[ray.ObjectRef] = []
+    for rows in blocks:
+        if len(reading) == at_once:
+            _, reading = ray.wait(reading, num_returns=1)
+        pairs.append(_read_block.remote(address, rows))  # type: ignore[arg-type]
+        reading.append(pairs[-1][1])
+    return pairs
+
+
+# Ray rebuilds a lost block by running its task again, as often as it takes: on no CPU, because slots hold them all by
+# then, and whoever asked for the block would wait for ever.
+@ray.remote(num_cpus=0, num_returns=2, max_retries=-1, scheduling_strategy="SPREAD")
 def _read_block(address: str, rows: Rows) -> tuple[Stored, Moments]:
     return read_with_moments(opened(address), rows)
 

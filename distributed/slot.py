@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,6 +27,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.mailbox import Answer, Mailbox
+from distributed.reservations import holder, record, release_left
 
 WORKER_START_TIMEOUT_S = "900"  # autoscaled GPU nodes take minutes; Train's default gives up after 60 s
 WORKER_RESTARTS = 2
@@ -55,11 +57,14 @@ def worker_loop(config: dict[str, Any]) -> None:
 
     Args:
         config: `mailbox` (the actor), `make_runner` (a function `(**arguments) -> Callable[[assignment], Answer]`
-            made once per worker: it holds what outlives a trial) and its `arguments`.
+            made once per worker: it holds what outlives a trial) and its `arguments`; `reserved` and `held_by`
+            (see `reservations.record`).
     """
     mailbox = config["mailbox"]
     run_epoch: Callable[[dict[str, Any]], Answer] = config["make_runner"](**config["arguments"])
     rank = train.get_context().get_world_rank()
+    if rank == 0:
+        record(Path(config["reserved"]), config["held_by"])
     done = ray.get(mailbox.unanswered.remote())
     finished_at: float | None = None
     while (order := ray.get(mailbox.next_order.remote(done))) is not None:
@@ -86,11 +91,14 @@ class WorkerGroup:
     storage: str
     mailbox: Any = None
     failure: BaseException | None = None
+    reserved: Path = field(init=False)
     thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
         """Bring the workers up; returns at once, the first `run` waits for them."""
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_TIMEOUT_S)
+        self.reserved = Path(self.storage) / "reserved"
+        release_left(self.reserved)
         # beside the slot: on another node it would be lost with that node, and the slot's trial begin its epoch again
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -121,6 +129,8 @@ class WorkerGroup:
             worker_loop,
             train_loop_config={
                 "mailbox": self.mailbox,
+                "reserved": str(self.reserved),
+                "held_by": holder(),
                 "make_runner": self.make_runner,
                 "arguments": self.arguments,
             },

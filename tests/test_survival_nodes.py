@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import small_cohort
 import torch
 from optuna.trial import TrialState
 from process_helpers import ROOT, command, end_marked, environment, finished_trials, study_of, wait_until
@@ -138,7 +139,10 @@ def _read(volumes, rows):
     return volumes.read(rows)
 
 
-def test_a_cohort_whose_node_is_gone_is_read_again_though_slots_hold_every_cpu(cluster, tmp_path):
+def test_a_cohort_whose_node_is_gone_is_read_again_though_slots_hold_every_cpu(
+    cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(small_cohort, "SIDE", 48)  # blocks below 100 kB would lie with the driver
     cohort = write_small_cohort(tmp_path / "cohort", subjects=24)
     with connect(cluster.address, Console(quiet=True)):
         held = ray.util.placement_group([{"CPU": 1, "GPU": 0.1}])  # as slots hold the head, which has the GPU

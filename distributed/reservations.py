@@ -1,0 +1,63 @@
+"""CPUs and GPUs that a killed slot leaves reserved, and how the next slot gets them back.
+
+Ray Train reserves the workers of a slot as a placement group. When the slot's process is killed, its controller and
+its workers end with it, but Ray keeps the group for as long as the job lives, and the next slot waits for ever for
+what nobody uses. Train starts an actor against that (PlacementGroupCleaner, ray-project/ray#58515), which asks the
+dashboard's State API and does nothing where that does not answer, as in a Ray without a dashboard (2.60). So every
+group is recorded in the run's folder with the process it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+
+def holder() -> dict[str, Any]:
+    """This process, as nobody else is called: process id, time of its start, Ray's name of the node."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"process": os.getpid(), "began": psutil.Process().create_time(), "node": node}
+
+
+def record(folder: Path, held_by: dict[str, Any]) -> None:
+    """Note the placement group that the calling worker runs in, for the slot `held_by` (see `holder`)."""
+    group = get_current_placement_group()
+    if group is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{group.id.hex()}.json").write_text(json.dumps(held_by))
+
+
+def release_left(folder: Path) -> int:
+    """Remove the placement groups recorded in `folder` whose slot lived on this node and is dead; returns how many."""
+    released, there = 0, placement_group_table()
+    here = ray.get_runtime_context().get_node_id()
+    for file in sorted(folder.glob("*.json")):
+        held_by = json.loads(file.read_text())
+        known = there.get(file.stem, {}).get("state", "REMOVED") != "REMOVED"
+        if known and (held_by["node"] != here or _lives(held_by)):
+            continue
+        if known:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(file.stem))))
+            released += 1
+        file.unlink(missing_ok=True)
+    return released
+
+
+def _lives(held_by: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(held_by["process"])
+        began = process.create_time()
+        return process.status() != psutil.STATUS_ZOMBIE and abs(began - held_by["began"]) < 1
+    except psutil.NoSuchProcess:
+        return False
