@@ -97,17 +97,14 @@ def test_an_object_store_that_others_have_filled_costs_time_and_no_trial(local_r
     splits = make_splits(cohort.manifest, folds=2)
     settings = resolve(merge(published("brain_age"), SMALL | {"training.epochs": 1})).model_dump(mode="json")
     cells = [{"fold": 0, "seed": 0}]
-    alone = Runner(Subjects(InMemory.of(cohort), cohort.manifest, splits, cohort.description.channels))
+    alone = Runner(Subjects.of(cohort, splits, InMemory.of(cohort)))
     expected = alone(assign(tmp_path / "alone", settings, cells))
 
     fillers = [ray.put(np.zeros(STORE // 8, np.uint8)) for _ in range(8)]
     held = [ray.get(filler) for filler in fillers]  # mapped: they can be neither evicted nor spilled
     volumes = hold(cohort)
     assert isinstance(volumes, Resident)
-    manifest = cohort.manifest[["subject", "age", "site"]]
-    arguments = {
-        "volumes": volumes, "manifest": manifest, "splits": splits, "channels": cohort.description.channels,
-    }  # fmt: skip
+    arguments = {"subjects": Subjects.of(cohort, splits, volumes)}
     group = WorkerGroup(Workers(), make_runner, arguments, str(tmp_path / "tune"))
     group.start()
     try:

@@ -24,6 +24,7 @@ from core.volumes.splits import make_splits
 from distributed.cluster import connect, plan_slots
 from distributed.data import hold
 from distributed.slot import WorkerGroup, Workers
+from distributed.train_loop import Subjects
 from distributed.trial import assign, make_runner
 from search_spaces import published
 
@@ -107,10 +108,8 @@ def test_one_trial_on_two_nodes_and_two_trials_on_one_gpu(cluster, tmp_path):
         assert ranks[0]["node"] != ranks[1]["node"]
         assert [rank["total"] for rank in ranks] == [3.0, 3.0]
 
-        arguments = {
-            "volumes": hold(cohort), "manifest": cohort.manifest[["subject", "age", "site"]],
-            "splits": make_splits(cohort.manifest, folds=2), "channels": cohort.description.channels,
-        }  # fmt: skip
+        subjects = Subjects.of(cohort, make_splits(cohort.manifest, folds=2), hold(cohort))
+        arguments = {"subjects": subjects}
         group = WorkerGroup(both, make_runner, arguments, str(tmp_path / "tune"))
         group.start()
         settings = resolve(merge(published("brain_age"), SMALL)).model_dump(mode="json")
