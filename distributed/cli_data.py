@@ -17,11 +17,9 @@ from distributed.cli_common import Address, CohortFolder, console, names, progre
 
 if TYPE_CHECKING:
     from core.volumes.ingest import IngestReport, Runner
+    from core.volumes.sources import Listing
 
 data = typer.Typer()
-
-RAY_FROM = 32
-"""Scans from which starting Ray (about 10 s) is worth it."""
 
 
 class Ages(StrEnum):
@@ -176,7 +174,7 @@ def ingest(
     )  # fmt: skip
     for note in listing.notes:
         console.print(f"note: {note}", highlight=False)
-    with _runner(len(listing.scans), address) as run, progress_bar("ingesting") as progress:
+    with _runner(listing, address) as run, progress_bar("ingesting") as progress:
         task = progress.add_task("", total=len(listing.scans))
         report = ingest_scans(
             listing, out, preprocessing, strict=strict, dtype=dtype.value, storage=storage.value,
@@ -187,16 +185,15 @@ def ingest(
 
 
 @contextmanager
-def _runner(scans: int, address: str | None) -> Iterator[Runner]:
-    """What runs the shard tasks: this process for a few scans, otherwise Ray."""
+def _runner(listing: Listing, address: str | None) -> Iterator[Runner]:
+    """What runs the shard tasks: this process if the scans are few, otherwise Ray."""
     from core.volumes.ingest import one_after_another
+    from distributed.cluster import connect
+    from distributed.ingest import in_parallel, pays
 
-    if scans < RAY_FROM and address is None:
+    if address is None and not pays(listing):
         yield one_after_another
         return
-    from distributed.cluster import connect
-    from distributed.ingest import in_parallel
-
     with connect(address, console):
         yield in_parallel
 

@@ -83,6 +83,11 @@ def test_a_label_map_follows_by_the_nearest_voxel_and_no_class_is_invented(scan,
         assert prepared.label[index] == (labels[tuple(nearest)] if within else 0)
 
 
+def test_the_label_map_of_a_healthy_brain_is_all_0(scan, tmp_path):
+    healthy = replace(scan, label=save(tmp_path / "seg.nii", np.zeros(SHAPE, np.uint8)))
+    assert not prepare_scan(healthy, SETTINGS).label.any()
+
+
 def test_a_label_map_stored_in_another_orientation_is_the_same_grid(scan, tmp_path):
     image = nib.Nifti1Image(classes(ball()), AFFINE)
     turned = image.as_reoriented([[1, -1], [2, 1], [0, -1]])

@@ -33,7 +33,7 @@ from core.volumes.ingest_shards import ShardRecord, ShardTask, as_error, read_re
 from core.volumes.places import is_url
 from core.volumes.preprocess import Preprocessing, covers_template_field
 from core.volumes.shards import Compression, Storage, fingerprint, replacing, writing_to
-from core.volumes.sources import Listing, Reject, Scan, list_scans, read_image_geometry
+from core.volumes.sources import Listing, Reject, Scan, read_image_geometry
 from core.volumes.stored import StoredType
 
 REQUEST = "request.json"
@@ -68,7 +68,7 @@ def one_after_another(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
 
 
 def ingest(
-    listing: Listing | str | Path,
+    listing: Listing,
     out: str | Path,
     preprocessing: Preprocessing,
     *,
@@ -76,8 +76,6 @@ def ingest(
     storage: Storage = "hdf5",
     compression: Compression = "none",
     strict: bool = False,
-    suffix: str | None = None,
-    age_column: str = "age",
     on_progress: OnProgress | None = None,
     run: Runner = one_after_another,
 ) -> IngestReport:
@@ -93,8 +91,6 @@ def ingest(
     The manifest gets the facts of each scan, its `quality` (`core.volumes.prepare`), and `affine`: the
     upper three rows, one after the other, of the matrix from the scan's voxels to the mm of its source.
     """
-    if not isinstance(listing, Listing):  # until the command line lists by itself
-        listing = list_scans(listing, channels=[suffix] if suffix else None, age_column=age_column)
     if is_url(out):
         raise UserError(f"{out} is not a folder: ingest into a folder, then copy it there (`Cohort.copy_to`)")
     if strict and listing.rejects:

@@ -15,7 +15,7 @@ from core.volumes.cohort_writer import RESERVED, UNFINISHED, ShardInMemory
 from core.volumes.prepare import prepare_scan
 from core.volumes.preprocess import Preprocessing
 from core.volumes.shards import Written, replacing, writing_to
-from core.volumes.sources.listing import Reject, Scan
+from core.volumes.sources.listing import ImageFile, Reject, Scan
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _add(shard: ShardInMemory, scan: Scan, task: ShardTask) -> None:
         raise UserError("has no label map, but others have; list without label maps, or leave it out")
     facts: dict[str, Any] = {
         "subject": scan.subject, "session": scan.session, "age": float(scan.age), "sex": scan.sex,
-        "site": scan.site, "source": relative(scan.images[0].path, task.source),
+        "site": scan.site, "source": name_of(scan.images[0], task.source),
         **{name: float(value) for name, value in prepared.quality.items()},
         "affine": np.asarray(prepared.affine, dtype=np.float64)[:3].reshape(-1).tolist(),
     }  # fmt: skip
@@ -102,12 +102,18 @@ def _record_path(out: Path, index: int) -> Path:
 
 
 def _reject(scan: Scan, source: Path, reason: str) -> Reject:
-    return Reject(scan.subject, relative(scan.images[0].path, source), " ".join(reason.split()))
+    return Reject(scan.subject, name_of(scan.images[0], source), " ".join(reason.split()))
 
 
 def as_error(source: Path, reject: Reject) -> UserError:
     """What `strict` raises for a scan that cannot be used."""
     return UserError(f"{source}: {reject.subject}: {reject.reason}")
+
+
+def name_of(image: ImageFile, source: Path) -> str:
+    """An image as the manifest and the rejects name it: below the source, with its row in an array of many."""
+    path = relative(image.path, source)
+    return path if image.row is None else f"{path}[{image.row}]"
 
 
 def relative(path: Path, source: Path) -> str:

@@ -60,17 +60,18 @@ class _Stored(NamedTuple):
     """Bytes up to the last voxel, uncompressed."""
 
 
-def read_volume(path: str | Path) -> tuple[Volume, Affine]:
+def read_volume(path: str | Path, *, may_be_constant: bool = False) -> tuple[Volume, Affine]:
     """Voxels (X, Y, Z) float32, slope and intercept applied, and the affine (4, 4) from voxel to mm.
 
     The axes are flipped and swapped, never interpolated, so that X runs as nearly as possible from left
     to right, Y to the front and Z up (canonical RAS); an oblique affine stays oblique. Raises UserError,
-    naming the file, for anything that is not one finite, non-constant 3D volume with a usable affine.
+    naming the file, for anything that is not one finite 3D volume with a usable affine, nor constant unless
+    it `may_be_constant`: the label map of a healthy brain is all 0.
     """
     path = Path(path)
     stored = _open(path)
     voxels = _voxels(path, stored)
-    _check_values(path, voxels)
+    check_values(str(path), voxels, may_be_constant)
     canonical = nib.as_closest_canonical(nib.Nifti1Image(voxels, stored.affine))
     return np.ascontiguousarray(canonical.dataobj, dtype=np.float32), np.asarray(canonical.affine, np.float64)
 
@@ -195,16 +196,17 @@ def _unpacked(path: Path, claimed: int) -> io.BytesIO:
     return content
 
 
-def _check_values(path: Path, voxels: Volume) -> None:
+def check_values(name: str, voxels: Volume, may_be_constant: bool) -> None:
+    """UserError, beginning with `name`, unless the voxels are finite and, where they must, differ."""
     finite = np.isfinite(voxels)
     if not finite.all():
         raise UserError(
-            f"{path} has {voxels.size - np.count_nonzero(finite)} NaN or infinite voxels; mend them"
+            f"{name} has {voxels.size - np.count_nonzero(finite)} NaN or infinite voxels; mend them"
         )
     low, high = float(voxels.min()), float(voxels.max())
-    if low == high:
+    if low == high and not may_be_constant:
         what = "is empty: every voxel is 0" if low == 0 else f"is constant: every voxel is {low:g}"
-        raise UserError(f"{path} {what}")
+        raise UserError(f"{name} {what}")
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:

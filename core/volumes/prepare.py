@@ -101,9 +101,11 @@ def _first_image(scan: Scan, preprocessing: Preprocessing) -> tuple[Image, Mask]
             raise UserError(
                 f"{_name(scan.images[0])} comes with no brain mask, but preprocessing has mask='file'"
             )
-        stored = _read(scan.mask)
+        stored = Image(*read_image(scan.mask, may_be_constant=True))
         _check_grid(scan.mask, "mask", stored, scan.images[0], image)
         mask = stored.voxels != 0
+        if not mask.any():
+            raise UserError(f"{_name(scan.mask)} is empty: every voxel is 0")
         if not image.voxels[mask].any():
             raise UserError(
                 f"{_name(scan.mask)}: the image is 0 everywhere inside this mask; do they belong together?"
@@ -153,6 +155,11 @@ def brain_centre(mask: Mask, affine: Affine) -> npt.NDArray[np.float64]:
 def coverage(mask: Mask, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> float:
     """Fraction of the mask's voxels whose centres lie within the grid."""
     to_grid = np.linalg.inv(target) @ affine
+    scales = np.diag(to_grid)[:3]
+    if np.array_equal(to_grid[:3, :3], np.diag(scales)):  # parallel axes: each is inside or not by itself
+        lines = [scales[axis] * np.arange(mask.shape[axis]) + to_grid[axis, 3] for axis in range(3)]
+        kept = [(line > -0.5) & (line < size - 0.5) for line, size in zip(lines, shape, strict=True)]
+        return float(np.count_nonzero(mask[np.ix_(*kept)]) / np.count_nonzero(mask))
     within = 0
     for x in range(len(mask)):  # a slice at a time: the places of a whole head would take a gigabyte
         inside = np.argwhere(mask[x])
@@ -194,7 +201,7 @@ def _scaled(placed: Resampled, file: ImageFile, preprocessing: Preprocessing) ->
 def _label(
     file: ImageFile, image_file: ImageFile, image: Image, target: Affine, preprocessing: Preprocessing
 ) -> Labels:
-    stored = _read(file)
+    stored = Image(*read_image(file, may_be_constant=True))  # of a healthy brain it is all 0
     _check_grid(file, "label map", stored, image_file, image)
     low, high = float(stored.voxels.min()), float(stored.voxels.max())
     if low < 0 or high > MOST_CLASSES or (stored.voxels != np.rint(stored.voxels)).any():

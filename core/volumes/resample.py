@@ -76,8 +76,32 @@ def bounding_box(mask: Mask, margin: npt.NDArray[np.int64] | int = 0) -> tuple[s
 
 
 def _interpolated(voxels: Volume, sigma: npt.NDArray[np.float64], to_source: Affine, shape: Shape) -> Volume:
+    """Values at another grid, smoothed by `sigma` (in voxels) before, 0 beyond the volume.
+
+    Where the axes of both grids are parallel, smoothing and interpolation of an axis are one small matrix.
+    """
+    matrix, shift = to_source[:3, :3], to_source[:3, 3]
+    if np.array_equal(matrix, np.diag(np.diag(matrix))):
+        for axis in range(3):
+            along = _weights(voxels.shape[axis], shape[axis], sigma[axis], matrix[axis, axis], shift[axis])
+            voxels = np.moveaxis(np.tensordot(along, voxels, axes=(1, axis)), 0, axis)
+        return voxels
     if sigma.any():
         voxels = ndimage.gaussian_filter(voxels, sigma, mode="constant", truncate=_TRUNCATE)
     return ndimage.affine_transform(
         voxels, to_source, output_shape=shape, order=1, mode="grid-constant", output=np.float32
     )
+
+
+def _weights(old: int, new: int, sigma: float, step: float, shift: float) -> npt.NDArray[np.float32]:
+    """(new, old): how much each old voxel of a line gives to each new one, 0 beyond the ends."""
+    places = step * np.arange(new) + shift
+    below = np.floor(places).astype(np.int64)
+    linear = np.zeros((new, old))
+    for neighbour, weight in ((below, 1 - (places - below)), (below + 1, places - below)):
+        rows = np.flatnonzero((neighbour >= 0) & (neighbour < old))
+        linear[rows, neighbour[rows]] += weight[rows]
+    if sigma > 0:
+        smooth = ndimage.gaussian_filter1d(np.eye(old), sigma, axis=0, mode="constant", truncate=_TRUNCATE)
+        linear = linear @ smooth
+    return linear.astype(np.float32)

@@ -10,26 +10,26 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError
-from core.volumes.nifti import MAX_VOXELS, Affine, Volume, read_geometry, read_volume
+from core.volumes.nifti import MAX_VOXELS, Affine, Volume, check_values, read_geometry, read_volume
 from core.volumes.sources.arrays import map_array, read_header
 from core.volumes.sources.files import checked_file
 from core.volumes.sources.listing import ImageFile
 
 
-def read_image(file: ImageFile) -> tuple[Volume, Affine]:
+def read_image(file: ImageFile, *, may_be_constant: bool = False) -> tuple[Volume, Affine]:
     """Voxels (X, Y, Z) float32 in canonical RAS and the affine (4, 4) from voxel to mm.
 
-    Raises UserError, naming file and row, for anything that is not one finite, non-constant 3D volume
-    with a usable affine. See `core.volumes.nifti.read_volume`.
+    Raises UserError, naming file and row, for anything that is not one finite 3D volume with a usable affine,
+    nor constant unless it `may_be_constant`. See `core.volumes.nifti.read_volume`.
     """
     if file.path.suffix != ".npy":
-        return read_volume(checked_file(file.path))
+        return read_volume(checked_file(file.path), may_be_constant=may_be_constant)
     shape, affine = read_image_geometry(file)
     array = map_array(file.path)
     stored = array if file.row is None else array[file.row]
     with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is named as such below
         voxels = np.asarray(stored, dtype=np.float32).reshape(shape)
-    _check_values(file, voxels)
+    check_values(_name(file), voxels, may_be_constant)
     canonical = nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
     return np.ascontiguousarray(canonical.dataobj, dtype=np.float32), np.asarray(canonical.affine, np.float64)
 
@@ -55,18 +55,6 @@ def _checked_affine(file: ImageFile) -> npt.NDArray[Any]:
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise UserError(f"{_name(file)} needs an affine of 4 x 4 numbers whose axes span space")
     return affine
-
-
-def _check_values(file: ImageFile, voxels: Volume) -> None:
-    """As for NIfTI."""
-    finite = np.isfinite(voxels)
-    if not finite.all():
-        bad = voxels.size - np.count_nonzero(finite)
-        raise UserError(f"{_name(file)} has {bad} NaN or infinite voxels; mend them")
-    low, high = float(voxels.min()), float(voxels.max())
-    if low == high:
-        what = "is empty: every voxel is 0" if low == 0 else f"is constant: every voxel is {low:g}"
-        raise UserError(f"{_name(file)} {what}")
 
 
 def _name(file: ImageFile) -> str:
