@@ -98,6 +98,7 @@ class TrainingSettings(Frozen):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast on GPUs that have it, else float32"
     )
+    drop_last: bool = Field(False, description="leave out the last batch of an epoch if it is smaller")
     gradient_clip: float | None = Field(None, gt=0, description="largest gradient norm; none if absent")
 
 

@@ -27,12 +27,16 @@ class Evaluation:
     table: Path
 
 
-def predict_files(run: Path, files: Sequence[Path]) -> pd.DataFrame:
+def predict_files(run: Path, files: Sequence[Path], masks: Sequence[Path] | None = None) -> pd.DataFrame:
     """Columns file, predicted (age in years), note: NIfTI files prepared as the run's cohort was, then predicted.
 
+    `masks` are the files' brain masks, needed where the cohort was made with such.
+
     Raises:
-        UserError: no model, a file that cannot be read, or a model of several channels.
+        UserError: no model, a file that cannot be read, a mask too many or too few, or a model of several channels.
     """
+    if masks is not None and len(masks) != len(files):
+        raise UserError(f"{len(files)} volumes need as many brain masks, got {len(masks)}")
     folder = open_run(run)
     predictor = load_predictor(folder.path / "best")
     if len(predictor.channels) > 1:
@@ -41,14 +45,15 @@ def predict_files(run: Path, files: Sequence[Path]) -> pd.DataFrame:
             "ingest them into a cohort and use `brainsweep evaluate`"
         )
     rows = []
-    for file in files:
-        volume = prepare_files([file], _preprocessing(folder))
+    for number, file in enumerate(files):
+        mask = None if masks is None else [masks[number]]
+        volume = prepare_files([file], _preprocessing(folder), mask)
         age = float(predictor.predict(volume)[0])
         rows.append({"file": str(file), "predicted": age, "note": predictor.unfamiliar(volume) or ""})
     return pd.DataFrame(rows)
 
 
-def evaluate_run(run: Path, cohort: Path) -> Evaluation:
+def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
     """Predict a cohort's ages. On the run's own cohort only the held-out subjects are judged.
 
     Raises:
@@ -86,13 +91,13 @@ def _check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> Non
     trained = folder.about["cohort"]
     if cohort.description.spacing != trained["spacing"]:
         raise UserError(
-            f"cohort {cohort.folder} has voxels of {cohort.description.spacing:g} mm, the model was trained at "
+            f"cohort {cohort.location} has voxels of {cohort.description.spacing:g} mm, the model was trained at "
             f"{trained['spacing']:g} mm; ingest it with --spacing {trained['spacing']:g}"
         )
     absent = [channel for channel in predictor.channels if channel not in cohort.description.channels]
     if absent:
         raise UserError(
-            f"cohort {cohort.folder} has channels {', '.join(cohort.description.channels)}, "
+            f"cohort {cohort.location} has channels {', '.join(cohort.description.channels)}, "
             f"but the model needs {', '.join(absent)}"
         )
 

@@ -16,6 +16,7 @@ from distributed.cli_common import (
     Address,
     Changes,
     CohortFolder,
+    DataMode,
     RunArgument,
     console,
     readable,
@@ -46,15 +47,18 @@ def train(
     fold: Annotated[int, typer.Option(min=0, help="the fold to validate on")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="seed of initialisation, order and views")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="data-parallel workers; more than 1 starts Ray")] = 1,
+    data_mode: DataMode = "auto",
     address: Address = None,
 ) -> None:
     """Train one configuration on one fold: the published one, with your changes. The hold-out is not touched."""
     from core.config import parse_changes
+    from distributed.data import checked_mode
     from distributed.train_one import train_one
 
     folder = train_one(
         cohort, out or _new_run("train"), parse_changes(changes or []),
         folds=folds, fold=fold, seed=seed, workers=workers, address=address, console=console,
+        data_mode=checked_mode(data_mode),
     )  # fmt: skip
     _show_cells(folder.path)
     console.print(f"\nNext:\n  brainsweep predict {folder.path} VOLUME.nii.gz", highlight=False)
@@ -106,6 +110,7 @@ def sweep(
         Path | None,
         typer.Option(metavar="FILE.yaml", help="list of your configurations, tried after the published one"),
     ] = None,
+    data_mode: DataMode = "auto",
     time_budget: Annotated[float | None, typer.Option(help="seconds of search, refits not counted")] = None,
     accelerator_hours: Annotated[
         float | None,
@@ -130,6 +135,7 @@ def sweep(
     from pydantic import ValidationError
 
     from core.config import parse_changes
+    from distributed.data import checked_mode
     from distributed.sweep import SweepRequest, run_sweep
 
     try:
@@ -137,6 +143,7 @@ def sweep(
             space=space, trials=trials, folds=folds, seeds=seeds, refit_seeds=refit_seeds, holdout=holdout,
             slots=slots, workers_per_slot=workers_per_slot, gpus_per_worker=gpus_per_worker, scheduler=scheduler,
             sampler=sampler, time_budget=time_budget, search_seed=search_seed, changes=parse_changes(changes or []),
+            data_mode=checked_mode(data_mode),
             objectives=tuple(name.strip() for name in objectives.split(",")), pruner=pruner, grid_points=grid_points,
             accelerator_hours=accelerator_hours, stop_when=stop_when, confirm_seeds=confirm_seeds,
         )  # fmt: skip
@@ -148,6 +155,9 @@ def sweep(
 @app.command(epilog="Example: brainsweep resume runs/demo")
 def resume(
     run: RunArgument,
+    cohort: Annotated[
+        str | None, typer.Option(help="where the cohort lies now, if it was moved since the run began")
+    ] = None,
     time_budget: Annotated[float | None, typer.Option(help="seconds of further search")] = None,
     accelerator_hours: Annotated[
         float | None, typer.Option(help="of the whole run, earlier sessions included")
@@ -174,6 +184,7 @@ def resume(
         budgets={"time_budget": time_budget, "accelerator_hours": accelerator_hours},
         search={"space": space, "changes": parse_changes(changes or []), "trials": trials},
         change=change_search,
+        cohort=cohort,
     )
 
 
@@ -209,12 +220,19 @@ def predict(
     volumes: Annotated[
         list[Path], typer.Argument(metavar="VOLUME…", help="NIfTI files, prepared as the cohort was")
     ],
+    masks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--mask",
+            help="brain mask of each volume, in order, if the cohort has masks; repeatable",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="also write file and age to this CSV file")] = None,
 ) -> None:
     """Predict the age of single NIfTI files with a run's best model."""
     from distributed.apply import predict_files
 
-    predictions = predict_files(run, volumes)
+    predictions = predict_files(run, volumes, masks)
     table = Table("file", "predicted age (years)", box=None, padding=(0, 2))
     for row in predictions.to_dict("records"):
         table.add_row(row["file"], f"{row['predicted']:.1f}")

@@ -29,6 +29,12 @@ Changes = Annotated[
         "--set", metavar="NAME=VALUE", help="change any setting, e.g. training.epochs=20; repeatable"
     ),
 ]
+DataMode = Annotated[
+    str,
+    typer.Option(
+        help="where volumes wait: auto, resident (in shared memory), streaming (by Ray Data), direct (on disk)"
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option(help="HEAD:PORT of a running Ray cluster, or auto; this machine if absent"),

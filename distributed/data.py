@@ -16,6 +16,7 @@ import ray
 import torch
 
 from core.errors import UserError
+from core.lookup import look_up
 from core.volumes.cohort import Cohort
 from core.volumes.places import is_url
 from distributed.plan import Plan, Rows
@@ -24,7 +25,6 @@ from distributed.sources import Direct, Stored, Volumes, bytes_of_a_volume
 from distributed.streaming import Streaming
 
 Mode = Literal["auto", "resident", "streaming", "direct"]
-MODES: tuple[str, ...] = get_args(Mode)
 
 Batches = Generator[torch.Tensor, None, None]
 """Tensors (n, C, X, Y, Z) in the stored type on the device. One may be overwritten once the one after it was
@@ -33,6 +33,12 @@ that names shard, row and subject."""
 
 OBJECT_STORE_SHARE = 0.6
 """Largest share of a node's object store that a resident cohort may fill; beyond it Ray would spill to disk."""
+
+
+def checked_mode(name: str) -> Mode:
+    """`name` as a mode; UserError if it is none."""
+    known: dict[str, Mode] = {mode: mode for mode in get_args(Mode)}
+    return look_up(known, name, "data mode")
 
 
 def hold(cohort: Cohort, mode: Mode = "auto") -> Volumes:
@@ -45,8 +51,7 @@ def hold(cohort: Cohort, mode: Mode = "auto") -> Volumes:
     Raises:
         UserError: a damaged shard, an unknown mode, or a cohort that does not fit where it was told to stay.
     """
-    if mode not in MODES:
-        raise UserError(f"unknown data mode '{mode}'; choose one of {', '.join(MODES)}")
+    mode = checked_mode(mode)
     needed, room = bytes_of_a_volume(cohort) * len(cohort), _room()
     if mode == "resident" and needed > room:
         raise UserError(

@@ -197,6 +197,7 @@ class CellTraining:
             range(self.epoch, self.settings.training.epochs + 1),
             self.place.rank,
             self.place.workers,
+            self.settings.training.drop_last,
         )
 
     def _step(self, rows: Rows, stored: torch.Tensor, progress: float) -> torch.Tensor:

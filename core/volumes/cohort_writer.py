@@ -42,7 +42,7 @@ from core.volumes.stored import StoredType, encode, encode_label
 
 UNFINISHED = "unfinished"
 """Folder with what ingest has done so far; gone when the cohort is complete."""
-OWN_FILES = {DESCRIPTION, MANIFEST, SHARDS, REJECTS, UNFINISHED}
+OWN_FILES = {DESCRIPTION, MANIFEST, SHARDS, REJECTS, UNFINISHED, "quality.html"}
 RESERVED = {"row", *COLUMNS, "offset", "label_offset", "label_checksum"}
 """Columns that no source may bring; those of `scale_column` as well."""
 

@@ -56,6 +56,11 @@ def make_splits(manifest: pd.DataFrame, folds: int, holdout: float = 0.2, seed: 
         raise UserError(f"folds={folds} is too few; at least 2 are needed")
     if not 0 <= holdout < 1:
         raise UserError(f"holdout={holdout} must be a fraction from 0 up to, but not including, 1")
+    if unknown := manifest["age"].isna().sum():
+        raise UserError(
+            f"the age of {unknown} of {len(manifest)} scans is unknown, such as that of "
+            f"{manifest.loc[manifest['age'].isna(), 'subject'].iloc[0]}; ingest a source with ages"
+        )
     subjects = manifest.groupby("subject").agg(age=("age", "mean"), site=("site", "first"))
     held_out = _hold_out(subjects, holdout, seed)
     development = subjects[~subjects.index.isin(held_out)]
