@@ -12,6 +12,8 @@ from core.errors import UserError
 from core.objectives import check_objectives
 from core.volumes.cohort import Cohort
 from distributed.budget import make_terminator
+from distributed.data import Mode
+from distributed.population import POPULATIONS, check_population
 from distributed.samplers import GRID, check_sampler
 from distributed.schedulers import make_scheduler, pruner_threshold
 from distributed.study import check_space
@@ -41,6 +43,9 @@ class SweepRequest(BaseModel):
     )
     workers_per_slot: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0, description="1 where there are GPUs, if absent")
+    data_mode: Mode = Field(
+        "auto", description="resident in the object store, streaming by Ray Data, or direct from the shards"
+    )
     objectives: tuple[str, ...] = Field(
         ("mae",), description="what to minimise; trials are stopped, and the winner is chosen, by the first"
     )
@@ -106,6 +111,14 @@ def plan_search(request: SweepRequest, cohort: Cohort, base: Settings | None = N
             f"--grid-points {request.grid_points} acts with --sampler grid only, not {request.sampler}"
         )
     make_scheduler(request.scheduler, base["training"]["epochs"], len(request.cells))
+    if request.scheduler in POPULATIONS:
+        beside = {
+            "sampler": GRID if request.sampler == GRID else "",
+            "pruner": "" if request.pruner == "none" else request.pruner,
+            "stop-when": "" if request.stop_when == "never" else request.stop_when,
+            "objectives": ",".join(request.objectives) if len(request.objectives) > 1 else "",
+        }
+        check_population(request.scheduler, profile, base["training"]["epochs"], request.trials, beside)
     pruner_threshold(request.pruner, len(request.cells))
     make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always))
     return SearchPlan(space, base, profile)

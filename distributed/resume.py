@@ -16,6 +16,7 @@ from core.volumes.cohort import Cohort
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
 from distributed.claim import claim, mend_journal
+from distributed.population import POPULATIONS
 from distributed.request import SearchPlan, SweepRequest, plan_search
 from distributed.run_folder import RunFolder
 from distributed.samplers import GRID
@@ -86,6 +87,10 @@ def _resume(
         raise UserError(
             f"this would change the search of {run}: {'; '.join(changed)}. Give {CHANGE} if that is meant, or start a "
             "new run"
+        )
+    if changed and request.scheduler in POPULATIONS:
+        raise UserError(
+            f"the search of a population cannot be changed while it evolves, or after: {run}; start a new run"
         )
     if changed:
         study = _change(folder, recorded, request, plan, study, changed, console)

@@ -121,11 +121,14 @@ SCHEDULERS: dict[str, Callable[[int, int], TrialScheduler]] = {
     "none": lambda epochs, cells: FIFOScheduler(),
 }
 """(epochs of a cell, cells) -> scheduler. What changes settings while training is not one: see population.py."""
+POPULATION_SCHEDULERS = ("pbt", "pb2")
+"""What comes after a population has evolved is compared in full: nothing stops it early."""
 
 
 def make_scheduler(name: str, epochs: int, cells: int) -> TrialScheduler:
     """The scheduler `name` for trials of `cells` cells of `epochs` epochs each."""
-    return look_up(SCHEDULERS, name, "scheduler")(epochs, cells)
+    known = SCHEDULERS | dict.fromkeys(POPULATION_SCHEDULERS, SCHEDULERS["none"])
+    return look_up(known, name, "scheduler")(epochs, cells)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,8 @@ from distributed.budget import Budget, make_terminator
 from distributed.claim import claim
 from distributed.cluster import check_shared, connect, plan_slots
 from distributed.data import hold
+from distributed.evolution import EVOLVED, evolve
+from distributed.population import POPULATIONS
 from distributed.request import SearchPlan, SweepRequest, plan_search
 from distributed.run_folder import RunFolder
 from distributed.samplers import GRID, grid_points, sampler_note
@@ -95,7 +97,8 @@ def _begin(
     run_folder.write_splits(folder, splits, opened)
     study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives)
     for label, points in first.items():
-        enqueue(study, points, label)
+        if label != PUBLISHED or request.scheduler not in POPULATIONS:  # else it is tried after they evolved
+            enqueue(study, points, label)
     enqueue(study, grid or [], None)
     folder.update(begun=True)
     note = sampler_note(request.sampler, plan.profile)
@@ -146,6 +149,7 @@ def execute(
             request.stop_when, request.search_seed, len(request.objectives), len(plan.profile.always)
         ),
     )
+    evolving = request.scheduler in POPULATIONS and not folder.about.get(EVOLVED)
     proposals = Proposals(
         study=study,
         space=plan.space,
@@ -155,7 +159,7 @@ def execute(
             folder.trial(name), settings, request.cells, prunable=prunable, metric=request.objectives[0]
         ),
         refits=lambda study: _repetitions(folder, request, study) + _refits(folder, request, study),
-        continued=study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)),
+        continued=[] if evolving else study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)),
     )
     search = StudySearch(proposals, budget, judgement)
     scheduler = make_scheduler(request.scheduler, epochs, len(request.cells))
@@ -173,7 +177,8 @@ def execute(
         display = Display(console, request.trials, epochs, budget, request.objectives[0])
         best = best_trial(study)
         display.count_earlier(len(finished), (best.values[0], trial_name(best.number)) if best else None)
-        arguments = {"subjects": Subjects.of(cohort, splits, hold(cohort), AccessRecord(folder.access))}
+        volumes = hold(cohort, request.data_mode)
+        arguments = {"subjects": Subjects.of(cohort, splits, volumes, AccessRecord(folder.access))}
         trainable = tune.with_parameters(
             Slot,
             workers=workers,
@@ -181,6 +186,13 @@ def execute(
             arguments=arguments,
             storage=str(folder.path / "tune"),
         )
+        run: dict[str, Any] = {
+            "storage_path": str(folder.path / "tune"),
+            "failure_config": tune.FailureConfig(max_failures=TRIAL_RESTARTS),
+            "checkpoint_config": tune.CheckpointConfig(checkpoint_at_end=False),
+            "callbacks": [display, TensorBoard(folder.path / "tensorboard", list(plan.profile.settings))],
+            "verbose": 0,
+        }
         tuner = tune.Tuner(
             tune.with_resources(trainable, DRIVER_RESOURCES),
             tune_config=tune.TuneConfig(
@@ -191,17 +203,15 @@ def execute(
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                storage_path=str(folder.path / "tune"),
-                name="sweep",
-                stop=CombinedStopper(budget, pruner) if pruner else budget,
-                failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[display, TensorBoard(folder.path / "tensorboard", list(plan.profile.settings))],
-                verbose=0,
+                name="sweep", stop=CombinedStopper(budget, pruner) if pruner else budget, **run
             ),
         )
         with display:
-            tuner.fit()
+            if evolving:
+                search.broken = evolve(folder, request, plan, study, budget, trainable, slots, run)
+                proposals.trials = len(study.get_trials(deepcopy=False))
+            if not (evolving and budget.is_over):
+                tuner.fit()
     if search.broken is not None:
         raise UserError(
             f"the sweep stopped: {search.broken}. Nothing finished is lost; once that is mended: "

@@ -46,6 +46,12 @@ class Assignment:
     prunable: bool = True
     metric: str = "mae"
     """The objective that the trial's value is the mean of; see `core.objectives`."""
+    begin: str | None = None
+    """The checkpoint of another trial (or an earlier one of its own) whose weights this one goes on from."""
+    keep_every: int | None = None
+    """Every so many epochs the checkpoint is also kept, for others to begin from; see `kept_checkpoint`."""
+    spent_before: float = 0.0
+    """Seconds that this trial spent on what it gave up, less those that others spent on what it began from."""
 
     @property
     def is_refit(self) -> bool:
@@ -61,11 +67,19 @@ def assign(
     keep_model: bool = False,
     prunable: bool = True,
     metric: str = "mae",
+    keep_every: int | None = None,
 ) -> dict[str, Any]:
     """An assignment as JSON values; the trial is called like its folder."""
     return dataclasses.asdict(
-        Assignment(folder.name, str(folder), settings, cells, keep_model, prunable, metric)
+        Assignment(
+            folder.name, str(folder), settings, cells, keep_model, prunable, metric, keep_every=keep_every
+        )
     )
+
+
+def kept_checkpoint(folder: Path, epochs: int) -> Path:
+    """Where a trial keeps its checkpoint after so many epochs, for others to begin from."""
+    return folder / f"checkpoint-{epochs}.pt"
 
 
 class Runner:
@@ -178,7 +192,7 @@ class Trial:
             "sd": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
             "n": len(values),
             "cells": list(self.finished),
-            "spent_seconds": sum(row["spent_seconds"] for row in self.history),
+            "spent_seconds": self.assignment.spent_before + sum(row["spent_seconds"] for row in self.history),
             "finished": finished,
             "done": finished,
         }
@@ -223,9 +237,14 @@ class Trial:
                 "state": state,
                 "history": self.history,
                 "finished": self.finished,
+                "begin": self.assignment.begin,
             }
+            content = _serialised(saved)
             with replacing(self.folder / CHECKPOINT) as path:
-                path.write_bytes(_serialised(saved))
+                path.write_bytes(content)
+            if self.assignment.keep_every and self.epochs % self.assignment.keep_every == 0:
+                with replacing(kept_checkpoint(self.folder, self.epochs)) as path:
+                    path.write_bytes(content)
         progress = {"history": self.history, "cells": self.finished, "answer": self.answer}
         with replacing(self.folder / PROGRESS) as path:
             path.write_text(json.dumps(progress))
@@ -236,19 +255,32 @@ class Trial:
         progress = self.folder / PROGRESS
         if progress.exists():
             self.answer = json.loads(progress.read_text())["answer"]
-        checkpoint = self.folder / CHECKPOINT
-        if self.answer is not None or not checkpoint.exists():
+        if self.answer is not None:
             return
-        saved = _read_checkpoint(checkpoint)
+        saved = self._own_checkpoint()
+        if saved is None and self.assignment.begin is not None:
+            saved = _read_checkpoint(Path(self.assignment.begin))
+        if saved is None:
+            return
         self.history, self.finished = saved["history"], saved["finished"]
         if saved["state"] is not None:
             self._current_cell().load_state_dict(saved["state"])
+
+    def _own_checkpoint(self) -> dict[str, Any] | None:
+        """What this trial saved last; None where that was before it was to begin from something else."""
+        checkpoint = self.folder / CHECKPOINT
+        if not checkpoint.exists():
+            return None
+        saved = _read_checkpoint(checkpoint)
+        return saved if saved.get("begin") == self.assignment.begin else None
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """What `_write` saved; UserError where it is damaged, or holds more than tensors and plain values."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)  # runs no pickled code
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path} to begin from") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         first = str(error).strip().partition("\n")[0][:160]
         raise UserError(f"checkpoint {path} is damaged or was not written by a sweep: {first}") from None
