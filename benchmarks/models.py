@@ -32,7 +32,7 @@ from core.config import resolve
 from core.models import ProjectionHead, build
 from core.volumes.splits import Splits
 from core.volumes.views import ViewSettings, make_views
-from distributed.data import InMemory
+from distributed.sources import InMemory
 from distributed.train_loop import HOLDOUT, Cell, CellTraining, Place, Subjects
 
 Grid = tuple[int, int, int]
@@ -91,7 +91,7 @@ def our_step(subjects: int, views: int, grid: Grid, device: torch.device) -> Ste
     )
     rows = np.arange(subjects)
     known = Subjects(
-        InMemory(random_volumes(subjects, grid).numpy()),
+        InMemory(random_volumes(subjects, grid).numpy(), np.ones((subjects, 1), np.float32)),
         pd.DataFrame({"subject": rows.astype(str), "age": 20.0 + 10 * rows, "site": ""}),
         Splits(rows[:0], (rows,)),
         ("t1",),
