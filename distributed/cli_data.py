@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -181,7 +181,7 @@ def ingest(
             compression=compression.value, run=run,
             on_progress=lambda done, total, _: progress.update(task, completed=done, total=total),
         )  # fmt: skip
-    _show_ingest(report, out)
+    _show_ingest(report, out, said=listing.notes)
 
 
 @contextmanager
@@ -198,11 +198,12 @@ def _runner(listing: Listing, address: str | None) -> Iterator[Runner]:
         yield in_parallel
 
 
-def _show_ingest(report: IngestReport, out: Path) -> None:
+def _show_ingest(report: IngestReport, out: Path, said: Sequence[str]) -> None:
     if report.already_there:
         console.print(f"{out} already holds this cohort; nothing to do")
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False)
+        if note not in said:
+            console.print(f"note: {note}", highlight=False)
     for reject in report.rejects[:10]:
         console.print(
             f"left out {reject.subject}: {reject.reason}", style="yellow", highlight=False, soft_wrap=True
