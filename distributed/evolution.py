@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import ray
 import yaml
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune.search import BasicVariantGenerator
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from core.config import merge, resolve
 from core.volumes.shards import writing_to
@@ -73,16 +76,47 @@ def evolve(
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": 0, "node:__internal_head__": share}),
             param_space={"member": tune.grid_search(sorted(members))},
-            tune_config=tune.TuneConfig(scheduler=population, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                search_alg=_Members(population), scheduler=population, reuse_actors=True
+            ),
             run_config=tune.RunConfig(name="population", stop=budget, **run),
         )
         tuner.fit()
+        _release_slots()
         if population.broken is not None:
             return population.broken
     if not budget.is_over:
         with writing_to(folder.path):
             _try_next(folder, plan, study)
     return None
+
+
+class _Members(BasicVariantGenerator):
+    """Gives Tune the members. Not finished while one of them trains: else Tune ends each slot whose member pauses,
+    although the next exchange needs it again."""
+
+    def __init__(self, population: Population) -> None:
+        super().__init__()
+        self._population = population
+
+    def is_finished(self) -> bool:
+        """Whether no member will need a slot again."""
+        population = self._population
+        through = population.ended >= population.members.keys() or population.budget.is_over
+        return through and super().is_finished()
+
+
+def _release_slots() -> None:
+    """Give back what the population's slots still reserve: no slot of this job is alive now.
+
+    Tune kills slots that do not end at once, Ray keeps the placement groups of their workers as long as the job
+    lives (ray-project/ray#58515), and the slots of the search that follows would wait for them for ever. The id of a
+    group ends with that of its job, so no other sweep on the cluster is touched.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for group, about in placement_group_table().items():
+        if group.endswith(job) and about["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def _members(
