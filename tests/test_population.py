@@ -4,13 +4,14 @@ import json
 import math
 import os
 import random
+import signal
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from optuna.trial import TrialState
-from process_helpers import marked, run, study_of, wait_until
+from process_helpers import marked, run, start, study_of, wait_until
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, read_settings, resolve
@@ -269,3 +270,30 @@ def test_a_population_finds_a_schedule_and_the_schedule_is_judged_like_any_trial
     assert "Traceback" not in done.stderr
     check_whole(workplace / scheduler)
     assert wait_until(lambda: not marked(mark), 20), marked(mark)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_killed_population_goes_on_from_its_last_exchange(workplace):
+    folder, mark = workplace / "killed", f"killed-{os.getpid()}"
+    sweep = start(*swept(workplace, "killed"), cwd=workplace, mark=mark)
+    state = folder / "population.json"
+
+    def boundary():
+        return json.loads(state.read_text())["boundary"] if state.exists() else 0
+
+    try:
+        assert wait_until(lambda: boundary() >= 3, 150)
+    finally:
+        sweep.send_signal(signal.SIGKILL)
+        sweep.wait()
+    assert wait_until(lambda: not marked(mark), 100), "Ray outlived its driver"
+    before = [trial.intermediate_values for trial in study_of(folder).get_trials()]
+    done = run("resume", "killed", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    trials = check_whole(folder)
+    for kept, trial in zip(before, trials, strict=False):
+        assert kept.items() <= trial.intermediate_values.items()
+    values = [trial.user_attrs.get(MEMBER_VALUE) for trial in trials]
+    whole = [trial.user_attrs.get(MEMBER_VALUE) for trial in study_of(workplace / "pbt").get_trials()]
+    assert values == whole  # what a population without the kill came to
