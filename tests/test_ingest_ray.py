@@ -24,7 +24,7 @@ def ray_of_two_cores():
     children = psutil.Process().children(recursive=True)
     yield
     ray.shutdown()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=90)
     assert not alive
 
 
