@@ -41,6 +41,10 @@ app.add_typer(data)
 )
 def train(
     cohort: CohortFolder,
+    settings: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of settings, such as RUN/schedule.yaml; published if absent"),
+    ] = None,
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run folder; runs/DATE-train if absent")] = None,
     folds: Annotated[int, typer.Option(min=2, help="cross-validation folds")] = 5,
@@ -58,7 +62,7 @@ def train(
     folder = train_one(
         cohort, out or _new_run("train"), parse_changes(changes or []),
         folds=folds, fold=fold, seed=seed, workers=workers, address=address, console=console,
-        data_mode=checked_mode(data_mode),
+        data_mode=checked_mode(data_mode), settings_file=settings,
     )  # fmt: skip
     _show_cells(folder.path)
     console.print(f"\nNext:\n  brainsweep predict {folder.path} VOLUME.nii.gz", highlight=False)
@@ -92,7 +96,11 @@ def sweep(
         ),
     ] = "mae",
     scheduler: Annotated[
-        str, typer.Option(help="what stops bad trials early: asha, hyperband, median, none")
+        str,
+        typer.Option(
+            help="what stops bad trials early: asha, hyperband, median, none; "
+            "or a population that changes while it trains: pbt, pb2"
+        ),
     ] = "asha",
     pruner: Annotated[
         str,

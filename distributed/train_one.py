@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from core.config import merge, resolve
+from core.config import merge, read_settings, resolve
 from core.errors import UserError
 from core.tasks import TASKS
 from core.volumes.cohort import Cohort
@@ -40,15 +40,18 @@ def train_one(
     address: str | None,
     console: Console,
     data_mode: Mode = "auto",
+    settings_file: Path | None = None,
 ) -> RunFolder:
     """Train one configuration on one fold's training subjects, judge it on that fold's validation subjects.
+
+    It is the published one, or that of `settings_file` (YAML, such as a run's schedule.yaml), with `changes`.
 
     The hold-out is not touched. With one worker, no `address` and no `data_mode` Ray is not started, so a
     debugger works; the cohort is held in memory then.
     """
     opened = Cohort.open(cohort)
-    _, published = load_space(DEFAULT)
-    chosen = resolve(merge(published, changes))
+    base = load_space(DEFAULT)[1] if settings_file is None else read_settings(settings_file)
+    chosen = resolve(merge(base, changes))
     TASKS[chosen.task].check(chosen)
     settings = chosen.model_dump(mode="json")
     splits = make_splits(opened.manifest, folds)

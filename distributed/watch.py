@@ -104,7 +104,8 @@ class Display(tune.Callback):
         if "failed" in result:
             how = f"failed: {result['failed']}"
         value = result.get("value", math.nan)
-        if how == "finished" and is_trial and (self.best is None or value < self.best[0]):
+        is_member = slot["assignment"].get("keep_every") is not None  # of a population: one cell only
+        if how == "finished" and is_trial and not is_member and (self.best is None or value < self.best[0]):
             self.best = (value, name)
         if is_trial:
             self.done += 1
