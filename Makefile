@@ -34,4 +34,8 @@ types: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.losses
 	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.plan
+	$(BIN)/python -m benchmarks.ingest
+	$(BIN)/python -m benchmarks.views
 	$(BIN)/python -m benchmarks.slots
