@@ -31,6 +31,8 @@ READ_BYTES = 64 * 2**20
 """Aim of one read task: its fixed cost is some 10 ms, the time that 50 MB take."""
 READERS = 2
 """Read tasks at a time for each worker that trains."""
+PLAN_BLOCKS = 50
+"""Objects that the epochs are cut into; Ray keeps them until the garbage is collected."""
 READS_AHEAD = 6
 """Reads, running or ready, that a stream may hold in the object store."""
 
@@ -68,7 +70,8 @@ class Streaming:
             tables: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
             # Not from_arrow: it measures its tables in tasks that wait for a CPU.
             epochs = ray.data.from_items(
-                [{"epoch": epoch} for epoch in plan.epochs], override_num_blocks=len(plan.epochs)
+                [{"epoch": epoch} for epoch in plan.epochs],
+                override_num_blocks=min(len(plan.epochs), PLAN_BLOCKS),
             )
             planned = epochs.map_batches(
                 partial(_plan_reads, plan=plan, rows_per_read=rows_per_read),
