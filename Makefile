@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO_COHORT ?= cohorts/phantom
 DEMO_RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: sweep test slow lint types bench
+.PHONY: sweep test campaign lint types bench
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,8 +20,12 @@ sweep: .venv/.installed
 		--set objective.neighbours.step=2
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not campaign and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not campaign and not gpu'
+
+# Survival and populations for real: drivers, workers, nodes and disks that fail. Minutes each, on a quiet machine.
+campaign: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'campaign and not gpu'
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

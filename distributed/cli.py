@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -259,6 +260,14 @@ def main() -> None:
         app()
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {_escape(error)}", highlight=False)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        Console(stderr=True, soft_wrap=True).print(
+            f"[red]error:[/red] {error.strerror}; nothing finished is lost, and `brainsweep resume RUN` continues",
+            highlight=False,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -206,7 +206,7 @@ def execute(
                 name="sweep", stop=CombinedStopper(budget, pruner) if pruner else budget, **run
             ),
         )
-        with display:
+        with display, _failing_storage(search):
             if evolving:
                 search.broken = evolve(folder, request, plan, study, budget, trainable, slots, run)
                 proposals.trials = len(study.get_trials(deepcopy=False))
@@ -218,6 +218,15 @@ def execute(
             f"brainsweep resume {_short(folder.path)}"
         )
     return _conclude(folder, request, study, cohort, splits, budget, console)
+
+
+@contextlib.contextmanager
+def _failing_storage(search: StudySearch) -> Iterator[None]:
+    """Tune writes files of its own: a full disk that it meets first stops the sweep as one that we meet."""
+    try:
+        yield
+    except OSError as error:
+        search.broken = search.broken or f"{error.strerror or error}"
 
 
 def _count_devices(budget: Budget, workers: Workers, folder: RunFolder, study: optuna.Study) -> None:

@@ -34,7 +34,7 @@ def _objective(trial: optuna.Trial) -> None:
 
 
 def _value_or_schedule(trial: optuna.Trial, name: str, low: float, high: float) -> None:
-    """The setting `name`: one value throughout (the shape is None, as in the published configuration), or from a to b."""
+    """The setting `name`: one value throughout (shape None, as published), or from a to b."""
     shape = trial.suggest_categorical(f"{name}.shape", [None, "linear", "cosine", "exponential"])
     if shape is None:
         trial.suggest_float(name, low, high, log=True)

@@ -260,7 +260,7 @@ def check_whole(folder):
     return trials
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("scheduler", POPULATIONS)
 def test_a_population_finds_a_schedule_and_the_schedule_is_judged_like_any_trial(workplace, scheduler):
@@ -272,7 +272,7 @@ def test_a_population_finds_a_schedule_and_the_schedule_is_judged_like_any_trial
     assert wait_until(lambda: not marked(mark), 20), marked(mark)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(280)
 def test_a_killed_population_goes_on_from_its_last_exchange(workplace):
     folder, mark = workplace / "killed", f"killed-{os.getpid()}"

@@ -69,9 +69,7 @@ def test_a_grid_is_run_whole_or_not_at_all(place, tmp_path):
     def sweep(**asked):
         run_sweep(place / "cohort", request(place, **asked), tmp_path / "run", None, Console(quiet=True))
 
-    with pytest.raises(
-        UserError, match=r"is a number from 0.0001 to 0.01; give it a step"
-    ):
+    with pytest.raises(UserError, match=r"is a number from 0.0001 to 0.01; give it a step"):
         sweep(sampler="grid")
     with pytest.raises(UserError, match=r"12 points, 12 trials with those before it, and --trials is 5"):
         sweep(sampler="grid", grid_points=3, trials=5)

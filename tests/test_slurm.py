@@ -24,7 +24,7 @@ from process_helpers import (
 )
 from small_cohort import write_small_cohort
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]
 
 # srun OPTIONS… COMMAND…: the options that the template uses, then the command in this very process.
 SRUN = """#!/bin/bash

@@ -24,7 +24,7 @@ from process_helpers import (
 from small_cohort import write_small_cohort
 
 survival = pytest.importorskip("benchmarks.survival", reason="run as `python -m pytest` from the repository")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_run_that_was_copied_with_its_cohort_is_continued_there(workplace, mar
     here.mkdir()
     (workplace / "cohort").rename(here / "cohort")
     sweep = start("sweep", "cohort", "--trials", 4, "--folds", 2, "--slots", 1, "--scheduler", "none",
-                  "--out", "runs/mine", cwd=here, mark=mark)  # fmt: skip
+                  "--out", "runs/mine", "--set", "training.epochs=100", cwd=here, mark=mark)  # fmt: skip
     assert wait_until(lambda: finished_trials(here / "runs" / "mine"), 400), sweep.poll()
     second = run("resume", "runs/mine", cwd=here, mark=mark)  # while the first still runs
     assert second.returncode == 2
@@ -179,5 +179,5 @@ def test_a_run_that_was_copied_with_its_cohort_is_continued_there(workplace, mar
     after = {trial.number: trial.value for trial in study_of(there / "runs" / "mine").get_trials()}
     assert sorted(after) == [0, 1, 2, 3]
     assert before.items() <= after.items()
-    each_epoch_once(there / "runs" / "mine", 4, 2, 2)
+    each_epoch_once(there / "runs" / "mine", 4, 2, 100)
     assert not here.exists()

@@ -25,7 +25,7 @@ from distributed.train_loop import Subjects
 from distributed.trial import Runner, assign, make_runner
 from search_spaces import published
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]
 STORE = 80_000_000
 HEADROOM = 2.5e9
 """Bytes above what the machine uses now, at which Ray ends the largest worker."""

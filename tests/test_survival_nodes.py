@@ -28,7 +28,7 @@ from distributed.train_loop import Subjects
 from distributed.trial import assign, make_runner
 from search_spaces import published
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]
 SIZE = {"num_cpus": 1, "object_store_memory": 80_000_000}
 
 
