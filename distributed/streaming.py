@@ -23,9 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from core.errors import UserError
 from core.volumes.cohort import Cohort
-from core.volumes.moments import Moments
-from distributed.plan import Plan, Rows
-from distributed.sources import Stored, bytes_of_a_volume, opened
+from distributed.plan import Plan
+from distributed.sources import Direct, Stored, bytes_of_a_volume, opened
 
 READ_BYTES = 64 * 2**20
 """Aim of one read task: its fixed cost is some 10 ms, the time that 50 MB take."""
@@ -40,20 +39,8 @@ _BUFFERS: dict[tuple[str, str], Stored] = {}
 
 
 @dataclass(frozen=True)
-class Streaming:
+class Streaming(Direct):
     """A cohort whose training batches are streamed; other passes are read by the worker itself."""
-
-    address: str
-    known: Moments
-    """Moments (rows, C, 3) of the whole cohort."""
-
-    def read(self, rows: Rows, out: Stored | None = None) -> Stored:
-        """See `Volumes.read`."""
-        return opened(self.address).read_stored(rows, out=out)
-
-    def moments(self, rows: Rows) -> Moments:
-        """See `Volumes.moments`."""
-        return self.known[rows]
 
     def stream(self, plan: Plan) -> Iterator[Stored]:
         """The volumes of every batch of `plan`, in order, as read-only views of shared memory.

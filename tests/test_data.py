@@ -135,12 +135,12 @@ def test_a_resident_cohort_in_other_processes_and_what_fits(cohort, tmp_path, mo
         np.testing.assert_array_equal(held.moments(ROWS), InMemory.of(cohort).moments(ROWS))
 
         assert isinstance(hold(cohort), Resident)
-        assert isinstance(hold(cohort, "direct"), Direct)
+        assert type(hold(cohort, "direct")) is Direct
         streaming = hold(cohort, "streaming")
         assert isinstance(streaming, Streaming)
         np.testing.assert_array_equal(streaming.known, held.known)
         monkeypatch.setattr(data, "OBJECT_STORE_SHARE", 1e-9)
-        assert isinstance(hold(cohort), Direct)
+        assert type(hold(cohort)) is Direct
         with pytest.raises(UserError, match="does not fit"):
             hold(cohort, "resident")
         with pytest.raises(UserError, match="unknown data mode 'ram'"):
