@@ -51,11 +51,20 @@ def test_operations_are_those_of_the_convolutions() -> None:
     assert models.operations((46, 55, 46)) == 3 * sum(forward.values()) - forward[encoder.conv1]
 
 
-@pytest.mark.parametrize(
-    "variant", [models.VARIANTS[0], models.VARIANTS[3]], ids=lambda variant: variant.name
-)
-def test_variants_train(variant: models.Variant) -> None:
+def learns(variant: models.Variant, device: torch.device) -> bool:
     torch.manual_seed(0)
-    step = models.variant_step(variant, 4, (23, 28, 23), torch.device("cpu"))
+    step = models.variant_step(variant, 4, (23, 28, 23), device)
     first = step()
-    assert min(step() for _ in range(4)) < 0.9 * first
+    return bool(min(step() for _ in range(4)) < 0.9 * first)
+
+
+@pytest.mark.parametrize("variant", models.VARIANTS[:2], ids=lambda variant: variant.name)
+def test_variants_of_full_precision_train(variant: models.Variant) -> None:
+    assert learns(variant, torch.device("cpu"))
+
+
+# On CPUs the weight gradient of small 3D convolutions in bfloat16 is wrong, or NaN: training refuses it there.
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", models.VARIANTS, ids=lambda variant: variant.name)
+def test_variants_train_on_a_gpu(variant: models.Variant) -> None:
+    assert learns(variant, torch.device("cuda"))
