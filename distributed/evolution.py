@@ -21,15 +21,13 @@ from distributed.budget import Budget
 from distributed.population import (
     LINEAGE,
     MEMBER,
-    POPULATIONS,
     Member,
     Population,
     begin_member,
     best_member,
-    changeable_ranges,
-    exchange_interval,
     read_members,
 )
+from distributed.population_methods import POPULATIONS, changeable_ranges, exchange_interval
 from distributed.request import SearchPlan, SweepRequest
 from distributed.run_folder import RunFolder
 from distributed.search import trial_name

@@ -13,7 +13,7 @@ from core.objectives import check_objectives
 from core.volumes.cohort import Cohort
 from distributed.budget import make_terminator
 from distributed.data import Mode
-from distributed.population import POPULATIONS, check_population
+from distributed.population_methods import POPULATIONS, check_population
 from distributed.samplers import GRID, check_sampler
 from distributed.schedulers import make_scheduler, pruner_threshold
 from distributed.study import check_space

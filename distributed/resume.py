@@ -16,7 +16,7 @@ from core.volumes.cohort import Cohort
 from core.volumes.splits import Splits, make_splits
 from distributed import run_folder
 from distributed.claim import claim, mend_journal
-from distributed.population import POPULATIONS
+from distributed.population_methods import POPULATIONS
 from distributed.request import SearchPlan, SweepRequest, plan_search
 from distributed.run_folder import RunFolder
 from distributed.samplers import GRID

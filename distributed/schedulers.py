@@ -120,7 +120,7 @@ SCHEDULERS: dict[str, Callable[[int, int], TrialScheduler]] = {
     "median": _median,
     "none": lambda epochs, cells: FIFOScheduler(),
 }
-"""(epochs of a cell, cells) -> scheduler. What changes settings while training is not one: see population.py."""
+"""(epochs of a cell, cells) -> scheduler; what changes settings while training is in population_methods.py."""
 POPULATION_SCHEDULERS = ("pbt", "pb2")
 """What comes after a population has evolved is compared in full: nothing stops it early."""
 

@@ -29,7 +29,7 @@ from distributed.claim import claim
 from distributed.cluster import check_shared, connect, plan_slots
 from distributed.data import hold
 from distributed.evolution import EVOLVED, evolve
-from distributed.population import POPULATIONS
+from distributed.population_methods import POPULATIONS
 from distributed.request import SearchPlan, SweepRequest, plan_search
 from distributed.run_folder import RunFolder
 from distributed.samplers import GRID, grid_points, sampler_note

@@ -18,17 +18,8 @@ from core.config import merge, read_settings, resolve
 from core.errors import UserError
 from core.schedules import as_schedule, then
 from core.volumes.splits import make_splits
-from distributed.population import (
-    LINEAGE,
-    MEMBER,
-    MEMBER_VALUE,
-    POPULATIONS,
-    Range,
-    begin_member,
-    change,
-    changeable_ranges,
-    check_population,
-)
+from distributed.population import LINEAGE, MEMBER, MEMBER_VALUE, begin_member
+from distributed.population_methods import POPULATIONS, Range, change, changeable_ranges, check_population
 from distributed.sources import InMemory
 from distributed.study import check_space
 from distributed.train_loop import Subjects, build_optimiser, set_rates
