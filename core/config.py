@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.lookup import did_you_mean
 from core.losses.settings import Exponential, ObjectiveSettings
 from core.models.settings import ModelSettings, ResNetSettings
-from core.schedules import Piecewise, Schedule, Step
+from core.schedules import ByKind, Number, Pieces, Piecewise, Schedule, Step
 from core.volumes.views import ViewSettings
 
 Settings = dict[str, Any]
@@ -55,21 +55,21 @@ def _all_above(bound: float, *, itself: bool) -> AfterValidator:
     return AfterValidator(check)
 
 
-PositiveNumber = Annotated[float, Field(gt=0)]
-PositivePieces = Annotated[Piecewise, _all_above(0, itself=False)]
-NonNegativeNumber = Annotated[float, Field(ge=0)]
-NonNegativePieces = Annotated[Piecewise, _all_above(0, itself=True)]
+PositiveNumber = Annotated[float, Field(gt=0), Number]
+PositivePieces = Annotated[Piecewise, _all_above(0, itself=False), Pieces]
+NonNegativeNumber = Annotated[float, Field(ge=0), Number]
+NonNegativePieces = Annotated[Piecewise, _all_above(0, itself=True), Pieces]
 
 
 class AdamSettings(Frozen):
     """Adam with decoupled weight decay off, as the references use it."""
 
     name: Literal["adam"] = "adam"
-    learning_rate: PositiveNumber | PositivePieces = Field(
+    learning_rate: Annotated[PositiveNumber | PositivePieces, ByKind] = Field(
         1e-4,
         description="before decay and warm-up; what a population found may change on the way (piecewise)",
     )
-    weight_decay: NonNegativeNumber | NonNegativePieces = Field(
+    weight_decay: Annotated[NonNegativeNumber | NonNegativePieces, ByKind] = Field(
         5e-5, description="a number, or piecewise as above"
     )
     decay: Schedule = Field(
@@ -250,7 +250,8 @@ def _explain(error: ValidationError) -> str:
         key = str(first["ctx"]["discriminator"]).strip("'")
         choices = [tag.strip(" '") for tag in str(first["ctx"]["expected_tags"]).split(",")]
         return f"setting '{path}.{key}': unknown '{first['ctx']['tag']}'; {did_you_mean(first['ctx']['tag'], choices)}"
-    return f"setting '{path}': {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"setting '{path}': {message[:1].lower()}{message[1:]}, got {first['input']!r}"
 
 
 def _setting_name(location: list[str]) -> str:
@@ -264,6 +265,7 @@ def _setting_name(location: list[str]) -> str:
     is_tag = (
         path
         and last not in known_names()
-        and location[-1] in ("float", "int", "str", "constrained-float", "constrained-int")
+        and location[-1]
+        in ("float", "int", "str", "constrained-float", "constrained-int", "number", "piecewise")
     )
     return path if is_tag else last

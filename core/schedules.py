@@ -23,12 +23,15 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     WrapSerializer,
-    model_validator,
+    field_validator,
 )
 
 from core.errors import UserError
@@ -147,27 +150,55 @@ class Piecewise(_Shape):
     """
 
     shape: Literal["piecewise"] = "piecewise"
-    values: tuple[float, ...] = Field(min_length=1, description="the values, in order")
+    values: tuple[float, ...] = Field(description="the values, in order; at least one")
     until: tuple[float, ...] = Field(
-        (), description="progress at which each value but the last ends: rising, between 0 and 1"
+        (),
+        validate_default=True,
+        description="progress at which each value but the last ends: rising, between 0 and 1",
     )
 
-    @model_validator(mode="after")
-    def _pieces_follow_each_other(self) -> Piecewise:
-        if len(self.until) != len(self.values) - 1:
+    @field_validator("values", "until", mode="before")
+    @classmethod
+    def _is_a_list(cls, given: Any, about: ValidationInfo) -> Any:
+        if not isinstance(given, list | tuple):
+            example = "[0.1, 0.05]" if about.field_name == "values" else "[0.5]"
+            raise ValueError(f"must be a list of numbers, such as {example}")
+        if about.field_name == "values" and not given:
+            raise ValueError("must hold at least one number")
+        return given
+
+    @field_validator("until")
+    @classmethod
+    def _pieces_follow_each_other(cls, until: tuple[float, ...], about: ValidationInfo) -> tuple[float, ...]:
+        values = about.data.get("values")
+        if values is None:  # wrong itself, which is told first
+            return until
+        if len(until) != len(values) - 1:
             raise ValueError(
-                f"{len(self.values)} values need {len(self.values) - 1} until, got {len(self.until)}"
+                f"must hold one number fewer than values, which are {len(values)}: "
+                "the progress at which each but the last ends"
             )
-        bounds = (0.0, *self.until, 1.0)
-        if any(before >= after for before, after in pairwise(bounds)):
-            raise ValueError(f"until must rise, between 0 and 1, got {list(self.until)}")
-        return self
+        if any(before >= after for before, after in pairwise((0.0, *until, 1.0))):
+            raise ValueError("must rise, each number above 0 and below 1 (epoch e of E is e/E)")
+        return until
 
     def __call__(self, progress: float) -> float:
         """The value at `progress`."""
         # 3/10 of one run and 0.3 of another may differ in the last bit
         return self.values[bisect_left(self.until, _check(progress) - 1e-9)]
 
+
+def _number_or_pieces(value: Any) -> str:
+    return "piecewise" if isinstance(value, Mapping | Piecewise) else "number"
+
+
+Number = Tag("number")
+Pieces = Tag("piecewise")
+ByKind = Discriminator(_number_or_pieces)
+"""`Annotated[Annotated[float, Number] | Annotated[Piecewise, Pieces], ByKind]`: a number or one after another.
+
+A plain union would say of a wrong block that it is no number, and not what is wrong in it.
+"""
 
 Shape = Constant | Linear | Cosine | Exponential | Step | Staircase | Piecewise
 
@@ -259,4 +290,4 @@ def _first_problem(error: ValidationError, value: object) -> str:
         return (
             f"must be a number, or a mapping such as {{shape: linear, start: 0.2, end: 0.05}}, got {value!r}"
         )
-    return f"{field}: {problem['msg']}, got {value!r}"
+    return f"{field}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"

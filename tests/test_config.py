@@ -68,6 +68,55 @@ def test_a_wrong_value_names_setting_and_value_in_one_line(changes, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimiser.learning_rate",
+        "optimiser.weight_decay",
+        "objective.temperature",
+        "objective.width",
+        "objective.neighbours.end",
+    ],
+)
+def test_a_wrong_piecewise_block_names_its_field_and_what_would_be_right(name):
+    """In a setting that may also be a number, too: it is not told to be one."""
+    for block, said in (
+        ({"values": [0.2, 0.1]}, rf"'{name}\.until': must hold one number fewer than values, which are 2"),
+        (
+            {"values": [0.2, 0.1], "until": [1.5]},
+            rf"'{name}\.until': must rise, .* below 1 .*, got \[1\.5\]$",
+        ),
+        ({"values": [0.2, "x"], "until": [0.5]}, rf"'{name}\.values\.1': .* a valid number, .* got 'x'$"),
+        ({}, rf"'{name}\.values': field required"),
+    ):
+        with pytest.raises(UserError, match=said):
+            resolve(merge(published("brain_age"), {name: {"shape": "piecewise"} | block}))
+    right = {"shape": "piecewise", "values": [0.2, 0.1], "until": [0.5]}
+    assert flatten(resolve(merge(published("brain_age"), {name: right})).model_dump(mode="json"))[
+        f"{name}.values"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (-1.0, "'optimiser.learning_rate': input should be greater than 0, got -1.0"),
+        ("fast", "'optimiser.learning_rate': input should be a valid number.*got 'fast'"),
+        (
+            {"shape": "piecewise", "values": [0.1, 0.0], "until": [0.5]},
+            "'optimiser.learning_rate': values must be above 0",
+        ),
+        (
+            {"shape": "linear", "start": 1, "end": 2},
+            "'optimiser.learning_rate.shape': input should be 'piecewise'",
+        ),
+    ],
+)
+def test_a_number_that_may_be_piecewise_is_checked_as_what_it_is(value, said):
+    with pytest.raises(UserError, match=said):
+        resolve(merge(published("brain_age"), {"optimiser.learning_rate": value}))
+
+
 def test_another_objective_drops_what_belonged_to_the_old_one():
     merged = merge(published("brain_age"), {"objective.temperature": 0.3, "objective.name": "supcon"})
     assert merged["objective"] == {"name": "supcon", "temperature": 0.3}

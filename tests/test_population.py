@@ -118,7 +118,7 @@ def test_changes_add_pieces_and_pass_by_what_cannot_act():
 
 def test_a_value_cannot_be_changed_before_its_last_change():
     once = then(0.1, 0.5, 0.2)
-    with pytest.raises(ValueError, match="until must rise"):
+    with pytest.raises(ValueError, match=r"until\n.*must rise"):
         then(once, 0.4, 0.3)
     with pytest.raises(UserError, match="only a number or a piecewise"):
         then({"shape": "linear", "start": 1.0, "end": 0.5}, 0.5, 0.2)

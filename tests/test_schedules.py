@@ -116,6 +116,30 @@ def test_epochs_are_filled_in_where_missing_only():
         ({"shape": "linear", "start": 1, "end": 2, "step": 3}, "temperature: step: Extra inputs"),
         ({"shape": "exponential", "start": 0, "end": 1}, "temperature: start: .* greater than 0"),
         ({"shape": "constant", "value": math.nan}, "temperature: value: .* finite"),
+        (
+            {"shape": "piecewise", "values": []},
+            r"temperature: values: must hold at least one number, got \[\]",
+        ),
+        (
+            {"shape": "piecewise", "values": 0.1},
+            r"temperature: values: must be a list of numbers, .*, got 0\.1$",
+        ),
+        (
+            {"shape": "piecewise", "values": [1, "x"], "until": [0.5]},
+            r"values\.1: .* valid number, .* got 'x'$",
+        ),
+        (
+            {"shape": "piecewise", "values": [1, 2]},
+            "until: must hold one number fewer than values, which are 2",
+        ),
+        (
+            {"shape": "piecewise", "values": [1, 2], "until": [1.0]},
+            r"until: must rise, .* below 1 .*, got \[1\.0\]$",
+        ),
+        (
+            {"shape": "piecewise", "values": [1, 2, 3], "until": [0.5, 0.4]},
+            r"until: must rise, .*got \[0\.5, 0\.4\]$",
+        ),
         ("0.1", "must be a number, or a mapping"),
         (True, "must be a number, or a mapping"),
     ],

@@ -8,7 +8,7 @@ Shape suffixes: N anchor rows, M rows they are contrasted with, K neighbours, D 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from core.schedules import Piecewise, Shape, as_schedule, at
+from core.schedules import ByKind, Number, Pieces, Piecewise, Shape, as_schedule, at
 
 Metric = Literal["cosine", "euclidean", "manhattan", "chebyshev"]
 
@@ -33,7 +33,7 @@ class Neighbours(BaseModel):
         None,
         description="subjects at the start: a whole count, a fraction of the batch in (0, 1], or None: all",
     )
-    end: int | float | Piecewise = Field(
+    end: Annotated[Annotated[int | float, Number] | Annotated[Piecewise, Pieces], ByKind] = Field(
         description="subjects at the end: a whole count, or a fraction of the batch in (0, 1]; what a "
         "population found may aim at another end in each part of the training (piecewise)"
     )
