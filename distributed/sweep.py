@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
@@ -186,26 +187,11 @@ def execute(
             arguments=arguments,
             storage=str(folder.path / "tune"),
         )
-        run: dict[str, Any] = {
-            "storage_path": str(folder.path / "tune"),
-            "failure_config": tune.FailureConfig(max_failures=TRIAL_RESTARTS),
-            "checkpoint_config": tune.CheckpointConfig(checkpoint_at_end=False),
-            "callbacks": [display, TensorBoard(folder.path / "tensorboard", list(plan.profile.settings))],
-            "verbose": 0,
-        }
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, DRIVER_RESOURCES),
-            tune_config=tune.TuneConfig(
-                search_alg=search,
-                scheduler=scheduler,
-                num_samples=-1,
-                max_concurrent_trials=slots,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="sweep", stop=CombinedStopper(budget, pruner) if pruner else budget, **run
-            ),
+        run = run_options(
+            folder.path, [display, TensorBoard(folder.path / "tensorboard", list(plan.profile.settings))]
         )
+        stopper = CombinedStopper(budget, pruner) if pruner else budget
+        tuner = make_tuner(trainable, search, scheduler, stopper, slots, run)
         with display, _failing_storage(search):
             if evolving:
                 search.broken = evolve(folder, request, plan, study, budget, trainable, slots, run)
@@ -218,6 +204,38 @@ def execute(
             f"brainsweep resume {_short(folder.path)}"
         )
     return _conclude(folder, request, study, cohort, splits, budget, console)
+
+
+def run_options(folder: Path, callbacks: list[tune.Callback]) -> dict[str, Any]:
+    """What every use of Tune in a run has in common: where it keeps its files, and when it gives a trial up."""
+    return {
+        "storage_path": str(folder / "tune"),
+        "failure_config": tune.FailureConfig(max_failures=TRIAL_RESTARTS),
+        "checkpoint_config": tune.CheckpointConfig(checkpoint_at_end=False),
+        "callbacks": callbacks,
+        "verbose": 0,
+    }
+
+
+def make_tuner(
+    trainable: Any, search: StudySearch, scheduler: TrialScheduler, stopper: tune.Stopper, slots: int,
+    run: dict[str, Any],
+) -> tune.Tuner:  # fmt: skip
+    """Tune as the executor of `search`: trials come from it and are stopped by `scheduler`, in `slots` at a time.
+
+    `run` are the options of `run_options`.
+    """
+    return tune.Tuner(
+        tune.with_resources(trainable, DRIVER_RESOURCES),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=-1,
+            max_concurrent_trials=slots,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(name="sweep", stop=stopper, **run),
+    )
 
 
 @contextlib.contextmanager
