@@ -1,0 +1,265 @@
+"""What a search costs beside training: per result, as trials become many, and as slots become many.
+
+    python -m benchmarks.engine --trials 1000 --slots 64
+
+Results: dummy trials of one epoch, one after another in one slot, through everything a sweep has (study in a
+journal file, sampler, ASHA, Tune, mailbox, display, TensorBoard). The sampler's share is told apart from the
+rest, because what it does per trial is Optuna's and grows with the trials it learns from.
+
+Growth: simulated slots, each a process that sleeps where a trial would train, through the same search and Tune.
+What is left out runs beside the driver, on the nodes: mailboxes, worker groups, training. The slots begin
+together once all are up, so their results all arrive in the same moment, again and again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.samplers import BaseSampler
+from ray import tune
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.dummy_trials import Sleeper, make_runner
+from core.config import resolve
+from distributed.budget import Budget
+from distributed.cluster import connect
+from distributed.schedulers import make_scheduler
+from distributed.search import Judgement, Proposals, StudySearch
+from distributed.slot import Slot, Workers
+from distributed.study import open_study
+from distributed.sweep import make_tuner, run_options
+from distributed.trial import assign
+from distributed.watch import Display, TensorBoard
+from search_spaces import DEFAULT, load_space
+
+HUNDRED = 100
+CELLS = [{"fold": 0, "seed": 0}]
+
+
+class TimedSampler(BaseSampler):
+    """A sampler that notes the seconds it took for each trial."""
+
+    def __init__(self, sampler: BaseSampler) -> None:
+        self.sampler = sampler
+        self.seconds: dict[int, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def _timed(self, trial: optuna.trial.FrozenTrial) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[trial.number] += time.perf_counter() - began
+
+    def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        """See `BaseSampler`."""
+        with self._timed(trial):
+            self.sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> Any:
+        """See `BaseSampler`."""
+        with self._timed(trial):
+            return self.sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: Any) -> Any:
+        """See `BaseSampler`."""
+        with self._timed(trial):
+            return self.sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        """See `BaseSampler`."""
+        with self._timed(trial):
+            return self.sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, state: Any, values: Any
+    ) -> None:
+        """See `BaseSampler`."""
+        with self._timed(trial):
+            self.sampler.after_trial(study, trial, state, values)
+
+
+class Watch(tune.Callback):
+    """Keeps of every result when it reached the driver, what it said, and how large the driver was."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+        self.resident: list[int] = []
+        self.spans: list[tuple[float, float]] = []
+        self.process = psutil.Process()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for a restore that is not used here."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An epoch ended."""
+        self.at.append(time.perf_counter())
+        self.resident.append(self.process.memory_info().rss)
+        self.spans.append((result["first_step_at"], result.get("ended_at", result["first_step_at"])))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a search of dummy trials cost."""
+
+    results: list[float]
+    """Seconds since the result before; the first one's is that of bringing up, and left out."""
+    sampling: list[float]
+    """Seconds of the sampler for each of the same trials."""
+    resident: list[int]
+    """Bytes of the driver at every result."""
+
+    @property
+    def engine(self) -> list[float]:
+        """Seconds per result without the sampler's."""
+        return [whole - sampler for whole, sampler in zip(self.results, self.sampling, strict=True)]
+
+
+def search_for(folder: Path, sampler: str, trials: int, scheduler: str = "asha") -> StudySearch:
+    """The search of a sweep over the default space, its study in `folder`, its sampler timed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    space, settings = load_space(DEFAULT)
+    study = open_study(folder / "study.journal", sampler, seed=0)
+    study.sampler = TimedSampler(study.sampler)
+    proposals = Proposals(
+        study,
+        space,
+        resolve(settings).model_dump(mode="json"),
+        trials,
+        assignment=lambda name, settings, prunable: assign(
+            folder / "trials" / name, settings, CELLS, prunable=prunable
+        ),
+        refits=lambda study: [],
+    )
+    return StudySearch(proposals, Budget(), Judgement(scheduler=scheduler))
+
+
+def run_search(
+    folder: Path, search: StudySearch, trainable: Any, epochs: int, slots: int = 1
+) -> tuple[Watch, float]:
+    """Run `search` as a sweep does; returns what was watched, and the seconds from start to end."""
+    watch, budget, began = Watch(), search.budget, time.time()
+    with Path(os.devnull).open("w") as nowhere:
+        display = Display(Console(file=nowhere), search.proposals.trials, epochs, budget)
+        callbacks = [display, TensorBoard(folder / "tensorboard", ["optimiser.learning_rate"]), watch]
+        scheduler = make_scheduler(search.judgement.scheduler, epochs, len(CELLS))
+        make_tuner(trainable, search, scheduler, budget, slots, run_options(folder, callbacks)).fit()
+    return watch, time.time() - began
+
+
+def run_dummies(folder: Path, sampler: str, trials: int) -> Measured:
+    """`trials` one-epoch trials without training, one after another in one real slot."""
+    search = search_for(folder, sampler, trials)
+    trainable = tune.with_parameters(
+        Slot, workers=Workers(), make_runner=make_runner, arguments={}, storage=str(folder / "tune")
+    )
+    watch, _ = run_search(folder, search, trainable, epochs=1)
+    if len(watch.at) != trials:
+        raise RuntimeError(f"{len(watch.at)} of {trials} dummy trials came back")
+    intervals = [after - before for before, after in zip(watch.at, watch.at[1:], strict=False)]
+    sampler_of_study: TimedSampler = search.proposals.study.sampler  # type: ignore[assignment]
+    sampling = [sampler_of_study.seconds[number] for number in range(1, trials)]
+    return Measured(intervals, sampling, watch.resident)
+
+
+def utilisation(folder: Path, sampler: str, slots: int, rounds: int, epochs: int, seconds: float) -> float:
+    """Share of the slots' time, from the first step to the last, that was slept through.
+
+    Args:
+        folder: where study and logs go.
+        sampler: what proposes the trials.
+        slots: how many sleep at a time.
+        rounds: trials per slot.
+        epochs: of every trial; nothing is stopped early.
+        seconds: of every epoch.
+    """
+    gate = folder / "gate"
+    gate.mkdir(parents=True)
+    trainable = tune.with_parameters(Sleeper, seconds=seconds, epochs=epochs, slots=slots, gate=str(gate))
+    search = search_for(folder, sampler, slots * rounds, scheduler="none")
+    watch, _ = run_search(folder, search, trainable, epochs, slots)
+    if len(watch.spans) != slots * rounds * epochs:
+        raise RuntimeError(f"{len(watch.spans)} of {slots * rounds * epochs} epochs came back")
+    lasted = max(end for _, end in watch.spans) - min(start for start, _ in watch.spans)
+    return len(watch.spans) * seconds / (slots * lasted)
+
+
+def cost_table(measured: dict[str, Measured]) -> Table:
+    """Milliseconds per result of the first and the last hundred, engine and sampler apart; the driver's memory."""
+    trials = len(next(iter(measured.values())).resident)
+    some = min(HUNDRED, trials // 2)
+    places = sorted({min(some, trials), trials // 2, trials})
+    table = Table(
+        "sampler", "part", f"first {some} (ms)", f"last {some} (ms)", "last / first",
+        *(f"driver after {place} (MB)" for place in places), title=f"{trials} one-epoch dummy trials",
+    )  # fmt: skip
+    for name, cost in measured.items():
+        memory = [f"{cost.resident[place - 1] / 1e6:.0f}" for place in places]
+        for part, seconds in (("engine", cost.engine), ("sampler", cost.sampling), ("both", cost.results)):
+            first, last = statistics.mean(seconds[:some]), statistics.mean(seconds[-some:])
+            table.add_row(
+                name, part, f"{1e3 * first:.1f}", f"{1e3 * last:.1f}", f"{last / first:.2f}",
+                *(memory if part == "engine" else [""] * len(memory)),
+            )  # fmt: skip
+    return table
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=1000, help="dummy trials for each sampler; 0 for none")
+    parser.add_argument("--samplers", nargs="+", default=["random", "tpe"])
+    parser.add_argument("--slots", type=int, default=64, help="simulated slots; 0 for none")
+    parser.add_argument("--rounds", type=int, default=3, help="trials of each simulated slot")
+    parser.add_argument("--epochs", type=int, default=10, help="of each simulated trial")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each simulated epoch")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print the tables."""
+    asked, console = _arguments(), Console()
+    with tempfile.TemporaryDirectory(prefix="engine-") as temporary, connect(None, console):
+        if asked.trials:
+            console.print(
+                cost_table(
+                    {name: run_dummies(Path(temporary) / name, name, asked.trials) for name in asked.samplers}
+                )
+            )
+        for name in asked.samplers if asked.slots else ():
+            share = utilisation(
+                Path(temporary) / f"slots-{name}",
+                name,
+                asked.slots,
+                asked.rounds,
+                asked.epochs,
+                asked.seconds,
+            )
+            console.print(
+                f"{name}: {asked.slots} simulated slots, {asked.rounds} trials each of {asked.epochs} epochs of "
+                f"{asked.seconds:g} s: used {share:.1%} of the time from the first step to the last",
+                highlight=False,
+            )
+
+
+if __name__ == "__main__":
+    main()
