@@ -16,17 +16,10 @@ from ray.tune.search import BasicVariantGenerator
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from core.config import merge, resolve
+from core.report.population import FOUND, FOUND_BY, LINEAGE, MEMBER
 from core.volumes.shards import writing_to
 from distributed.budget import Budget
-from distributed.population import (
-    LINEAGE,
-    MEMBER,
-    Member,
-    Population,
-    begin_member,
-    best_member,
-    read_members,
-)
+from distributed.population import Member, Population, begin_member, best_member, read_members
 from distributed.population_methods import POPULATIONS, changeable_ranges, exchange_interval
 from distributed.request import SearchPlan, SweepRequest
 from distributed.run_folder import RunFolder
@@ -34,8 +27,6 @@ from distributed.search import trial_name
 from distributed.study import PUBLISHED, enqueue, published_parameters
 from distributed.trial import assign, kept_checkpoint
 
-FOUND = "schedule found"
-"""The label of the trial that follows the best member's schedule on all cells."""
 SCHEDULE = "schedule.yaml"
 STATE = "population.json"
 EVOLVED = "evolved"
@@ -163,7 +154,7 @@ def _try_next(folder: RunFolder, plan: SearchPlan, study: optuna.Study) -> None:
     if best is not None and FOUND not in labels:
         write_schedule(folder.path / SCHEDULE, best)
         noted = {name: best.user_attrs[name] for name in ("settings", LINEAGE) if name in best.user_attrs}
-        study.enqueue_trial({}, user_attrs=noted | {"label": FOUND, "found_by": best.number})
+        study.enqueue_trial({}, user_attrs=noted | {"label": FOUND, FOUND_BY: best.number})
     for trial in study.get_trials(deepcopy=False):
         if trial.user_attrs.get("label") == MEMBER:
             kept = folder.trial(trial_name(trial.number))

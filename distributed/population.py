@@ -23,6 +23,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from core.errors import UserError
 from core.objectives import COST
+from core.report.population import EXCHANGED, LINEAGE
 from core.report.record import reported
 from core.volumes.shards import replacing, writing_to
 from distributed.budget import Budget
@@ -38,10 +39,6 @@ from distributed.schedulers import METRIC
 from distributed.study import report_value
 from distributed.trial import CHECKPOINT, kept_checkpoint
 
-MEMBER = "member of the population"
-"""The label of a member's trial."""
-LINEAGE = "lineage"
-"""The user attribute with the changes behind a member's weights: [{"epoch", "donor", "changed"}]."""
 MEMBER_VALUE = "member_value"
 """The user attribute with a member's last value, where it trained to the end."""
 QUARTER = 0.25
@@ -55,6 +52,7 @@ class Member:
     assignment: dict[str, Any]
     changed: dict[str, float]
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    exchanged: list[dict[str, Any]] = field(default_factory=list)
     epochs: int = 0
     spent: float = 0.0
 
@@ -191,12 +189,14 @@ class Population(TrialScheduler):
             "spent_before": member.spent - inherited,
         }
         member.changed = {one.name: self.method.seen(one, meant[one.name]) for one in self.ranges}
-        member.lineage = [*donor.lineage, {"epoch": epoch, "donor": donor_name, "changed": acted}]
+        exchange = {"epoch": epoch, "donor": donor_name, "changed": acted}
+        member.lineage, member.exchanged = [*donor.lineage, exchange], [*member.exchanged, exchange]
         self._give(trial, name)
         with self._storage():
             own = self._trial(name)
             own.set_user_attr("settings", json.dumps(settings))
             own.set_user_attr(LINEAGE, member.lineage)
+            own.set_user_attr(EXCHANGED, member.exchanged)
 
     def _give(self, trial: Any, name: str) -> None:
         member = self.members[name]

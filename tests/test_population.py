@@ -1,5 +1,6 @@
 """Populations: their arithmetic by hand, Ray's schedulers driven without Ray, and whole sweeps with a kill."""
 
+import itertools
 import json
 import math
 import os
@@ -16,9 +17,12 @@ from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, read_settings, resolve
 from core.errors import UserError
+from core.report.population import LINEAGE, MEMBER, exchange_table, found_schedule, members
+from core.report.population_figure import followed_values
+from core.report.record import read_run
 from core.schedules import as_schedule, then
 from core.volumes.splits import make_splits
-from distributed.population import LINEAGE, MEMBER, MEMBER_VALUE, begin_member
+from distributed.population import MEMBER_VALUE, begin_member
 from distributed.population_methods import POPULATIONS, Range, change, changeable_ranges, check_population
 from distributed.sources import InMemory
 from distributed.study import check_space
@@ -247,8 +251,25 @@ def check_whole(folder):
     for column in ("learning_rate", "temperature", "loss"):
         assert followed[0][column].tolist() == followed[1][column].tolist()
     assert not list(folder.glob("trials/*/*.pt"))
-    assert (folder / "report.html").exists()
+    check_report(folder, found)
     return trials
+
+
+def check_report(folder, found):
+    """The page tells of the schedule; what it draws as the weights' path is what the schedule's own trial reported."""
+    record = read_run(folder)
+    schedule = found_schedule(record)
+    values = {member.number: member.intermediate_values for member in members(record)}
+    path = followed_values(schedule, values)
+    assert path == {epoch: value for epoch, value in found.intermediate_values.items() if epoch <= 6}
+    handed_on = {
+        (epoch, taker, donor) for (donor, epoch), (taker, _) in itertools.pairwise(schedule.followed)
+    }
+    listed = exchange_table(record)[["after epoch", "member", "weights of"]]
+    assert handed_on <= set(listed.itertuples(index=False, name=None))
+    page = (folder / "report.html").read_text()
+    assert 'id="figure-population"' in page
+    assert "nothing was searched" not in page
 
 
 @pytest.mark.campaign

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
+from core.report.population import MEMBER, is_member
 from core.report.record import RunRecord, reported
 from core.report.style import (
     ACCENT,
@@ -46,9 +47,12 @@ def optimisation_history(record: RunRecord) -> Figure:
     completed = valued[valued["state"] == "COMPLETE"]
     pruned = valued[valued["state"] == "PRUNED"]
     figure, axes = new_figure(3.4)
-    axes.plot(
-        pruned["number"], pruned["value"], "^", mfc=PAPER, mec=MUTED, label=None if pruned.empty else "pruned"
-    )
+    among = is_member(pruned)
+    for part, mark, name in ((pruned[~among], "^", "pruned"), (pruned[among], "D", "member, one cell")):
+        label = None if part.empty else name
+        axes.plot(
+            part["number"], part["value"], mark, mfc=PAPER, mec=MUTED, ms=5 if mark == "D" else 6, label=label
+        )
     axes.plot(
         completed["number"],
         completed["value"],
@@ -256,7 +260,7 @@ def learning_curves(record: RunRecord) -> Figure:
     is_large = sum(len(reported(trial)) for trial in trials) > MOST_POINTS
     for trial in trials:
         _draw_curve(axes, trial, record, rasterized=is_large)
-    if any(trial.state == TrialState.PRUNED for trial in trials):
+    if any(_was_stopped(trial) for trial in trials):
         axes.plot([], [], "x", color=INK, label="pruned here")
     if {trial.number for trial in trials} - {record.best, record.published}:
         axes.plot([], [], color=MUTED, lw=1, alpha=0.6, label="other trials")
@@ -279,8 +283,13 @@ def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord, rasterized: b
     else:
         look = {"color": MUTED, "lw": 1, "alpha": 0.6, "rasterized": rasterized}
     axes.plot(steps, values, marker=marker, **look)
-    if trial.state == TrialState.PRUNED:
+    if _was_stopped(trial):
         axes.plot(steps[-1], values[-1], "x", color=INK, ms=5, zorder=5)
+
+
+def _was_stopped(trial: FrozenTrial) -> bool:
+    """Whether it was pruned; a member of a population ends after one cell by design."""
+    return trial.state == TrialState.PRUNED and trial.user_attrs.get("label") != MEMBER
 
 
 def _values_over_epochs(trial: FrozenTrial, record: RunRecord) -> dict[int, float]:

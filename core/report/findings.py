@@ -6,7 +6,9 @@ import pandas as pd
 
 from core.report.figures import importances_of
 from core.report.front import front_in_words
-from core.report.honesty import access_line, change_lines, optimism
+from core.report.honesty import access_line, change_lines, optimism, schedule_line
+from core.report.population import has_population, is_member
+from core.report.population_figure import population_in_words, steps_in_words
 from core.report.record import RunRecord
 from core.report.style import NothingToDraw
 from core.report.subject_figures import held_out
@@ -42,8 +44,14 @@ def _held_out_headline(record: RunRecord, winner: pd.DataFrame) -> str:
 
 def states(record: RunRecord) -> str:
     """How many trials ended how: `12 completed, 9 pruned, 3 failed`."""
-    words = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "unfinished"}
-    counts = record.trials["state"].value_counts()
+    words = {
+        "COMPLETE": "completed",
+        "PRUNED": "pruned",
+        "member": "evolved in one cell",
+        "FAIL": "failed",
+        "RUNNING": "unfinished",
+    }
+    counts = record.trials["state"].mask(is_member(record.trials), "member").value_counts()
     return (
         ", ".join(f"{counts[state]} {word}" for state, word in words.items() if state in counts)
         or "no trials"
@@ -69,6 +77,7 @@ def caveats(record: RunRecord) -> list[str]:
         _no_signal(record),
         _few_subjects(record),
         _winners_curse(record),
+        schedule_line(record),
         _one_look(record),
         _single_refit(record),
         _ages(record),
@@ -185,13 +194,18 @@ def _cells(record: RunRecord) -> str:
 
 
 def _pruning(record: RunRecord) -> str:
-    pruned = int((record.trials["state"] == "PRUNED").sum())
+    pruned = _pruned(record)
     if not pruned:
         return ""
     return (
         f"{count(pruned, 'trial')} stopped early were judged by their first epochs, which favours "
         "configurations that learn fast."
     )
+
+
+def _pruned(record: RunRecord) -> int:
+    """How many trials were stopped early; members of a population end after one cell by design."""
+    return int(((record.trials["state"] == "PRUNED") & ~is_member(record.trials)).sum())
 
 
 def importance_note(record: RunRecord) -> str:
@@ -210,7 +224,7 @@ def in_words(record: RunRecord) -> dict[str, str]:
     values = record.trials.loc[record.trials["state"] == "COMPLETE", "value"].dropna()
     span = f", from {values.min():.2f} to {values.max():.2f}" if len(values) else ""
     cells = record.cells.loc[record.cells["number"] == record.best, "mae"]
-    pruned = int((record.trials["state"] == "PRUNED").sum())
+    pruned = _pruned(record)
     trials = count(len(record.trials), "trial")
     return {
         "front": front_in_words(record) if len(record.objectives) > 1 else "",
@@ -224,6 +238,8 @@ def in_words(record: RunRecord) -> dict[str, str]:
         "gap": _gaps_in_words(record),
         "schedules": "Learning rate, temperature, width and neighbours of the winner against progress.",
         "ages": _ages_in_words(record),
+        "population": population_in_words(record) if has_population(record) else "",
+        "steps": steps_in_words(record) if has_population(record) else "",
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from core.objectives import Metrics, measure
+from core.report.population import found_schedule, is_member
 from core.report.record import RunRecord
 from core.report.tables import ABSENT, count, mean_and_sd
 from core.report.verdict import PUBLISHED, WINNER
@@ -55,6 +56,34 @@ def optimism(record: RunRecord) -> str:
     )
 
 
+def schedule_line(record: RunRecord) -> str:
+    """That the value of the schedule found is partly of the cell in which it was chosen; empty where none was found."""
+    found = found_schedule(record)
+    if found is None or record.trial(found.trial)["state"] != "COMPLETE":
+        return ""
+    others = int(is_member(record.trials).sum())
+    line = (
+        f"Trial {found.trial} follows the schedule of member {found.member}, which was chosen as the best of "
+        f"{count(others, 'member')} in the first cell. That cell is part of its mean and flatters it"
+    )
+    values, published = _cell_values(record, found.trial), _cell_values(record, record.published)
+    if len(values) > 1:
+        elsewhere = "the other cell" if len(values) == 2 else f"the other {len(values) - 1} cells"
+        line += f": {values.iloc[0]:.2f} there, {_mean_of_rest(values)} in {elsewhere}"
+    if len(values) > 1 and len(published) == len(values):
+        line += f" (published: {published.iloc[0]:.2f} and {_mean_of_rest(published)})"
+    return f"{line}. The refits and the held-out subjects had no part in the choice."
+
+
+def _mean_of_rest(values: pd.Series) -> str:
+    return mean_and_sd(values.iloc[1:].mean(), values.iloc[1:].std())
+
+
+def _cell_values(record: RunRecord, number: int | None) -> pd.Series:
+    """The first objective of every cell of a trial, in the order in which all trials visit them."""
+    return _measured(record, record.cells[record.cells["number"] == number])
+
+
 def _trial_value(record: RunRecord, number: int | None) -> str:
     if number is None:
         return ABSENT
@@ -69,7 +98,10 @@ def _repeated(record: RunRecord) -> dict[str, str]:
 
 def _repeated_values(record: RunRecord, method: str) -> pd.Series:
     """The first objective of every repeated cell."""
-    cells = record.confirmed[record.confirmed["method"] == method]
+    return _measured(record, record.confirmed[record.confirmed["method"] == method])
+
+
+def _measured(record: RunRecord, cells: pd.DataFrame) -> pd.Series:
     return pd.Series(
         [measure(record.objectives[0], _metrics(row)) for _, row in cells.iterrows()], dtype=float
     )

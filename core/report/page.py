@@ -12,16 +12,25 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from core.report import figures, schedule_figure, subject_figures
+from core.report import figures, population_figure, schedule_figure, subject_figures
 from core.report.describe import describe, is_absent, number
 from core.report.findings import caveats, headline, importance_note, in_words, states, verdict_lines
 from core.report.front import front_table, pareto_figure
-from core.report.honesty import measured_again
+from core.report.honesty import measured_again, schedule_line
 from core.report.html import load_page, write_page
+from core.report.population import (
+    FOLLOWED,
+    course_texts,
+    exchange_table,
+    found_in_words,
+    found_schedule,
+    has_population,
+)
 from core.report.record import RunRecord, read_run
 from core.report.style import NothingToDraw, as_svg
 from core.report.tables import (
     ABSENT,
+    SHOWN_SETTINGS,
     failed_trials,
     holdout_table,
     leaderboard,
@@ -43,6 +52,10 @@ FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
 }
 OF_SEVERAL_OBJECTIVES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "front": ("Objectives against each other", pareto_figure),
+}
+OF_POPULATIONS: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
+    "population": ("Members, and who went on from whom", population_figure.population),
+    "steps": ("What the schedule found follows", population_figure.steps),
 }
 
 
@@ -80,7 +93,8 @@ def render(record: RunRecord) -> str:
         best=record.best,
         published=record.published,
         what=_winner_in_words(record),
-        leaderboard=_rows(leaderboard(record.trials)),
+        leaderboard=_rows(leaderboard(record.trials, found=found_in_words(record, SHOWN_SETTINGS))),
+        population=_population(record) if has_population(record) else None,
         holdout=_rows(holdout_table(record.holdout)),
         again=_rows(measured_again(record)) if record.best is not None else [],
         front=_rows(front_table(record)),
@@ -106,6 +120,7 @@ def draw_all(record: RunRecord) -> dict[str, Drawing]:
     """Every figure of the page by name; a figure that cannot be drawn has its reason instead."""
     words = in_words(record)
     drawn = FIGURES | (OF_SEVERAL_OBJECTIVES if len(record.objectives) > 1 else {})
+    drawn |= OF_POPULATIONS if has_population(record) else {}
     return {name: _draw(name, title, draw, record, words[name]) for name, (title, draw) in drawn.items()}
 
 
@@ -121,8 +136,22 @@ def _draw(
 def _winner_in_words(record: RunRecord) -> str:
     if record.best is None:
         return ""
+    found = found_schedule(record)
+    if found is not None and found.trial == record.best:
+        return found_in_words(record)
     row = record.trial(record.best)
     return describe({name: row[name] for name in record.searched()})
+
+
+def _population(record: RunRecord) -> dict[str, Any]:
+    """What the page says of a population: the schedule it found, how far to trust it, and every exchange."""
+    found = found_schedule(record)
+    return {
+        "found": found,
+        "courses": {FOLLOWED[name]: text for name, text in course_texts(found).items()} if found else {},
+        "chosen": schedule_line(record),
+        "exchanges": _rows(exchange_table(record)),
+    }
 
 
 def cohort_facts(record: RunRecord) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from core.report.describe import describe, is_absent, number
+from core.report.population import FOUND, MEMBER, found_in_words, found_schedule, values_of
 from core.report.record import NO_SETTINGS, RunRecord, read_run
 from core.report.verdict import METHODS, comparisons, verdict
 
@@ -27,6 +28,7 @@ __all__ = [
 
 ABSENT = "–"
 SHOWN_FAILURES = 5
+SHOWN_SETTINGS = 7
 
 
 def mean_and_sd(mean: float, sd: float, digits: int = 2) -> str:
@@ -37,12 +39,13 @@ def mean_and_sd(mean: float, sd: float, digits: int = 2) -> str:
     return text.replace("-", "−")
 
 
-def leaderboard(trials: pd.DataFrame, top: int = 10) -> pd.DataFrame:
+def leaderboard(trials: pd.DataFrame, top: int = 10, found: str = "") -> pd.DataFrame:
     """The `top` trials of the trials table, best first, and the published configuration wherever it stands.
 
-    Only completed trials have a rank: the value of a pruned one is a mean over fewer cells or epochs and is
-    not comparable; pruned trials come after them, as far as there is room. Columns: rank, trial, what (the
-    configuration in few words), validation MAE (years, mean ± SD over cells), n (cells), state.
+    Only completed trials have a rank: the value of a pruned one, or of a member of a population, is a mean over
+    fewer cells or epochs and is not comparable; they come after, as far as there is room. `found` is what the
+    table says of the schedule that a population found. Columns: rank, trial, what (the configuration in few
+    words), validation MAE (years, mean ± SD over cells), n (cells), state.
     """
     settings = [name for name in trials.columns if name not in NO_SETTINGS]
     is_ranked = (trials["state"] == "COMPLETE") & trials["value"].notna()
@@ -54,25 +57,38 @@ def leaderboard(trials: pd.DataFrame, top: int = 10) -> pd.DataFrame:
     ordered += [(ABSENT, row) for _, row in failed.iterrows()]
     shown = [entry for place, entry in enumerate(ordered) if place < top or entry[1]["label"] == "published"]
     columns = ["rank", "trial", "what", "validation MAE", "n", "state"]
-    return pd.DataFrame([_leaderboard_row(rank, row, settings) for rank, row in shown], columns=columns)
+    return pd.DataFrame(
+        [_leaderboard_row(rank, row, settings, found) for rank, row in shown], columns=columns
+    )
 
 
-def _leaderboard_row(rank: str, row: pd.Series, settings: list[str]) -> dict[str, Any]:
-    what = describe(_settings_of(row, settings), most=7)
-    if row["label"] == "published":
-        what = f"published: {what}"
-    state = str(row["state"])
-    if state == "PRUNED" and not is_absent(row["epochs"]):
-        by = "" if is_absent(row["reason"]) or "Wilcoxon" not in str(row["reason"]) else ", Wilcoxon"
-        state = f"PRUNED, epoch {int(row['epochs'])}{by}"
+def _leaderboard_row(rank: str, row: pd.Series, settings: list[str], found: str) -> dict[str, Any]:
     return {
         "rank": rank,
         "trial": int(row["number"]),
-        "what": what,
+        "what": _what(row, settings, found),
         "validation MAE": mean_and_sd(row["value"], row["sd"]),
         "n": ABSENT if is_absent(row["n"]) else str(int(row["n"])),
-        "state": state,
+        "state": _state(row),
     }
+
+
+def _what(row: pd.Series, settings: list[str], found: str) -> str:
+    if row["label"] == FOUND:
+        return f"{FOUND}: {found}"
+    what = describe(_settings_of(row, settings), most=SHOWN_SETTINGS)
+    before = {"published": "published: ", MEMBER: "member, began with: "}.get(row["label"], "")
+    return before + what
+
+
+def _state(row: pd.Series) -> str:
+    state = str(row["state"])
+    if state != "PRUNED" or is_absent(row["epochs"]):
+        return state
+    if row["label"] == MEMBER:
+        return f"member, epoch {int(row['epochs'])}"
+    by = "" if is_absent(row["reason"]) or "Wilcoxon" not in str(row["reason"]) else ", Wilcoxon"
+    return f"PRUNED, epoch {int(row['epochs'])}{by}"
 
 
 def _settings_of(row: pd.Series, settings: list[str]) -> dict[str, Any]:
@@ -133,6 +149,9 @@ def winner_beside_published(record: RunRecord) -> pd.DataFrame:
     if record.best is None or record.published is None:
         return pd.DataFrame(columns=columns)
     published, winner = record.trial(record.published), record.trial(record.best)
+    found = found_schedule(record)
+    if found is not None and found.trial == record.best:
+        winner |= values_of(record, found)
     rows = [
         {"setting": name, "published": _value(published[name]), "winner": _value(winner[name])}
         for name in record.searched()
@@ -146,13 +165,16 @@ def _value(value: Any) -> str:
 
 def print_leaderboard(console: Console, record: RunRecord, top: int = 10) -> None:
     """Print the leaderboard, the hold-out table and the verdict of a run to a terminal."""
-    table = leaderboard(record.trials, top)
+    table = leaderboard(record.trials, top, found_in_words(record, SHOWN_SETTINGS))
     if record.best is None:
         console.print("No trial was completed.")
     if not table.empty:
         console.print(
             _rich(table, "Leaderboard (validation MAE in years, mean ± SD over n cells)", record.best)
         )
+    found = found_schedule(record)
+    if found is not None:
+        console.print(f"The mean of trial {found.trial} includes the cell in which its schedule was chosen.")
     states = record.trials["state"].value_counts()
     if not states.empty:
         console.print("Trials: " + ", ".join(f"{number} {state}" for state, number in states.items()))

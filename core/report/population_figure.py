@@ -1,0 +1,179 @@
+"""A population drawn: its members over epochs with their exchanges, and the schedule it found, step by step."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from optuna.trial import FrozenTrial
+
+from core.report.describe import number
+from core.report.population import (
+    EXCHANGED,
+    FOLLOWED,
+    Course,
+    FoundSchedule,
+    exchange_table,
+    found_in_words,
+    found_schedule,
+    members,
+)
+from core.report.record import RunRecord, reported
+from core.report.style import ACCENT, MUTED, SECOND, NothingToDraw, legend_above, new_figure, styled
+
+UNITS = {"objective.width": " (years)", "objective.neighbours.end": " (share or count)"}
+WIDE_RANGE = 8
+"""A setting whose largest value is more than so many times its least is drawn over its logarithm."""
+LABEL_HEIGHT = 0.045
+"""Of the axes."""
+
+Values = dict[int, dict[int, float]]
+"""What the members reported, by member and epoch."""
+
+
+@styled
+def population(record: RunRecord) -> Figure:
+    """Value of every member after every epoch, who went on from whom, and the weights that won."""
+    every = members(record)
+    values = {member.number: _finite(member) for member in every}
+    if not any(values.values()):
+        raise NothingToDraw("no member of a population reported a value, or the Optuna study is absent")
+    figure, axes = new_figure(3.8)
+    for place, member in enumerate(every):
+        _draw_member(axes, member, values, bow=0.25 if place % 2 else -0.25)
+    found = found_schedule(record)
+    if found is not None:
+        path = followed_values(found, values)
+        axes.plot(list(path), list(path.values()), color=ACCENT, lw=2.6, zorder=4, label="the best weights")
+    axes.plot([], [], color=MUTED, lw=1, label="members")
+    exchanges = exchange_table(record)
+    if len(exchanges):
+        axes.plot([], [], color=SECOND, lw=1.1, marker=7, ms=5, label="goes on from")
+    _keep_scale(axes, values, exchanges["after epoch"].min())
+    _name_ends(axes, values)
+    axes.set(xlabel="epochs done in the first cell", ylabel=record.value_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_above(axes, columns=3)
+    return figure
+
+
+def followed_values(found: FoundSchedule, values: Values) -> dict[int, float]:
+    """By epoch, what was reported by whoever trained the weights of the schedule then."""
+    path: dict[int, float] = {}
+    begun = 0
+    for member, last in found.followed:
+        own = values.get(member, {})
+        path |= {epoch: own[epoch] for epoch in range(begun + 1, last + 1) if epoch in own}
+        begun = last
+    return path
+
+
+@styled
+def steps(record: RunRecord) -> Figure:
+    """Each setting that the population could change, as the schedule found has it, epoch by epoch."""
+    found = found_schedule(record)
+    if found is None:
+        raise NothingToDraw("no schedule was found: no member trained to the end, or the study is absent")
+    courses = dict(
+        sorted(found.courses.items(), key=lambda item: len(item[1]) == 1)
+    )  # what changed comes first
+    if not courses:
+        raise NothingToDraw("the schedule found has none of the settings that a population changes")
+    rows = (len(courses) + 1) // 2
+    figure, grid = new_figure(0.5 + 1.7 * rows, nrows=rows, ncols=2, squeeze=False)
+    for axes, (name, course) in zip(grid.flat, courses.items(), strict=False):
+        _draw_course(axes, name, course, found.epochs)
+    for axes in grid.flat[len(courses) :]:
+        axes.remove()
+    figure.supxlabel("epochs done", fontsize=10)
+    return figure
+
+
+def population_in_words(record: RunRecord) -> str:
+    """The members and their exchanges, for those who cannot see the figure."""
+    exchanges = "; ".join(
+        f"after epoch {row['after epoch']} member {row['member']} went on from member {row['weights of']}"
+        for _, row in exchange_table(record).iterrows()
+    )
+    return f"{record.value_title} of {len(members(record))} members against epochs. {exchanges or 'No exchange'}."
+
+
+def steps_in_words(record: RunRecord) -> str:
+    """The schedule, for those who cannot see the figure."""
+    return f"The schedule found, from which epoch on: {found_in_words(record)}."
+
+
+def _finite(member: FrozenTrial) -> dict[int, float]:
+    return {epoch: value for epoch, value in sorted(reported(member).items()) if np.isfinite(value)}
+
+
+def _draw_member(axes: Axes, member: FrozenTrial, values: Values, bow: float) -> None:
+    """One line per stretch between its exchanges; a stretch begins where the donor stood."""
+    own = values[member.number]
+    begin, first = 0, None
+    for each in [*member.user_attrs.get(EXCHANGED, []), None]:
+        end = max(own, default=0) if each is None else int(each["epoch"])
+        stretch = {epoch: own[epoch] for epoch in range(begin + 1, end + 1) if epoch in own}
+        points = ({begin: first} if first is not None else {}) | stretch
+        axes.plot(list(points), list(points.values()), color=MUTED, lw=1, alpha=0.75)
+        if each is None:
+            return
+        begin, first = end, values.get(int(each["donor"]), {}).get(end)
+        if first is not None and end in own:
+            _draw_exchange(axes, end, (own[end], first), bow)
+
+
+def _draw_exchange(axes: Axes, epoch: int, given_up_and_taken: tuple[float, float], bow: float) -> None:
+    """An arrow, bent because several may stand at one epoch."""
+    look = {
+        "arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bow}", "color": SECOND, "lw": 1.1, "shrinkA": 0,
+        "shrinkB": 0, "mutation_scale": 8,
+    }  # fmt: skip
+    given_up, taken = given_up_and_taken
+    axes.annotate("", (epoch, taken), (epoch, given_up), arrowprops=look, annotation_clip=True, zorder=5)
+
+
+def _keep_scale(axes: Axes, values: Values, first_exchange: float) -> None:
+    """First epochs can be wild: what was reported before the first exchange does not set the scale."""
+    every = [value for own in values.values() for value in own.values()]
+    later = [value for own in values.values() for epoch, value in own.items() if epoch >= first_exchange]
+    if later and max(every) > 1.1 * max(later):
+        axes.set_ylim(top=1.1 * max(later))
+
+
+def _name_ends(axes: Axes, values: Values) -> None:
+    """Each member's number beside its last value, apart where several end alike."""
+    low, high = axes.get_ylim()
+    last = max(max(own) for own in values.values() if own)
+    below = -np.inf
+    for value, epoch, name in sorted((own[max(own)], max(own), name) for name, own in values.items() if own):
+        below = max(min(value, high), below + LABEL_HEIGHT * (high - low))
+        axes.annotate(
+            str(name),
+            (epoch, below),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=MUTED,
+        )
+    axes.set_xlim(right=1.05 * last + 0.2)
+
+
+def _draw_course(axes: Axes, name: str, course: Course, epochs: int) -> None:
+    begins, values = zip(*course, strict=True)
+    edges = [*(begin - 1 for begin in begins), epochs]
+    axes.stairs(values, edges, baseline=None, color=ACCENT, lw=1.8)
+    title = FOLLOWED[name] + UNITS.get(name, "")
+    if len(course) == 1:
+        title = f"{title}: constant {number(values[0])}"
+    if min(values) > 0 and max(values) > WIDE_RANGE * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(min(0, *values), 1.15 * max(values) if max(values) > 0 else None)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.set(xlim=(0, epochs * 1.03))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_title(title, fontsize=9.5)
