@@ -43,3 +43,5 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.views
 	$(BIN)/python -m benchmarks.slots
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.search --out $(DEMO_RUN)-search

@@ -56,8 +56,8 @@ class Overhead:
         return (self.before + sum(self.gaps) + self.after) / (len(self.gaps) + 1)
 
 
-def train_one_epoch(log: str) -> None:
-    """A trial's whole work; notes when its first step began and its last one ended."""
+def train_one_epoch(config: dict[str, str]) -> None:
+    """A trial's whole work; notes in `config["log"]` when its first step began and its last one ended."""
     began = time.time()
     model = build("resnet18", width=0.125)
     optimiser = torch.optim.Adam(model.parameters())
@@ -65,7 +65,7 @@ def train_one_epoch(log: str) -> None:
         optimiser.zero_grad()
         model(torch.randn(4, 1, 23, 28, 23)).square().mean().backward()
         optimiser.step()
-    with Path(log).open("a") as lines:
+    with Path(config["log"]).open("a") as lines:
         lines.write(json.dumps({"began": began, "ended": time.time()}) + "\n")
 
 
@@ -73,7 +73,7 @@ def make_runner(log: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """What a slot's worker runs."""
 
     def run(assignment: dict[str, Any]) -> dict[str, Any]:
-        train_one_epoch(log)
+        train_one_epoch({"log": log})
         return answer(assignment, epoch=1, epochs=1)
 
     return run
@@ -83,7 +83,7 @@ def nested(config: dict[str, Any], log: str, storage: str) -> None:
     """The documented nesting: a function trainable that runs a TorchTrainer."""
     TorchTrainer(
         train_one_epoch,
-        train_loop_config=log,  # type: ignore[arg-type]  # handed on as it is
+        train_loop_config={"log": log},
         scaling_config=train.ScalingConfig(num_workers=1),
         run_config=train.RunConfig(storage_path=storage),
     ).fit()

@@ -1,0 +1,319 @@
+"""Time until a search has found as good a configuration as another one: sweeps, and what people do without.
+
+    python -m benchmarks.search --seconds 180 --seeds 3 --out runs/search-benchmark
+
+sweep     `brainsweep sweep` with its defaults (TPE, ASHA), one slot for each core
+plain     Optuna in one process with its own defaults (TPE, MedianPruner)
+random    random search in one process, every trial at full length
+
+All three search the same space on the same cells of the same phantom cohort, begin with the published
+configuration, and have the same seconds. The two others run the same training loop, without checkpoints, files
+and site accuracies, hold the cohort in memory, and use one thread or one for each core, whichever trained an
+epoch faster just before. The clock starts with the first training step of each; what comes before is shown apart.
+
+Of every seed two values are raced for: the worst of the three final bests, which all three reach; and the final
+best of random search. Every search writes METHOD-SEED.json with the time and value of each completed trial:
+called again, only what is missing is run, and the tables are made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+
+from core.config import merge, parse_changes, resolve
+from core.report.record import STUDY_NAME
+from core.volumes.cohort import Cohort
+from core.volumes.splits import make_splits
+from distributed.request import SearchPlan, SweepRequest, plan_search
+from distributed.sources import InMemory
+from distributed.study import published_parameters
+from distributed.train_loop import Cell, CellTraining, DivergedError, Place, Subjects
+
+SMALL = ["model.width=0.25", "training.batch_size=16", "objective.neighbours.step=2"]
+MANY_TRIALS = 10_000
+"""More than any of the searches can do: the seconds end them."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all searches have in common."""
+
+    seconds: float
+    subjects: int
+    spacing: float
+    folds: int
+    slots: int
+    changes: list[str]
+
+    def request(self, seed: int) -> SweepRequest:
+        """The sweep of one seed, which decides the folds too."""
+        return SweepRequest(
+            trials=MANY_TRIALS, folds=self.folds, slots=self.slots, time_budget=self.seconds,
+            search_seed=seed, changes=parse_changes(self.changes),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Search:
+    """What one search found, and when. Times are seconds from its first training step."""
+
+    method: str
+    seed: int
+    asked: dict[str, Any]
+    threads: int
+    """That trained at a time."""
+    before: float
+    """Seconds from its start to its first step."""
+    states: dict[str, int]
+    """Trials by how they ended in time."""
+    found: list[tuple[float, float]]
+    """(time, validation MAE in years) of every completed trial, in order."""
+
+    @property
+    def best(self) -> float:
+        """The best in the end; infinite where nothing was completed."""
+        return min((value for _, value in self.found), default=math.inf)
+
+    def time_to(self, target: float) -> float:
+        """Seconds until a trial was completed that is as good as `target`; infinite if none was."""
+        return min((at for at, value in self.found if value <= target), default=math.inf)
+
+
+class CellObjective:
+    """What plain Optuna minimises: the mean MAE over the cells, cell after cell, as a slot's trial does it."""
+
+    def __init__(self, plan: SearchPlan, subjects: Subjects, cells: list[dict[str, int]]) -> None:
+        self.plan, self.subjects, self.cells = plan, subjects, cells
+        self.first_step: float | None = None
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """The trial's value, in years; TrialPruned where the study's pruner says so."""
+        settings = resolve(merge(self.plan.base, self.plan.space(trial)))
+        values: list[float] = []
+        for index, cell in enumerate(self.cells):
+            training = CellTraining(settings, self.subjects, Cell(**cell), Place())
+            try:
+                values.append(self._train(trial, training, is_first=index == 0))
+            finally:
+                training.close()
+            self._report(trial, statistics.mean(values), (index + 1) * settings.training.epochs)
+        return statistics.mean(values)
+
+    def _train(self, trial: optuna.Trial, training: CellTraining, *, is_first: bool) -> float:
+        """One cell to its end; in the first one the pruner is asked after every epoch."""
+        epochs = training.settings.training.epochs
+        while training.epoch < epochs:
+            row = training.run_epoch()
+            self.first_step = self.first_step or row["first_step_at"]
+            if (
+                is_first
+                and training.epoch < epochs
+                and not isinstance(trial.study.pruner, optuna.pruners.NopPruner)
+            ):
+                self._report(trial, training.judge(sites=False).metrics["mae"], training.epoch)
+        return training.judge(sites=False).metrics["mae"]
+
+    @staticmethod
+    def _report(trial: optuna.Trial, value: float, epochs: int) -> None:
+        trial.report(value, epochs)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+
+def in_one_process(
+    sampler: Callable[[int], optuna.samplers.BaseSampler], pruner: optuna.pruners.BasePruner,
+    method: str, seed: int, asked: Asked, cohort: Path, out: Path,
+) -> Search:  # fmt: skip
+    """A search without Ray, on `asked.slots` threads."""
+    began = time.time()
+    opened, request = Cohort.open(cohort), asked.request(seed)
+    plan = plan_search(request, opened)
+    splits = make_splits(opened.manifest, request.folds, request.holdout, request.search_seed)
+    objective = CellObjective(plan, Subjects.of(opened, splits, InMemory.of(opened)), request.cells)
+    threads = use_fastest_threads(objective, asked.slots)
+    study = optuna.create_study(sampler=sampler(seed), pruner=pruner)
+    published = published_parameters(plan.space, plan.base)
+    if published is not None:
+        study.enqueue_trial(published)
+    study.optimize(objective, timeout=asked.seconds, catch=(DivergedError,))
+    return _search(method, seed, asked, study, objective.first_step or began, began, threads)
+
+
+def use_fastest_threads(objective: CellObjective, cores: int) -> int:
+    """Have torch use one thread, or one for each core: on small volumes more threads can be slower."""
+    seconds = {}
+    for threads in (1, cores):
+        torch.set_num_threads(threads)
+        training = CellTraining(
+            resolve(objective.plan.base), objective.subjects, Cell(**objective.cells[0]), Place()
+        )
+        training.run_epoch()  # the first one warms up
+        seconds[threads] = training.run_epoch()["seconds"]
+        training.close()
+    fastest = min(seconds, key=lambda threads: seconds[threads])
+    torch.set_num_threads(fastest)
+    return fastest
+
+
+def as_sweep(method: str, seed: int, asked: Asked, cohort: Path, out: Path) -> Search:
+    """The command that users type, in a process of its own."""
+    run, began = out / f"{method}-{seed}", time.time()
+    options = {
+        "--out": run, "--trials": MANY_TRIALS, "--folds": asked.folds, "--slots": asked.slots,
+        "--time-budget": asked.seconds, "--search-seed": seed,
+    }  # fmt: skip
+    words = [str(word) for option in options.items() for word in option]
+    words += [word for change in asked.changes for word in ("--set", change)]
+    _run_command(["sweep", str(cohort), *words])
+    storage = JournalStorage(JournalFileBackend(str(run / "study.journal")))
+    study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+    histories = [json.loads(file.read_text())["history"] for file in run.glob("trials/*/progress.json")]
+    first_step = min(rows[0]["first_step_at"] for rows in histories if rows)
+    return _search(method, seed, asked, study, first_step, began, asked.slots)
+
+
+METHODS: dict[str, Callable[[str, int, Asked, Path, Path], Search]] = {
+    "sweep": as_sweep,
+    "plain": functools.partial(
+        in_one_process, lambda seed: optuna.samplers.TPESampler(seed=seed), optuna.pruners.MedianPruner()
+    ),
+    "random": functools.partial(
+        in_one_process, lambda seed: optuna.samplers.RandomSampler(seed=seed), optuna.pruners.NopPruner()
+    ),
+}
+
+
+def _search(
+    method: str, seed: int, asked: Asked, study: optuna.Study, first_step: float, began: float, threads: int
+) -> Search:
+    """What a study says of its search, up to the end of its seconds."""
+    ended = [
+        (trial.datetime_complete.timestamp() - first_step, trial)
+        for trial in study.get_trials(deepcopy=False)
+        if trial.datetime_complete is not None
+    ]
+    in_time = sorted(((at, trial) for at, trial in ended if at <= asked.seconds), key=lambda pair: pair[0])
+    found = [(at, trial.values[0]) for at, trial in in_time if trial.state == TrialState.COMPLETE]
+    states = Counter(trial.state.name for _, trial in in_time)
+    return Search(method, seed, asdict(asked), threads, first_step - began, dict(states), found)
+
+
+def _run_command(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "distributed", *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"brainsweep {words[0]} failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def all_searches(asked: Asked, seeds: int, methods: list[str], out: Path, console: Console) -> list[Search]:
+    """Every search of every seed, read from `out` where it is there already."""
+    cohort = out / "cohort"
+    _run_command(
+        ["phantom", str(cohort), "--subjects", str(asked.subjects), "--spacing", f"{asked.spacing:g}"]
+    )
+    searches = []
+    for seed in range(seeds):
+        for method in methods:
+            file = out / f"{method}-{seed}.json"
+            if not file.exists():
+                made = METHODS[method](method, seed, asked, cohort, out)
+                file.write_text(json.dumps(asdict(made)))
+                console.print(f"{method}, seed {seed}: best {made.best:.2f} y", highlight=False)
+            search = Search(**json.loads(file.read_text()))
+            if search.asked != asdict(asked):
+                raise SystemExit(f"{file} is of another benchmark, {search.asked}; give another --out")
+            searches.append(search)
+    return searches
+
+
+def targets(searches: list[Search]) -> dict[str, float]:
+    """The values raced for among the searches of one seed, in years."""
+    bests = {search.method: search.best for search in searches}
+    values = {"worst final best": max(bests.values()), "random's final best": bests.get("random", math.inf)}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def print_tables(searches: list[Search], console: Console) -> None:
+    """Every search, then how long a sweep takes relative to the others."""
+    by_seed = {seed: [each for each in searches if each.seed == seed] for seed in {s.seed for s in searches}}
+    names = list(targets(searches))
+    table = Table(
+        "seed", "method", "threads", "before (s)", "trials", "best (y)", *(f"{name}: y, s" for name in names),
+        title="time to a validation MAE",
+    )  # fmt: skip
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for seed, rivals in by_seed.items():
+        wanted = targets(rivals)
+        times = {(each.method, name): each.time_to(wanted[name]) for each in rivals for name in names}
+        for each in rivals:
+            trials = ", ".join(f"{count} {state.lower()}" for state, count in sorted(each.states.items()))
+            reached = [f"{wanted[name]:.2f}, {times[each.method, name]:.1f}" for name in names]
+            table.add_row(
+                str(seed),
+                each.method,
+                str(each.threads),
+                f"{each.before:.1f}",
+                trials,
+                f"{each.best:.2f}",
+                *reached,
+            )
+            for name in names:
+                if each.method != "sweep" and ("sweep", name) in times:
+                    # who never got there would have needed more than all the seconds
+                    ratio = times["sweep", name] / min(times[each.method, name], each.asked["seconds"])
+                    ratios.setdefault((each.method, name), []).append(ratio)
+    console.print(table)
+    for (method, name), of_seeds in ratios.items():
+        console.print(
+            f"sweep's time / {method}'s, to {name}: median {statistics.median(of_seeds):.2f} of "
+            f"{', '.join(f'{ratio:.2f}' for ratio in of_seeds)}",
+            highlight=False,
+        )
+
+
+def main() -> None:
+    """Run what is missing, print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=180.0, help="of every search")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--subjects", type=int, default=128, help="phantom brains")
+    parser.add_argument("--spacing", type=float, default=8.0, help="their voxels' edge in mm")
+    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--slots", type=int, default=2, help="cores: slots of a sweep, threads of the others")
+    parser.add_argument("--set", nargs="*", default=SMALL)
+    parser.add_argument("--out", type=Path, default=Path("runs/search-benchmark"))
+    asked = parser.parse_args()
+    changes = [*asked.set, f"training.epochs={asked.epochs}"]
+    common = Asked(asked.seconds, asked.subjects, asked.spacing, asked.folds, asked.slots, changes)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    print_tables(all_searches(common, asked.seeds, asked.methods, asked.out, console), console)
+
+
+if __name__ == "__main__":
+    main()
