@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -135,11 +137,12 @@ def _draw_exchange(axes: Axes, epoch: int, given_up_and_taken: tuple[float, floa
 
 
 def _keep_scale(axes: Axes, values: Values, first_exchange: float) -> None:
-    """First epochs can be wild: what was reported before the first exchange does not set the scale."""
+    """First epochs can be wild, and so can a member on its way out: neither sets the scale."""
     every = [value for own in values.values() for value in own.values()]
     later = [value for own in values.values() for epoch, value in own.items() if epoch >= first_exchange]
-    if later and max(every) > 1.1 * max(later):
-        axes.set_ylim(top=1.1 * max(later))
+    limit = min(1.1 * max(later), 2 * np.percentile(later, 90)) if later else np.inf
+    if max(every) > limit:
+        axes.set_ylim(top=limit)
 
 
 def _name_ends(axes: Axes, values: Values) -> None:
@@ -149,15 +152,8 @@ def _name_ends(axes: Axes, values: Values) -> None:
     below = -np.inf
     for value, epoch, name in sorted((own[max(own)], max(own), name) for name, own in values.items() if own):
         below = max(min(value, high), below + LABEL_HEIGHT * (high - low))
-        axes.annotate(
-            str(name),
-            (epoch, below),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=MUTED,
-        )
+        look: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": MUTED}
+        axes.annotate(str(name), (epoch, below), (5, 0), **look)
     axes.set_xlim(right=1.05 * last + 0.2)
 
 
