@@ -18,7 +18,6 @@ import torch
 from core.errors import UserError
 from core.lookup import look_up
 from core.volumes.cohort import Cohort
-from core.volumes.places import is_url
 from distributed.plan import Plan, Rows
 from distributed.resident import Resident, scan
 from distributed.sources import Direct, Stored, Volumes, bytes_of_a_volume
@@ -72,8 +71,7 @@ def choose_mode(cohort: Cohort, room: float) -> Mode:
     """
     if bytes_of_a_volume(cohort) * len(cohort) <= room:
         return "resident"
-    plain = cohort.description.compression == "none" and not is_url(cohort.location)
-    return "direct" if plain else "streaming"
+    return "direct" if cohort.is_plain else "streaming"
 
 
 def batches(volumes: Volumes, plan: Plan, device: torch.device) -> Batches:

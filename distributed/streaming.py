@@ -10,6 +10,7 @@ is opened once for many volumes and a block is never cut or joined: the worker m
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,21 +20,23 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from core.errors import UserError
 from core.volumes.cohort import Cohort
 from distributed.plan import Plan
 from distributed.sources import Direct, Stored, bytes_of_a_volume, opened
 
-READ_BYTES = 64 * 2**20
-"""Aim of one read task: its fixed cost is some 10 ms, the time that 50 MB take."""
-READERS = 2
-"""Read tasks at a time for each worker that trains."""
+READ_BYTES = 128 * 2**20
+"""Aim of one read task: handing one to a process and its block back costs what reading 20 MB does."""
+PLAIN_READERS, OTHER_READERS = 1, 2
+"""Read tasks at a time for each worker that trains: plain local shards are read faster than they are handed over,
+and another process only takes turns with the first; shards to be fetched or unpacked are worth two."""
 PLAN_BLOCKS = 50
 """Objects that the epochs are cut into; Ray keeps them until the garbage is collected."""
-READS_AHEAD = 6
+READS_AHEAD = 3
 """Reads, running or ready, that a stream may hold in the object store."""
+
+logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of every execution
 
 _BUFFERS: dict[tuple[str, str], Stored] = {}
 
@@ -55,6 +58,9 @@ class Streaming(Direct):
         shape, dtype = cohort.volume_shape, np.dtype(cohort.description.dtype)
         with DataContext.current(_context(READS_AHEAD * rows_per_read * bytes_of_a_volume(cohort))):
             tables: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+            # Read where the volumes are needed.
+            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+            task: dict[str, Any] = tables | {"num_cpus": 0, "label_selector": here}
             # Not from_arrow: it measures its tables in tasks that wait for a CPU.
             epochs = ray.data.from_items(
                 [{"epoch": epoch} for epoch in plan.epochs],
@@ -62,13 +68,13 @@ class Streaming(Direct):
             )
             planned = epochs.map_batches(
                 partial(_plan_reads, plan=plan, rows_per_read=rows_per_read),
-                compute=TaskPoolStrategy(size=1), num_cpus=0, **tables,
-            )  # fmt: skip
+                compute=TaskPoolStrategy(size=1),
+                **task,
+            )
             reads = planned.map_batches(
                 partial(_read, address=self.address),
-                compute=TaskPoolStrategy(size=READERS),
-                num_cpus=0,
-                **tables,
+                compute=TaskPoolStrategy(size=PLAIN_READERS if cohort.is_plain else OTHER_READERS),
+                **task,
             )
             lines: Any = iter(reads.iter_batches(**tables, prefetch_batches=1))
         with contextlib.closing(lines):  # at once, not when the garbage is collected
@@ -81,9 +87,6 @@ def _context(memory: int) -> DataContext:
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory)
-    # Read where the volumes are needed; elsewhere only if this node is going away.
-    here = ray.get_runtime_context().get_node_id()
-    context.scheduling_strategy = NodeAffinitySchedulingStrategy(here, soft=True)
     context.target_max_block_size = 1  # every line of a table is a block of its own
     context.enable_progress_bars = False
     return context

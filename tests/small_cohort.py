@@ -6,18 +6,25 @@ import numpy as np
 
 from core.volumes.cohort import Cohort
 from core.volumes.cohort_writer import CohortWriter
-from core.volumes.shards import Storage
+from core.volumes.shards import Compression, Storage
 
 SIDE = 12
 
 
-def write_small_cohort(folder: Path, subjects: int = 24, seed: int = 0, storage: Storage = "hdf5") -> Cohort:
+def write_small_cohort(
+    folder: Path,
+    subjects: int = 24,
+    seed: int = 0,
+    storage: Storage = "hdf5",
+    compression: Compression = "none",
+) -> Cohort:
     generator = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, SIDE)] * 3, indexing="ij"))
     ball = np.linalg.norm(grid, axis=0) < 0.8
     writer = CohortWriter(
         folder, name="small", channels=("stiffness",), shape=(SIDE,) * 3, spacing=8.0, affine=np.eye(4),
         preprocessing={"spacing": 8.0}, source="test", synthetic=True, storage=storage,
+        compression=compression,
     )  # fmt: skip
     with writer:
         for index in range(subjects):

@@ -129,6 +129,11 @@ class Cohort:
         return self.location if is_url(self.location) else str(self.folder.resolve())
 
     @property
+    def is_plain(self) -> bool:
+        """Whether a volume is a piece of a local file, neither to be fetched nor unpacked."""
+        return self.description.compression == "none" and not is_url(self.location)
+
+    @property
     def volume_shape(self) -> tuple[int, int, int, int]:
         """(C, X, Y, Z)."""
         return (len(self.description.channels), *self.description.shape)
