@@ -12,7 +12,7 @@ from core.volumes.sources import list_scans
 from distributed import ingest as parallel
 from distributed.ingest import at_a_time, in_parallel, task_bytes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +24,7 @@ def ray_of_two_cores():
     children = psutil.Process().children(recursive=True)
     yield
     ray.shutdown()
-    _, alive = psutil.wait_procs(children, timeout=90)
+    _, alive = psutil.wait_procs(children, timeout=240)
     assert not alive
 
 
