@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import signal
 from collections.abc import Iterator
@@ -138,6 +139,14 @@ def execute(
     study: optuna.Study, address: str | None, console: Console,
 ) -> RunFolder:  # fmt: skip
     """Run what is left of a sweep on Ray, and write everything it leaves."""
+    with _resumable(folder):
+        return _execute(folder, request, plan, cohort, splits, study, address, console)
+
+
+def _execute(
+    folder: RunFolder, request: SweepRequest, plan: SearchPlan, cohort: Cohort, splits: Splits,
+    study: optuna.Study, address: str | None, console: Console,
+) -> RunFolder:  # fmt: skip
     epochs = plan.base["training"]["epochs"]
     budget = Budget(request.time_budget, request.accelerator_hours)
     threshold = pruner_threshold(request.pruner, len(request.cells))
@@ -192,17 +201,14 @@ def execute(
         )
         stopper = CombinedStopper(budget, pruner) if pruner else budget
         tuner = make_tuner(trainable, search, scheduler, stopper, slots, run)
-        with display, _failing_storage(search):
+        with display:
             if evolving:
                 search.broken = evolve(folder, request, plan, study, budget, trainable, slots, run)
                 proposals.trials = len(study.get_trials(deepcopy=False))
             if not (evolving and budget.is_over):
                 tuner.fit()
     if search.broken is not None:
-        raise UserError(
-            f"the sweep stopped: {search.broken}. Nothing finished is lost; once that is mended: "
-            f"brainsweep resume {_short(folder.path)}"
-        )
+        raise _stopped(folder, search.broken)
     return _conclude(folder, request, study, cohort, splits, budget, console)
 
 
@@ -239,12 +245,22 @@ def make_tuner(
 
 
 @contextlib.contextmanager
-def _failing_storage(search: StudySearch) -> Iterator[None]:
-    """Tune writes files of its own: a full disk that it meets first stops the sweep as one that we meet."""
+def _resumable(folder: RunFolder) -> Iterator[None]:
+    """Tune, pandas and others write files, too: a disk that is full for them stops the sweep as it does for us."""
     try:
         yield
-    except OSError as error:
-        search.broken = search.broken or f"{error.strerror or error}"
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _stopped(folder, cause.strerror) from error
+
+
+def _stopped(folder: RunFolder, reason: str | None) -> UserError:
+    return UserError(
+        f"the sweep stopped: {reason}. Nothing finished is lost; once that is mended: "
+        f"brainsweep resume {_short(folder.path)}"
+    )
 
 
 def _count_devices(budget: Budget, workers: Workers, folder: RunFolder, study: optuna.Study) -> None:
