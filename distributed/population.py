@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
+from sklearn.exceptions import ConvergenceWarning
 
 from core.errors import UserError
 from core.objectives import COST
@@ -28,6 +30,7 @@ from core.report.record import reported
 from core.volumes.shards import replacing, writing_to
 from distributed.budget import Budget
 from distributed.population_methods import (
+    CLOCK,
     POPULATIONS,
     Method,
     Range,
@@ -41,7 +44,6 @@ from distributed.trial import CHECKPOINT, kept_checkpoint
 
 MEMBER_VALUE = "member_value"
 """The user attribute with a member's last value, where it trained to the end."""
-QUARTER = 0.25
 TIME = "epochs"
 
 
@@ -86,19 +88,14 @@ class Population(TrialScheduler):
         self.members: dict[str, Member] = {}
         self.ended: set[str] = set()
         self.names: dict[str, str] = {}
-        self.boundary = 0
-        """The epoch of the last exchange."""
+        self.boundary = self.entered = 0
+        """The epoch of the last exchange, and of the one that this session began from."""
         self.broken: str | None = None
 
     def enter(self, members: dict[str, Member], boundary: int) -> None:
         """Take `members` as they stood at the exchange after epoch `boundary`."""
-        self.members, self.boundary = members, boundary
-        common = {
-            "time_attr": TIME, "metric": METRIC, "mode": "min", "perturbation_interval": self.interval,
-            "burn_in_period": boundary + self.interval, "quantile_fraction": QUARTER, "log_config": False,
-            "synch": True,
-        }  # fmt: skip
-        self.exchange = self.method.make(self.ranges, common)
+        self.members, self.boundary, self.entered = members, boundary, boundary
+        self.exchange = self.method.scheduler(self.ranges, self.interval)
         self._record()
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -160,7 +157,12 @@ class Population(TrialScheduler):
         # Ray draws from the global generators, all at once in an exchange: so it draws alike in a resumed run.
         random.seed(f"{self.seed} {self.boundary}")
         np.random.seed([self.seed, self.boundary])
-        decision = self.exchange.on_trial_result(tune_controller, trial, result)
+        clocked = result | {CLOCK: result[TIME] - self.entered}
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # of PB2's Gaussian process, at the ends of its bounds
+            decision = self.exchange.on_trial_result(tune_controller, trial, clocked)
         live = [member for name, member in self.members.items() if name not in self.ended]
         due = self.boundary + self.interval
         if all(member.epochs >= due for member in live):

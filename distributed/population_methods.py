@@ -3,7 +3,7 @@
 Ray's PopulationBasedTraining (Jaderberg et al., arXiv 1711.09846) and PB2 (Parker-Holder et al., arXiv 2002.02518),
 both synchronous: every `interval` epochs all members are compared at the same epoch of the same cell, and the worst
 quarter goes on from the checkpoints of the best quarter, with settings changed by chance (pbt) or by a Gaussian
-process (pb2). What becomes of their proposals is in `population.py`.
+process (pb2, which learns anew where a population is resumed). What becomes of their proposals is in `population.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ray.tune.schedulers.pb2 import PB2
 from core.config import Settings, merge
 from core.errors import UserError
 from core.schedules import then
+from distributed.schedulers import METRIC
 from search_spaces.points import Profile
 
 CHANGEABLE = (
@@ -31,8 +32,11 @@ CHANGEABLE = (
     "objective.neighbours.end",
 )
 """The settings that act on a model already in training, and that may be piecewise schedules."""
+CLOCK = "epochs_since_entering"
+"""Ray's time: epochs since the exchange that the population was continued from, else since its beginning."""
 FEWEST_MEMBERS = 4
 EXCHANGES = 8
+QUARTER = 0.25
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,17 @@ class Method:
 
     make: Callable[[Sequence[Range], dict[str, Any]], PopulationBasedTraining]
     by_place: bool
+
+    def scheduler(self, ranges: Sequence[Range], interval: int) -> PopulationBasedTraining:
+        """Ray's scheduler, which exchanges whenever all members are `interval` epochs of `CLOCK` further.
+
+        PB2 has no burn-in period, so a population that is continued starts the clock anew instead.
+        """
+        common = {
+            "time_attr": CLOCK, "metric": METRIC, "mode": "min", "perturbation_interval": interval,
+            "quantile_fraction": QUARTER, "log_config": False, "synch": True,
+        }  # fmt: skip
+        return self.make(ranges, common)
 
     def seen(self, one: Range, value: float) -> float:
         """`value` as the method sees it."""

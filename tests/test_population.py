@@ -146,15 +146,8 @@ class StandIn:
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_what_a_method_proposes_lies_inside_the_space(name):
     method = POPULATIONS[name]
-    common = {
-        "time_attr": "epochs",
-        "metric": "value",
-        "mode": "min",
-        "perturbation_interval": 1,
-        "synch": True,
-    }
     ranges = [RATE, Range("objective.temperature", 0.03, 0.5, log=True)]
-    exchange = method.make(ranges, common)
+    exchange = method.scheduler(ranges, 1)
     generator = np.random.default_rng(0)
     random.seed(0)
     members = []
