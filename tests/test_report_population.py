@@ -161,10 +161,21 @@ def test_the_schedule_is_drawn_in_steps_that_change_where_it_did(record: RunReco
     drawn = {}
     for axes in figure.axes:
         (patch,) = (each for each in axes.patches if isinstance(each, StepPatch))
-        drawn[axes.get_title(loc="left")] = (list(patch.get_data().values), list(patch.get_data().edges))
-    assert drawn["temperature"] == ([0.1, 0.07, 0.05], [0, 2, 4, EPOCHS])
-    assert drawn["learning rate"] == ([1e-3, 5e-4], [0, 4, EPOCHS])
-    assert drawn["kernel width (years): constant 2"] == ([2.0], [0, EPOCHS])
+        assert list(patch.get_data().edges) == list(range(EPOCHS + 1))
+        drawn[axes.get_title(loc="left")] = list(patch.get_data().values)
+    assert drawn["temperature"] == [0.1, 0.1, 0.07, 0.07, 0.05, 0.05]
+    assert drawn["learning rate"] == [1e-3] * 4 + [5e-4] * 2
+    assert drawn["kernel width (years): constant 2"] == [2.0] * EPOCHS
+
+
+def test_a_shape_of_its_own_is_drawn_beside_what_the_population_changed() -> None:
+    objective = {"temperature": {"shape": "linear", "start": 0.5, "end": 0.1}}
+    rate = {"shape": "piecewise", "values": [1e-5, 1e-2], "until": [0.5]}
+    settings = {"training": {"epochs": 4}, "objective": objective, "optimiser": {"learning_rate": rate}}
+    found = FoundSchedule(1, 0, settings, [])
+    assert found.every_epoch("objective.temperature") == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert found.every_epoch("optimiser.learning_rate") == [1e-5, 1e-5, 1e-2, 1e-2]
+    assert found.every_epoch("objective.width") == []
 
 
 def test_the_page_of_a_population_has_its_section_and_says_what_was_found(record: RunRecord) -> None:

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 
 from core.report.describe import describe, is_absent, number
 from core.report.record import RunRecord
+from core.schedules import as_schedule, with_epochs
 
 MEMBER = "member of the population"
 """The label of a member's trial."""
@@ -55,6 +56,14 @@ class FoundSchedule:
     def course(self, name: str) -> Course:
         """What the setting `name` was from which epoch on; empty where it is absent or follows a shape of its own."""
         return _course(_at(self.settings, name), self.epochs)
+
+    def every_epoch(self, name: str) -> list[float]:
+        """What the setting `name` was in epoch 1, 2, …; of its own shape where it has one, empty where it is absent."""
+        value = _at(self.settings, name)
+        if not isinstance(value, int | float | Mapping):
+            return []
+        schedule = with_epochs(as_schedule(value, name), self.epochs)
+        return [schedule(epoch / self.epochs) for epoch in range(1, self.epochs + 1)]
 
     @property
     def courses(self) -> dict[str, Course]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from optuna.trial import FrozenTrial
 
 from core.report.describe import number
 from core.report.population import (
     EXCHANGED,
     FOLLOWED,
-    Course,
     FoundSchedule,
     exchange_table,
     found_in_words,
@@ -77,16 +77,14 @@ def steps(record: RunRecord) -> Figure:
     found = found_schedule(record)
     if found is None:
         raise NothingToDraw("no schedule was found: no member trained to the end, or the study is absent")
-    courses = dict(
-        sorted(found.courses.items(), key=lambda item: len(item[1]) == 1)
-    )  # what changed comes first
-    if not courses:
+    drawn = {name: values for name in FOLLOWED if (values := found.every_epoch(name))}
+    if not drawn:
         raise NothingToDraw("the schedule found has none of the settings that a population changes")
-    rows = (len(courses) + 1) // 2
+    rows = (len(drawn) + 1) // 2
     figure, grid = new_figure(0.5 + 1.7 * rows, nrows=rows, ncols=2, squeeze=False)
-    for axes, (name, course) in zip(grid.flat, courses.items(), strict=False):
-        _draw_course(axes, name, course, found.epochs)
-    for axes in grid.flat[len(courses) :]:
+    for axes, (name, values) in zip(grid.flat, drawn.items(), strict=False):
+        _draw_steps(axes, FOLLOWED[name] + UNITS.get(name, ""), values)
+    for axes in grid.flat[len(drawn) :]:
         axes.remove()
     figure.supxlabel("epochs done", fontsize=10)
     return figure
@@ -133,7 +131,9 @@ def _draw_exchange(axes: Axes, epoch: int, given_up_and_taken: tuple[float, floa
         "shrinkB": 0, "mutation_scale": 8,
     }  # fmt: skip
     given_up, taken = given_up_and_taken
-    axes.annotate("", (epoch, taken), (epoch, given_up), arrowprops=look, annotation_clip=True, zorder=5)
+    arrow = axes.annotate("", (epoch, taken), (epoch, given_up), arrowprops=look, zorder=5)
+    if arrow.arrow_patch is not None:  # what was given up may lie above the axes
+        arrow.arrow_patch.set_clip_path(axes.patch)
 
 
 def _keep_scale(axes: Axes, values: Values, first_exchange: float) -> None:
@@ -157,15 +157,16 @@ def _name_ends(axes: Axes, values: Values) -> None:
     axes.set_xlim(right=1.05 * last + 0.2)
 
 
-def _draw_course(axes: Axes, name: str, course: Course, epochs: int) -> None:
-    begins, values = zip(*course, strict=True)
-    edges = [*(begin - 1 for begin in begins), epochs]
-    axes.stairs(values, edges, baseline=None, color=ACCENT, lw=1.8)
-    title = FOLLOWED[name] + UNITS.get(name, "")
-    if len(course) == 1:
+def _draw_steps(axes: Axes, title: str, values: Sequence[float]) -> None:
+    """A step per epoch, from epochs done before it to epochs done after it."""
+    epochs = len(values)
+    axes.stairs(values, range(epochs + 1), baseline=None, color=ACCENT, lw=1.8)
+    if min(values) == max(values):
         title = f"{title}: constant {number(values[0])}"
     if min(values) > 0 and max(values) > WIDE_RANGE * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: number(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(min(0, *values), 1.15 * max(values) if max(values) > 0 else None)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
