@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
 import tempfile
@@ -95,10 +96,11 @@ class TimedSampler(BaseSampler):
 
 
 class Watch(tune.Callback):
-    """Keeps of every result when it reached the driver, what it said, and how large the driver was."""
+    """Keeps of every result when it reached the driver, when it was trained, and how the driver was then."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
+        self.processor: list[float] = []
         self.resident: list[int] = []
         self.spans: list[tuple[float, float]] = []
         self.process = psutil.Process()
@@ -112,6 +114,7 @@ class Watch(tune.Callback):
     ) -> None:
         """An epoch ended."""
         self.at.append(time.perf_counter())
+        self.processor.append(time.process_time())
         self.resident.append(self.process.memory_info().rss)
         self.spans.append((result["first_step_at"], result.get("ended_at", result["first_step_at"])))
 
@@ -124,6 +127,8 @@ class Measured:
     """Seconds since the result before; the first one's is that of bringing up, and left out."""
     sampling: list[float]
     """Seconds of the sampler for each of the same trials."""
+    processor: list[float]
+    """Seconds of the driver's own processor time meanwhile, the sampler's included."""
     resident: list[int]
     """Bytes of the driver at every result."""
 
@@ -174,14 +179,30 @@ def run_dummies(folder: Path, sampler: str, trials: int) -> Measured:
     watch, _ = run_search(folder, search, trainable, epochs=1)
     if len(watch.at) != trials:
         raise RuntimeError(f"{len(watch.at)} of {trials} dummy trials came back")
-    intervals = [after - before for before, after in zip(watch.at, watch.at[1:], strict=False)]
     sampler_of_study: TimedSampler = search.proposals.study.sampler  # type: ignore[assignment]
     sampling = [sampler_of_study.seconds[number] for number in range(1, trials)]
-    return Measured(intervals, sampling, watch.resident)
+    return Measured(_steps(watch.at), sampling, _steps(watch.processor), watch.resident)
 
 
-def utilisation(folder: Path, sampler: str, slots: int, rounds: int, epochs: int, seconds: float) -> float:
-    """Share of the slots' time, from the first step to the last, that was slept through.
+def _steps(values: list[float]) -> list[float]:
+    """From each value to the next."""
+    return [after - before for before, after in itertools.pairwise(values)]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How many slots at a time were served, from the first step of all to the last."""
+
+    used: float
+    """Share of the slots' time that was slept through: trained, were they real."""
+    per_result: float
+    """Seconds of the driver's processor per result, proposals included."""
+    busy: float
+    """Share of the time that the driver kept a processor busy."""
+
+
+def grow(folder: Path, sampler: str, slots: int, rounds: int, epochs: int, seconds: float) -> Growth:
+    """Serve simulated slots.
 
     Args:
         folder: where study and logs go.
@@ -199,7 +220,10 @@ def utilisation(folder: Path, sampler: str, slots: int, rounds: int, epochs: int
     if len(watch.spans) != slots * rounds * epochs:
         raise RuntimeError(f"{len(watch.spans)} of {slots * rounds * epochs} epochs came back")
     lasted = max(end for _, end in watch.spans) - min(start for start, _ in watch.spans)
-    return len(watch.spans) * seconds / (slots * lasted)
+    processor = watch.processor[-1] - watch.processor[0]
+    return Growth(
+        len(watch.spans) * seconds / (slots * lasted), processor / len(watch.spans), processor / lasted
+    )
 
 
 def cost_table(measured: dict[str, Measured]) -> Table:
@@ -213,7 +237,10 @@ def cost_table(measured: dict[str, Measured]) -> Table:
     )  # fmt: skip
     for name, cost in measured.items():
         memory = [f"{cost.resident[place - 1] / 1e6:.0f}" for place in places]
-        for part, seconds in (("engine", cost.engine), ("sampler", cost.sampling), ("both", cost.results)):
+        parts = {
+            "engine": cost.engine, "sampler": cost.sampling, "both": cost.results, "both, processor": cost.processor,
+        }  # fmt: skip
+        for part, seconds in parts.items():
             first, last = statistics.mean(seconds[:some]), statistics.mean(seconds[-some:])
             table.add_row(
                 name, part, f"{1e3 * first:.1f}", f"{1e3 * last:.1f}", f"{last / first:.2f}",
@@ -246,7 +273,7 @@ def main() -> None:
                 )
             )
         for name in asked.samplers if asked.slots else ():
-            share = utilisation(
+            growth = grow(
                 Path(temporary) / f"slots-{name}",
                 name,
                 asked.slots,
@@ -256,7 +283,8 @@ def main() -> None:
             )
             console.print(
                 f"{name}: {asked.slots} simulated slots, {asked.rounds} trials each of {asked.epochs} epochs of "
-                f"{asked.seconds:g} s: used {share:.1%} of the time from the first step to the last",
+                f"{asked.seconds:g} s: used {growth.used:.1%} of the time from the first step to the last; "
+                f"the driver took {1e3 * growth.per_result:.1f} ms of processor per result, {growth.busy:.0%} of one",
                 highlight=False,
             )
 
