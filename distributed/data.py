@@ -66,7 +66,7 @@ def hold(cohort: Cohort, mode: Mode = "auto") -> Volumes:
 def choose_mode(cohort: Cohort, room: float) -> Mode:
     """Resident where `room` bytes are enough. Else direct for plain local shards, streaming for all others.
 
-    A plain shard is read at the speed of memory, two to five times as fast as a stream can hand it over
+    A plain shard is read at the speed of memory, about twice as fast as a stream can hand it over
     (`benchmarks.data`). Shards that have to be unpacked or fetched first are worth the processes of a stream.
     """
     if bytes_of_a_volume(cohort) * len(cohort) <= room:
