@@ -17,14 +17,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_of_two_cores():
+    others = psutil.Process().children(recursive=True)  # such as the helper of an earlier test's processes
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20,
         log_to_driver=False, logging_level="ERROR",
     )  # fmt: skip
-    children = psutil.Process().children(recursive=True)
+    started = set(psutil.Process().children(recursive=True)) - set(others)
     yield
     ray.shutdown()
-    _, alive = psutil.wait_procs(children, timeout=240)
+    _, alive = psutil.wait_procs(started, timeout=240)
     assert not alive
 
 

@@ -120,8 +120,11 @@ def nan() -> np.ndarray:
 class Evil:
     """What a pickle can do."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/brainsweep-was-here"),))
+        return (Path.touch, (self.path,))
 
 
 BAD_ARRAYS = {
@@ -131,7 +134,7 @@ BAD_ARRAYS = {
     "row 0 is constant: every voxel is 3": lambda path: np.save(path, np.full((1, *SHAPE), 3)),
     r"row 0 has shape \(8, 9\)": lambda path: np.save(path, marked("f4")[:1]),
     r"row 0 has shape \(2, 7, 8, 9\)": lambda path: np.save(path, np.ones((1, 2, *SHAPE))),
-    "pickled Python objects": lambda path: np.save(path, np.array([Evil()], dtype=object), allow_pickle=True),
+    "pickled Python objects": lambda path: plant(path),
     "holds complex128 values": lambda path: np.save(path, np.ones((1, *SHAPE), complex)),
     "holds <U1 values": lambda path: np.save(path, np.full((1, *SHAPE), "a")),
     "holds .* values; integer or floating": lambda path: np.save(path, np.zeros((1, *SHAPE), [("a", "f4")])),
@@ -143,6 +146,10 @@ BAD_ARRAYS = {
     "does not exist": lambda path: None,
     "is not a file": lambda path: path.mkdir(),
 }
+
+
+def plant(path: Path) -> None:
+    np.save(path, np.array([Evil(path.with_name("was-here"))], dtype=object), allow_pickle=True)
 
 
 def cut(path: Path, count: int) -> None:
@@ -157,7 +164,7 @@ def test_bad_arrays_name_themselves(tmp_path, reason):
         read_image(ImageFile(path, 0, rows_of(np.eye(4))))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not Path("/tmp/brainsweep-was-here").exists()
+    assert not (tmp_path / "was-here").exists()
 
 
 def test_rows_and_affines_that_are_not_there(tmp_path):
