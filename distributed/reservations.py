@@ -54,6 +54,12 @@ def release_left(folder: Path) -> int:
     return released
 
 
+def somebody_waits() -> bool:
+    """Whether any placement group of this cluster, of this sweep or another's, waits for CPUs or GPUs."""
+    groups = placement_group_table().values()
+    return any(group["state"] in ("PENDING", "RESCHEDULING") for group in groups)
+
+
 def _lives(held_by: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(held_by["process"])

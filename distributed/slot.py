@@ -7,6 +7,9 @@ The documented nesting starts a driver, a controller, a worker group and a proce
 seconds, for trials that ASHA may stop after one epoch. A slot pays that once. Checkpoints are files in the
 trial's own folder, written by rank 0, so a restarted worker, slot or sweep finds them by the trial's name
 and nothing has to travel through `ray.train.report` (which blocks for one controller poll).
+
+A slot without a trial gives its workers up as soon as somebody waits for such. Else two sweeps that got half a
+cluster each would wait for ever, each with one slot that has nothing left to do and one that never began.
 """
 
 from __future__ import annotations
@@ -27,12 +30,14 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.mailbox import Answer, Mailbox
-from distributed.reservations import holder, record, release_left
+from distributed.reservations import holder, record, release_left, somebody_waits
 
 WORKER_START_TIMEOUT_S = "900"  # autoscaled GPU nodes take minutes; Train's default gives up after 60 s
 WORKER_RESTARTS = 2
 GROUP_RESTARTS = 1
 POLL_S = 1.0
+IDLE_S = 5.0
+"""After so long without a trial a slot looks whether somebody waits for its workers."""
 
 
 @dataclass(frozen=True)
@@ -164,20 +169,45 @@ class Slot(tune.Trainable):
     ) -> None:
         """Start the workers; Tune calls this once per slot."""
         self.make_group = lambda: WorkerGroup(workers, make_runner, arguments, storage)
-        self.group = self.make_group()
-        self.group.start()
+        self.group: WorkerGroup | None = None
+        self.in_use, self.closed = threading.Lock(), threading.Event()
+        self.idle_since = math.inf
+        self._begin_group()
+        threading.Thread(target=self._give_way, name="slot-idle", daemon=True).start()
 
     def step(self) -> Answer:
         """One epoch. A group that Train gave up is replaced; a trial that ends that one too has failed."""
-        for _ in range(GROUP_RESTARTS + 1):
+        with self.in_use:
             try:
-                return self.group.run(self.config["assignment"])
+                return self._step()
+            finally:
+                self.idle_since = time.monotonic()
+
+    def _step(self) -> Answer:
+        for _ in range(GROUP_RESTARTS + 1):
+            group = self.group or self._begin_group()
+            try:
+                return group.run(self.config["assignment"])
             except WorkersEndedError as ended:
                 reason = str(ended)
-                self.group.stop()
-                self.group = self.make_group()
-                self.group.start()
+                group.stop()
+                self.group = None
         return {"value": math.nan, "failed": f"its workers ended: {reason}", "finished": False, "done": True}
+
+    def _begin_group(self) -> WorkerGroup:
+        self.group = self.make_group()
+        self.group.start()
+        return self.group
+
+    def _give_way(self) -> None:
+        """End the workers of a slot that has had no trial for a while, if others wait; the next trial brings them
+        back."""
+        while not self.closed.wait(IDLE_S):
+            with self.in_use:
+                is_idle = time.monotonic() - self.idle_since > IDLE_S
+                if self.group is not None and is_idle and somebody_waits():
+                    self.group.stop()
+                    self.group = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial: the workers learn of it with the next order."""
@@ -194,7 +224,10 @@ class Slot(tune.Trainable):
 
     def cleanup(self) -> None:
         """Close the slot."""
-        self.group.stop()
+        self.closed.set()
+        with self.in_use:
+            if self.group is not None:
+                self.group.stop()
 
 
 def _reason(failure: BaseException | None) -> str:

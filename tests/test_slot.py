@@ -13,7 +13,7 @@ from rich.console import Console
 from distributed.cluster import connect
 from distributed.slot import Slot, WorkerGroup, Workers
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def make_counter(folder):
@@ -60,6 +60,24 @@ def test_a_killed_worker_comes_back_and_is_given_the_same_order(group, tmp_path)
     workers = (tmp_path / "b").read_text().split()
     assert len(set(workers)) == 2
     assert (tmp_path / "a").read_text().split() == [workers[0]]  # one worker served both trials before that
+
+
+def test_two_slots_where_one_fits_take_turns(cluster, tmp_path):
+    """Each holds all CPUs as long as it has a trial, and gives them up when it has none."""
+    trainable = tune.with_parameters(
+        Slot,
+        workers=Workers(cpus=ray.cluster_resources()["CPU"]),
+        make_runner=make_counter,
+        arguments={"folder": str(tmp_path)},
+        storage=str(tmp_path),
+    )
+    slot = ray.remote(num_cpus=0)(trainable)
+    first = slot.remote({"assignment": {"name": "a"}})
+    assert ray.get(first.train.remote(), timeout=100)["epochs"] == 1
+    second = slot.remote({"assignment": {"name": "b"}})
+    assert ray.get(second.train.remote(), timeout=100)["epochs"] == 1
+    assert ray.get(first.train.remote(), timeout=100)["epochs"] == 2
+    ray.get([first.stop.remote(), second.stop.remote()], timeout=100)
 
 
 def test_a_slot_answers_for_a_trial_that_always_kills_it_and_serves_the_next(cluster, tmp_path):
