@@ -39,7 +39,7 @@ from distributed.budget import Budget
 from distributed.cluster import connect
 from distributed.schedulers import make_scheduler
 from distributed.search import Judgement, Proposals, StudySearch
-from distributed.slot import Slot, Workers
+from distributed.slot import Slot, Workers, pack
 from distributed.study import open_study
 from distributed.sweep import make_tuner, run_options
 from distributed.trial import assign
@@ -174,7 +174,7 @@ def run_dummies(folder: Path, sampler: str, trials: int) -> Measured:
     """`trials` one-epoch trials without training, one after another in one real slot."""
     search = search_for(folder, sampler, trials)
     trainable = tune.with_parameters(
-        Slot, workers=Workers(), make_runner=make_runner, arguments={}, storage=str(folder / "tune")
+        Slot, workers=Workers(), runner=pack(make_runner), storage=str(folder / "tune")
     )
     watch, _ = run_search(folder, search, trainable, epochs=1)
     if len(watch.at) != trials:

@@ -33,7 +33,7 @@ from benchmarks.dummy_trials import answer
 from benchmarks.engine import run_search, search_for
 from core.models import build
 from distributed.cluster import connect
-from distributed.slot import Slot, Workers
+from distributed.slot import Slot, Workers, pack
 from distributed.sweep import DRIVER_RESOURCES
 
 SLOT, NESTED = "slot", "TorchTrainer per trial"
@@ -94,8 +94,7 @@ def run_in_slot(folder: Path, log: Path, trials: int) -> None:
     trainable = tune.with_parameters(
         Slot,
         workers=Workers(),
-        make_runner=make_runner,
-        arguments={"log": str(log)},
+        runner=pack(make_runner, log=str(log)),
         storage=str(folder / "tune"),
     )
     run_search(folder, search_for(folder, "tpe", trials), trainable, epochs=1)

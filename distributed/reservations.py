@@ -2,13 +2,15 @@
 
 Ray Train reserves the workers of a slot as a placement group. When the slot's process is killed, its controller and
 its workers end with it, but Ray keeps the group for as long as the job lives, and the next slot waits for ever for
-what nobody uses. Train starts an actor against that (PlacementGroupCleaner, ray-project/ray#58515), which asks the
-dashboard's State API and does nothing where that does not answer, as in a Ray without a dashboard (2.60). So every
-group is recorded in the run's folder with the process it belongs to.
+what nobody uses. So it is when the machine runs out of memory: Ray ends several processes at once, among them one
+that the controller needs for giving back what it holds. Train starts an actor against that (PlacementGroupCleaner,
+ray-project/ray#58515), which asks the dashboard's State API and does nothing where that does not answer, as in a Ray
+without a dashboard (2.60). So every group is recorded in the run's folder with the process it belongs to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -24,10 +26,11 @@ from ray.util.placement_group import (
 )
 
 
-def holder() -> dict[str, Any]:
-    """This process, as nobody else is called: process id, time of its start, Ray's name of the node."""
+def holder(group: str) -> dict[str, Any]:
+    """This process, as nobody else is called (process id, time of its start, Ray's name of the node), and a name of
+    its worker group among those that it may have one after another."""
     node = ray.get_runtime_context().get_node_id()
-    return {"process": os.getpid(), "began": psutil.Process().create_time(), "node": node}
+    return {"process": os.getpid(), "began": psutil.Process().create_time(), "node": node, "group": group}
 
 
 def record(folder: Path, held_by: dict[str, Any]) -> None:
@@ -48,10 +51,23 @@ def release_left(folder: Path) -> int:
         if known and (held_by["node"] != here or _lives(held_by)):
             continue
         if known:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(file.stem))))
+            _remove(file)
             released += 1
         file.unlink(missing_ok=True)
     return released
+
+
+def release(folder: Path, held_by: dict[str, Any]) -> None:
+    """Remove what `held_by` has reserved, should it still be: its workers have ended."""
+    for file in folder.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):  # another slot has just dealt with it
+            if json.loads(file.read_text()) == held_by:
+                _remove(file)
+                file.unlink()
+
+
+def _remove(file: Path) -> None:
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(file.stem))))
 
 
 def somebody_waits() -> bool:

@@ -30,7 +30,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.mailbox import Answer, Mailbox
-from distributed.reservations import holder, record, release_left, somebody_waits
+from distributed.reservations import holder, record, release, release_left, somebody_waits
 
 WORKER_START_TIMEOUT_S = "900"  # autoscaled GPU nodes take minutes; Train's default gives up after 60 s
 WORKER_RESTARTS = 2
@@ -57,16 +57,35 @@ class Workers:
         )
 
 
+@dataclass(frozen=True)
+class PackedRunner:
+    """How the workers of a slot make their runner, unpacked by nobody else (see `pack`)."""
+
+    contents: ray.ObjectRef
+
+    def unpack(self) -> Callable[[dict[str, Any]], Answer]:
+        """The runner, made anew."""
+        make_runner, arguments = ray.get(self.contents)
+        return make_runner(**arguments)
+
+
+def pack(make_runner: Callable[..., Callable[[dict[str, Any]], Answer]], **arguments: Any) -> PackedRunner:
+    """`make_runner(**arguments) -> Callable[[assignment], Answer]`, to be called once in every worker.
+
+    What it makes holds what outlives a trial. In the object store it is bytes: the slot and Train's controller pass
+    it on without importing what it needs (networks, losses, MONAI: seconds in each of them).
+    """
+    return PackedRunner(ray.put((make_runner, arguments)))
+
+
 def worker_loop(config: dict[str, Any]) -> None:
     """What every worker of a slot runs: fetch an order, run one epoch, answer; until the slot closes.
 
     Args:
-        config: `mailbox` (the actor), `make_runner` (a function `(**arguments) -> Callable[[assignment], Answer]`
-            made once per worker: it holds what outlives a trial) and its `arguments`; `reserved` and `held_by`
-            (see `reservations.record`).
+        config: `mailbox` (the actor), `runner` (see `pack`), `reserved` and `held_by` (see `reservations.record`).
     """
     mailbox = config["mailbox"]
-    run_epoch: Callable[[dict[str, Any]], Answer] = config["make_runner"](**config["arguments"])
+    run_epoch = config["runner"].unpack()
     rank = train.get_context().get_world_rank()
     if rank == 0:
         record(Path(config["reserved"]), config["held_by"])
@@ -91,12 +110,12 @@ class WorkerGroup:
     """A TorchTrainer running `worker_loop` in a thread, and the mailbox that feeds it."""
 
     workers: Workers
-    make_runner: Callable[..., Callable[[dict[str, Any]], Answer]]
-    arguments: dict[str, Any]
+    runner: PackedRunner
     storage: str
     mailbox: Any = None
     failure: BaseException | None = None
     reserved: Path = field(init=False)
+    held_by: dict[str, Any] = field(init=False)
     thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
@@ -104,6 +123,7 @@ class WorkerGroup:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_TIMEOUT_S)
         self.reserved = Path(self.storage) / "reserved"
         release_left(self.reserved)
+        self.held_by = holder(f"slot-{os.getpid()}-{time.time_ns()}")
         # beside the slot: on another node it would be lost with that node, and the slot's trial begin its epoch again
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -128,6 +148,7 @@ class WorkerGroup:
         with contextlib.suppress(ray.exceptions.RayActorError):  # without a mailbox they go by themselves
             ray.get(self.mailbox.close.remote())
         self.thread.join(timeout=60)
+        release(self.reserved, self.held_by)
 
     def _fit(self) -> None:
         trainer = TorchTrainer(
@@ -135,14 +156,13 @@ class WorkerGroup:
             train_loop_config={
                 "mailbox": self.mailbox,
                 "reserved": str(self.reserved),
-                "held_by": holder(),
-                "make_runner": self.make_runner,
-                "arguments": self.arguments,
+                "held_by": self.held_by,
+                "runner": self.runner,
             },
             scaling_config=self.workers.scaling,
             run_config=train.RunConfig(
                 storage_path=self.storage,
-                name=f"slot-{os.getpid()}-{int(time.time())}",
+                name=self.held_by["group"],
                 failure_config=train.FailureConfig(max_failures=WORKER_RESTARTS),
             ),
         )
@@ -155,20 +175,19 @@ class WorkerGroup:
 class Slot(tune.Trainable):
     """Tune's face of a worker group: one `step` is one epoch of the trial the slot currently holds.
 
-    Made with `tune.with_parameters(Slot, workers=…, make_runner=…, arguments=…, storage=…)` and
-    `reuse_actors=True`. The workers receive the trial's `config["assignment"]`.
+    Made with `tune.with_parameters(Slot, workers=…, runner=pack(…), storage=…)` and `reuse_actors=True`. The workers
+    receive the trial's `config["assignment"]`.
     """
 
     def setup(  # type: ignore[override]
         self,
         config: dict[str, Any],
         workers: Workers,
-        make_runner: Any,
-        arguments: dict[str, Any],
+        runner: PackedRunner,
         storage: str,
     ) -> None:
         """Start the workers; Tune calls this once per slot."""
-        self.make_group = lambda: WorkerGroup(workers, make_runner, arguments, storage)
+        self.make_group = lambda: WorkerGroup(workers, runner, storage)
         self.group: WorkerGroup | None = None
         self.in_use, self.closed = threading.Lock(), threading.Event()
         self.idle_since = math.inf

@@ -37,7 +37,7 @@ from distributed.run_folder import RunFolder
 from distributed.samplers import GRID, grid_points, sampler_note
 from distributed.schedulers import Wilcoxon, make_scheduler, pruner_threshold, replay
 from distributed.search import Judgement, Proposals, StudySearch, trial_name
-from distributed.slot import Slot, Workers
+from distributed.slot import Slot, Workers, pack
 from distributed.study import (
     ENQUEUED,
     PUBLISHED,
@@ -188,12 +188,11 @@ def _execute(
         best = best_trial(study)
         display.count_earlier(len(finished), (best.values[0], trial_name(best.number)) if best else None)
         volumes = hold(cohort, request.data_mode)
-        arguments = {"subjects": Subjects.of(cohort, splits, volumes, AccessRecord(folder.access))}
+        subjects = Subjects.of(cohort, splits, volumes, AccessRecord(folder.access))
         trainable = tune.with_parameters(
             Slot,
             workers=workers,
-            make_runner=make_runner,
-            arguments=arguments,
+            runner=pack(make_runner, subjects=subjects),
             storage=str(folder.path / "tune"),
         )
         run = run_options(

@@ -19,7 +19,7 @@ from distributed import run_folder
 from distributed.cluster import connect, plan_slots
 from distributed.data import Mode, hold
 from distributed.run_folder import RunFolder
-from distributed.slot import WorkerGroup
+from distributed.slot import WorkerGroup, pack
 from distributed.sources import InMemory
 from distributed.train_loop import Subjects
 from distributed.trial import Runner, assign, make_runner
@@ -104,8 +104,8 @@ def _run_on_ray(
 ) -> dict[str, Any]:  # fmt: skip
     with connect(address, console):
         size, _ = plan_slots(slots=1, workers=workers, gpus_per_worker=None, trials=1)
-        arguments = {"subjects": Subjects.of(cohort, splits, hold(cohort, data_mode))}
-        group = WorkerGroup(size, make_runner, arguments, str(folder.path / "tune"))
+        runner = pack(make_runner, subjects=Subjects.of(cohort, splits, hold(cohort, data_mode)))
+        group = WorkerGroup(size, runner, str(folder.path / "tune"))
         group.start()
         try:
             return _run(group.run, assignment, settings, console)

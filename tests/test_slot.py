@@ -11,7 +11,7 @@ from ray import tune
 from rich.console import Console
 
 from distributed.cluster import connect
-from distributed.slot import Slot, WorkerGroup, Workers
+from distributed.slot import Slot, WorkerGroup, Workers, pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -44,7 +44,7 @@ def cluster():
 
 @pytest.fixture
 def group(cluster, tmp_path):
-    started = WorkerGroup(Workers(), make_counter, {"folder": str(tmp_path)}, str(tmp_path / "tune"))
+    started = WorkerGroup(Workers(), pack(make_counter, folder=str(tmp_path)), str(tmp_path / "tune"))
     started.start()
     yield started
     started.stop()
@@ -67,8 +67,7 @@ def test_two_slots_where_one_fits_take_turns(cluster, tmp_path):
     trainable = tune.with_parameters(
         Slot,
         workers=Workers(cpus=ray.cluster_resources()["CPU"]),
-        make_runner=make_counter,
-        arguments={"folder": str(tmp_path)},
+        runner=pack(make_counter, folder=str(tmp_path)),
         storage=str(tmp_path),
     )
     slot = ray.remote(num_cpus=0)(trainable)
@@ -84,8 +83,7 @@ def test_a_slot_answers_for_a_trial_that_always_kills_it_and_serves_the_next(clu
     trainable = tune.with_parameters(
         Slot,
         workers=Workers(),
-        make_runner=make_counter,
-        arguments={"folder": str(tmp_path)},
+        runner=pack(make_counter, folder=str(tmp_path)),
         storage=str(tmp_path),
     )
     slot = trainable({"assignment": {"name": "bad", "raise": True}})

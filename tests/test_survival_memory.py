@@ -19,7 +19,7 @@ from core.volumes.splits import make_splits
 from distributed.cluster import QUIET
 from distributed.data import hold
 from distributed.resident import Resident
-from distributed.slot import Slot, WorkerGroup, Workers
+from distributed.slot import Slot, WorkerGroup, Workers, pack
 from distributed.sources import InMemory
 from distributed.train_loop import Subjects
 from distributed.trial import Runner, assign, make_runner
@@ -73,8 +73,7 @@ def test_a_trial_that_takes_all_memory_is_ended_a_few_times_then_fails_and_the_n
     trainable = tune.with_parameters(
         Slot,
         workers=Workers(),
-        make_runner=make_glutton,
-        arguments={"folder": str(tmp_path)},
+        runner=pack(make_glutton, folder=str(tmp_path)),
         storage=str(tmp_path),
     )
     slot = trainable({"assignment": {"name": "glutton"}})
@@ -104,8 +103,8 @@ def test_an_object_store_that_others_have_filled_costs_time_and_no_trial(local_r
     held = [ray.get(filler) for filler in fillers]  # mapped: they can be neither evicted nor spilled
     volumes = hold(cohort)
     assert isinstance(volumes, Resident)
-    arguments = {"subjects": Subjects.of(cohort, splits, volumes)}
-    group = WorkerGroup(Workers(), make_runner, arguments, str(tmp_path / "tune"))
+    runner = pack(make_runner, subjects=Subjects.of(cohort, splits, volumes))
+    group = WorkerGroup(Workers(), runner, str(tmp_path / "tune"))
     group.start()
     try:
         answer = group.run(assign(tmp_path / "crowded", settings, cells))

@@ -23,7 +23,7 @@ from core.config import merge, resolve
 from core.volumes.splits import make_splits
 from distributed.cluster import connect, plan_slots
 from distributed.data import hold
-from distributed.slot import WorkerGroup
+from distributed.slot import WorkerGroup, pack
 from distributed.train_loop import Subjects
 from distributed.trial import assign, make_runner
 from search_spaces import published
@@ -100,7 +100,7 @@ def test_one_trial_trains_on_two_nodes(cluster, tmp_path):
     with connect(cluster.address, Console(quiet=True)):
         both, slots = plan_slots(1, 2, 0, trials=4)
         assert (both.count, both.cpus, slots) == (2, 1, 1)
-        group = WorkerGroup(both, make_witness, {"folder": str(tmp_path)}, str(tmp_path / "tune"))
+        group = WorkerGroup(both, pack(make_witness, folder=str(tmp_path)), str(tmp_path / "tune"))
         group.start()
         group.run({"name": "both"})
         group.stop()
@@ -109,8 +109,7 @@ def test_one_trial_trains_on_two_nodes(cluster, tmp_path):
         assert [rank["total"] for rank in ranks] == [3.0, 3.0]
 
         subjects = Subjects.of(cohort, make_splits(cohort.manifest, folds=2), hold(cohort))
-        arguments = {"subjects": subjects}
-        group = WorkerGroup(both, make_runner, arguments, str(tmp_path / "tune"))
+        group = WorkerGroup(both, pack(make_runner, subjects=subjects), str(tmp_path / "tune"))
         group.start()
         settings = resolve(merge(published("brain_age"), SMALL)).model_dump(mode="json")
         answers = [group.run(assign(tmp_path / "0000", settings, [{"fold": 0, "seed": 0}])) for _ in range(2)]
