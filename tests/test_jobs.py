@@ -219,6 +219,7 @@ def connected(head, shared, out, *more):
     )  # fmt: skip
 
 
+@pytest.mark.campaign
 def test_what_a_killed_driver_had_reserved_is_free_for_the_next_sweep(head, shared):
     killed = connected(head, shared, "killed", "--slots", 2, "--set", "training.epochs=50")
     assert wait_until((shared / "killed" / "trials" / "0001" / "progress.json").exists, 300)
@@ -231,6 +232,7 @@ def test_what_a_killed_driver_had_reserved_is_free_for_the_next_sweep(head, shar
     assert states(shared / "following") == [TrialState.COMPLETE] * 4
 
 
+@pytest.mark.campaign
 def test_two_sweeps_at_once_that_both_want_the_whole_cluster_both_end(head, shared):
     sweeps = [connected(head, shared, name, "--slots", 2) for name in ("one", "other")]
     for name, started in zip(("one", "other"), sweeps, strict=True):

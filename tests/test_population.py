@@ -1,5 +1,6 @@
 """Populations: their arithmetic by hand, Ray's schedulers driven without Ray, and whole sweeps with a kill."""
 
+import functools
 import itertools
 import json
 import math
@@ -265,21 +266,32 @@ def check_report(folder, found):
     assert "nothing was searched" not in page
 
 
+@pytest.fixture(scope="module")
+def evolved(workplace):
+    """The run of a population of this method, from beginning to end; made once."""
+
+    @functools.cache
+    def evolve(scheduler):
+        mark = f"{scheduler}-{os.getpid()}"
+        done = run(*swept(workplace, scheduler, scheduler), cwd=workplace, mark=mark)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert wait_until(lambda: not marked(mark), 60), marked(mark)
+        return workplace / scheduler
+
+    return evolve
+
+
 @pytest.mark.campaign
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("scheduler", POPULATIONS)
-def test_a_population_finds_a_schedule_and_the_schedule_is_judged_like_any_trial(workplace, scheduler):
-    mark = f"{scheduler}-{os.getpid()}"
-    done = run(*swept(workplace, scheduler, scheduler), cwd=workplace, mark=mark)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    check_whole(workplace / scheduler)
-    assert wait_until(lambda: not marked(mark), 20), marked(mark)
+def test_a_population_finds_a_schedule_and_the_schedule_is_judged_like_any_trial(evolved, scheduler):
+    check_whole(evolved(scheduler))
 
 
 @pytest.mark.campaign
-@pytest.mark.timeout(280)
-def test_a_killed_population_goes_on_from_its_last_exchange(workplace):
+@pytest.mark.timeout(900)
+def test_a_killed_population_goes_on_from_its_last_exchange(workplace, evolved):
     folder, mark = workplace / "killed", f"killed-{os.getpid()}"
     sweep = start(*swept(workplace, "killed"), cwd=workplace, mark=mark)
     state = folder / "population.json"
@@ -288,11 +300,11 @@ def test_a_killed_population_goes_on_from_its_last_exchange(workplace):
         return json.loads(state.read_text())["boundary"] if state.exists() else 0
 
     try:
-        assert wait_until(lambda: boundary() >= 3, 150)
+        assert wait_until(lambda: boundary() >= 3, 400)
     finally:
         sweep.send_signal(signal.SIGKILL)
         sweep.wait()
-    assert wait_until(lambda: not marked(mark), 100), "Ray outlived its driver"
+    assert wait_until(lambda: not marked(mark), 240), "Ray outlived its driver"
     before = [trial.intermediate_values for trial in study_of(folder).get_trials()]
     done = run("resume", "killed", cwd=workplace)
     assert done.returncode == 0, done.stderr
@@ -300,5 +312,5 @@ def test_a_killed_population_goes_on_from_its_last_exchange(workplace):
     for kept, trial in zip(before, trials, strict=False):
         assert kept.items() <= trial.intermediate_values.items()
     values = [trial.user_attrs.get(MEMBER_VALUE) for trial in trials]
-    whole = [trial.user_attrs.get(MEMBER_VALUE) for trial in study_of(workplace / "pbt").get_trials()]
+    whole = [trial.user_attrs.get(MEMBER_VALUE) for trial in study_of(evolved("pbt")).get_trials()]
     assert values == whole  # what a population without the kill came to

@@ -146,7 +146,7 @@ def test_ctrl_c_stops_gracefully_and_leaves_a_resumable_run(workplace):
             (folder / "study.journal").exists()
             and any(trial.state.is_finished() for trial in study_of(folder).get_trials())
         ),
-        120,
+        400,
     )
     sweep.send_signal(signal.SIGINT)
     out, err = sweep.communicate(timeout=300)
