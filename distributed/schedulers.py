@@ -37,9 +37,18 @@ def _asha(epochs: int, cells: int) -> TrialScheduler:
     return ASHAScheduler(TIME, METRIC, "min", max_t=epochs * cells, grace_period=grace, reduction_factor=2)
 
 
+class MedianStopping(MedianStoppingRule):
+    """Ray's rule, which expects `TIME` of the last result of every trial, and raises where there is none."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
+        """What reports no `TIME` is compared with nobody."""
+        if TIME in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
 def _median(epochs: int, cells: int) -> TrialScheduler:
     """Stop what is worse than the median of the others' running means, from half of the first cell on."""
-    return MedianStoppingRule(
+    return MedianStopping(
         TIME,
         METRIC,
         "min",

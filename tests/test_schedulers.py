@@ -87,6 +87,22 @@ def test_what_reports_no_time_is_never_stopped(name):
         assert scheduler.on_trial_result(None, refit, {"epochs": epochs, "value": math.nan}) == "CONTINUE"
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_reported_no_time_is_no_measure_for_others(name):
+    """The published trial is the first to end; those after it are judged as if it had not been there."""
+    curves = np.random.default_rng(1).uniform(5, 15, (12, 8))
+    alone, after = (make_scheduler(name, epochs=4, cells=2) for _ in range(2))
+    published = Trial(0)
+    after.on_trial_add(None, published)
+    after.on_trial_result(None, published, {METRIC: 1.0})
+    after.on_trial_complete(None, published, {METRIC: 1.0})
+    decided = [
+        [run(scheduler, number, curve) for number, curve in enumerate(curves, 1)]
+        for scheduler in (alone, after)
+    ]
+    assert decided[0] == decided[1]
+
+
 def test_hyperband_gives_every_bracket_the_same_number_of_epochs():
     """Li et al. 2018: every bracket has the same budget when all its trials are halved as planned."""
     scheduler = Hyperband(epochs=4, cells=27)  # 108 epochs, the first comparison after 1
