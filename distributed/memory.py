@@ -1,8 +1,11 @@
-"""Telling that memory ran out from what torch and numpy raise then."""
+"""Memory: telling that it ran out from what torch and numpy raise then, and what a long search lets go."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from ray import tune
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"
 """Torch has no exception of its own for the memory of the host: it names this in a RuntimeError."""
@@ -16,3 +19,17 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     words = " ".join(str(error).split())[:160]
     return f"out of memory{' on the GPU' if is_gpu else ''}{f' ({words})' if words else ''}: {ADVICE}"
+
+
+class ForgetFinished(tune.Callback):
+    """Drops the running statistics that Tune keeps of every number of every result, once their trial has ended.
+
+    Nobody asks for them here, and with thousands of trials they are most of what the driver holds, and of what Tune
+    writes down every few seconds.
+    """
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Forget; the last result stays."""
+        trial.metric_analysis.clear()
+        trial.metric_n_steps.clear()
+        trial.run_metadata.invalidate_cache()

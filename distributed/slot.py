@@ -85,10 +85,10 @@ def worker_loop(config: dict[str, Any]) -> None:
         config: `mailbox` (the actor), `runner` (see `pack`), `reserved` and `held_by` (see `reservations.record`).
     """
     mailbox = config["mailbox"]
-    run_epoch = config["runner"].unpack()
     rank = train.get_context().get_world_rank()
-    if rank == 0:
+    if rank == 0:  # first of all: what follows takes seconds, in which this process may be killed
         record(Path(config["reserved"]), config["held_by"])
+    run_epoch = config["runner"].unpack()
     done = ray.get(mailbox.unanswered.remote())
     finished_at: float | None = None
     while (order := ray.get(mailbox.next_order.remote(done))) is not None:

@@ -31,6 +31,7 @@ from distributed.claim import claim
 from distributed.cluster import check_shared, connect, plan_slots
 from distributed.data import hold
 from distributed.evolution import EVOLVED, evolve
+from distributed.memory import ForgetFinished
 from distributed.population_methods import POPULATIONS
 from distributed.request import SearchPlan, SweepRequest, plan_search
 from distributed.run_folder import RunFolder
@@ -217,7 +218,7 @@ def run_options(folder: Path, callbacks: list[tune.Callback]) -> dict[str, Any]:
         "storage_path": str(folder / "tune"),
         "failure_config": tune.FailureConfig(max_failures=TRIAL_RESTARTS),
         "checkpoint_config": tune.CheckpointConfig(checkpoint_at_end=False),
-        "callbacks": callbacks,
+        "callbacks": [*callbacks, ForgetFinished()],
         "verbose": 0,
     }
 
