@@ -256,9 +256,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=1000, help="dummy trials for each sampler; 0 for none")
     parser.add_argument("--samplers", nargs="+", default=["random", "tpe"])
     parser.add_argument("--slots", type=int, default=64, help="simulated slots; 0 for none")
-    parser.add_argument("--rounds", type=int, default=3, help="trials of each simulated slot")
-    parser.add_argument("--epochs", type=int, default=10, help="of each simulated trial")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each simulated epoch")
+    parser.add_argument("--rounds", type=int, default=2, help="trials of each simulated slot")
+    parser.add_argument("--epochs", type=int, default=5, help="of each simulated trial")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each simulated epoch")
     return parser.parse_args()
 
 
