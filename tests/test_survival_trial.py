@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ray.tune.experiment import Trial
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
 from core.errors import UserError
 from core.inference import load_predictor
 from core.volumes.splits import make_splits
-from distributed.memory import out_of_memory
+from distributed.memory import ForgetFinished, out_of_memory
 from distributed.sources import InMemory
 from distributed.train_loop import HOLDOUT, CellTraining, Place, Subjects
 from distributed.trial import CHECKPOINT, Runner, assign
@@ -86,6 +87,21 @@ def test_one_of_several_workers_ends_with_it_because_the_others_wait(
     monkeypatch.setattr(CellTraining, "__init__", lambda *arguments: SHORTAGES[shortage]() and None)
     with pytest.raises((MemoryError, RuntimeError)):
         Runner(subjects, Place(workers=2))(assign(tmp_path / "0000", settings, CELLS))
+
+
+def test_what_tune_keeps_of_a_finished_trial_no_longer_grows_with_its_metrics():
+    trials = {}
+    for metrics in (3, 300):
+        trials[metrics] = Trial("stub", stub=True)
+        for epoch in (1, 2):
+            trials[metrics].update_last_result({f"metric{i}": 1.0 for i in range(metrics)} | {"epoch": epoch})
+    few, many = (len(trial.run_metadata.get_json_state()) for trial in trials.values())
+    assert many > 10 * few
+    for trial in trials.values():
+        ForgetFinished().on_trial_complete(0, [], trial)
+        assert trial.last_result["epoch"] == 2  # what callbacks and the searcher ask for
+        assert not trial.metric_analysis
+        assert not trial.metric_n_steps
 
 
 def test_other_errors_are_not_taken_for_a_want_of_memory(subjects, settings, tmp_path, monkeypatch):
