@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +146,9 @@ def report_value(trial: optuna.Trial, value: float, epochs: int) -> None:
 def report_cells(trial: optuna.Trial, values: list[float]) -> None:
     """Keep the first objective of every cell; Optuna's terminator takes the noise of the best from it."""
     if len(values) > 1:
-        report_cross_validation_scores(trial, values)
+        with warnings.catch_warnings():  # Optuna 6 drops its terminator: nothing that a user can do about
+            warnings.simplefilter("ignore", FutureWarning)
+            report_cross_validation_scores(trial, values)
 
 
 @dataclass(frozen=True)

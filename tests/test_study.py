@@ -1,5 +1,7 @@
 """The study of a run: the user's own points, and what becomes of its trials in another space."""
 
+import warnings
+
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -13,6 +15,7 @@ from distributed.study import (
     enqueue,
     open_study,
     read_points,
+    report_cells,
     report_value,
 )
 from search_spaces import pin, published
@@ -177,3 +180,12 @@ def test_the_profile_of_a_space_tells_what_every_configuration_has():
     assert profile.numbers() == ["optimiser.learning_rate"]
     assert profile.as_json() == check_space(space, BASE).as_json()
     assert profile.as_json() != check_space(pin(space, {"objective.name": "supcon"}), BASE).as_json()
+
+
+def test_the_cells_of_a_trial_are_kept_for_optunas_terminator_without_a_word():
+    study = optuna.create_study()
+    trial = study.ask()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report_cells(trial, [3.0, 5.0])
+    assert [3.0, 5.0] in study.get_trials()[0].system_attrs.values()
