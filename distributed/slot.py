@@ -219,8 +219,8 @@ class Slot(tune.Trainable):
         return self.group
 
     def _give_way(self) -> None:
-        """End the workers of a slot that has had no trial for a while, if others wait; the next trial brings them
-        back."""
+        """End the workers of a slot that has had nothing to do for a while, if others wait; the next step brings them
+        back, and a trial in which that falls goes on from its last epoch."""
         while not self.closed.wait(IDLE_S):
             with self.in_use:
                 is_idle = time.monotonic() - self.idle_since > IDLE_S
