@@ -30,3 +30,16 @@ def test_a_second_process_loads_core_without_ray():
     code = "import core.tasks, core.inference, search_spaces, sys; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_call_of_ray_outside_a_connection_starts_no_ray_of_its_own():
+    code = """
+import distributed.cluster
+import ray
+try:
+    ray.put(1)
+except ray.exceptions.RaySystemError:
+    print(ray.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

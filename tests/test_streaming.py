@@ -53,6 +53,7 @@ def cluster():
         )
         try:
             yield
+            assert wait_until(lambda: not threads("iter_threaded"))  # a closed stream's last call of Ray
         finally:
             ray.shutdown()
 
@@ -67,8 +68,12 @@ def streamed(cohort):
     return Streaming(cohort.address, InMemory.of(cohort).moments(np.arange(len(cohort))))
 
 
+def threads(name):
+    return [thread.name for thread in threading.enumerate() if name in thread.name]
+
+
 def executors():
-    return [thread.name for thread in threading.enumerate() if "StreamingExecutor" in thread.name]
+    return threads("StreamingExecutor")
 
 
 def shared_memory():
