@@ -27,6 +27,7 @@ from optuna.samplers import (
 
 from core.errors import UserError
 from core.lookup import look_up
+from distributed.recent_history import RecentHistory
 from search_spaces import Space
 from search_spaces.points import Profile, grid_of
 
@@ -49,8 +50,10 @@ class Sampler:
 
 def _tpe(seed: int) -> BaseSampler:
     """Parzen estimators over groups of settings that occur together; running trials count as bad ones."""
-    return TPESampler(
-        seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS
+    return RecentHistory(
+        TPESampler(
+            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS
+        )
     )
 
 
