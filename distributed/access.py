@@ -17,6 +17,7 @@ import pandas as pd
 
 from core.volumes.shards import writing_to
 from distributed.plan import Rows
+from distributed.working_copy import send
 
 COLUMNS = ["time", "row", "fold"]
 
@@ -37,8 +38,10 @@ class AccessRecord:
         now = time.time()
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"{socket.gethostname()}-{os.getpid()}.csv").open("a") as file:
+            path = self.folder / f"{socket.gethostname()}-{os.getpid()}.csv"
+            with path.open("a") as file:
                 file.writelines(f"{now:.3f},{row},{fold}\n" for row in fresh)
+            send(path)
 
 
 def read_access(folder: Path) -> pd.DataFrame:

@@ -22,6 +22,10 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that has no locks."""
 
 
+class HeldError(UserError):
+    """Another process writes to the run."""
+
+
 @contextlib.contextmanager
 def claim(folder: Path, console: Console) -> Iterator[None]:
     """Hold the run in `folder` for this process: two would continue the same trials, and both write the study.
@@ -31,7 +35,8 @@ def claim(folder: Path, console: Console) -> Iterator[None]:
     is mounted with `-o flock`; on file systems without locks a note says that nobody watches.
 
     Raises:
-        UserError: another process holds the run (named with its machine), or the folder cannot be written.
+        HeldError: another process holds the run (named with its machine).
+        UserError: the folder cannot be written.
     """
     with writing_to(folder):
         file = (folder / LOCK).open("a+")
@@ -41,7 +46,7 @@ def claim(folder: Path, console: Console) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(
+            raise HeldError(
                 f"{folder} is being written by {holder}; let it end, or stop it with Ctrl-C"
             ) from None
         except OSError as error:
@@ -75,9 +80,9 @@ def mend_journal(journal: Path) -> int:
 
 
 def refuse_url(out: Path) -> None:
-    """UserError where a run is to be written to an object store: its journal is appended to, line by line."""
+    """UserError where a run is to be written straight to an object store: sweeps have working copies for that."""
     if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(out)):
         raise UserError(
-            f"--out {out} is a {found[1]} address; a run is written to a folder, on storage that all nodes mount "
-            "(cohorts may be read from an address)"
+            f"--out {out} is a {found[1]} address; only sweeps can be written to one, this needs a folder on storage "
+            "that all nodes mount"
         )

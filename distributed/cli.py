@@ -20,6 +20,7 @@ from distributed.cli_common import (
     DataMode,
     RunArgument,
     console,
+    place,
     readable,
     wrong_option,
 )
@@ -136,7 +137,14 @@ def sweep(
         typer.Option(min=0, help="repeat winner and published on the same folds with so many fresh seeds"),
     ] = 0,
     search_seed: Annotated[int, typer.Option(min=0, help="seed of splits and sampler")] = 0,
-    out: Annotated[Path | None, typer.Option(help="run folder; runs/DATE-sweep if absent")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=place,
+            metavar="RUN",
+            help="run folder, or s3://bucket/folder; runs/DATE-sweep if absent",
+        ),
+    ] = None,
     address: Address = None,
     changes: Changes = None,
 ) -> None:
@@ -202,8 +210,11 @@ def report(run: RunArgument) -> None:
     """Make the report and the leaderboard of a run again, whatever state the run is in."""
     from core.report.page import write_report
     from core.report.tables import print_leaderboard, read_run
+    from distributed.working_copy import bring_run, send_report
 
+    bring_run(run, console)
     page = write_report(run)
+    send_report(page)
     print_leaderboard(console, read_run(run))
     console.print(f"\nNext:\n  open {page}", highlight=False)
 
@@ -212,7 +223,9 @@ def report(run: RunArgument) -> None:
 def evaluate(run: RunArgument, cohort: CohortFolder) -> None:
     """Predict the ages of a cohort with a run's best model, and say how good that is."""
     from distributed.apply import evaluate_run
+    from distributed.working_copy import bring_run
 
+    bring_run(run, console)
     evaluation = evaluate_run(run, cohort)
     for note in evaluation.notes:
         console.print(f"note: {note}", highlight=False)
@@ -240,7 +253,9 @@ def predict(
 ) -> None:
     """Predict the age of single NIfTI files with a run's best model."""
     from distributed.apply import predict_files
+    from distributed.working_copy import bring_run
 
+    bring_run(run, console)
     predictions = predict_files(run, volumes, masks)
     table = Table("file", "predicted age (years)", box=None, padding=(0, 2))
     for row in predictions.to_dict("records"):

@@ -22,7 +22,20 @@ CohortFolder = Annotated[
     str,
     typer.Argument(metavar="COHORT", help="made by `ingest` or `phantom`: a folder, or s3://bucket/folder"),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")]
+
+
+def place(text: str) -> Path:
+    """The folder of a run that lies at `text`, a path or an address."""
+    if "://" not in text:
+        return Path(text)
+    from distributed.working_copy import place_of_run
+
+    return place_of_run(text)
+
+
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", parser=place, help="folder of a run, or s3://bucket/folder")
+]
 Changes = Annotated[
     list[str] | None,
     typer.Option(

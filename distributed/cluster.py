@@ -16,6 +16,7 @@ from rich.console import Console
 
 from core.errors import UserError
 from distributed.slot import Workers
+from distributed.working_copy import address_of
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -146,7 +147,7 @@ def check_shared(folder: Path) -> None:
         UserError: naming the node.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:
+    if len(nodes) == 1 or address_of(folder):
         return
     seen = {
         node["NodeManagerAddress"]: _sees.options(

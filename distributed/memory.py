@@ -22,14 +22,18 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 class ForgetFinished(tune.Callback):
-    """Drops the running statistics that Tune keeps of every number of every result, once their trial has ended.
+    """Drops what Tune keeps of a trial that has ended: statistics of every number of its results, its settings in
+    several shapes, its last result.
 
-    Nobody asks for them here, and with thousands of trials they are most of what the driver holds, and of what Tune
-    writes down every few seconds.
+    The study has what matters, and the search and the scheduler have been told. With thousands of trials this is most
+    of what the driver holds, and of what Tune writes down every few seconds.
     """
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Forget; the last result stays."""
+        """Forget; Tune calls this after the search and the scheduler, and the other callbacks come first."""
         trial.metric_analysis.clear()
         trial.metric_n_steps.clear()
+        trial.run_metadata.last_result = {}
         trial.run_metadata.invalidate_cache()
+        trial.config, trial.evaluated_params = {}, {}
+        trial.invalidate_json_state()

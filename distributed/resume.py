@@ -22,6 +22,7 @@ from distributed.run_folder import RunFolder
 from distributed.samplers import GRID
 from distributed.study import carry_over, open_study
 from distributed.sweep import execute
+from distributed.working_copy import bring_run, kept_up, run_as_typed
 from search_spaces import fixed_by
 
 CHANGE = "--change-search"
@@ -53,6 +54,7 @@ def resume_sweep(
     Raises:
         UserError: no sweep, another cohort, other splits, or a search that changed without `change`.
     """
+    bring_run(run, console)
     folder = run_folder.open_run(run)
     about = folder.about
     if about.get("kind") != "sweep":
@@ -63,8 +65,9 @@ def resume_sweep(
         )
     recorded = SweepRequest(**about["sweep"])
     request = _asked(recorded, budgets or {}, search or {})
-    with claim(
-        folder.path, console
+    with (
+        claim(folder.path, console),
+        kept_up(folder.path, console),
     ):  # before the study is read: a running sweep has trials that look interrupted
         mend_journal(folder.journal)
         opened = run_folder.cohort_of(folder, cohort)
@@ -85,18 +88,19 @@ def _resume(
     changed = _what_changed(recorded, request, about, plan)
     if changed and not change:
         raise UserError(
-            f"this would change the search of {run}: {'; '.join(changed)}. Give {CHANGE} if that is meant, or start a "
-            "new run"
+            f"this would change the search of {run_as_typed(run)}: {'; '.join(changed)}. Give {CHANGE} if "
+            "that is meant, or start a new run"
         )
     if changed and request.scheduler in POPULATIONS:
         raise UserError(
-            f"the search of a population cannot be changed while it evolves, or after: {run}; start a new run"
+            f"the search of a population cannot be changed while it evolves, or after: "
+            f"{run_as_typed(run)}; start a new run"
         )
     if changed:
         study = _change(folder, recorded, request, plan, study, changed, console)
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     if about["finished"] and sum(state.is_finished() for state in states) >= request.trials:
-        console.print(f"nothing left to do: all {request.trials} trials of {run} are finished")
+        console.print(f"nothing left to do: all {request.trials} trials of {run_as_typed(run)} are finished")
         return folder
     if about["code"] != run_folder.code_version():
         console.print("note: the code has changed since this run began; later trials may not be comparable")

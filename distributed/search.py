@@ -25,7 +25,7 @@ from core.objectives import COST, OBJECTIVES, mean_of, measure
 from distributed.budget import Budget, judge_improvement
 from distributed.schedulers import CELL_VALUES, METRIC, Wilcoxon
 from distributed.study import PUBLISHED, report_cells, report_value
-from distributed.trial import CHECKPOINT
+from distributed.trial import forget_checkpoint
 from search_spaces import Space
 
 SLOT_CRASHES = 2
@@ -44,6 +44,8 @@ class Proposals:
     """(name, settings, prunable) -> assignment"""
     refits: Callable[[optuna.Study], list[dict[str, Any]]]
     continued: list[FrozenTrial] = field(default_factory=list)
+    secure: Callable[[], None] = lambda: None
+    """Called when the study has learnt what must not be lost with this machine."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class StudySearch(tune.search.Searcher):
             if trial is not None:
                 self.running[trial_id] = trial
                 self.started[trial_id] = time.time()
-                return {"assignment": self._assignment(trial)}
+                assignment = self._assignment(trial)
+                self.proposals.secure()  # else, begun again elsewhere, another trial might be given its folder
+                return {"assignment": assignment}
         if self.broken is not None:
             return tune.search.Searcher.FINISHED
         if self.running:
@@ -149,6 +153,7 @@ class StudySearch(tune.search.Searcher):
             self._tell_completed(trial, result)
         else:
             self._tell_pruned(trial, trial_id, result)
+        self.proposals.secure()
         self._forget_checkpoint(trial)
 
     def save(self, checkpoint_path: str) -> None:
@@ -258,7 +263,7 @@ class StudySearch(tune.search.Searcher):
 
     def _forget_checkpoint(self, trial: optuna.Trial) -> None:
         folder = self.proposals.assignment(trial_name(trial.number), {}, True)["folder"]
-        (Path(folder) / CHECKPOINT).unlink(missing_ok=True)
+        forget_checkpoint(Path(folder))
 
 
 def trial_name(number: int) -> str:

@@ -51,6 +51,16 @@ from distributed.study import (
 from distributed.train_loop import Subjects
 from distributed.trial import assign, make_runner
 from distributed.watch import Display, TensorBoard
+from distributed.working_copy import (
+    address_of,
+    bring,
+    bring_results,
+    forget,
+    kept_up,
+    refuse_taken,
+    run_as_typed,
+    send,
+)
 
 TRIAL_RESTARTS = 2
 # Tune's per-trial driver must hold something; the head's marker resource costs no CPU of the slots.
@@ -80,6 +90,12 @@ def run_sweep(
     """
     opened = Cohort.open(cohort)
     plan = plan_search(request, opened)
+    if address_of(out) and request.scheduler in POPULATIONS:
+        raise UserError(
+            f"--scheduler {request.scheduler} needs --out on storage that all nodes mount: its members begin from each "
+            "other's checkpoints"
+        )
+    refuse_taken(out)
     first = _first_points(plan, enqueued, console)
     grid = None
     if request.sampler == GRID:
@@ -87,7 +103,7 @@ def run_sweep(
         request = _with_whole_grid(request, first, grid)
     splits = make_splits(opened.manifest, request.folds, request.holdout, request.search_seed)
     folder = run_folder.create_run(out, "sweep", request.model_dump(mode="json"), plan.base, opened)
-    with claim(folder.path, console):
+    with claim(folder.path, console), kept_up(folder.path, console):
         return _begin(folder, request, plan, first, grid, opened, splits, address, console)
 
 
@@ -171,6 +187,7 @@ def _execute(
         ),
         refits=lambda study: _repetitions(folder, request, study) + _refits(folder, request, study),
         continued=[] if evolving else study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)),
+        secure=lambda: send(folder.journal),
     )
     search = StudySearch(proposals, budget, judgement)
     scheduler = make_scheduler(request.scheduler, epochs, len(request.cells))
@@ -259,7 +276,7 @@ def _resumable(folder: RunFolder) -> Iterator[None]:
 def _stopped(folder: RunFolder, reason: str | None) -> UserError:
     return UserError(
         f"the sweep stopped: {reason}. Nothing finished is lost; once that is mended: "
-        f"brainsweep resume {_short(folder.path)}"
+        f"brainsweep resume {run_as_typed(folder.path)}"
     )
 
 
@@ -312,8 +329,11 @@ def _set_aside_former_winner(folder: RunFolder, number: int) -> None:
     former = folder.about.get("refitted")
     if former not in (None, number):
         for made in (folder.refit("winner"), folder.confirmed("winner")):
+            bring(made)
             if made.exists():
-                made.rename(made.with_name(f"winner-was-{former}"))
+                aside = made.rename(made.with_name(f"winner-was-{former}"))
+                send(aside)
+                forget(made)
     folder.update(refitted=number)
 
 
@@ -323,6 +343,7 @@ def _conclude(
 ) -> RunFolder:  # fmt: skip
     """Tables, the best model, the report, the leaderboard, and what to type next."""
     with writing_to(folder.path):
+        bring_results(folder.path)
         run_folder.write_tables(folder, study)
         run_folder.write_confirmed(folder)
         run_folder.write_access(folder, cohort)
@@ -343,25 +364,22 @@ def _conclude(
 
 
 def _say_next(folder: RunFolder, page: Path, study: optuna.Study, budget: Budget, console: Console) -> None:
-    run = _short(folder.path)
+    run, here = (
+        run_as_typed(folder.path),
+        folder.path if address_of(folder.path) else Path(run_as_typed(folder.path)),
+    )
     unfinished = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
     if budget.reason and not budget.interrupted:
         console.print(f"\nThe search ended early: {budget.reason}.", highlight=False)
     if budget.interrupted or unfinished:
         console.print(f"\n{unfinished} trial(s) unfinished. Continue with\n  brainsweep resume {run}")
     console.print(
-        f"\nNext:\n  open {_short(page)}\n"
-        f"  tensorboard --logdir {run}/tensorboard\n"
-        f"  optuna-dashboard {run}/study.journal\n"
+        f"\nNext:\n  open {here / page.name}\n"
+        f"  tensorboard --logdir {here}/tensorboard\n"
+        f"  optuna-dashboard {here}/study.journal\n"
         f"  brainsweep predict {run} VOLUME.nii.gz\n",
         highlight=False,
     )
-
-
-def _short(path: Path) -> str:
-    """`path` as a user in the current folder would type it."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 @contextlib.contextmanager

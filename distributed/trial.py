@@ -28,6 +28,7 @@ from core.tasks.brain_age import Outcome
 from core.volumes.shards import replacing, writing_to
 from distributed.memory import out_of_memory
 from distributed.train_loop import HOLDOUT, Cell, CellTraining, DivergedError, Place, Subjects
+from distributed.working_copy import bring, forget, send
 
 CHECKPOINT = "checkpoint.pt"
 PROGRESS = "progress.json"
@@ -75,6 +76,12 @@ def assign(
             folder.name, str(folder), settings, cells, keep_model, prunable, metric, keep_every=keep_every
         )
     )
+
+
+def forget_checkpoint(folder: Path) -> None:
+    """Delete the checkpoint of a trial that will not go on."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    forget(folder / CHECKPOINT)
 
 
 def kept_checkpoint(folder: Path, epochs: int) -> Path:
@@ -248,10 +255,15 @@ class Trial:
         progress = {"history": self.history, "cells": self.finished, "answer": self.answer}
         with replacing(self.folder / PROGRESS) as path:
             path.write_text(json.dumps(progress))
+        send(self.folder)
         if self.answer is not None:
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+            forget_checkpoint(self.folder)
 
     def _restore(self) -> None:
+        try:
+            bring(self.folder)
+        except OSError as error:
+            raise UserError(str(error)) from error
         progress = self.folder / PROGRESS
         if progress.exists():
             self.answer = json.loads(progress.read_text())["answer"]

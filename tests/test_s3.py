@@ -2,10 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
+from s3_server import s3_server
 
 from core.errors import UserError
 from core.volumes.cohort import Cohort
@@ -19,19 +18,9 @@ KINDS = [("hdf5", "none"), ("parquet", "none"), ("hdf5", "blosc"), ("parquet", "
 
 @pytest.fixture(scope="module")
 def address():
-    """An S3 server of this process, with the bucket "brains"."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client(
-        "s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
-        aws_access_key_id="key", aws_secret_access_key="secret",
-    )  # fmt: skip
-    client.create_bucket(Bucket="brains")
-    yield (
-        lambda path: f"s3://key:secret@{path}?scheme=http&endpoint_override={host}%3A{port}&region=us-east-1"
-    )
-    server.stop()
+    """Addresses in the bucket "brains" of an S3 server."""
+    with s3_server("brains") as options:
+        yield lambda path: f"s3://key:secret@{path}?{options}"
 
 
 def write(folder: Path, storage: str, compression: str) -> Cohort:

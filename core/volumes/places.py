@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -45,9 +46,10 @@ def open_file(location: str | Path, name: str) -> BinaryIO:
         raise UserError(f"cannot read {beneath(location, name)}: {_reason(error)}") from error
 
 
-def list_files(location: str | Path) -> Iterator[tuple[str, int]]:
-    """Name below `location` and size in bytes of every file there, in order of name."""
+def list_files(location: str | Path, folder: str = "") -> Iterator[tuple[str, int]]:
+    """Name below `location` (or a folder there) and size in bytes of every file, in order of name."""
     filesystem, root = _store(str(location)) if is_url(location) else (fs.LocalFileSystem(), str(location))
+    root = f"{root}/{folder}".rstrip("/")
     found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
     for info in sorted(found, key=lambda info: info.path):
         if info.type == fs.FileType.File:
@@ -67,6 +69,44 @@ def upload(folder: Path, url: str, last: str) -> None:
             )
     except OSError as error:
         raise UserError(f"cannot write to {shown(url)}: {_reason(error)}") from error
+
+
+def upload_file(file: Path, url: str, name: str) -> None:
+    """Copy `file` to `name` below `url`, whole or not at all; OSError where the store cannot be written."""
+    filesystem, root = _store(url)
+    with _words(f"cannot write to {shown(url)}"):
+        if not isinstance(filesystem, fs.S3FileSystem):
+            filesystem.create_dir(os.path.dirname(f"{root}/{name}"), recursive=True)
+        fs.copy_files(str(file), f"{root}/{name}", destination_filesystem=filesystem, use_threads=False)
+
+
+def download(url: str, name: str, file: Path) -> None:
+    """Copy `name` below `url` to `file`; OSError where it cannot be read."""
+    filesystem, root = _store(url)
+    with _words(f"cannot read {beneath(url, name)}"):
+        fs.copy_files(f"{root}/{name}", str(file), source_filesystem=filesystem, use_threads=False)
+
+
+def remove(url: str, name: str) -> None:
+    """Delete the file or folder `name` below `url`, if it is there; OSError where the store cannot be written."""
+    filesystem, root = _store(url)
+    with _words(f"cannot write to {shown(url)}"):
+        kind = filesystem.get_file_info(f"{root}/{name}").type
+        if kind == fs.FileType.Directory:
+            filesystem.delete_dir(f"{root}/{name}")
+        elif kind == fs.FileType.File:
+            filesystem.delete_file(f"{root}/{name}")
+
+
+@contextlib.contextmanager
+def _words(what: str) -> Iterator[None]:
+    """What a store answers in one line that says what was tried; a file that is not there stays FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(f"{what}: {_reason(error)}") from error
 
 
 def _store(url: str) -> tuple[fs.FileSystem, str]:
