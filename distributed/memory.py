@@ -35,5 +35,9 @@ class ForgetFinished(tune.Callback):
         trial.metric_n_steps.clear()
         trial.run_metadata.last_result = {}
         trial.run_metadata.invalidate_cache()
-        trial.config, trial.evaluated_params = {}, {}
+        trial.evaluated_params = {}
+        if (
+            "member" not in trial.config
+        ):  # of a population, which looks at all its members until the last has ended
+            trial.config.clear()  # in place: Tune keeps it under another name, too
         trial.invalidate_json_state()

@@ -65,9 +65,9 @@ def marked(mark):
     return found
 
 
-def end_marked(mark, patience=8):
-    """End what carries the mark; returns what is left."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def end_marked(mark, patience=8, signals=(signal.SIGTERM, signal.SIGKILL)):
+    """End what carries the mark, by one signal after another; returns what is left."""
+    for number in signals:
         for process in marked(mark):
             try:
                 os.kill(process, number)

@@ -79,7 +79,8 @@ def test_two_slots_where_one_fits_take_turns(cluster, tmp_path):
     ray.get([first.stop.remote(), second.stop.remote()], timeout=100)
 
 
-def test_a_slot_answers_for_a_trial_that_always_kills_it_and_serves_the_next(cluster, tmp_path):
+def test_a_slot_answers_for_a_trial_that_always_kills_it_and_serves_the_next(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("distributed.slot.WORKER_RESTARTS", 0)  # each takes seconds; another test has one
     trainable = tune.with_parameters(
         Slot,
         workers=Workers(),
