@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
@@ -23,7 +24,7 @@ from urllib.parse import quote, unquote
 from rich.console import Console
 
 from core.errors import UserError
-from core.volumes.places import download, is_url, list_files, remove, shown, upload_file
+from core.volumes.places import download, exists, is_url, list_files, remove, shown, upload_file
 from core.volumes.shards import replacing
 from distributed.claim import HeldError, claim
 
@@ -41,6 +42,8 @@ LAST = "progress.json"
 
 _SENT: dict[Path, tuple[int, int]] = {}
 """Size and time of every file as this process sent it."""
+_ONE_AT_A_TIME = threading.Lock()
+"""Else an older state of the study, sent by the thread that keeps up, might arrive after a newer one."""
 
 
 def place_of_run(text: str) -> Path:
@@ -94,7 +97,8 @@ def send(path: Path, leave_out: Collection[str] = ()) -> None:
         if (below and below[0] in leave_out) or file.name.endswith(".tmp"):
             continue
         with contextlib.suppress(FileNotFoundError):  # replaced or deleted since it was listed
-            _send_file(file, place[0])
+            with _ONE_AT_A_TIME:
+                _send_file(file, place[0])
 
 
 def _send_file(file: Path, address: str) -> None:
@@ -159,7 +163,7 @@ def bring_run(run: Path, console: Console) -> None:
     if place is None:
         return
     try:
-        if not any(name == "run.json" for name, _ in list_files(place[0])):
+        if not exists(place[0], "run.json"):
             raise UserError(f"{shown(place[0])} is not a run: it has no run.json")
         run.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(HeldError), claim(run, console):
@@ -234,3 +238,11 @@ def kept_up(run: Path, console: Console) -> Iterator[None]:
 def send_driver(run: Path) -> None:
     """Send what the driver has written of a run."""
     send(run, (*LEFT_OUT, *BY_WORKERS))
+
+
+if (
+    __name__ == "__main__"
+):  # for scripts: whether a run lies at an address; what is wrong with one, a sweep will say
+    with contextlib.suppress(OSError, UserError):
+        sys.exit(0 if exists(sys.argv[1], "run.json") else 1)
+    sys.exit(1)

@@ -3,6 +3,7 @@
 import copy
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -10,6 +11,9 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from s3_server import KEYS, s3_server
+
+from core.volumes.places import upload_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -331,6 +335,26 @@ def test_the_script_begins_what_is_not_there_and_resumes_what_is(tmp_path, there
         "auto",
     ]
     assert said == (["-m", "distributed", "resume", str(run), "--address", "auto"] if there else sweep)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_script_asks_at_an_address_whether_a_run_is_there(tmp_path, monkeypatch, there):
+    script = '#!/bin/sh\nif [ "$2" = distributed.working_copy ]; then exec "$PYTHON" "$@"; fi\necho "$3"\n'
+    (tmp_path / "python").write_text(script)
+    (tmp_path / "python").chmod(0o755)
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    with s3_server("brains") as options:
+        run = f"s3://brains/runs/demo?{options}"
+        if there:
+            (tmp_path / "run.json").write_text("{}")
+            upload_file(tmp_path / "run.json", run, "run.json")
+        said = subprocess.run(
+            ["sh", CLUSTERS / "sweep_or_resume.sh", run, "cohort"],
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **KEYS},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    assert said.stdout.split() == ["resume" if there else "sweep"]
 
 
 def test_the_slurm_job_has_a_token_of_its_own_and_a_local_dashboard():

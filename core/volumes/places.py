@@ -71,6 +71,13 @@ def upload(folder: Path, url: str, last: str) -> None:
         raise UserError(f"cannot write to {shown(url)}: {_reason(error)}") from error
 
 
+def exists(url: str, name: str) -> bool:
+    """Whether there is a file `name` below `url`; UserError or OSError where the store cannot be asked."""
+    filesystem, root = _store(url)
+    with _words(f"cannot read {shown(url)}"):
+        return filesystem.get_file_info(f"{root}/{name}").type == fs.FileType.File
+
+
 def upload_file(file: Path, url: str, name: str) -> None:
     """Copy `file` to `name` below `url`, whole or not at all; OSError where the store cannot be written."""
     filesystem, root = _store(url)

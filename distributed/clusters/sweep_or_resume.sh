@@ -7,7 +7,11 @@
 set -eu
 run=$1
 shift
-if [ -e "$run/run.json" ]; then
+case "$run" in
+*://*) begun() { python -m distributed.working_copy "$run"; } ;;
+*) begun() { [ -e "$run/run.json" ]; } ;;
+esac
+if begun; then
     exec python -m distributed resume "$run" --address auto
 fi
 exec python -m distributed sweep "$@" --out "$run" --address auto
