@@ -25,8 +25,6 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from core.volumes.shards import replacing
-
 
 def holder(group: str) -> dict[str, Any]:
     """This process, as nobody else is called (process id, time of its start, Ray's name of the node), and a name of
@@ -40,8 +38,9 @@ def record(folder: Path, held_by: dict[str, Any]) -> None:
     group = get_current_placement_group()
     if group is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / f"{group.id.hex()}.json") as file:  # its writer may be killed at any moment
-            file.write_text(json.dumps(held_by))
+        half = folder / f"{group.id.hex()}.tmp"  # its writer may be killed at any moment
+        half.write_text(json.dumps(held_by))
+        half.replace(half.with_suffix(".json"))
 
 
 def release_left(folder: Path) -> int:

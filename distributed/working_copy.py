@@ -96,9 +96,11 @@ def send(path: Path, leave_out: Collection[str] = ()) -> None:
         below = file.relative_to(path).parts
         if (below and below[0] in leave_out) or file.name.endswith(".tmp"):
             continue
-        with contextlib.suppress(FileNotFoundError):  # replaced or deleted since it was listed
-            with _ONE_AT_A_TIME:
-                _send_file(file, place[0])
+        with (
+            _ONE_AT_A_TIME,
+            contextlib.suppress(FileNotFoundError),
+        ):  # replaced or deleted since it was listed
+            _send_file(file, place[0])
 
 
 def _send_file(file: Path, address: str) -> None:
