@@ -23,8 +23,8 @@ class RecentHistory(BaseSampler):
     """TPE that is shown the 25 best finished trials, the latest 225 others, and all that run.
 
     TPE goes through its whole history several times for every proposal, once for each group of settings that
-    occur together: with 1,000 trials that is five times the work of 100 (optuna/optuna#2172). Its density of good trials is built
-    from the 25 best of all, so that stays what it was, to the digit. Its density of the others weighs a trial
+    occur together: with 1,000 trials that is five times the work of 100 (optuna/optuna#2172). Its density of good
+    trials is built from the 25 best of all, so that stays what it was. Its density of the others weighs a trial
     the less the older it is; those whose weight has become small are left out.
 
     With several objectives the history stays whole: which trials are good is then no matter of one number.
