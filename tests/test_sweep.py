@@ -2,12 +2,9 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
-from urllib.parse import quote
 
 import pandas as pd
 import pytest
@@ -16,17 +13,12 @@ from process_helpers import (
     command,
     end_marked,
     environment,
-    finished_trials,
     marked,
-    progress_of,
     run,
     study_of,
     wait_until,
 )
-from s3_server import KEYS, s3_server
 from small_cohort import write_small_cohort
-
-from distributed.working_copy import SCRATCH
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -172,46 +164,3 @@ def test_ctrl_c_stops_gracefully_and_leaves_a_resumable_run(workplace):
     assert TrialState.PRUNED not in states
     assert TrialState.FAIL not in states
     assert (folder / "report.html").exists()
-
-
-@pytest.mark.campaign
-def test_a_sweep_into_an_object_store_goes_on_on_another_machine(workplace):
-    """The power fails on one machine; the other has the address, and a disk on which nothing lies."""
-    with s3_server("brains") as options:
-        address = f"s3://brains/runs/demo?{options}"
-        first, second = ({SCRATCH: str(workplace / name), **KEYS} for name in ("first", "second"))
-        mark = f"away-{os.getpid()}"
-        sweep = subprocess.Popen(
-            command("sweep", "cohort", "--trials", 5, "--folds", 2, "--slots", 2, "--out", address,
-                    "--scheduler", "none", "--set", "training.epochs=6"),
-            cwd=workplace, env=environment(mark, **first), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        folder = Path(first[SCRATCH]) / quote(address, safe="")
-        try:
-            assert wait_until(lambda: len(finished_trials(folder)) >= 2, 400)
-        finally:
-            left = end_marked(mark, 20, [signal.SIGKILL])
-            sweep.wait()
-            killed_at = time.time()
-        assert not left
-        finished = {trial.number: (trial.value, trial.params) for trial in finished_trials(folder)}
-        trained = sum(len(progress_of(folder, number)["history"]) for number in range(5))
-        shutil.rmtree(first[SCRATCH])
-
-        resumed = run("resume", address, cwd=workplace, mark=mark, **second)
-        assert resumed.returncode == 0, resumed.stderr
-        folder = Path(second[SCRATCH]) / quote(address, safe="")
-        trials = study_of(folder).get_trials()
-        assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 5
-        assert {number: (trials[number].value, trials[number].params) for number in finished} == finished
-        history = pd.read_csv(folder / "history.csv")
-        assert len(history) == 5 * 2 * 6
-        # each slot may have trained an epoch that was not sent any more
-        assert (history["first_step_at"] < killed_at).sum() >= trained - 2
-
-        shutil.rmtree(second[SCRATCH])
-        report = run("report", address, cwd=workplace, **first)
-        assert report.returncode == 0, report.stderr
-        assert "Leaderboard" in report.stdout
-        evaluated = run("evaluate", address, "cohort", cwd=workplace, **first)
-        assert evaluated.returncode == 0, evaluated.stderr
