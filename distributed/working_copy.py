@@ -12,7 +12,6 @@ has the last word: what a machine knows better is overwritten.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import sys
 import tempfile
@@ -58,7 +57,7 @@ def place_of_run(text: str) -> Path:
         raise UserError(
             f"{shown(text)}: a run's address must not carry keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    scratch = os.environ.get(SCRATCH) or f"{tempfile.gettempdir()}/brainsweep-{getpass.getuser()}"
+    scratch = os.environ.get(SCRATCH) or f"{tempfile.gettempdir()}/brainsweep-{os.getuid()}"
     return Path(scratch).absolute() / quote(text.rstrip("/"), safe="")
 
 
