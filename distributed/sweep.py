@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune import TuneError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
@@ -63,6 +65,8 @@ from distributed.working_copy import (
 )
 
 TRIAL_RESTARTS = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""How a disk says that it is full."""
 # Tune's per-trial driver must hold something; the head's marker resource costs no CPU of the slots.
 DRIVER_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.001}
 
@@ -266,11 +270,18 @@ def _resumable(folder: RunFolder) -> Iterator[None]:
     """Tune, pandas and others write files, too: a disk that is full for them stops the sweep as it does for us."""
     try:
         yield
-    except (OSError, UserError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, UserError, TuneError) as error:
+        full = next((each for each in _causes(error) if getattr(each, "errno", None) in FULL), None)
+        if full is None:
             raise
-        raise _stopped(folder, cause.strerror) from error
+        raise _stopped(folder, os.strerror(full.errno)) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[Any]:
+    """`error` and what led to it; Tune wraps what a callback raises."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _stopped(folder: RunFolder, reason: str | None) -> UserError:

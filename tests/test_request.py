@@ -1,14 +1,19 @@
 """A request that cannot work is refused before anything is started, in one line that says why."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
+from ray.tune import TuneError
 from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
 from distributed.request import SweepRequest, plan_search
 from distributed.resume import _asked, _what_changed
-from distributed.sweep import run_sweep
+from distributed.run_folder import RunFolder
+from distributed.sweep import _resumable, run_sweep
 
 SPACE = """
 def finite(trial):
@@ -110,3 +115,19 @@ def test_whatever_changes_the_search_is_named_and_budgets_do_not(place, cohort):
         assert changed() == ["searched otherwise or no longer: optimiser.learning_rate"]
     finally:
         (place / "mine.py").write_text(SPACE)
+
+
+def test_a_disk_that_is_full_for_a_callback_of_tune_stops_the_sweep_in_one_line(tmp_path):
+    def fail(number):
+        try:
+            raise OSError(number, os.strerror(number))  # in TensorBoard's writer, say
+        except OSError:
+            raise TuneError("Traceback ...")  # noqa: B904 - as Tune does it, from nothing
+
+    with (
+        pytest.raises(UserError, match=r"stopped: No space left on device\. .* brainsweep resume"),
+        _resumable(RunFolder(tmp_path)),
+    ):
+        fail(errno.ENOSPC)
+    with pytest.raises(TuneError), _resumable(RunFolder(tmp_path)):
+        fail(errno.EACCES)

@@ -162,7 +162,7 @@ def test_a_run_that_was_copied_with_its_cohort_is_continued_there(workplace, mar
     sweep.kill()
     sweep.wait()
     before = {trial.number: trial.value for trial in finished_trials(here / "runs" / "mine")}
-    assert wait_until(lambda: not marked(mark), 60)
+    assert wait_until(lambda: not marked(mark), 240)  # Ray notices after a minute
     here.rename(there)
     about = json.loads((there / "runs" / "mine" / "run.json").read_text())
     about["code"]["sources"] = "another"
