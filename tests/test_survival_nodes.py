@@ -52,8 +52,10 @@ def test_a_node_goes_and_another_comes_and_no_trial_is_lost(cluster, tmp_path):
         "sweep", "cohort", "--trials", 8, "--folds", 2, "--slots", 2, "--scheduler", "none", "--out", "run",
         "--gpus-per-worker", 0, "--set", "training.epochs=4", "--address", cluster.address,
     )  # fmt: skip
+    # a Ray that an earlier test began in this process may have turned tokens on
+    tokens = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
     with (tmp_path / "log").open("w") as log:
-        sweep = subprocess.Popen(words, cwd=tmp_path, env=environment(mark), stdout=log, stderr=log)
+        sweep = subprocess.Popen(words, cwd=tmp_path, env=environment(mark, **tokens), stdout=log, stderr=log)
     try:
         assert wait_until(lambda: len(finished_trials(folder)) >= 2, 400), (tmp_path / "log").read_text()[
             -3000:
