@@ -87,31 +87,25 @@ def send(path: Path, leave_out: Collection[str] = ()) -> None:
     Raises:
         OSError: the store cannot be written.
     """
-    place = address_of(path)
-    if place is None:
+    if address_of(path) is None:
         return
     files = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda file: (file.name == LAST, file))
     for file in files:
         below = file.relative_to(path).parts
-        if (below and below[0] in leave_out) or file.name.endswith(".tmp"):
-            continue
-        with (
-            _ONE_AT_A_TIME,
-            contextlib.suppress(FileNotFoundError),
-        ):  # replaced or deleted since it was listed
-            _send_file(file, place[0])
+        if not (below and below[0] in leave_out) and not file.name.endswith(".tmp"):
+            _send_file(file)
 
 
-def _send_file(file: Path, address: str) -> None:
-    if not file.is_file():
-        return
-    before = file.stat()
-    signature = (before.st_size, before.st_mtime_ns)
-    if _SENT.get(file) != signature:
-        name = address_of(file)
-        assert name is not None
-        upload_file(file, address, name[1])
-        _SENT[file] = signature
+def _send_file(file: Path) -> None:
+    """Send `file` if this process has not yet sent it as it is now."""
+    place = address_of(file)
+    # It may be replaced or deleted at any moment.
+    with _ONE_AT_A_TIME, contextlib.suppress(FileNotFoundError):
+        about = file.stat()
+        signature = (about.st_size, about.st_mtime_ns)
+        if place is not None and file.is_file() and _SENT.get(file) != signature:
+            upload_file(file, *place)
+            _SENT[file] = signature
 
 
 def bring(path: Path, leave_out: Collection[str] = (), checkpoints: bool = True) -> None:
