@@ -37,12 +37,11 @@ from benchmarks.dummy_trials import Sleeper, make_runner
 from core.config import resolve
 from distributed.budget import Budget
 from distributed.cluster import connect
-from distributed.schedulers import begin_scheduler
+from distributed.schedulers import make_scheduler
 from distributed.search import Judgement, Proposals, StudySearch
 from distributed.slot import Slot, Workers, pack
 from distributed.study import open_study
-from distributed.sweep import SITTING, run_options
-from distributed.sweep import run_search as tune_search
+from distributed.sweep import make_tuner, run_options
 from distributed.trial import assign
 from distributed.watch import Display, TensorBoard
 from search_spaces import DEFAULT, load_space
@@ -155,7 +154,7 @@ def search_for(folder: Path, sampler: str, trials: int, scheduler: str = "asha")
         ),
         refits=lambda study: [],
     )
-    return StudySearch(proposals, Budget(), Judgement(scheduler=scheduler), SITTING)
+    return StudySearch(proposals, Budget(), Judgement(scheduler=scheduler))
 
 
 def run_search(
@@ -166,11 +165,8 @@ def run_search(
     with Path(os.devnull).open("w") as nowhere:
         display = Display(Console(file=nowhere), search.proposals.trials, epochs, budget)
         callbacks = [display, TensorBoard(folder / "tensorboard", ["optimiser.learning_rate"]), watch]
-        name, study = search.judgement.scheduler, search.proposals.study
-        tune_search(
-            trainable, search, lambda: begin_scheduler(name, epochs, len(CELLS), study), budget, slots,
-            run_options(folder, callbacks),
-        )  # fmt: skip
+        scheduler = make_scheduler(search.judgement.scheduler, epochs, len(CELLS))
+        make_tuner(trainable, search, scheduler, budget, slots, run_options(folder, callbacks)).fit()
     return watch, time.time() - began
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import ray
 import yaml
 from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from core.config import merge, resolve
 from core.report.population import FOUND, FOUND_BY, LINEAGE, MEMBER
@@ -20,7 +22,6 @@ from distributed.budget import Budget
 from distributed.population import Member, Population, begin_member, best_member, read_members
 from distributed.population_methods import POPULATIONS, changeable_ranges, exchange_interval
 from distributed.request import SearchPlan, SweepRequest
-from distributed.reservations import release_slots
 from distributed.run_folder import RunFolder
 from distributed.search import trial_name
 from distributed.study import PUBLISHED, enqueue, published_parameters
@@ -70,7 +71,7 @@ def evolve(
             run_config=tune.RunConfig(name="population", stop=budget, **run),
         )
         tuner.fit()
-        release_slots()
+        _release_slots()
         if population.broken is not None:
             return population.broken
     if not budget.is_over:
@@ -92,6 +93,19 @@ class _Members(BasicVariantGenerator):
         population = self._population
         through = population.ended >= population.members.keys() or population.budget.is_over
         return through and super().is_finished()
+
+
+def _release_slots() -> None:
+    """Give back what the population's slots still reserve: no slot of this job is alive now.
+
+    Tune kills slots that do not end at once, Ray keeps the placement groups of their workers as long as the job
+    lives (ray-project/ray#58515), and the slots of the search that follows would wait for them for ever. The id of a
+    group ends with that of its job, so no other sweep on the cluster is touched.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for group, about in placement_group_table().items():
+        if group.endswith(job) and about["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def _members(

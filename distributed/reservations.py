@@ -68,19 +68,6 @@ def release(folder: Path, held_by: dict[str, Any]) -> None:
                 file.unlink()
 
 
-def release_slots() -> None:
-    """Give back what this job's slots still reserve, when none of them is alive any more.
-
-    Tune kills slots that do not end at once, Ray keeps the placement groups of their workers as long as the job
-    lives (ray-project/ray#58515), and the slots of the search that follows would wait for them for ever. The id of a
-    group ends with that of its job, so no other sweep on the cluster is touched.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    for group, about in placement_group_table().items():
-        if group.endswith(job) and about["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
-
-
 def _remove(file: Path) -> None:
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(file.stem))))
 

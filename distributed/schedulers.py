@@ -148,13 +148,6 @@ class _Replayed:
     config: dict[str, Any]
 
 
-def begin_scheduler(name: str, epochs: int, cells: int, study: optuna.Study) -> TrialScheduler:
-    """The scheduler `name` (see `make_scheduler`), knowing what the finished trials of `study` reported."""
-    scheduler = make_scheduler(name, epochs, cells)
-    replay(scheduler, [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()])
-    return scheduler
-
-
 def replay(scheduler: TrialScheduler, finished: list[FrozenTrial]) -> None:
     """Show a new scheduler what earlier trials reported, so that a resumed search prunes as it would have."""
     for trial in finished:

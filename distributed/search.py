@@ -65,20 +65,10 @@ class StudySearch(tune.search.Searcher):
     stop is PRUNED with its intermediate values and the reason, a diverged or crashed trial FAIL with the reason,
     and an interrupted trial stays RUNNING until `resume` continues it. When the search is over, the refits
     follow in the same slots.
-
-    One run of Tune is given no more than `sitting` trials, because Tune keeps a record of each as long as it runs
-    (ray-project/ray#64231); when they have ended, `goes_on` tells whether another run is to follow.
     """
 
-    def __init__(
-        self,
-        proposals: Proposals,
-        budget: Budget,
-        judgement: Judgement | None = None,
-        sitting: float = math.inf,
-    ) -> None:
+    def __init__(self, proposals: Proposals, budget: Budget, judgement: Judgement | None = None) -> None:
         super().__init__(metric=METRIC, mode="min")
-        self.sitting, self.begun = sitting, 0
         self.proposals, self.budget, self.judgement = proposals, budget, judgement or Judgement()
         self.running: dict[str, optuna.Trial] = {}
         self.refitting: dict[str, dict[str, Any]] = {}
@@ -92,21 +82,11 @@ class StudySearch(tune.search.Searcher):
         """The metric is fixed."""
         return True
 
-    def begin_sitting(self) -> None:
-        """Another run of Tune begins to ask."""
-        self.begun = 0
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether trials are left for another run of Tune."""
-        return self.broken is None and self.begun >= self.sitting and self._has_next()
-
     def suggest(self, trial_id: str) -> Any:
-        """The next assignment; None while others wait for the last trials; FINISHED in the end, or of a sitting."""
+        """The next assignment; None while refits wait for the last trials; FINISHED in the end."""
         with self._storage():
-            trial = self._next_trial() if self.begun < self.sitting else None
+            trial = self._next_trial()
             if trial is not None:
-                self.begun += 1
                 self.running[trial_id] = trial
                 self.started[trial_id] = time.time()
                 assignment = self._assignment(trial)
@@ -116,8 +96,6 @@ class StudySearch(tune.search.Searcher):
             return tune.search.Searcher.FINISHED
         if self.running:
             return None
-        if self.goes_on:
-            return tune.search.Searcher.FINISHED
         if self.refits is None:
             self.refits = self.proposals.refits(self.proposals.study)
         if not self.refits:  # while one runs, its slot may crash, and it be due again
@@ -193,21 +171,15 @@ class StudySearch(tune.search.Searcher):
 
     def _next_trial(self) -> optuna.Trial | None:
         proposals = self.proposals
-        if not self._has_next():
+        if self.budget.is_over:
             return None
         if proposals.continued:
             unfinished = proposals.continued.pop(0)
             return optuna.Trial(proposals.study, unfinished._trial_id)
-        return proposals.study.ask()
-
-    def _has_next(self) -> bool:
-        """Whether a trial is left to be begun, or to be continued."""
-        if self.budget.is_over:
-            return False
-        if self.proposals.continued:
-            return True
-        trials = self.proposals.study.get_trials(deepcopy=False)
-        return sum(trial.state != TrialState.WAITING for trial in trials) < self.proposals.trials
+        asked = [
+            trial for trial in proposals.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING
+        ]
+        return proposals.study.ask() if len(asked) < proposals.trials else None
 
     def _assignment(self, trial: optuna.Trial) -> dict[str, Any]:
         """The trial's resolved settings, recorded with it before anything runs."""

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,9 @@ from distributed.evolution import EVOLVED, evolve
 from distributed.memory import ForgetFinished
 from distributed.population_methods import POPULATIONS
 from distributed.request import SearchPlan, SweepRequest, plan_search
-from distributed.reservations import release_slots
 from distributed.run_folder import RunFolder
 from distributed.samplers import GRID, grid_points, sampler_note
-from distributed.schedulers import Wilcoxon, begin_scheduler, pruner_threshold
+from distributed.schedulers import Wilcoxon, make_scheduler, pruner_threshold, replay
 from distributed.search import Judgement, Proposals, StudySearch, trial_name
 from distributed.slot import Slot, Workers, pack
 from distributed.study import (
@@ -66,9 +65,6 @@ from distributed.working_copy import (
 )
 
 TRIAL_RESTARTS = 2
-SITTING, SITTING_OF_A_SLOT = 1000, 100
-"""Trials that one run of Tune is given: at least so many, and so many for each slot. In between slots begin anew, and
-wait for the last trial of the sitting."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """How a disk says that it is full."""
 # Tune's per-trial driver must hold something; the head's marker resource costs no CPU of the slots.
@@ -197,7 +193,10 @@ def _execute(
         continued=[] if evolving else study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)),
         secure=lambda: send(folder.journal),
     )
+    search = StudySearch(proposals, budget, judgement)
+    scheduler = make_scheduler(request.scheduler, epochs, len(request.cells))
     finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    replay(scheduler, finished)
     with connect(address, console), _interruptible(budget, console):
         workers, slots = plan_slots(
             request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials, console
@@ -222,17 +221,13 @@ def _execute(
             folder.path, [display, TensorBoard(folder.path / "tensorboard", list(plan.profile.settings))]
         )
         stopper = CombinedStopper(budget, pruner) if pruner else budget
-        search = StudySearch(proposals, budget, judgement, sitting=max(SITTING, SITTING_OF_A_SLOT * slots))
+        tuner = make_tuner(trainable, search, scheduler, stopper, slots, run)
         with display:
             if evolving:
                 search.broken = evolve(folder, request, plan, study, budget, trainable, slots, run)
                 proposals.trials = len(study.get_trials(deepcopy=False))
             if not (evolving and budget.is_over):
-                cells = len(request.cells)
-                run_search(
-                    trainable, search, lambda: begin_scheduler(request.scheduler, epochs, cells, study), stopper,
-                    slots, run,
-                )  # fmt: skip
+                tuner.fit()
     if search.broken is not None:
         raise _stopped(folder, search.broken)
     return _conclude(folder, request, study, cohort, splits, budget, console)
@@ -249,32 +244,14 @@ def run_options(folder: Path, callbacks: list[tune.Callback]) -> dict[str, Any]:
     }
 
 
-def run_search(
-    trainable: Any, search: StudySearch, scheduler: Callable[[], TrialScheduler], stopper: tune.Stopper,
-    slots: int, run: dict[str, Any],
-) -> None:  # fmt: skip
-    """Have Tune execute `search` to its end: trials come from it and are stopped by a scheduler, in `slots` at a time.
-
-    Args:
-        trainable: the slot.
-        search: what is searched; after each of its sittings Tune begins anew, and forgets.
-        scheduler: makes one that knows the trials of earlier sittings.
-        stopper: what ends trials, or all, beside it.
-        slots: how many trials at a time.
-        run: the options of `run_options`.
-    """
-    while True:
-        search.begin_sitting()
-        _make_tuner(trainable, search, scheduler(), stopper, slots, run).fit()
-        if not search.goes_on:
-            return
-        release_slots()
-
-
-def _make_tuner(
+def make_tuner(
     trainable: Any, search: StudySearch, scheduler: TrialScheduler, stopper: tune.Stopper, slots: int,
     run: dict[str, Any],
 ) -> tune.Tuner:  # fmt: skip
+    """Tune as the executor of `search`: trials come from it and are stopped by `scheduler`, in `slots` at a time.
+
+    `run` are the options of `run_options`.
+    """
     return tune.Tuner(
         tune.with_resources(trainable, DRIVER_RESOURCES),
         tune_config=tune.TuneConfig(

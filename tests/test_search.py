@@ -136,36 +136,6 @@ def test_no_more_trials_than_asked_also_after_a_resume_then_refits_then_the_end(
     assert len(states(study)) == 2  # a refit is no trial of the study
 
 
-def test_sittings_take_turns_until_no_trial_is_left_and_the_refits_come_in_the_last(study):
-    search = searcher(study, trials=5, refits=[{"name": "winner"}])
-    search.sitting, sittings = 2, []
-    while not sittings or search.goes_on:
-        search.begin_sitting()
-        sittings.append([])
-        names = iter("abcdefgh")
-        while isinstance(suggested := search.suggest(name := next(names)), dict):
-            sittings[-1].append(suggested["assignment"]["name"])
-            search.on_trial_complete(name, result(7.0, 2, n=1, finished=True))
-        assert suggested == Searcher.FINISHED
-    assert sittings == [["0000", "0001"], ["0002", "0003"], ["0004", "winner"]]
-
-
-def test_a_sitting_waits_for_its_last_trial_and_one_whose_slot_crashed_is_of_the_next(study):
-    search = searcher(study, trials=3)
-    search.sitting = 2
-    search.suggest("a")
-    search.suggest("b")
-    assert search.suggest("c") is None
-    search.on_trial_complete("a", result(7.0, 2, n=1, finished=True))
-    search.on_trial_complete("b", None, error=True)
-    assert search.suggest("c") == Searcher.FINISHED
-    assert search.goes_on
-    search.begin_sitting()
-    assert search.suggest("a")["assignment"]["name"] == "0001"
-    search.budget = Budget(interrupted=True)
-    assert not search.goes_on
-
-
 def test_the_study_holds_the_settings_of_every_trial(study):
     search = searcher(study)
     suggested = search.suggest("a")["assignment"]["settings"]

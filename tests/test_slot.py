@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 import ray
-from optuna.trial import TrialState
-from process_helpers import study_of
 from ray import tune
 from rich.console import Console
 
-from benchmarks import engine
 from distributed.cluster import connect
-from distributed.search import StudySearch
 from distributed.slot import Slot, WorkerGroup, Workers, pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -81,19 +77,6 @@ def test_two_slots_where_one_fits_take_turns(cluster, tmp_path):
     assert ray.get(second.train.remote(), timeout=100)["epochs"] == 1
     assert ray.get(first.train.remote(), timeout=100)["epochs"] == 2
     ray.get([first.stop.remote(), second.stop.remote()], timeout=100)
-
-
-def test_a_search_of_several_sittings_ends_with_every_trial(cluster, tmp_path, monkeypatch):
-    """Slots and schedulers begin anew; what the last ones had reserved is free."""
-    begun = []
-    begin = StudySearch.begin_sitting
-    monkeypatch.setattr(engine, "SITTING", 3)
-    monkeypatch.setattr(StudySearch, "begin_sitting", lambda search: (begun.append(search), begin(search)))
-    cost = engine.run_dummies(tmp_path, "random", trials=8)
-    assert len(cost.resident) == 8
-    assert len(begun) == 3
-    states = [trial.state for trial in study_of(tmp_path).get_trials()]
-    assert states == [TrialState.COMPLETE] * 8
 
 
 def test_a_slot_answers_for_a_trial_that_always_kills_it_and_serves_the_next(cluster, tmp_path, monkeypatch):
