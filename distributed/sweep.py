@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 from ray import tune
-from ray.tune import TuneError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
@@ -33,6 +27,7 @@ from distributed.claim import claim
 from distributed.cluster import check_shared, connect, plan_slots
 from distributed.data import hold
 from distributed.evolution import EVOLVED, evolve
+from distributed.interruption import interruptible, resumable, stopped
 from distributed.memory import ForgetFinished
 from distributed.population_methods import POPULATIONS
 from distributed.request import SearchPlan, SweepRequest, plan_search
@@ -65,8 +60,6 @@ from distributed.working_copy import (
 )
 
 TRIAL_RESTARTS = 2
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""How a disk says that it is full."""
 # Tune's per-trial driver must hold something; the head's marker resource costs no CPU of the slots.
 DRIVER_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.001}
 
@@ -160,7 +153,7 @@ def execute(
     study: optuna.Study, address: str | None, console: Console,
 ) -> RunFolder:  # fmt: skip
     """Run what is left of a sweep on Ray, and write everything it leaves."""
-    with _resumable(folder):
+    with resumable(folder):
         return _execute(folder, request, plan, cohort, splits, study, address, console)
 
 
@@ -197,7 +190,7 @@ def _execute(
     scheduler = make_scheduler(request.scheduler, epochs, len(request.cells))
     finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
     replay(scheduler, finished)
-    with connect(address, console), _interruptible(budget, console):
+    with connect(address, console), interruptible(budget, console):
         workers, slots = plan_slots(
             request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials, console
         )
@@ -229,7 +222,7 @@ def _execute(
             if not (evolving and budget.is_over):
                 tuner.fit()
     if search.broken is not None:
-        raise _stopped(folder, search.broken)
+        raise stopped(folder, search.broken)
     return _conclude(folder, request, study, cohort, splits, budget, console)
 
 
@@ -262,32 +255,6 @@ def make_tuner(
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(name="sweep", stop=stopper, **run),
-    )
-
-
-@contextlib.contextmanager
-def _resumable(folder: RunFolder) -> Iterator[None]:
-    """Tune, pandas and others write files, too: a disk that is full for them stops the sweep as it does for us."""
-    try:
-        yield
-    except (OSError, UserError, TuneError) as error:
-        full = next((each for each in _causes(error) if getattr(each, "errno", None) in FULL), None)
-        if full is None:
-            raise
-        raise _stopped(folder, os.strerror(full.errno)) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[Any]:
-    """`error` and what led to it; Tune wraps what a callback raises."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _stopped(folder: RunFolder, reason: str | None) -> UserError:
-    return UserError(
-        f"the sweep stopped: {reason}. Nothing finished is lost; once that is mended: "
-        f"brainsweep resume {run_as_typed(folder.path)}"
     )
 
 
@@ -375,36 +342,17 @@ def _conclude(
 
 
 def _say_next(folder: RunFolder, page: Path, study: optuna.Study, budget: Budget, console: Console) -> None:
-    run, here = (
-        run_as_typed(folder.path),
-        folder.path if address_of(folder.path) else Path(run_as_typed(folder.path)),
-    )
+    run = run_as_typed(folder.path)
+    here = folder.path if address_of(folder.path) else run
     unfinished = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
     if budget.reason and not budget.interrupted:
         console.print(f"\nThe search ended early: {budget.reason}.", highlight=False)
     if budget.interrupted or unfinished:
         console.print(f"\n{unfinished} trial(s) unfinished. Continue with\n  brainsweep resume {run}")
     console.print(
-        f"\nNext:\n  open {here / page.name}\n"
+        f"\nNext:\n  open {here}/{page.name}\n"
         f"  tensorboard --logdir {here}/tensorboard\n"
         f"  optuna-dashboard {here}/study.journal\n"
         f"  brainsweep predict {run} VOLUME.nii.gz\n",
         highlight=False,
     )
-
-
-@contextlib.contextmanager
-def _interruptible(budget: Budget, console: Console) -> Iterator[None]:
-    """Ctrl-C once stops gracefully, what runs stays resumable; twice stops at once."""
-
-    def stop(signum: int, frame: Any) -> None:
-        if budget.interrupted:
-            raise KeyboardInterrupt
-        budget.interrupted = True
-        console.print("stopping after the current epochs; press Ctrl-C again to stop at once")
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -10,10 +10,11 @@ from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
+from distributed.interruption import resumable
 from distributed.request import SweepRequest, plan_search
 from distributed.resume import _asked, _what_changed
 from distributed.run_folder import RunFolder
-from distributed.sweep import _resumable, run_sweep
+from distributed.sweep import run_sweep
 
 SPACE = """
 def finite(trial):
@@ -126,8 +127,8 @@ def test_a_disk_that_is_full_for_a_callback_of_tune_stops_the_sweep_in_one_line(
 
     with (
         pytest.raises(UserError, match=r"stopped: No space left on device\. .* brainsweep resume"),
-        _resumable(RunFolder(tmp_path)),
+        resumable(RunFolder(tmp_path)),
     ):
         fail(errno.ENOSPC)
-    with pytest.raises(TuneError), _resumable(RunFolder(tmp_path)):
+    with pytest.raises(TuneError), resumable(RunFolder(tmp_path)):
         fail(errno.EACCES)
