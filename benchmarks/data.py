@@ -31,15 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from core.volumes.cohort import Cohort
-from core.volumes.cohort_writer import CohortWriter
-from core.volumes.moments import pooled_statistics
-from distributed.cluster import connect
-from distributed.data import batches
-from distributed.plan import Plan
-from distributed.resident import Resident
-from distributed.sources import Direct, Volumes
-from distributed.streaming import Streaming
+from core.volumes.cohort.moments import pooled_statistics
+from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.writer import CohortWriter
+from distributed.batches.hold import batches
+from distributed.batches.in_process import Direct, Volumes
+from distributed.batches.plan import Plan
+from distributed.batches.resident import Resident
+from distributed.batches.streaming import Streaming
+from distributed.slots.cluster import connect
 
 SHAPE = (91, 109, 91)
 BATCH = 16

@@ -35,15 +35,15 @@ from rich.table import Table
 
 from benchmarks.dummy_trials import Sleeper, make_runner
 from core.config import resolve
-from distributed.budget import Budget
-from distributed.cluster import connect
-from distributed.schedulers import make_scheduler
-from distributed.search import Judgement, Proposals, StudySearch
-from distributed.slot import Slot, Workers, pack
-from distributed.study import open_study
-from distributed.sweep import make_tuner, run_options
-from distributed.trial import assign
-from distributed.watch import Display, TensorBoard
+from distributed.run.assignment import assign
+from distributed.search.budget import Budget
+from distributed.search.schedulers import make_scheduler
+from distributed.search.searcher import Judgement, Proposals, StudySearch
+from distributed.search.study import open_study
+from distributed.slots.cluster import connect
+from distributed.slots.slot import Slot, Workers, pack
+from distributed.sweeps.display import Display, TensorBoard
+from distributed.sweeps.sweep import make_tuner, run_options
 from search_spaces import DEFAULT, load_space
 
 HUNDRED = 100

@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 from scipy import ndimage
 
-from core.volumes.ingest import ingest
-from core.volumes.preprocess import Preprocessing
+from core.volumes.images.preprocess import Preprocessing
+from core.volumes.ingest.cohort import ingest
 from core.volumes.sources import list_scans
 from core.volumes.sources.listing import Listing
-from distributed.cluster import connect
-from distributed.ingest import in_parallel
+from distributed.commands.ingest_on_ray import in_parallel
+from distributed.slots.cluster import connect
 
 SCANS, ROUNDS = 24, 2
 SHAPE = (176, 208, 176)

@@ -29,11 +29,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.config import resolve
+from core.evaluation.splits import Splits
 from core.models import ProjectionHead, build
-from core.volumes.splits import Splits
 from core.volumes.views import ViewSettings, make_views
-from distributed.sources import InMemory
-from distributed.train_loop import HOLDOUT, Cell, CellTraining, Place, Subjects
+from distributed.batches.in_process import InMemory
+from distributed.run.assignment import HOLDOUT, Cell
+from distributed.training.loop import CellTraining
+from distributed.training.subjects import Place, Subjects
 
 Grid = tuple[int, int, int]
 Step = Callable[[], object]

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from distributed.plan import Plan
+from distributed.batches.plan import Plan
 
 EPOCHS = 200
 BATCH = 32

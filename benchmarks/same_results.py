@@ -5,7 +5,7 @@
     python -m benchmarks.same_results
 
 The sweep has 24 trials of 2 folds in one slot, so the order of its results does not depend on the machine's load.
-Every process of it is killed in the second fold of the first trial, and again in the second fold of a later one.
+Every process of it is killed in the second fold of the first trial, and again in the first fold of a later one.
 The hashes are of the study (settings, values, intermediate values and what is noted of every trial), of the tables,
 and of what the winner predicts of held-out subjects and of three NIfTI files. Whatever is a time is left out, and
 so is the last value before each kill, which a kill may or may not leave in the study.
@@ -33,13 +33,13 @@ from optuna.storages.journal import JournalFileBackend
 
 EPOCHS, FOLDS, TRIALS = 8, 2, 24
 SETTINGS = {
-    "model.width": 0.125, "training.epochs": EPOCHS, "training.batch_size": 16, "objective.neighbours.step": 2,
+    "model.width": 0.25, "training.epochs": EPOCHS, "training.batch_size": 16, "objective.neighbours.step": 2,
 }  # fmt: skip
 TIMES = {"seconds", "spent_seconds", "first_step_at", "first_read", "accelerator_seconds", "idle_seconds"}
 """Columns, and attributes of trials, that hold a time."""
 TABLES = ("trials", "cells", "history", "splits", "holdout", "predictions", "confirmed")
-BOTH_FOLDS = EPOCHS + 3
-"""Epochs over all folds at which a trial is killed: in its second fold."""
+KILLED_AT = {"first trial": EPOCHS + 3, "later trial": 3}
+"""Epochs over all folds that a trial has done when it is killed."""
 
 
 def main() -> None:
@@ -70,9 +70,9 @@ def sweep_killed_twice(tree: Path, folder: Path) -> Path:
         "sweep", folder / "cohort", "--trials", TRIALS, "--folds", FOLDS, "--slots", 1, "--holdout", 0.25,
         "--confirm-seeds", 1, "--out", run, *changes,
     ]  # fmt: skip
-    kill_when(tree, folder, lambda: epochs_of(run, 0) >= BOTH_FOLDS, *begin)
-    later = range(8, TRIALS)
-    kill_when(tree, folder, lambda: any(epochs_of(run, n) == BOTH_FOLDS for n in later), "resume", run)
+    first, then = KILLED_AT.values()
+    kill_when(tree, folder, lambda: epochs_of(run, 0) == first, *begin)
+    kill_when(tree, folder, lambda: any(epochs_of(run, n) == then for n in range(8, TRIALS)), "resume", run)
     brainsweep(tree, folder, "resume", run)
     return run
 
@@ -85,7 +85,9 @@ def epochs_of(run: Path, number: int) -> int:
 
 def kill_when(tree: Path, folder: Path, condition: Callable[[], bool], *arguments: object) -> None:
     """Start a command, and kill all its processes a moment after `condition` holds."""
-    driver = subprocess.Popen(command(arguments), cwd=folder, env=environment(tree), stdout=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        command(arguments), cwd=folder, env=environment(tree), stdout=subprocess.DEVNULL
+    )
     while not condition():
         if driver.poll() is not None:
             raise RuntimeError(f"ended before it could be killed: {' '.join(map(str, arguments))}")
@@ -130,7 +132,7 @@ def of_study(run: Path) -> str:
                 "intermediate": {
                     epoch: value
                     for epoch, value in trial.intermediate_values.items()
-                    if epoch not in (BOTH_FOLDS, BOTH_FOLDS + 1)
+                    if not {epoch, epoch - 1} & set(KILLED_AT.values())
                 },
                 "attributes": {name: value for name, value in trial.user_attrs.items() if name not in TIMES},
             }
@@ -152,7 +154,9 @@ def of_tables(run: Path) -> str:
 
 def of_predictions(tree: Path, folder: Path) -> str:
     """The winner's ages of three other brains, to the last digit of the table."""
-    brainsweep(tree, folder, "phantom", folder / "scans", "--subjects", 3, "--spacing", 8, "--seed", 7, "--nifti")
+    brainsweep(
+        tree, folder, "phantom", folder / "scans", "--subjects", 3, "--spacing", 8, "--seed", 7, "--nifti"
+    )
     scans = sorted((folder / "scans").rglob("*.nii.gz"))[:3]
     brainsweep(tree, folder, "predict", folder / "run", *scans, "--out", folder / "ages.csv")
     table = pd.read_csv(folder / "ages.csv")

@@ -41,13 +41,15 @@ from rich.console import Console
 from rich.table import Table
 
 from core.config import merge, parse_changes, resolve
-from core.report.record import STUDY_NAME
-from core.volumes.cohort import Cohort
-from core.volumes.splits import make_splits
-from distributed.request import SearchPlan, SweepRequest, plan_search
-from distributed.sources import InMemory
-from distributed.study import published_parameters
-from distributed.train_loop import Cell, CellTraining, DivergedError, Place, Subjects
+from core.evaluation.splits import make_splits
+from core.report.answer.record import STUDY_NAME
+from core.volumes.cohort.reader import Cohort
+from distributed.batches.in_process import InMemory
+from distributed.run.assignment import Cell
+from distributed.search.study import published_parameters
+from distributed.sweeps.request import SearchPlan, SweepRequest, plan_search
+from distributed.training.loop import CellTraining, DivergedError
+from distributed.training.subjects import Place, Subjects
 
 SMALL = ["model.width=0.25", "training.batch_size=16", "objective.neighbours.step=2"]
 MANY_TRIALS = 10_000

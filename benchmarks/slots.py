@@ -32,9 +32,9 @@ from rich.table import Table
 from benchmarks.dummy_trials import answer
 from benchmarks.engine import run_search, search_for
 from core.models import build
-from distributed.cluster import connect
-from distributed.slot import Slot, Workers, pack
-from distributed.sweep import DRIVER_RESOURCES
+from distributed.slots.cluster import connect
+from distributed.slots.slot import Slot, Workers, pack
+from distributed.sweeps.sweep import DRIVER_RESOURCES
 
 SLOT, NESTED = "slot", "TorchTrainer per trial"
 

@@ -28,8 +28,8 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
-from core.report.record import STUDY_NAME
-from core.volumes.cohort_writer import CohortWriter
+from core.report.answer.record import STUDY_NAME
+from core.volumes.cohort.writer import CohortWriter
 
 TRIALS, FOLDS, EPOCHS, SLOTS = 10, 2, 10, 2
 SMALL = {

@@ -22,8 +22,8 @@ from core.config import RunSettings, resolve
 from core.errors import UserError
 from core.evaluation.probes import AgeProbe
 from core.tasks import TASKS
-from core.volumes.prepare import prepare_scan
-from core.volumes.preprocess import IntensityStatistics, Preprocessing, normalise
+from core.volumes.images.preprocess import IntensityStatistics, Preprocessing, normalise
+from core.volumes.ingest.prepare import prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
 
 BATCH = 16

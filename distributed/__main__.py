@@ -1,5 +1,5 @@
 """`python -m distributed …` is `brainsweep …`."""
 
-from distributed.cli import main
+from distributed.commands.app import main
 
 main()

@@ -405,7 +405,7 @@ def outcome_of(case: Case, folder: Path, read: Callable[[Path], Any]) -> dict[st
 def read_both(path: Path) -> None:
     """`read_volume` and `read_geometry`, and whether they give a volume, and nibabel the same one if it can."""
     from core.errors import UserError
-    from core.volumes.nifti import read_geometry, read_volume
+    from core.volumes.images.nifti import read_geometry, read_volume
 
     try:
         shape, _ = read_geometry(path)
@@ -440,8 +440,8 @@ def check_volume(voxels: np.ndarray, affine: np.ndarray) -> None:
 
 def prepare(path: Path, **settings: Any) -> None:
     """`prepare_scan` of the file as an image, then as its label map too, and whether it keeps its promises."""
-    from core.volumes.prepare import prepare_scan
-    from core.volumes.preprocess import Preprocessing
+    from core.volumes.images.preprocess import Preprocessing
+    from core.volumes.ingest.prepare import prepare_scan
     from core.volumes.sources.listing import ImageFile, Scan
 
     chosen = settings or {"spacing": 2, "shape": (12, 12, 12), "centre": "brain"}

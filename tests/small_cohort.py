@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from core.volumes.cohort import Cohort
-from core.volumes.cohort_writer import CohortWriter
-from core.volumes.shards import Compression, Storage
+from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.shards import Compression, Storage
+from core.volumes.cohort.writer import CohortWriter
 
 SIDE = 12
 

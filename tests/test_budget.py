@@ -11,8 +11,8 @@ from optuna.terminator import report_cross_validation_scores
 from rich.console import Console
 
 from core.errors import UserError
-from distributed.budget import FEWEST_TRIALS, Budget, judge_improvement, make_terminator
-from distributed.watch import Display, TensorBoard
+from distributed.search.budget import FEWEST_TRIALS, Budget, judge_improvement, make_terminator
+from distributed.sweeps.display import Display, TensorBoard
 from search_spaces import load_space
 
 

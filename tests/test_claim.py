@@ -14,14 +14,14 @@ from process_helpers import ROOT
 from rich.console import Console
 
 from core.errors import UserError
-from distributed.claim import LOCK, claim, mend_journal, refuse_url
+from distributed.run.lock import LOCK, claim, mend_journal, refuse_url
 
 QUIET = Console(quiet=True)
 HOLDER = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from distributed.claim import claim
+from distributed.run.lock import claim
 with claim(Path(sys.argv[1]), Console(quiet=True)):
     print("held", flush=True)
     sys.stdin.read()

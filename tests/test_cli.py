@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from small_cohort import SMALL, write_small_cohort
 
-from distributed.cli import app, main
-from distributed.cli_data import data
+from distributed.commands.app import app, main
+from distributed.commands.cohorts import data
 
 COHORTS = ["phantom", "ingest", "describe", "quality", "verify"]
 RUNS = ["train", "sweep", "resume", "report", "evaluate", "predict"]

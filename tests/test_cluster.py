@@ -13,7 +13,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from s3_server import KEYS, s3_server
 
-from core.volumes.places import upload_file
+from core.files.places import upload_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -339,7 +339,9 @@ def test_the_script_begins_what_is_not_there_and_resumes_what_is(tmp_path, there
 
 @pytest.mark.parametrize("there", [False, True])
 def test_the_script_asks_at_an_address_whether_a_run_is_there(tmp_path, monkeypatch, there):
-    script = '#!/bin/sh\nif [ "$2" = distributed.working_copy ]; then exec "$PYTHON" "$@"; fi\necho "$3"\n'
+    script = (
+        '#!/bin/sh\nif [ "$2" = distributed.run.working_copy ]; then exec "$PYTHON" "$@"; fi\necho "$3"\n'
+    )
     (tmp_path / "python").write_text(script)
     (tmp_path / "python").chmod(0o755)
     for name, value in KEYS.items():

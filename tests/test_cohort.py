@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from core.errors import UserError
-from core.volumes import shards
-from core.volumes.cohort import Cohort
-from core.volumes.cohort_writer import CohortWriter
-from core.volumes.describe import describe
+from core.volumes.cohort import shards
+from core.volumes.cohort.describe import describe
+from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.writer import CohortWriter
 
 SHAPE = (3, 4, 5)
 

@@ -11,15 +11,16 @@ from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
-from core.volumes.moments import pooled_statistics, volume_moments
-from core.volumes.preprocess import fit_intensity_statistics
-from distributed import data, resident
-from distributed.cluster import connect, plan_slots
-from distributed.data import batches, choose_mode, hold, read_ahead
-from distributed.plan import Plan
-from distributed.resident import Resident
-from distributed.sources import Direct, InMemory, bytes_of_a_volume
-from distributed.streaming import Streaming
+from core.volumes.cohort.moments import pooled_statistics, volume_moments
+from core.volumes.images.preprocess import fit_intensity_statistics
+from distributed.batches import hold as data
+from distributed.batches import resident
+from distributed.batches.hold import batches, choose_mode, hold, read_ahead
+from distributed.batches.in_process import Direct, InMemory, bytes_of_a_volume
+from distributed.batches.plan import Plan
+from distributed.batches.resident import Resident
+from distributed.batches.streaming import Streaming
+from distributed.slots.cluster import connect, plan_slots
 
 ROWS = np.array([7, 0, 23, 7])
 CPU = torch.device("cpu")

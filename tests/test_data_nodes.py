@@ -7,10 +7,10 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from small_cohort import write_small_cohort
 
-from distributed import resident
-from distributed.cluster import connect
-from distributed.resident import Resident
-from distributed.sources import bytes_of_a_volume
+from distributed.batches import resident
+from distributed.batches.in_process import bytes_of_a_volume
+from distributed.batches.resident import Resident
+from distributed.slots.cluster import connect
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 MEMORY = 80_000_000

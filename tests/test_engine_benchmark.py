@@ -10,7 +10,7 @@ from benchmarks.dummy_trials import answer
 from benchmarks.engine import TimedSampler, search_for
 from benchmarks.search import Search, targets
 from benchmarks.slots import Overhead
-from distributed.samplers import make_sampler
+from distributed.search.samplers import make_sampler
 from search_spaces import load_space
 
 

@@ -15,13 +15,13 @@ import pytest
 from reference_resample import affine_of, rotation
 
 from core.errors import UserError
-from core.volumes import ingest_shards
-from core.volumes.cohort import Cohort
-from core.volumes.ingest import IngestReport, volumes_per_shard, write_shard_of
-from core.volumes.ingest import ingest as ingest_listing
-from core.volumes.preprocess import Preprocessing
+from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.verify import verify
+from core.volumes.images.preprocess import Preprocessing
+from core.volumes.ingest import shards as ingest_shards
+from core.volumes.ingest.cohort import IngestReport, volumes_per_shard, write_shard_of
+from core.volumes.ingest.cohort import ingest as ingest_listing
 from core.volumes.sources import list_scans
-from core.volumes.verify import verify
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SETTINGS = Preprocessing(spacing=8, intensity="raw")

@@ -7,10 +7,10 @@ import ray
 from test_ingest import SETTINGS, contents, study_of_several_shards
 
 from core.errors import UserError
-from core.volumes.ingest import ingest
+from core.volumes.ingest.cohort import ingest
 from core.volumes.sources import list_scans
-from distributed import ingest as parallel
-from distributed.ingest import at_a_time, in_parallel, task_bytes
+from distributed.commands import ingest_on_ray as parallel
+from distributed.commands.ingest_on_ray import at_a_time, in_parallel, task_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.volumes.intensity import FAINTEST, WINDOWS, Intensity, foreground, parse_intensity, scale
+from core.volumes.images.intensity import (
+    FAINTEST,
+    WINDOWS,
+    Intensity,
+    foreground,
+    parse_intensity,
+    scale,
+)
 
 
 def brain(seed: int = 0, offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -181,7 +181,7 @@ def test_a_submitted_sweep_runs_and_leaves_its_run_folder(head, checkout, shared
 
     [uploaded] = head.temporary.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
     travelled = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
-    assert "distributed/cli.py" in travelled
+    assert "distributed/commands/app.py" in travelled
     assert {Path(name).parts[0] for name in travelled} <= {*PACKAGES, ".rayignore"}
 
 

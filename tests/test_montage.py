@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from core.report.montage import montage
+from core.report.figures.montage import montage
 
 
 def block(value: float = 1.0) -> np.ndarray:

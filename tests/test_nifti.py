@@ -14,7 +14,7 @@ import pytest
 from reference_resample import affine_of, rotation
 
 from core.errors import UserError
-from core.volumes.nifti import read_geometry, read_volume
+from core.volumes.images.nifti import read_geometry, read_volume
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SHAPE = (4, 5, 6)

@@ -14,8 +14,8 @@ from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
-from distributed.cluster import check_shared, connect, plan_slots
-from distributed.run_folder import code_version, create_run
+from distributed.run.folder import code_version, create_run
+from distributed.slots.cluster import check_shared, connect, plan_slots
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 MEMORY = 80_000_000
@@ -115,7 +115,7 @@ def test_a_copy_without_git_still_says_which_sources_it_runs(tmp_path):
     asking = [
         sys.executable,
         "-c",
-        "from distributed.run_folder import code_version as v; print(v()['sources'])",
+        "from distributed.run.folder import code_version as v; print(v()['sources'])",
     ]
 
     def asked():

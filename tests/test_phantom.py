@@ -15,14 +15,14 @@ import pytest
 from pydantic import ValidationError
 
 from core.errors import UserError
-from core.volumes.phantom import (
+from core.volumes.phantom.cohort import (
     PhantomSettings,
     phantom_brain,
     phantom_participants,
     write_phantom_bids,
     write_phantom_cohort,
 )
-from core.volumes.phantom_subject import Person, PhantomBrain, make_brain, smooth_field
+from core.volumes.phantom.subject import Person, PhantomBrain, make_brain, smooth_field
 
 REGIONS = ("frontal", "temporal", "parietal", "occipital", "cerebellum", "thalamus", "caudate", "putamen",
            "pallidum", "hippocampus", "amygdala")  # fmt: skip

@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from distributed.plan import READS, Plan, epoch_batches, share
+from distributed.batches.plan import READS, Plan, epoch_batches, share
 
 
 def test_batches_are_a_permutation_and_the_same_for_any_number_of_workers():

@@ -18,17 +18,25 @@ from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, read_settings, resolve
 from core.errors import UserError
-from core.report.population import LINEAGE, MEMBER, exchange_table, found_schedule, members
-from core.report.population_figure import followed_values
-from core.report.record import read_run
+from core.evaluation.splits import make_splits
+from core.report.answer.population import LINEAGE, MEMBER, exchange_table, found_schedule, members
+from core.report.answer.record import read_run
+from core.report.figures.population import followed_values
 from core.schedules import as_schedule, then
-from core.volumes.splits import make_splits
-from distributed.population import MEMBER_VALUE, begin_member
-from distributed.population_methods import POPULATIONS, Range, change, changeable_ranges, check_population
-from distributed.sources import InMemory
-from distributed.study import check_space
-from distributed.train_loop import Subjects, build_optimiser, set_rates
-from distributed.trial import Runner, assign, kept_checkpoint
+from distributed.batches.in_process import InMemory
+from distributed.run.assignment import assign, kept_checkpoint
+from distributed.search.population import MEMBER_VALUE, begin_member
+from distributed.search.population_methods import (
+    POPULATIONS,
+    Range,
+    change,
+    changeable_ranges,
+    check_population,
+)
+from distributed.search.study import check_space
+from distributed.training.loop import build_optimiser, set_rates
+from distributed.training.subjects import Subjects
+from distributed.training.trial import Runner
 from search_spaces import load_space, published
 
 EPOCHS = 4

@@ -12,8 +12,8 @@ from reference_resample import affine_of, rotation, trilinear
 
 from core.errors import UserError
 from core.inference import prepare_files
-from core.volumes.prepare import prepare_scan
-from core.volumes.preprocess import Preprocessing
+from core.volumes.images.preprocess import Preprocessing
+from core.volumes.ingest.prepare import prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
 
 SHAPE = (24, 28, 22)

@@ -12,10 +12,9 @@ from pydantic import ValidationError
 from reference_resample import affine_of, rotation, trilinear
 
 from core.errors import UserError
-from core.volumes.intensity import Intensity, scale
-from core.volumes.nifti import read_volume
-from core.volumes.prepare import PreparedScan, brain_centre, prepare_scan
-from core.volumes.preprocess import (
+from core.volumes.images.intensity import Intensity, scale
+from core.volumes.images.nifti import read_volume
+from core.volumes.images.preprocess import (
     IntensityStatistics,
     Preprocessing,
     covers_template_field,
@@ -23,7 +22,8 @@ from core.volumes.preprocess import (
     grid_affine,
     normalise,
 )
-from core.volumes.resample import resample
+from core.volumes.images.resample import resample
+from core.volumes.ingest.prepare import PreparedScan, brain_centre, prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"

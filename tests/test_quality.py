@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from core.report import quality
-from core.report.quality import write_quality_page
-from core.report.quality_measures import measure, reasons, robust_z, scores
-from core.report.quality_pictures import OUTLINE, thumbnail
-from core.volumes.cohort import Cohort
-from core.volumes.cohort_writer import CohortWriter
+from core.report.quality import page as quality
+from core.report.quality.measures import measure, reasons, robust_z, scores
+from core.report.quality.page import write_quality_page
+from core.report.quality.pictures import OUTLINE, thumbnail
+from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.writer import CohortWriter
 
 SIDE = 16
 SCANS = 14

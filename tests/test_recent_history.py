@@ -8,7 +8,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.trial import TrialState
 
-from distributed.recent_history import BEST, LATEST, RecentHistory
+from distributed.search.recent_history import BEST, LATEST, RecentHistory
 
 
 class Looks(RandomSampler):
@@ -88,7 +88,7 @@ def test_a_history_that_is_short_enough_is_shown_whole():
 
 
 def test_with_several_objectives_the_history_stays_whole(monkeypatch):
-    monkeypatch.setattr("distributed.recent_history.LATEST", 10)
+    monkeypatch.setattr("distributed.search.recent_history.LATEST", 10)
     both = ["minimize", "minimize"]
     assert proposed(RecentHistory(tpe()), 60, both) == proposed(tpe(), 60, both)
     assert proposed(RecentHistory(tpe()), 60, both[:1]) != proposed(tpe(), 60, both[:1])

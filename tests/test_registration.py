@@ -14,12 +14,17 @@ from nibabel.affines import apply_affine
 from reference_resample import rotation
 
 from core.errors import UserError
-from core.volumes import registration
-from core.volumes.nifti import read_volume
-from core.volumes.prepare import prepare_scan
-from core.volumes.preprocess import Preprocessing, grid_affine
-from core.volumes.registration import Registration, load_template, overlap_with_template, register
-from core.volumes.resample import resample
+from core.volumes.images import registration
+from core.volumes.images.nifti import read_volume
+from core.volumes.images.preprocess import Preprocessing, grid_affine
+from core.volumes.images.registration import (
+    Registration,
+    load_template,
+    overlap_with_template,
+    register,
+)
+from core.volumes.images.resample import resample
+from core.volumes.ingest.prepare import prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "t1w_bids"
@@ -39,9 +44,9 @@ LEVELS = {"SHRINKING": (4, 2), "BLUR_MM": (4.0, 2.0)}
 IN_ANOTHER_PROCESS = """
 import hashlib, sys
 from pathlib import Path
-from core.volumes import registration
-from core.volumes.prepare import prepare_scan
-from core.volumes.preprocess import Preprocessing
+from core.volumes.images import registration
+from core.volumes.ingest.prepare import prepare_scan
+from core.volumes.images.preprocess import Preprocessing
 from core.volumes.sources.listing import ImageFile, Scan
 settings = Preprocessing.model_validate_json(sys.argv[2])
 vars(registration).update(eval(sys.argv[3]))

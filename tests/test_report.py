@@ -16,20 +16,36 @@ from fake_run import make_run
 from rich.console import Console
 
 from core.errors import UserError
-from core.report import figures, schedule_figure, subject_figures
 from core.report import page as page_module
-from core.report.describe import describe
-from core.report.findings import caveats, headline, importance_note
-from core.report.page import FIGURES, write_report
-from core.report.style import NothingToDraw
-from core.report.tables import (
+from core.report.answer.describe import describe
+from core.report.answer.findings import caveats, headline, importance_note
+from core.report.answer.importance import importances_of, unassessed_settings
+from core.report.answer.record import NothingToShow
+from core.report.answer.tables import (
     holdout_table,
     leaderboard,
     print_leaderboard,
     read_run,
     winner_beside_published,
 )
-from core.report.verdict import MEDIAN, PUBLISHED, WINNER, beating_the_median, compare, verdict
+from core.report.answer.verdict import (
+    MEDIAN,
+    PUBLISHED,
+    WINNER,
+    beating_the_median,
+    compare,
+    verdict,
+)
+from core.report.figures import (
+    schedule as schedule_figure,
+)
+from core.report.figures import (
+    search as figures,
+)
+from core.report.figures import (
+    subjects as subject_figures,
+)
+from core.report.page import FIGURES, write_report
 
 SECTIONS = (
     "answer",
@@ -503,9 +519,9 @@ def test_fold_spread_has_a_dot_for_every_cell_of_the_trials_shown(finished: Path
 
 def test_importances_are_shares_and_conditional_settings_are_named(finished: Path) -> None:
     record = read_run(finished)
-    assert sum(figures.importances_of(record).values()) == pytest.approx(1)
+    assert sum(importances_of(record).values()) == pytest.approx(1)
     assert "too few trials for 15 settings" in importance_note(record)
-    assert "objective.bin_width" in figures.unassessed_settings(record)
+    assert "objective.bin_width" in unassessed_settings(record)
 
 
 def test_gaps_are_predicted_minus_true_age(finished: Path) -> None:
@@ -560,5 +576,5 @@ def test_a_figure_without_its_data_gives_a_reason(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     record = read_run(tmp_path)
     for _, draw in FIGURES.values():
-        with pytest.raises(NothingToDraw, match=r"^[a-z].{20,}"):
+        with pytest.raises(NothingToShow, match=r"^[a-z].{20,}"):
             draw(record)

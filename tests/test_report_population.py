@@ -11,11 +11,9 @@ from matplotlib.patches import StepPatch
 from matplotlib.text import Annotation
 from rich.console import Console
 
-from core.report import figures, population_figure
-from core.report.findings import caveats, states
-from core.report.honesty import schedule_line
-from core.report.page import OF_POPULATIONS, draw_all, render
-from core.report.population import (
+from core.report.answer.findings import caveats, states
+from core.report.answer.honesty import schedule_line
+from core.report.answer.population import (
     FOLLOWED,
     FOUND,
     FoundSchedule,
@@ -25,10 +23,12 @@ from core.report.population import (
     found_schedule,
     members,
 )
-from core.report.record import RunRecord, read_run
-from core.report.style import NothingToDraw
-from core.report.tables import leaderboard, print_leaderboard, winner_beside_published
-from distributed.population_methods import CHANGEABLE
+from core.report.answer.record import NothingToShow, RunRecord, read_run
+from core.report.answer.tables import leaderboard, print_leaderboard, winner_beside_published
+from core.report.figures import population as population_figure
+from core.report.figures import search as figures
+from core.report.page import OF_POPULATIONS, draw_all, render
+from distributed.search.population_methods import CHANGEABLE
 
 FOLLOWED_VALUES = (12.0, 9.0, 7.6, 6.6, 6.0, 5.6)
 """Of member 0 in epochs 1 and 2, of member 1 in 3 and 4, of member 2 in 5 and 6."""
@@ -203,7 +203,7 @@ def test_without_its_study_the_page_says_why_nothing_is_drawn(tmp_path: Path) ->
     (run / "study.journal").unlink()
     record = read_run(run)
     for draw in (population_figure.population, population_figure.steps):
-        with pytest.raises(NothingToDraw, match="study is absent"):
+        with pytest.raises(NothingToShow, match="study is absent"):
             draw(record)
     assert (
         leaderboard(record.trials, found=found_in_words(record))["what"][0] == f"{FOUND}: see schedule.yaml"

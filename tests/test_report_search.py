@@ -8,12 +8,12 @@ import pytest
 from fake_run import make_run
 
 from core.objectives import COST
-from core.report.findings import caveats
-from core.report.front import front_table, pareto_front
-from core.report.honesty import access_line, change_lines, measured_again, optimism
+from core.report.answer.findings import caveats
+from core.report.answer.front import front_table, pareto_front
+from core.report.answer.honesty import access_line, change_lines, measured_again, optimism
+from core.report.answer.record import RunRecord, read_run
+from core.report.answer.verdict import PUBLISHED, WINNER
 from core.report.page import render
-from core.report.record import RunRecord, read_run
-from core.report.verdict import PUBLISHED, WINNER
 
 OBJECTIVES = ["mae", "site_balanced_accuracy", COST]
 

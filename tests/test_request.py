@@ -10,11 +10,11 @@ from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
-from distributed.interruption import resumable
-from distributed.request import SweepRequest, plan_search
-from distributed.resume import _asked, _what_changed
-from distributed.run_folder import RunFolder
-from distributed.sweep import run_sweep
+from distributed.run.folder import RunFolder
+from distributed.sweeps.interruption import resumable
+from distributed.sweeps.request import SweepRequest, plan_search
+from distributed.sweeps.resume import _asked, _what_changed
+from distributed.sweeps.sweep import run_sweep
 
 SPACE = """
 def finite(trial):
@@ -38,7 +38,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def cohort(place):
-    from core.volumes.cohort import Cohort
+    from core.volumes.cohort.reader import Cohort
 
     return Cohort.open(place / "cohort")
 

@@ -8,8 +8,8 @@ from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
-from distributed.resume import resume_sweep
-from distributed.run_folder import cohort_of, create_run, open_run
+from distributed.run.folder import cohort_of, create_run, open_run
+from distributed.sweeps.resume import resume_sweep
 
 
 @pytest.fixture

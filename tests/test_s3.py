@@ -7,10 +7,10 @@ import pytest
 from s3_server import s3_server
 
 from core.errors import UserError
-from core.volumes.cohort import Cohort
-from core.volumes.cohort_writer import CohortWriter
-from core.volumes.describe import describe
-from core.volumes.verify import verify
+from core.volumes.cohort.describe import describe
+from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.verify import verify
+from core.volumes.cohort.writer import CohortWriter
 
 SHAPE = (5, 6, 4)
 KINDS = [("hdf5", "none"), ("parquet", "none"), ("hdf5", "blosc"), ("parquet", "zstd")]
@@ -87,7 +87,7 @@ def test_an_address_of_no_known_kind():
 
 
 def test_a_store_that_refuses(monkeypatch):
-    from core.volumes import places
+    from core.files import places
 
     monkeypatch.setattr(places, "_connected", lambda url, _: (_Refusing(), "brains/c"))
     with pytest.raises(UserError, match="access denied; set AWS_ACCESS_KEY_ID"):

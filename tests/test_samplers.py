@@ -12,17 +12,17 @@ from test_schedulers import Trial
 from core.config import resolve
 from core.errors import UserError
 from core.objectives import COST, check_objectives, mean_of
-from distributed.budget import Budget
-from distributed.samplers import (
+from distributed.search.budget import Budget
+from distributed.search.samplers import (
     SAMPLERS,
     check_sampler,
     grid_points,
     make_sampler,
     sampler_note,
 )
-from distributed.schedulers import METRIC, SCHEDULERS, TIME, make_scheduler
-from distributed.search import Judgement, Proposals, StudySearch
-from distributed.study import check_space, enqueue, open_study
+from distributed.search.schedulers import METRIC, SCHEDULERS, TIME, make_scheduler
+from distributed.search.searcher import Judgement, Proposals, StudySearch
+from distributed.search.study import check_space, enqueue, open_study
 from search_spaces import load_space, published
 from search_spaces.points import grid_of
 

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from core.errors import UserError
-from distributed.schedulers import (
+from distributed.search.schedulers import (
     CELL_VALUES,
     METRIC,
     SCHEDULERS,

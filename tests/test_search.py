@@ -11,11 +11,11 @@ from ray.tune.search import Searcher
 
 from core.config import resolve
 from core.errors import UserError
-from core.report.record import reported
-from distributed.budget import FEWEST_TRIALS, Budget
-from distributed.schedulers import CELL_VALUES, Wilcoxon
-from distributed.search import SLOT_CRASHES, Judgement, Proposals, StudySearch
-from distributed.study import check_space, open_study, published_parameters
+from core.report.answer.record import reported
+from distributed.search.budget import FEWEST_TRIALS, Budget
+from distributed.search.schedulers import CELL_VALUES, Wilcoxon
+from distributed.search.searcher import SLOT_CRASHES, Judgement, Proposals, StudySearch
+from distributed.search.study import check_space, open_study, published_parameters
 from search_spaces import load_space, pin, published
 
 

@@ -8,8 +8,8 @@ from optuna.trial import TrialState
 from process_helpers import run, study_of
 from small_cohort import write_small_cohort
 
-from core.report.honesty import access_line, measured_again
-from core.report.record import read_run, reported
+from core.report.answer.honesty import access_line, measured_again
+from core.report.answer.record import read_run, reported
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -5,7 +5,7 @@ import torch
 
 from core.errors import UserError
 from core.models import MODELS, build
-from core.volumes.mirror import mirror
+from core.volumes.images.mirror import mirror
 
 
 def parameters(module: torch.nn.Module) -> int:

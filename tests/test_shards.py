@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from core.errors import UserError
-from core.volumes.cohort import Cohort
-from core.volumes.cohort_writer import CohortWriter
-from core.volumes.shards import COMPRESSIONS, checksum
-from core.volumes.stored import decode, encode, encode_label
+from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.shards import COMPRESSIONS, checksum
+from core.volumes.cohort.stored import decode, encode, encode_label
+from core.volumes.cohort.writer import CohortWriter
 
 SHAPE = (7, 6, 5)
 KINDS = [(storage, compression) for storage, kinds in COMPRESSIONS.items() for compression in kinds]

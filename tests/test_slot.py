@@ -10,8 +10,8 @@ import ray
 from ray import tune
 from rich.console import Console
 
-from distributed.cluster import connect
-from distributed.slot import Slot, WorkerGroup, Workers, pack
+from distributed.slots.cluster import connect
+from distributed.slots.slot import Slot, WorkerGroup, Workers, pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -80,7 +80,9 @@ def test_two_slots_where_one_fits_take_turns(cluster, tmp_path):
 
 
 def test_a_slot_answers_for_a_trial_that_always_kills_it_and_serves_the_next(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("distributed.slot.WORKER_RESTARTS", 0)  # each takes seconds; another test has one
+    monkeypatch.setattr(
+        "distributed.slots.slot.WORKER_RESTARTS", 0
+    )  # each takes seconds; another test has one
     trainable = tune.with_parameters(
         Slot,
         workers=Workers(),

@@ -9,7 +9,7 @@ import pytest
 from source_trees import DATA
 
 from core.errors import UserError
-from core.volumes.nifti import read_volume
+from core.volumes.images.nifti import read_volume
 from core.volumes.sources import list_scans, read_image
 
 GRID = (91, 109, 91)

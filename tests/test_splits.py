@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.volumes.splits import Splits, make_splits
+from core.evaluation.splits import Splits, make_splits
 
 
 def manifest_of(count: int, sites: int = 1, seed: int = 0) -> pd.DataFrame:

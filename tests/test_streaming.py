@@ -14,15 +14,16 @@ from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
 from core.errors import UserError
-from core.volumes.cohort import Cohort
-from core.volumes.splits import make_splits
-from distributed import streaming
-from distributed.data import batches
-from distributed.plan import Plan
-from distributed.sources import InMemory, bytes_of_a_volume
-from distributed.streaming import Streaming
-from distributed.train_loop import Subjects
-from distributed.trial import Runner, assign
+from core.evaluation.splits import make_splits
+from core.volumes.cohort.reader import Cohort
+from distributed.batches import streaming
+from distributed.batches.hold import batches
+from distributed.batches.in_process import InMemory, bytes_of_a_volume
+from distributed.batches.plan import Plan
+from distributed.batches.streaming import Streaming
+from distributed.run.assignment import assign
+from distributed.training.subjects import Subjects
+from distributed.training.trial import Runner
 from search_spaces import published
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 
 from core.config import resolve
 from core.errors import UserError
-from distributed.study import (
+from distributed.search.study import (
     best_trial,
     carry_over,
     check_space,

@@ -15,14 +15,15 @@ from ray import tune
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
-from core.volumes.splits import make_splits
-from distributed.cluster import QUIET
-from distributed.data import hold
-from distributed.resident import Resident
-from distributed.slot import Slot, WorkerGroup, Workers, pack
-from distributed.sources import InMemory
-from distributed.train_loop import Subjects
-from distributed.trial import Runner, assign, make_runner
+from core.evaluation.splits import make_splits
+from distributed.batches.hold import hold
+from distributed.batches.in_process import InMemory
+from distributed.batches.resident import Resident
+from distributed.run.assignment import assign
+from distributed.slots.cluster import QUIET
+from distributed.slots.slot import Slot, WorkerGroup, Workers, pack
+from distributed.training.subjects import Subjects
+from distributed.training.trial import Runner, make_runner
 from search_spaces import published
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]

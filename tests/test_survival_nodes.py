@@ -20,12 +20,13 @@ from small_cohort import SMALL, write_small_cohort
 from test_survival import each_epoch_once
 
 from core.config import merge, resolve
-from core.volumes.splits import make_splits
-from distributed.cluster import connect, plan_slots
-from distributed.data import hold
-from distributed.slot import WorkerGroup, pack
-from distributed.train_loop import Subjects
-from distributed.trial import assign, make_runner
+from core.evaluation.splits import make_splits
+from distributed.batches.hold import hold
+from distributed.run.assignment import assign
+from distributed.slots.cluster import connect, plan_slots
+from distributed.slots.slot import WorkerGroup, pack
+from distributed.training.subjects import Subjects
+from distributed.training.trial import make_runner
 from search_spaces import published
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]

@@ -13,12 +13,15 @@ from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
 from core.errors import UserError
+from core.evaluation.splits import make_splits
 from core.inference import load_predictor
-from core.volumes.splits import make_splits
-from distributed.memory import ForgetFinished, out_of_memory
-from distributed.sources import InMemory
-from distributed.train_loop import HOLDOUT, CellTraining, Place, Subjects
-from distributed.trial import CHECKPOINT, Runner, assign
+from distributed.batches.in_process import InMemory
+from distributed.run.assignment import CHECKPOINT, HOLDOUT, assign
+from distributed.sweeps.forget_finished import ForgetFinished
+from distributed.training.loop import CellTraining
+from distributed.training.out_of_memory import out_of_memory
+from distributed.training.subjects import Place, Subjects
+from distributed.training.trial import Runner
 from search_spaces import published
 
 CELLS = [{"fold": 0, "seed": 0}, {"fold": 1, "seed": 0}]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from core.errors import UserError
 from core.models import ProjectionHead, ReconstructionDecoder, build
 from core.models.swin import SymmetryAttention
-from core.volumes.mirror import left_right_axis, midline_offset, mirror
+from core.volumes.images.mirror import left_right_axis, midline_offset, mirror
 
 PROJECTION = 768 * 512 + 512  # contrast and symmetry heads of spec.md C.2
 GRID = (23, 28, 23)

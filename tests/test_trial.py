@@ -11,11 +11,13 @@ import torch
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
+from core.evaluation.splits import make_splits
 from core.inference import load_predictor
-from core.volumes.splits import make_splits
-from distributed.sources import InMemory
-from distributed.train_loop import HOLDOUT, Subjects, learning_rate
-from distributed.trial import Runner, assign
+from distributed.batches.in_process import InMemory
+from distributed.run.assignment import HOLDOUT, assign
+from distributed.training.loop import learning_rate
+from distributed.training.subjects import Subjects
+from distributed.training.trial import Runner
 from search_spaces import published
 
 CELLS = [{"fold": 0, "seed": 0}, {"fold": 1, "seed": 0}]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.volumes.cohort import Cohort
-from core.volumes.cohort_writer import CohortWriter
-from core.volumes.verify import Damage, verify
+from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.verify import Damage, verify
+from core.volumes.cohort.writer import CohortWriter
 
 SHAPE = (5, 6, 4)
 

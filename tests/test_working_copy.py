@@ -12,19 +12,15 @@ from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
 from core.errors import UserError
-from core.volumes import places
-from core.volumes.places import list_files
-from core.volumes.splits import make_splits
-from distributed import working_copy
-from distributed.access import AccessRecord, read_access
-from distributed.claim import claim
-from distributed.request import SweepRequest
-from distributed.sources import InMemory
-from distributed.study import open_study
-from distributed.sweep import run_sweep
-from distributed.train_loop import HOLDOUT, Subjects
-from distributed.trial import CHECKPOINT, Runner, assign
-from distributed.working_copy import (
+from core.evaluation.splits import make_splits
+from core.files import places
+from core.files.places import list_files
+from distributed.batches.in_process import InMemory
+from distributed.run import working_copy
+from distributed.run.access import AccessRecord, read_access
+from distributed.run.assignment import CHECKPOINT, HOLDOUT, assign
+from distributed.run.lock import claim
+from distributed.run.working_copy import (
     SCRATCH,
     address_of,
     bring,
@@ -37,6 +33,11 @@ from distributed.working_copy import (
     send,
     send_driver,
 )
+from distributed.search.study import open_study
+from distributed.sweeps.request import SweepRequest
+from distributed.sweeps.sweep import run_sweep
+from distributed.training.subjects import Subjects
+from distributed.training.trial import Runner
 from search_spaces import published
 
 CELLS = [{"fold": 0, "seed": 0}, {"fold": 1, "seed": 0}]

@@ -28,7 +28,7 @@ from s3_server import KEYS, s3_server
 from small_cohort import write_small_cohort
 from test_survival import each_epoch_once
 
-from distributed.working_copy import SCRATCH
+from distributed.run.working_copy import SCRATCH
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 
-from core.volumes.mirror import RAS, mirror
+from core.volumes.images.mirror import RAS, mirror
 
 MirroredPredictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

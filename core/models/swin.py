@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from core.errors import UserError
 from core.lookup import look_up
-from core.volumes.mirror import mirror
+from core.volumes.images.mirror import mirror
 
 Pooling = Literal["mean", "corner"]
 

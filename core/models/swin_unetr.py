@@ -9,7 +9,7 @@ from monai.networks.nets import SwinUNETR
 
 from core.lookup import look_up
 from core.models.swin import MERGING, Merging, SymmetryAttention, feature_size
-from core.volumes.mirror import mirror
+from core.volumes.images.mirror import mirror
 
 
 class SymmetrySwinUNETR(SwinUNETR):

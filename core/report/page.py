@@ -12,13 +12,19 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from core.report import figures, population_figure, schedule_figure, subject_figures
-from core.report.describe import describe, is_absent, number
-from core.report.findings import caveats, headline, importance_note, in_words, states, verdict_lines
-from core.report.front import front_table, pareto_figure
-from core.report.honesty import measured_again, schedule_line
-from core.report.html import load_page, write_page
-from core.report.population import (
+from core.report.answer.describe import describe, is_absent, number
+from core.report.answer.findings import (
+    caveats,
+    headline,
+    importance_note,
+    in_words,
+    states,
+    verdict_lines,
+)
+from core.report.answer.front import front_table
+from core.report.answer.honesty import measured_again, schedule_line
+from core.report.answer.importance import unassessed_settings
+from core.report.answer.population import (
     FOLLOWED,
     course_texts,
     exchange_table,
@@ -26,9 +32,8 @@ from core.report.population import (
     found_schedule,
     has_population,
 )
-from core.report.record import RunRecord, read_run
-from core.report.style import NothingToDraw, as_svg
-from core.report.tables import (
+from core.report.answer.record import NothingToShow, RunRecord, read_run
+from core.report.answer.tables import (
     ABSENT,
     SHOWN_SETTINGS,
     failed_trials,
@@ -37,6 +42,21 @@ from core.report.tables import (
     mean_and_sd,
     winner_beside_published,
 )
+from core.report.figures import (
+    population as population_figure,
+)
+from core.report.figures import (
+    schedule as schedule_figure,
+)
+from core.report.figures import (
+    search as figures,
+)
+from core.report.figures import (
+    subjects as subject_figures,
+)
+from core.report.figures.front import pareto_figure
+from core.report.figures.style import as_svg
+from core.report.html import load_page, write_page
 
 FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "gains": ("Does the winner predict better?", subject_figures.gains),
@@ -104,7 +124,7 @@ def render(record: RunRecord) -> str:
         winner_cells=_winner_cells(record),
         failed=_rows(failed),
         drawings=draw_all(record),
-        unassessed=figures.unassessed_settings(record),
+        unassessed=unassessed_settings(record),
         importance=importance_note(record),
         cohort_facts=cohort_facts(record),
         sweep_facts=sweep_facts(record),
@@ -129,7 +149,7 @@ def _draw(
 ) -> Drawing:
     try:
         return Drawing(title, Markup(as_svg(draw(record), name, f"{title}. {words}")))
-    except NothingToDraw as reason:
+    except NothingToShow as reason:
         return Drawing(title, None, str(reason))
 
 

@@ -8,7 +8,7 @@ set -eu
 run=$1
 shift
 case "$run" in
-*://*) begun() { python -m distributed.working_copy "$run"; } ;;
+*://*) begun() { python -m distributed.run.working_copy "$run"; } ;;
 *) begun() { [ -e "$run/run.json" ]; } ;;
 esac
 if begun; then

@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError
-from core.volumes.nifti import MAX_VOXELS, Affine, Volume, check_values, read_geometry, read_volume
+from core.volumes.images.nifti import (
+    MAX_VOXELS,
+    Affine,
+    Volume,
+    check_values,
+    read_geometry,
+    read_volume,
+)
 from core.volumes.sources.arrays import map_array, read_header
 from core.volumes.sources.files import checked_file
 from core.volumes.sources.listing import ImageFile
@@ -20,7 +27,7 @@ def read_image(file: ImageFile, *, may_be_constant: bool = False) -> tuple[Volum
     """Voxels (X, Y, Z) float32 in canonical RAS and the affine (4, 4) from voxel to mm.
 
     Raises UserError, naming file and row, for anything that is not one finite 3D volume with a usable affine,
-    nor constant unless it `may_be_constant`. See `core.volumes.nifti.read_volume`.
+    nor constant unless it `may_be_constant`. See `core.volumes.images.nifti.read_volume`.
     """
     if file.path.suffix != ".npy":
         return read_volume(checked_file(file.path), may_be_constant=may_be_constant)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from core.errors import UserError
 from core.lookup import did_you_mean
-from core.volumes.cohort import COLUMNS
+from core.volumes.cohort.reader import COLUMNS
 
 UNKNOWN = {"", "n/a", "na", "nan", "none", "null"}
 SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}

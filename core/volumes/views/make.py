@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from core.errors import UserError
-from core.volumes.mirror import DIRECTIONS, RAS, world_axis
+from core.volumes.images.mirror import DIRECTIONS, RAS, world_axis
 from core.volumes.views.intensity import recolour
 from core.volumes.views.motion import move, movement
 from core.volumes.views.settings import Sides, ViewSettings

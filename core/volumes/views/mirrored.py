@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from core.errors import UserError
-from core.volumes.mirror import DIRECTIONS, RAS, Direction, left_right_axis, world_axis
+from core.volumes.images.mirror import DIRECTIONS, RAS, Direction, left_right_axis, world_axis
 from core.volumes.views.settings import Sides
 from core.volumes.views.streams import Subjects, choices_of, stream_of
 

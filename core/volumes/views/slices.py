@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.errors import UserError
-from core.volumes.mirror import RAS, Direction, world_axis
+from core.volumes.images.mirror import RAS, Direction, world_axis
 from core.volumes.views.intensity import recolour
 from core.volumes.views.streams import Subjects, choices_of, stream_of
 

@@ -1,0 +1,1 @@
+"""What a run found, computed and in words. Imports no figure."""

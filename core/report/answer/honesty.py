@@ -1,0 +1,147 @@
+"""What keeps a search honest: the winner measured again, who was read when, and how the search was changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from core.objectives import Metrics, measure
+from core.report.answer.population import found_schedule, is_member
+from core.report.answer.record import RunRecord
+from core.report.answer.tables import ABSENT, count, mean_and_sd
+from core.report.answer.verdict import PUBLISHED, WINNER
+
+
+def measured_again(record: RunRecord) -> pd.DataFrame:
+    """The winner and the published configuration in the search, on its folds with fresh seeds, and refitted.
+
+    The value that made a trial the winner is partly luck (the winner's curse); the others had no part in the
+    choice. Columns: measured (where), one per configuration as mean ± SD with n. Rows that were not made are
+    left out.
+    """
+    in_search = {WINNER: record.best, PUBLISHED: record.published}
+    rows: list[dict[str, Any]] = [
+        {"measured": f"in the search, {record.value_label}"}
+        | {method: _trial_value(record, number) for method, number in in_search.items()}
+    ]
+    repeated = _repeated(record)
+    if repeated:
+        if record.best == record.published and WINNER in repeated:
+            repeated[PUBLISHED] = repeated[WINNER]
+        rows.append({"measured": f"same folds, fresh seeds, {record.value_label}"} | repeated)
+    refits = {
+        method: _spread(record.holdout.loc[record.holdout["method"] == method, "mae"])
+        for method in (WINNER, PUBLISHED)
+    }
+    if any(value != ABSENT for value in refits.values()):
+        rows.append({"measured": "refitted with fresh seeds, held-out MAE (years)"} | refits)
+    return pd.DataFrame(rows, columns=["measured", WINNER, PUBLISHED]).fillna(ABSENT)
+
+
+def optimism(record: RunRecord) -> str:
+    """How much of the winner's value did not repeat, in a sentence; empty where it was not measured again."""
+    if record.best is None:
+        return ""
+    again = _repeated_values(record, WINNER)
+    if again.empty:
+        return ""
+    value = float(record.trial(record.best)["value"])
+    change = again.mean() - value
+    return (
+        f"On the same folds with {count(record.confirmed['seed'].nunique(), 'fresh seed')} the winner's "
+        f"{record.objective.words} is {record.objective.amount(mean_and_sd(again.mean(), again.std()))} "
+        f"(n = {count(len(again), 'cell')}), "
+        f"{abs(change):.2f} {'worse' if change > 0 else 'better'} than in the search."
+    )
+
+
+def schedule_line(record: RunRecord) -> str:
+    """That the value of the schedule found is partly of the cell in which it was chosen; empty where none was found."""
+    found = found_schedule(record)
+    if found is None or record.trial(found.trial)["state"] != "COMPLETE":
+        return ""
+    others = int(is_member(record.trials).sum())
+    line = (
+        f"Trial {found.trial} follows the schedule of member {found.member}, which was chosen as the best of "
+        f"{count(others, 'member')} in the first cell. That cell is part of its mean and flatters it"
+    )
+    values, published = _cell_values(record, found.trial), _cell_values(record, record.published)
+    if len(values) > 1:
+        elsewhere = "the other cell" if len(values) == 2 else f"the other {len(values) - 1} cells"
+        line += f": {values.iloc[0]:.2f} there, {_mean_of_rest(values)} in {elsewhere}"
+    if len(values) > 1 and len(published) == len(values):
+        line += f" (published: {published.iloc[0]:.2f} and {_mean_of_rest(published)})"
+    return f"{line}. The refits and the held-out subjects had no part in the choice."
+
+
+def _mean_of_rest(values: pd.Series) -> str:
+    return mean_and_sd(values.iloc[1:].mean(), values.iloc[1:].std())
+
+
+def _cell_values(record: RunRecord, number: int | None) -> pd.Series:
+    """The first objective of every cell of a trial, in the order in which all trials visit them."""
+    return _measured(record, record.cells[record.cells["number"] == number])
+
+
+def _trial_value(record: RunRecord, number: int | None) -> str:
+    if number is None:
+        return ABSENT
+    row = record.trial(number)
+    return f"{mean_and_sd(row['value'], row['sd'])} (n = {int(row['n'])})" if row["n"] == row["n"] else ABSENT
+
+
+def _repeated(record: RunRecord) -> dict[str, str]:
+    found = {method: _spread(_repeated_values(record, method)) for method in (WINNER, PUBLISHED)}
+    return {method: text for method, text in found.items() if text != ABSENT}
+
+
+def _repeated_values(record: RunRecord, method: str) -> pd.Series:
+    """The first objective of every repeated cell."""
+    return _measured(record, record.confirmed[record.confirmed["method"] == method])
+
+
+def _measured(record: RunRecord, cells: pd.DataFrame) -> pd.Series:
+    return pd.Series(
+        [measure(record.objectives[0], _metrics(row)) for _, row in cells.iterrows()], dtype=float
+    )
+
+
+def _metrics(row: pd.Series) -> Metrics:
+    return {str(name): value for name, value in row.items()}
+
+
+def _spread(values: pd.Series) -> str:
+    return f"{mean_and_sd(values.mean(), values.std())} (n = {len(values)})" if len(values) else ABSENT
+
+
+def access_line(record: RunRecord) -> str:
+    """When the first held-out subject was read, against the end of the search; empty without access records."""
+    if record.access.empty or record.splits.empty:
+        return ""
+    held_out = set(record.splits.loc[record.splits["role"] == "holdout", "subject"])
+    first = pd.to_datetime(record.access["first_read"], utc=True)
+    of_held_out = first[record.access["subject"].isin(held_out)]
+    read = f"Access records of the workers: {count(len(record.access), 'subject')} read"
+    if of_held_out.empty:
+        return f"{read}, none of them held out."
+    by_search = record.access["subject"].isin(held_out) & (record.access["fold"].astype(float) >= 0)
+    if by_search.any():
+        return f"{read}. {count(by_search.sum(), 'held-out subject')} WERE READ BY THE SEARCH: its result is void."
+    return f"{read}; the first held-out one at {of_held_out.min():%Y-%m-%d %H:%M:%S} UTC, by a refit."
+
+
+def change_lines(record: RunRecord) -> list[str]:
+    """Every change of the search while it ran, from run.json."""
+    lines = []
+    for change in record.about.get("changes") or []:
+        looked = " The held-out subjects had been looked at before." if change.get("holdout_seen") else ""
+        outside = change.get("outside") or []
+        aside = (
+            f" {count(len(outside), 'trial')} lay outside from then on and could not win." if outside else ""
+        )
+        lines.append(
+            f"The search was changed at {change['when']} after {count(change['after_trials'], 'trial')}: "
+            f"{'; '.join(change['what'])}.{aside}{looked}"
+        )
+    return lines

@@ -1,0 +1,313 @@
+"""Read a run's folder. A run may be unfinished or broken: what is absent is empty here, and named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
+
+from core.errors import UserError
+from core.objectives import OBJECTIVES, Objective
+from core.report.answer.verdict import MEDIAN
+
+STUDY_NAME = "brainsweep"
+"""The study of a run whose space was never changed; run.json names the present one."""
+OUTSIDE = "outside the space"
+"""The label of a trial that a change of the space has left outside; it has a value, but cannot win."""
+VALUE_AT = "value at epoch "
+"""Before the epochs done: the user attribute for what Optuna refuses to keep of trials with several objectives."""
+TRIAL_COLUMNS = ("number", "label", "state", "value", "sd", "n", "epochs", "seconds", "reason")
+MEASURED_COLUMNS = ("outside", *OBJECTIVES)
+"""What a trials table may say besides: whether the space was changed since, and means over the cells."""
+NO_SETTINGS = (*TRIAL_COLUMNS, *MEASURED_COLUMNS)
+
+# Every table a run leaves: its columns, and what the reader of a report misses without it.
+TABLES: dict[str, tuple[tuple[str, ...], str]] = {
+    "trials": (TRIAL_COLUMNS, "the leaderboard"),
+    "splits": (("subject", "role"), "who was in which fold and who was held out"),
+    "cells": (
+        ("number", "fold", "seed", "mae", "r2", "site_balanced_accuracy", "median_mae", "n"),
+        "the spread over folds and seeds",
+    ),
+    "history": (
+        (
+            "number",
+            "fold",
+            "seed",
+            "epoch",
+            "progress",
+            "loss",
+            "mae",
+            "learning_rate",
+            "temperature",
+            "width",
+            "neighbours",
+            "seconds",
+        ),
+        "the epochs of every trial",
+    ),
+    "holdout": (
+        ("method", "seed", "mae", "r2", "site_balanced_accuracy", "n_train", "n_holdout"),
+        "the result on the held-out subjects",
+    ),
+    "predictions": (
+        ("method", "seed", "subject", "age", "predicted", "site"),
+        "the predicted ages of the held-out subjects",
+    ),
+}
+# Tables that only some runs have.
+OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
+    "confirmed": ("method", "fold", "seed", "mae", "site_balanced_accuracy", "n"),
+    "access": ("subject", "first_read", "fold"),
+}
+_TEXT_COLUMNS = ("subject", "site", "label", "reason", "role", "method", "state")
+
+
+class NothingToShow(Exception):
+    """The run does not hold what a figure needs; the message says what, for the reader."""
+
+
+def _empty(name: str) -> pd.DataFrame:
+    columns = OPTIONAL_TABLES[name] if name in OPTIONAL_TABLES else TABLES[name][0]
+    return pd.DataFrame(columns=list(columns))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a sweep left in its folder. A table that is absent is empty, with its columns.
+
+    `about` is run.json, `winner` is best/settings.json, `cohort` is the manifest of the cohort the run used
+    (subject, age in years, site), `missing` has one line for every thing that is not there.
+    """
+
+    folder: Path
+    about: dict[str, Any] = field(default_factory=dict)
+    trials: pd.DataFrame = field(default_factory=lambda: _empty("trials"))
+    splits: pd.DataFrame = field(default_factory=lambda: _empty("splits"))
+    cells: pd.DataFrame = field(default_factory=lambda: _empty("cells"))
+    history: pd.DataFrame = field(default_factory=lambda: _empty("history"))
+    holdout: pd.DataFrame = field(default_factory=lambda: _empty("holdout"))
+    predictions: pd.DataFrame = field(default_factory=lambda: _empty("predictions"))
+    confirmed: pd.DataFrame = field(default_factory=lambda: _empty("confirmed"))
+    access: pd.DataFrame = field(default_factory=lambda: _empty("access"))
+    cohort: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["subject", "age", "site"]))
+    study: optuna.Study | None = None
+    winner: dict[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> int | None:
+        """The number of the best completed trial, or None when no trial was completed."""
+        completed = self.trials[(self.trials["state"] == "COMPLETE") & self.trials["value"].notna()]
+        if "outside" in completed:
+            completed = completed[~completed["outside"].fillna(False).astype(bool)]
+        later = [name for name in self.objectives[1:] if name in completed]
+        ordered = completed.sort_values(["value", *later, "number"])
+        return None if ordered.empty else int(ordered["number"].iloc[0])
+
+    @property
+    def objectives(self) -> list[str]:
+        """What the search minimised; the first is the trials' value."""
+        return list((self.about.get("sweep") or {}).get("objectives") or ["mae"])
+
+    @property
+    def published(self) -> int | None:
+        """The number of the trial with the published configuration, or None when there is none."""
+        labelled = self.trials.loc[self.trials["label"] == "published", "number"]
+        return None if labelled.empty else int(labelled.iloc[0])
+
+    @property
+    def objective(self) -> Objective:
+        """The first objective, which is a trial's value."""
+        return OBJECTIVES[self.objectives[0]]
+
+    @property
+    def value_label(self) -> str:
+        """What a trial's value is: `validation MAE (years)`."""
+        return self.objective.label
+
+    @property
+    def value_title(self) -> str:
+        """`value_label`, to begin a sentence or a heading."""
+        return self.value_label[:1].upper() + self.value_label[1:]
+
+    def trial(self, number: int) -> dict[str, Any]:
+        """The row of one trial."""
+        row = self.trials[self.trials["number"] == number].iloc[0]
+        return {str(name): value for name, value in row.items()}
+
+    def searched(self) -> list[str]:
+        """The settings that the search varied (dotted names), as the trials table has them."""
+        return [str(name) for name in self.trials.columns if name not in NO_SETTINGS]
+
+
+def read_run(run: Path) -> RunRecord:
+    """The record of the sweep in folder `run`; UserError when `run` is not a folder that a sweep has left."""
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"no run at '{run}': there is no such folder; give the folder a sweep has written")
+    if not any(
+        (run / name).exists() for name in ("run.json", "study.journal", "trials.csv", "trials.parquet")
+    ):
+        raise UserError(f"'{run}' is not a run: it has none of run.json, study.journal, trials.csv")
+    missing: list[str] = []
+    about = _read_json(run / "run.json", "how the run was made", missing)
+    if about.get("kind", "sweep") != "sweep":
+        raise UserError(f"'{run}' is a '{about['kind']}' run; a report is made of sweeps")
+    study = _read_study(run / "study.journal", about.get("study") or STUDY_NAME, missing)
+    tables = {name: _read_table(run, name, missing) for name in TABLES}
+    tables |= {name: _read_optional(run / f"{name}.csv", name, missing) for name in OPTIONAL_TABLES}
+    if tables["trials"].empty and study is not None:
+        tables["trials"] = _trials_of(study)
+    cohort = _read_cohort(run, about, missing)
+    tables["predictions"] = _with_median(tables["predictions"], tables["splits"], cohort)
+    return RunRecord(
+        folder=run,
+        about=about,
+        cohort=cohort,
+        study=study,
+        winner=_read_json(run / "best" / "settings.json", "the winner's settings", missing),
+        missing=tuple(missing),
+        **tables,
+    )
+
+
+def _read_json(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
+    name = "/".join(path.parts[-2:]) if path.parent.name == "best" else path.name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        missing.append(f"{name} is absent: {what}")
+        return {}
+    except (OSError, ValueError) as error:
+        missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
+        return {}
+    if isinstance(content, dict):
+        return content
+    missing.append(f"{name} is not a JSON object: {what}")
+    return {}
+
+
+def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
+    columns, what = TABLES[name]
+    parquet, csv = run / f"{name}.parquet", run / f"{name}.csv"
+    try:
+        if parquet.exists():  # keeps types that text forgets
+            table = pd.read_parquet(parquet)
+        elif csv.exists():
+            table = _read_csv(csv)
+        else:
+            missing.append(f"{csv.name} is absent: {what}")
+            return _empty(name)
+    except pd.errors.EmptyDataError:
+        missing.append(f"{csv.name} is empty: {what}")
+        return _empty(name)
+    except (OSError, ValueError) as error:  # so are the parsers' own errors
+        missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
+        return _empty(name)
+    absent = [column for column in columns if column not in table]
+    if absent:
+        missing.append(f"{csv.name} has no column {', '.join(absent)}: {what} may be incomplete")
+    return table.assign(**dict.fromkeys(absent, float("nan")))
+
+
+def _read_optional(path: Path, name: str, missing: list[str]) -> pd.DataFrame:
+    try:
+        return _read_csv(path)
+    except FileNotFoundError:
+        return _empty(name)
+    except (OSError, ValueError) as error:
+        missing.append(f"{path.name} cannot be read ({_first_line(error)})")
+        return _empty(name)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    header = pd.read_csv(path, nrows=0).columns
+    text = {column: str for column in _TEXT_COLUMNS if column in header}  # subject '007', site '1'
+    # a site called 'NA' or a view called 'None' is a name, not an absent value
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=["", "nan", "NaN"])
+
+
+def _read_study(path: Path, name: str, missing: list[str]) -> optuna.Study | None:
+    if not path.exists():  # looked at first, because opening a journal creates it
+        missing.append(f"{path.name} is absent: parameter importance and learning curves")
+        return None
+    backend = JournalFileBackend(str(path))
+    try:
+        return optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
+    except (KeyError, OSError, ValueError) as error:
+        missing.append(
+            f"{path.name} cannot be read ({_first_line(error)}): parameter importance and learning curves"
+        )
+        return None
+
+
+def reported(trial: FrozenTrial) -> dict[int, float]:
+    """What a trial reported, by epochs done over all cells, of one objective or the first of several."""
+    several = {
+        int(name.removeprefix(VALUE_AT)): float(value)
+        for name, value in trial.user_attrs.items()
+        if name.startswith(VALUE_AT)
+    }
+    return several or trial.intermediate_values
+
+
+def _trials_of(study: optuna.Study) -> pd.DataFrame:
+    """The trials table, from the study alone: what a sweep that was killed has left."""
+    rows = [
+        {
+            "number": trial.number,
+            "label": trial.user_attrs.get("label"),
+            "state": trial.state.name,
+            "value": trial.values[0] if trial.values else None,
+            "sd": trial.user_attrs.get("sd"),
+            "n": trial.user_attrs.get("n"),
+            "epochs": max(reported(trial), default=None),
+            "seconds": trial.user_attrs.get("seconds"),
+            "reason": trial.user_attrs.get("reason"),
+            **trial.params,
+        }
+        for trial in study.get_trials(deepcopy=False)
+    ]
+    return pd.DataFrame(rows) if rows else _empty("trials")
+
+
+def _read_cohort(run: Path, about: dict[str, Any], missing: list[str]) -> pd.DataFrame:
+    """The manifest of the run's cohort: from its path as recorded, or as seen from the run's folder."""
+    given = (about.get("cohort") or {}).get("path")
+    for folder in (Path(given), run / given, run.parent / given) if given else ():
+        manifest = folder / "manifest.parquet"
+        if manifest.exists():
+            try:
+                return pd.read_parquet(manifest, columns=["subject", "age", "site"])
+            except (OSError, ValueError) as error:
+                missing.append(
+                    f"the cohort's manifest cannot be read ({_first_line(error)}): its ages and sites"
+                )
+                break
+    else:
+        where = f"at '{given}'" if given else "where the run says (it does not say)"
+        missing.append(f"the cohort is not {where}: its ages and sites")
+    return pd.DataFrame(columns=["subject", "age", "site"])
+
+
+def _with_median(predictions: pd.DataFrame, splits: pd.DataFrame, cohort: pd.DataFrame) -> pd.DataFrame:
+    """The predictions, and those of the training median where the sweep has not written them down."""
+    trained = cohort["subject"].isin(splits.loc[splits["role"] != "holdout", "subject"])
+    if predictions.empty or not trained.any() or (predictions["method"] == MEDIAN).any():
+        return predictions
+    held_out = predictions.drop_duplicates("subject")
+    median = cohort.loc[trained, "age"].median()
+    return pd.concat(
+        [predictions, held_out.assign(method=MEDIAN, seed=0, predicted=median)], ignore_index=True
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

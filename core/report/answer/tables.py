@@ -1,0 +1,203 @@
+"""The tables of a run: who leads the search, and what the hold-out says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from core.report.answer.describe import describe, is_absent, number
+from core.report.answer.population import FOUND, MEMBER, found_in_words, found_schedule, values_of
+from core.report.answer.record import NO_SETTINGS, RunRecord, read_run
+from core.report.answer.verdict import METHODS, comparisons, verdict
+
+__all__ = [
+    "RunRecord",
+    "failed_trials",
+    "holdout_table",
+    "leaderboard",
+    "mean_and_sd",
+    "print_leaderboard",
+    "read_run",
+    "winner_beside_published",
+]
+
+ABSENT = "–"
+SHOWN_FAILURES = 5
+SHOWN_SETTINGS = 7
+
+
+def mean_and_sd(mean: float, sd: float, digits: int = 2) -> str:
+    """`6.12 ± 0.80`; without the ± when there is no SD (one value), and a dash when there is nothing."""
+    if is_absent(mean):
+        return ABSENT
+    text = f"{mean:.{digits}f}" if is_absent(sd) else f"{mean:.{digits}f} ± {sd:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def leaderboard(trials: pd.DataFrame, top: int = 10, found: str = "") -> pd.DataFrame:
+    """The `top` trials of the trials table, best first, and the published configuration wherever it stands.
+
+    Only completed trials have a rank: the value of a pruned one, or of a member of a population, is a mean over
+    fewer cells or epochs and is not comparable; they come after, as far as there is room. `found` is what the
+    table says of the schedule that a population found. Columns: rank, trial, what (the configuration in few
+    words), validation MAE (years, mean ± SD over cells), n (cells), state.
+    """
+    settings = [name for name in trials.columns if name not in NO_SETTINGS]
+    is_ranked = (trials["state"] == "COMPLETE") & trials["value"].notna()
+    ranked = trials[is_ranked].sort_values(["value", "number"], kind="stable")
+    pruned = trials[trials["state"] == "PRUNED"].sort_values(["value", "number"], kind="stable")
+    ordered = [(str(rank), row) for rank, (_, row) in enumerate(ranked.iterrows(), start=1)]
+    ordered += [(ABSENT, row) for _, row in pruned.iterrows()]
+    failed = trials[(trials["state"] == "FAIL") & (trials["label"] == "published")]
+    ordered += [(ABSENT, row) for _, row in failed.iterrows()]
+    shown = [entry for place, entry in enumerate(ordered) if place < top or entry[1]["label"] == "published"]
+    columns = ["rank", "trial", "what", "validation MAE", "n", "state"]
+    return pd.DataFrame(
+        [_leaderboard_row(rank, row, settings, found) for rank, row in shown], columns=columns
+    )
+
+
+def _leaderboard_row(rank: str, row: pd.Series, settings: list[str], found: str) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "trial": int(row["number"]),
+        "what": _what(row, settings, found),
+        "validation MAE": mean_and_sd(row["value"], row["sd"]),
+        "n": ABSENT if is_absent(row["n"]) else str(int(row["n"])),
+        "state": _state(row),
+    }
+
+
+def _what(row: pd.Series, settings: list[str], found: str) -> str:
+    if row["label"] == FOUND:
+        return f"{FOUND}: {found}"
+    what = describe(_settings_of(row, settings), most=SHOWN_SETTINGS)
+    before = {"published": "published: ", MEMBER: "member, began with: "}.get(row["label"], "")
+    return before + what
+
+
+def _state(row: pd.Series) -> str:
+    state = str(row["state"])
+    if state != "PRUNED" or is_absent(row["epochs"]):
+        return state
+    if row["label"] == MEMBER:
+        return f"member, epoch {int(row['epochs'])}"
+    by = "" if is_absent(row["reason"]) or "Wilcoxon" not in str(row["reason"]) else ", Wilcoxon"
+    return f"PRUNED, epoch {int(row['epochs'])}{by}"
+
+
+def _settings_of(row: pd.Series, settings: list[str]) -> dict[str, Any]:
+    return {name: row[name] for name in settings}
+
+
+def count(amount: float, noun: str) -> str:
+    """`1 epoch`, `3 epochs`."""
+    return f"{int(amount)} {noun}{'' if int(amount) == 1 else 's'}"
+
+
+def holdout_table(holdout: pd.DataFrame) -> pd.DataFrame:
+    """Mean ± SD over refit seeds (sample SD) of each method on the held-out subjects.
+
+    Columns: method, MAE (years), R2, site balanced accuracy, seeds (refits), subjects (held out). The order
+    is search winner, published, L1 baseline, training median, then any other method.
+    """
+    columns = ["method", "MAE", "R2", "site balanced accuracy", "seeds", "subjects"]
+    names = [str(name) for name in holdout["method"].dropna().unique()]
+    ordered = [name for name in METHODS if name in names] + [name for name in names if name not in METHODS]
+    return pd.DataFrame([_holdout_row(name, holdout) for name in ordered], columns=columns)
+
+
+def _holdout_row(method: str, holdout: pd.DataFrame) -> dict[str, Any]:
+    rows = holdout[holdout["method"] == method]
+    metrics = {"MAE": "mae", "R2": "r2", "site balanced accuracy": "site_balanced_accuracy"}
+    subjects = sorted({int(n) for n in rows["n_holdout"].dropna()})
+    return {
+        "method": method,
+        **{name: mean_and_sd(rows[column].mean(), rows[column].std()) for name, column in metrics.items()},
+        "seeds": str(len(rows)),
+        "subjects": "/".join(map(str, subjects)) or ABSENT,
+    }
+
+
+def failed_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials that failed: trial, reason, epochs done, what (the configuration in few words)."""
+    settings = [name for name in trials.columns if name not in NO_SETTINGS]
+    rows = [
+        {
+            "trial": int(row["number"]),
+            "reason": "no reason was recorded" if is_absent(row["reason"]) else str(row["reason"]),
+            "epochs": ABSENT if is_absent(row["epochs"]) else str(int(row["epochs"])),
+            "what": describe(_settings_of(row, settings)),
+        }
+        for _, row in trials[trials["state"] == "FAIL"].sort_values("number").iterrows()
+    ]
+    return pd.DataFrame(rows, columns=["trial", "reason", "epochs", "what"])
+
+
+def winner_beside_published(record: RunRecord) -> pd.DataFrame:
+    """Every searched setting: its value in the published configuration and in the winner.
+
+    Columns: setting, published, winner. A dash is a setting that does not act in that configuration. Empty
+    when either is unknown.
+    """
+    columns = ["setting", "published", "winner"]
+    if record.best is None or record.published is None:
+        return pd.DataFrame(columns=columns)
+    published, winner = record.trial(record.published), record.trial(record.best)
+    found = found_schedule(record)
+    if found is not None and found.trial == record.best:
+        winner |= values_of(record, found)
+    rows = [
+        {"setting": name, "published": _value(published[name]), "winner": _value(winner[name])}
+        for name in record.searched()
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _value(value: Any) -> str:
+    return ABSENT if is_absent(value) else number(value)
+
+
+def print_leaderboard(console: Console, record: RunRecord, top: int = 10) -> None:
+    """Print the leaderboard, the hold-out table and the verdict of a run to a terminal."""
+    table = leaderboard(record.trials, top, found_in_words(record, SHOWN_SETTINGS))
+    if record.best is None:
+        console.print("No trial was completed.")
+    if not table.empty:
+        console.print(
+            _rich(table, "Leaderboard (validation MAE in years, mean ± SD over n cells)", record.best)
+        )
+    found = found_schedule(record)
+    if found is not None:
+        console.print(f"The mean of trial {found.trial} includes the cell in which its schedule was chosen.")
+    states = record.trials["state"].value_counts()
+    if not states.empty:
+        console.print("Trials: " + ", ".join(f"{number} {state}" for state, number in states.items()))
+    for failed in failed_trials(record.trials).head(SHOWN_FAILURES).itertuples():
+        console.print(escape(f"Trial {failed.trial} failed: {failed.reason}"))
+    if record.holdout.empty:
+        console.print("Held-out subjects: not looked at yet.")
+        return
+    title = "Held-out subjects (MAE in years, mean ± SD over refit seeds)"
+    console.print(_rich(holdout_table(record.holdout), title, None))
+    console.print(escape(verdict(record.predictions)), style="bold")
+    for comparison in comparisons(record.predictions):
+        console.print(f"  {escape(comparison.sentence())}")
+
+
+def _rich(table: pd.DataFrame, title: str, best: int | None) -> Table:
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in table.columns:
+        wide = name in ("what", "method", "state")
+        drawn.add_column(
+            name, justify="left" if wide else "right", no_wrap=name in ("method", "validation MAE")
+        )
+    for _, row in table.iterrows():
+        is_best = best is not None and row["trial"] == best
+        drawn.add_row(*(escape(str(value)) for value in row), style="bold" if is_best else None)
+    return drawn

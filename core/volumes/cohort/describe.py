@@ -1,0 +1,78 @@
+"""What is in a cohort: the facts a person asks for before training on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from core.files.places import shown
+from core.volumes.cohort.reader import Cohort
+from core.volumes.images.preprocess import fit_intensity_statistics
+
+SAMPLE = 200
+
+
+def describe(cohort: Cohort) -> dict[str, Any]:
+    """Facts on a cohort as plain values; intensities and brain volumes from at most `SAMPLE` subjects.
+
+    `median_age_mae` is the error in years of always answering the median age: a model that does not beat
+    it has learnt nothing about age. `brain_volume_age_r` (Pearson, over the sample) shows how much of age
+    the size of the brain alone gives away; NaN where it is not defined.
+    """
+    description, manifest = cohort.description, cohort.manifest
+    age = manifest["age"].to_numpy(dtype=float)
+    return {
+        "name": description.name,
+        "folder": shown(cohort.location),
+        "source": description.source,
+        "synthetic": description.synthetic,
+        "subjects": int(manifest["subject"].nunique()),
+        "scans": len(cohort),
+        "channels": list(description.channels),
+        "shape": list(description.shape),
+        "spacing_mm": description.spacing,
+        "dtype": description.dtype,
+        "storage": description.storage,
+        "compression": description.compression,
+        "labels": description.labels,
+        "bytes_on_disk": cohort.size(),
+        "preprocessing": description.preprocessing,
+        "hash": description.hash,
+        "age_mean": float(age.mean()),
+        "age_sd": float(age.std(ddof=1)) if len(age) > 1 else 0.0,
+        "age_min": float(age.min()),
+        "age_median": float(np.median(age)),
+        "age_max": float(age.max()),
+        "median_age_mae": float(np.abs(age - np.median(age)).mean()),
+        "sexes": _counts(manifest["sex"]),
+        "sites": _counts(manifest["site"]),
+        **_voxel_facts(cohort, age),
+    }
+
+
+def _counts(labels: pd.Series) -> dict[str, int]:
+    """How often each label occurs, most frequent first; "unknown" for none."""
+    counts = labels.replace("", "unknown").value_counts()
+    return {str(label): int(count) for label, count in counts.items()}
+
+
+def _voxel_facts(cohort: Cohort, age: np.ndarray) -> dict[str, Any]:
+    """Intensity per channel, and the volume of non-zero voxels in millilitres with its relation to age."""
+    rows = np.unique(np.linspace(0, len(cohort) - 1, min(SAMPLE, len(cohort))).round().astype(int))
+    voxels = np.array([np.count_nonzero(cohort.read([row])[0].any(axis=0)) for row in rows])
+    statistics = fit_intensity_statistics(cohort.read([row])[0] for row in rows)
+    millilitres = voxels * cohort.description.spacing**3 / 1000
+    correlated = len(rows) > 2 and np.ptp(millilitres) > 0 and np.ptp(age[rows]) > 0
+    return {
+        "sampled_subjects": len(rows),
+        "intensity_mean": dict(zip(cohort.description.channels, statistics.mean, strict=True)),
+        "intensity_sd": dict(zip(cohort.description.channels, statistics.sd, strict=True)),
+        "brain_volume_ml_mean": float(millilitres.mean()),
+        "brain_volume_ml_sd": float(millilitres.std(ddof=1)) if len(rows) > 1 else 0.0,
+        "brain_volume_age_r": float(stats.pearsonr(millilitres, age[rows])[0])
+        if correlated
+        else float("nan"),
+    }

@@ -1,0 +1,342 @@
+"""A cohort: a folder of preprocessed volumes, and one table row for each scan.
+
+    cohort.json        what it is (`CohortDescription`); written last, so its presence means "complete"
+    manifest.parquet   one row per scan: where its volume lies, age, sex, site, checksum, origin
+    rejects.csv        subjects that ingest left out, with the reason
+    shards/00000.h5 …  or .parquet: columns "volumes" (n, C, X, Y, Z) and, where there are any, "labels"
+
+Volumes are (C, X, Y, Z) in RAS order: X runs from left to right. 0 is background outside the brain.
+The folder may lie in an object store (`core.files.places`). `core.volumes.cohort.writer` writes cohorts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from core.errors import UserError
+from core.files.places import beneath, is_url, list_files, open_file, shown, upload
+from core.volumes.cohort.shards import (
+    LABELS,
+    VOLUMES,
+    Compression,
+    Storage,
+    checksum,
+    kept_as,
+    read_compressed,
+    read_pieces,
+)
+from core.volumes.cohort.stored import StoredType, decode
+
+FORMAT = 2
+DESCRIPTION, MANIFEST, SHARDS, REJECTS = "cohort.json", "manifest.parquet", "shards", "rejects.csv"
+COLUMNS = ("subject", "session", "shard", "position", "age", "sex", "site", "checksum", "source")
+
+_DAMAGE = (OSError, EOFError, KeyError, IndexError, ValueError, RuntimeError)
+"""What reading a damaged file raises; pyarrow's errors are ValueErrors."""
+
+
+class CohortDescription(BaseModel):
+    """What `cohort.json` says: everything that holds for all volumes of a cohort."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    channels: tuple[str, ...] = Field(description="what each channel shows, such as T1w or stiffness")
+    shape: tuple[int, int, int] = Field(description="voxels along X, Y, Z")
+    spacing: float = Field(description="edge of a voxel in mm", gt=0)
+    affine: tuple[tuple[float, ...], ...] = Field(description="4 x 4, voxel index to RAS mm of the grid")
+    dtype: StoredType = Field(description="how voxels are stored; `read` always gives float32")
+    storage: Storage = Field(default="hdf5", description="file format of the shards")
+    compression: Compression = "none"
+    labels: bool = Field(default=False, description="whether a map of classes goes with every volume")
+    preprocessing: dict[str, Any] = Field(description="settings of the pipeline that made the volumes")
+    preprocessing_hash: str
+    hash: str = Field(description="of every subject, age and stored byte, and of the preprocessing")
+    source: str = Field(description="the folder or generator that the volumes come from")
+    synthetic: bool = Field(description="true for phantoms: no number from them speaks about people")
+    versions: dict[str, str] = Field(description="of the packages that wrote the cohort")
+    provenance: dict[str, str] = Field(default={}, description="further facts on how it was made")
+    digests: dict[str, str] = Field(default={}, description="sha256 of every other file of the cohort")
+    digest: str = Field(default="", description="sha256 of cohort.json itself with these digits left out")
+    format: int = Field(default=FORMAT, description="version of this layout")
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What reading one column of the shards needs, as arrays: a data frame would cost more than the read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    kept: np.dtype[Any]
+    """The type in the file, where that is not compressed."""
+    checksum: npt.NDArray[np.object_]
+    offset: npt.NDArray[np.int64] | None
+    """Where each row begins in its shard; None where shards are compressed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """A complete cohort. Holds no open file: safe to pickle, fork and share between threads."""
+
+    location: str
+    """A folder, or a URL such as s3://bucket/cohort."""
+    description: CohortDescription
+    manifest: pd.DataFrame
+    """Columns `COLUMNS` and any further ones of the source; the RangeIndex "row" is what `read` takes.
+
+    `age` is NaN where it is unknown; `session` tells several scans of a subject apart, "" where there is one.
+    """
+
+    @classmethod
+    def open(cls, location: str | Path) -> Self:
+        """The cohort at `location`; UserError if there is none, or it is incomplete, damaged or too new."""
+        location = str(location)
+        description = read_description(location)
+        path = beneath(location, MANIFEST)
+        try:
+            manifest = pd.read_parquet(io.BytesIO(read_file(location, MANIFEST))).rename_axis(index="row")
+        except _DAMAGE as error:
+            raise UserError(f"{path} is missing or damaged; make the cohort again") from error
+        if missing := [column for column in COLUMNS if column not in manifest]:
+            raise UserError(f"{path} lacks the columns {missing}; make the cohort again")
+        return cls(location, description, manifest)
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies on this machine; UserError for a cohort in an object store."""
+        if is_url(self.location):
+            raise UserError(f"{shown(self.location)} is not a folder of this machine; copy the cohort to one")
+        return Path(self.location)
+
+    @property
+    def address(self) -> str:
+        """What opens it in any process of this machine: the absolute folder, or the URL."""
+        return self.location if is_url(self.location) else str(self.folder.resolve())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a volume is a piece of a local file, neither to be fetched nor unpacked."""
+        return self.description.compression == "none" and not is_url(self.location)
+
+    @property
+    def volume_shape(self) -> tuple[int, int, int, int]:
+        """(C, X, Y, Z)."""
+        return (len(self.description.channels), *self.description.shape)
+
+    def read(self, rows: Sequence[int] | npt.NDArray[Any], *, verify: bool = True) -> npt.NDArray[np.float32]:
+        """Volumes (n, C, X, Y, Z) float32 of the manifest's `rows`, in the order asked, repeats allowed.
+
+        Each shard is opened once per call and read in storage order. With `verify` every volume is held
+        against its checksum (0.05 ms for 91x109x91 in float16, a tenth of reading it). UserError names
+        shard, row and subject of a damaged volume.
+        """
+        wanted, column = self._checked(rows), self._volumes
+        volumes = np.empty((len(wanted), *column.shape), dtype=np.float32)
+        scratch = np.empty(column.shape, dtype=column.dtype)
+        scales = self._scales
+        for place in self._fill(column, wanted, lambda _: scratch, verify):
+            decode(scratch, None if scales is None else scales[wanted[place]], volumes[place])
+        return volumes
+
+    def read_stored(
+        self,
+        rows: Sequence[int] | npt.NDArray[Any],
+        *,
+        verify: bool = True,
+        out: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
+        """As `read`, but (n, C, X, Y, Z) in the stored type; times `scales` they are what `read` gives.
+
+        Into `out` if given: memory that was used before is twice as fast as fresh pages.
+        """
+        return self._read_as_stored(self._volumes, rows, verify, out)
+
+    def read_labels(
+        self, rows: Sequence[int] | npt.NDArray[Any], *, verify: bool = True
+    ) -> npt.NDArray[np.int16]:
+        """Maps of classes (n, X, Y, Z) int16 of `rows`, as `read`; UserError if the cohort has none."""
+        return self._read_as_stored(self._labels, rows, verify)
+
+    def scales(self, rows: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Factors (n, C) from stored to real values: 1 but for int16 volumes that were not whole numbers."""
+        wanted = self._checked(rows)
+        ones = np.ones((len(wanted), self.volume_shape[0]), dtype=np.float32)
+        return ones if self._scales is None else self._scales[wanted]
+
+    def rows_of(self, file: str) -> npt.NDArray[np.int64]:
+        """The rows that lie in a file below the location, such as shards/00000.h5."""
+        return np.flatnonzero(self._shards == file.removeprefix(f"{SHARDS}/"))
+
+    def copy_to(self, url: str) -> Self:
+        """Copy the cohort into an object store, cohort.json last, and open it there."""
+        upload(self.folder, url, last=DESCRIPTION)
+        return self.open(url)
+
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(size for _, size in list_files(self.location))
+
+    @cached_property
+    def _shards(self) -> npt.NDArray[np.object_]:
+        return self.manifest["shard"].to_numpy(dtype=object)
+
+    @cached_property
+    def _positions(self) -> npt.NDArray[np.int64]:
+        return self.manifest["position"].to_numpy(dtype=np.int64)
+
+    @cached_property
+    def _scales(self) -> npt.NDArray[np.float32] | None:
+        names = [scale_column(channel) for channel in self.description.channels]
+        return self.manifest[names].to_numpy(np.float32) if self.description.dtype == "int16" else None
+
+    @cached_property
+    def _volumes(self) -> _Column:
+        return self._column(VOLUMES, self.volume_shape, self.description.dtype, "checksum", "offset")
+
+    @cached_property
+    def _labels(self) -> _Column:
+        if not self.description.labels:
+            raise UserError(f"{shown(self.location)} has no label maps; ingest it from a source that has")
+        return self._column(LABELS, self.description.shape, "int16", "label_checksum", "label_offset")
+
+    def _column(self, name: str, shape: tuple[int, ...], dtype: str, checksums: str, offsets: str) -> _Column:
+        needed = [checksums] if self.description.compression != "none" else [checksums, offsets]
+        if missing := [column for column in needed if column not in self.manifest]:
+            raise UserError(
+                f"{beneath(self.location, MANIFEST)} lacks the columns {missing}; make the cohort again"
+            )
+        offset = self.manifest[offsets].to_numpy(dtype=np.int64) if len(needed) == 2 else None
+        return _Column(
+            name=name,
+            shape=shape,
+            dtype=np.dtype(dtype),
+            kept=kept_as(self.description.storage, dtype),
+            checksum=self.manifest[checksums].to_numpy(dtype=object),
+            offset=offset,
+        )
+
+    def _read_as_stored(
+        self,
+        column: _Column,
+        rows: Sequence[int] | npt.NDArray[Any],
+        verify: bool,
+        out: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
+        wanted = self._checked(rows)
+        stored = np.empty((len(wanted), *column.shape), dtype=column.dtype) if out is None else out
+        if stored.shape != (len(wanted), *column.shape) or stored.dtype != column.dtype:
+            raise ValueError(
+                f"out must be {column.dtype} {(len(wanted), *column.shape)}, got {stored.dtype} {stored.shape}"
+            )
+        for _ in self._fill(column, wanted, lambda place: stored[place], verify):
+            pass
+        return stored
+
+    def _checked(self, rows: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
+            wrong = next(row for row in wanted if not 0 <= row < len(self))
+            raise UserError(
+                f"{shown(self.location)} has rows 0 to {len(self) - 1}, but row {wrong} was asked for"
+            )
+        return wanted
+
+    def _fill(
+        self,
+        column: _Column,
+        wanted: npt.NDArray[np.int64],
+        target: Callable[[int], npt.NDArray[Any]],
+        verify: bool,
+    ) -> Iterator[int]:
+        """Fill `target(place)` with the row at each place of `wanted`, shard by shard; yields the place."""
+        for shard, places in self._by_shard(wanted):
+            rows, done = wanted[places], 0
+            targets = (target(place) for place in places)
+            try:
+                with open_file(self.location, f"{SHARDS}/{shard}") as file:
+                    if column.offset is not None:
+                        filling = read_pieces(file, column.kept, column.offset[rows].tolist(), targets)
+                    else:
+                        positions = self._positions[rows].tolist()
+                        filling = read_compressed(
+                            file, self.description.storage, column.name, positions, targets
+                        )
+                    for place, _ in zip(places, filling, strict=True):
+                        if verify and checksum(target(place)) != column.checksum[wanted[place]]:
+                            raise self._damaged(wanted[place], "its checksum does not match")
+                        yield place
+                        done += 1
+            except _DAMAGE as error:
+                reason = "the file is missing" if isinstance(error, FileNotFoundError) else str(error)
+                raise self._damaged(rows[done], reason.splitlines()[0]) from error
+
+    def _by_shard(self, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+        """Each shard with the places in `wanted` that it fills, in storage order."""
+        shards = self._shards[wanted]
+        for shard in sorted(set(shards)):
+            places = np.flatnonzero(shards == shard)
+            yield shard, places[np.argsort(self._positions[wanted[places]], kind="stable")]
+
+    def _damaged(self, row: np.int64, reason: str) -> UserError:
+        shard = beneath(self.location, f"{SHARDS}/{self._shards[row]}")
+        subject = self.manifest["subject"].iloc[row]
+        return UserError(
+            f"damaged volume: shard {shard}, row {row}, subject {subject}: {reason}; make the cohort again"
+        )
+
+
+def scale_column(channel: str) -> str:
+    """The column of the manifest with the factors of a channel stored as int16."""
+    return f"scale_{channel}"
+
+
+def read_file(location: str, name: str) -> bytes:
+    """All bytes of one file of a cohort."""
+    with open_file(location, name) as file:
+        return file.read()
+
+
+def read_description(location: str) -> CohortDescription:
+    """What cohort.json says; UserError if it is not there, is damaged or has another format."""
+    path = beneath(location, DESCRIPTION)
+    try:
+        text = read_file(location, DESCRIPTION)
+    except (FileNotFoundError, NotADirectoryError):
+        if not is_url(location) and (Path(location) / SHARDS).is_dir():
+            raise UserError(
+                f"{shown(location)} is an incomplete cohort (no {DESCRIPTION}); run the same command again to finish it"
+            ) from None
+        raise UserError(
+            f"{shown(location)} is not a cohort (no {DESCRIPTION}); make one with `phantom` or `ingest`"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        fields = json.loads(text)
+        made_by = int(fields.get("format", 1)) if isinstance(fields, dict) else FORMAT
+        if made_by > FORMAT:
+            raise UserError(
+                f"{path} has format {made_by}, this version reads format {FORMAT}; update brainsweep"
+            )
+        if made_by < FORMAT:
+            raise UserError(
+                f"{path} has format {made_by}, this version reads format {FORMAT}; make the cohort again"
+            )
+        return CohortDescription.model_validate(fields)
+    except (ValidationError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); make the cohort again") from error

@@ -1,0 +1,134 @@
+"""Shards: files of many volumes, written so that no half file is ever seen, and read one volume at a time.
+
+Where volumes are not compressed, each lies in one piece in its file, in HDF5 as in Parquet: the manifest keeps
+the place, so reading a volume is one `seek` and one `readinto`, without a library and without a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import UserError
+from core.files.writing import replacing
+from core.lookup import look_up
+from core.volumes.cohort import hdf5, parquet
+
+Storage = Literal["hdf5", "parquet"]
+Compression = Literal["none", "gzip", "zstd", "blosc"]
+
+ENDINGS: dict[str, str] = {"hdf5": "h5", "parquet": "parquet"}
+COMPRESSIONS: dict[str, tuple[str, ...]] = {
+    "hdf5": tuple(hdf5.FILTERS),
+    "parquet": ("none", "gzip", "zstd"),
+}
+_PACK = {"hdf5": hdf5.pack, "parquet": parquet.pack}
+_UNPACK: dict[str, Callable[[BinaryIO, str, Sequence[int]], Iterator[npt.NDArray[Any]]]] = {
+    "hdf5": hdf5.unpack,
+    "parquet": parquet.unpack,
+}
+
+VOLUMES, LABELS = "volumes", "labels"
+_WORDS = 1021  # a prime, so that two exchanged disk sectors do not meet in the same words
+
+
+class Written(NamedTuple):
+    """What a shard adds to the manifest."""
+
+    rows: list[dict[str, Any]]
+    """For each volume `shard`, `position`, `checksum`; `label_checksum`; `offset` and `label_offset`."""
+    digest: str
+    """sha256 of the file."""
+
+
+def checksum(stored: npt.NDArray[Any]) -> str:
+    """Eight hexadecimal digits that tell whether the bytes of one stored volume are what was written.
+
+    Rows of 1021 eight-byte words are combined by exclusive or, and the CRC-32 of the outcome and of what
+    is left over is taken: ten times as fast as a CRC-32 of everything (40 against 4 GB/s), which would
+    take longer than the read. A flipped byte flips one byte of the outcome, so CRC-32 finds it for
+    certain; other damage stays unseen with a chance of 2^-32, unless it repeats itself in the same words.
+    """
+    content = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+    words = content[: content.size // (8 * _WORDS) * 8 * _WORDS].view(np.uint64).reshape(-1, _WORDS)
+    folded = zlib.crc32(np.bitwise_xor.reduce(words, axis=0).data) if len(words) else 0
+    return f"{zlib.crc32(content[words.nbytes :].data, folded):08x}"
+
+
+def check_storage(storage: str, compression: str) -> None:
+    """UserError for a storage that does not exist, or a compression that it does not have."""
+    if compression not in look_up(COMPRESSIONS, storage, "format"):
+        raise UserError(
+            f"{storage} shards cannot be compressed by '{compression}'; known: {', '.join(COMPRESSIONS[storage])}"
+        )
+
+
+def write_shard(
+    path: Path,
+    volumes: Sequence[npt.NDArray[Any]],
+    labels: Sequence[npt.NDArray[np.int16]],
+    storage: Storage,
+    compression: Compression,
+) -> Written:
+    """Write volumes (C, X, Y, Z) and their label maps (X, Y, Z), if there are any, as one shard.
+
+    Equal volumes give equal bytes. Raises OSError where `path` cannot be written (see `writing_to`).
+    """
+    columns: dict[str, Sequence[npt.NDArray[Any]]] = {VOLUMES: volumes} | ({LABELS: labels} if labels else {})
+    image, offsets = _PACK[storage](columns, compression)
+    with replacing(path) as temporary:
+        temporary.write_bytes(image)
+    facts: dict[str, list[Any]] = {"checksum": [checksum(volume) for volume in volumes]}
+    facts |= {"offset": offsets[VOLUMES]} if offsets else {}
+    if labels:
+        facts |= {"label_checksum": [checksum(label) for label in labels]}
+        facts |= {"label_offset": offsets[LABELS]} if offsets else {}
+    rows = [
+        {"shard": path.name, "position": position}
+        | {name: values[position] for name, values in facts.items()}
+        for position in range(len(volumes))
+    ]
+    return Written(rows, hashlib.sha256(image).hexdigest())
+
+
+def kept_as(storage: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """The type whose bytes lie in an uncompressed file for values of `dtype`."""
+    kept = np.dtype(dtype)
+    return parquet.ON_DISK.get(str(kept), kept) if storage == "parquet" else kept
+
+
+def read_pieces(
+    file: BinaryIO, kept: np.dtype[Any], offsets: Sequence[int], targets: Iterator[npt.NDArray[Any]]
+) -> Iterator[None]:
+    """Fill one target after the other with the values, `kept` in the file, that begin at each offset.
+
+    Raises EOFError if the file ends before.
+    """
+    for offset, target in zip(offsets, targets, strict=True):
+        values = target if kept == target.dtype else np.empty(target.shape, dtype=kept)
+        left = values.reshape(-1).view(np.uint8).data
+        file.seek(offset)
+        while left:
+            if not (count := file.readinto(left)):  # type: ignore[attr-defined]
+                raise EOFError("the file ends too early")
+            left = left[count:]
+        if values is not target:
+            target[:] = values
+        yield
+
+
+def read_compressed(
+    file: BinaryIO, storage: str, column: str, positions: Sequence[int], targets: Iterator[npt.NDArray[Any]]
+) -> Iterator[None]:
+    """Fill one target after the other with a column's array at each position, by the format's library."""
+    for array, target in zip(_UNPACK[storage](file, column, positions), targets, strict=True):
+        if array.shape != target.shape or array.dtype != target.dtype:
+            raise ValueError(f"it holds {array.dtype} {array.shape}")
+        target[:] = array
+        yield

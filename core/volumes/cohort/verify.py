@@ -1,0 +1,91 @@
+"""Whether every byte of a cohort is what was written, and if not, whose volume it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from core.errors import UserError
+from core.files.places import list_files
+from core.volumes.cohort.reader import DESCRIPTION, MANIFEST, Cohort, read_description, read_file
+
+
+class Damage(NamedTuple):
+    """One finding."""
+
+    file: str
+    """Below the cohort's location."""
+    row: int | None
+    """Of the manifest; None where no single volume is damaged."""
+    subject: str
+    reason: str
+
+
+OnProgress = Callable[[int, int], None]
+"""Called as on_progress(files done, files in all)."""
+
+
+def verify(location: str | Path, on_progress: OnProgress | None = None) -> list[Damage]:
+    """Everything in the cohort at `location` that is not as it was written; [] where nothing is.
+
+    Every file is held against its sha256 in cohort.json, and cohort.json against its own, so a flipped byte
+    is found wherever it lies. In a damaged shard every volume and label map is then read, to name the
+    subjects that are lost; damage to none of them is damage to the shard's own structure. Files that the
+    cohort does not know, such as a quality page, are not looked at. Raises UserError where there is no
+    cohort, or one of another version.
+    """
+    location = str(location)
+    try:
+        description = read_description(location)
+    except UserError as error:
+        if any(name == DESCRIPTION for name, _ in list_files(location)) and "has format" not in str(error):
+            return [Damage(DESCRIPTION, None, "", str(error))]
+        raise
+    text = read_file(location, DESCRIPTION)
+    digest = description.digest.encode()
+    damage = []
+    if len(digest) != 64 or _sha256(text.replace(digest, b"")) != description.digest:
+        damage.append(Damage(DESCRIPTION, None, "", "it does not match its own sha256"))
+    for done, (name, expected) in enumerate(description.digests.items(), start=1):
+        damage += _check_file(location, name, expected)
+        if on_progress is not None:
+            on_progress(done, len(description.digests))
+    return damage
+
+
+def _check_file(location: str, name: str, expected: str) -> list[Damage]:
+    try:
+        if _sha256(read_file(location, name)) == expected:
+            return []
+        reason = "it does not match its sha256"
+    except OSError as error:
+        reason = (
+            "the file is missing" if isinstance(error, FileNotFoundError) else str(error.strerror or error)
+        )
+    return _damaged_rows(location, name, reason) or [Damage(name, None, "", reason)]
+
+
+def _damaged_rows(location: str, name: str, reason: str) -> list[Damage]:
+    """One finding for each volume that is lost with a shard; none for other files."""
+    if name == MANIFEST:
+        return []
+    try:
+        cohort = Cohort.open(location)
+    except UserError:
+        return []  # the manifest is damaged, too, and stands in the list by itself
+    damage = []
+    for row in cohort.rows_of(name):
+        try:
+            cohort.read_stored([row])
+            if cohort.description.labels:
+                cohort.read_labels([row])
+        except UserError as error:
+            subject = str(cohort.manifest["subject"].iloc[row])
+            damage.append(Damage(name, int(row), subject, f"{reason}: {error}"))
+    return damage
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,277 @@
+"""Writing a cohort: volume by volume with `CohortWriter`, or from shards that others wrote (`finish_cohort`)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from core.errors import UserError
+from core.files.fingerprint import fingerprint
+from core.files.writing import replacing, writing_to
+from core.volumes.cohort.reader import (
+    COLUMNS,
+    DESCRIPTION,
+    FORMAT,
+    MANIFEST,
+    REJECTS,
+    SHARDS,
+    CohortDescription,
+    scale_column,
+)
+from core.volumes.cohort.shards import (
+    ENDINGS,
+    Compression,
+    Storage,
+    Written,
+    check_storage,
+    write_shard,
+)
+from core.volumes.cohort.stored import StoredType, encode, encode_label
+
+UNFINISHED = "unfinished"
+"""Folder with what ingest has done so far; gone when the cohort is complete."""
+OWN_FILES = {DESCRIPTION, MANIFEST, SHARDS, REJECTS, UNFINISHED, "quality.html"}
+RESERVED = {"row", *COLUMNS, "offset", "label_offset", "label_checksum"}
+"""Columns that no source may bring; those of `scale_column` as well."""
+
+
+def describe_cohort(
+    *,
+    name: str,
+    channels: Sequence[str],
+    shape: Sequence[int],
+    spacing: float,
+    affine: npt.ArrayLike,
+    dtype: StoredType = "float16",
+    storage: Storage = "hdf5",
+    compression: Compression = "none",
+    labels: bool = False,
+    preprocessing: Mapping[str, Any] | None = None,
+    source: str = "",
+    synthetic: bool = False,
+    provenance: Mapping[str, str] | None = None,
+) -> CohortDescription:
+    """The description of a cohort that is still to be written; UserError for an unknown storage."""
+    check_storage(storage, compression)
+    settings = dict(preprocessing or {})
+    return CohortDescription(
+        name=name,
+        channels=tuple(channels),
+        shape=tuple(int(size) for size in shape),  # pydantic wants three
+        spacing=float(spacing),
+        affine=tuple(tuple(float(value) for value in row) for row in np.asarray(affine)),
+        dtype=dtype,
+        storage=storage,
+        compression=compression,
+        labels=labels,
+        preprocessing=settings,
+        preprocessing_hash=fingerprint(settings),
+        hash="",
+        source=source,
+        synthetic=synthetic,
+        versions=_versions(),
+        provenance=dict(provenance or {}),
+        format=FORMAT,
+    )
+
+
+class ShardInMemory:
+    """Volumes and label maps on their way into one shard, already as they will be stored."""
+
+    def __init__(self, description: CohortDescription) -> None:
+        self.description = description
+        self._volumes: list[npt.NDArray[Any]] = []
+        self._labels: list[npt.NDArray[np.int16]] = []
+        self._rows: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._volumes)
+
+    def add(self, volume: npt.NDArray[Any], label: npt.NDArray[Any] | None, facts: Mapping[str, Any]) -> None:
+        """Append a volume (C, X, Y, Z), its label map (X, Y, Z) if the cohort has them, and its columns.
+
+        Raises UserError, without naming the subject, for what does not fit the cohort or the stored type.
+        """
+        expected = (len(self.description.channels), *self.description.shape)
+        if volume.shape != expected:
+            raise UserError(f"volume must have shape {expected}, got {volume.shape}")
+        if (label is not None) != self.description.labels:
+            raise UserError("a label map is needed" if label is None else "this cohort has no label maps")
+        if label is not None and label.shape != self.description.shape:
+            raise UserError(f"label map must have shape {self.description.shape}, got {label.shape}")
+        scales = [scale_column(channel) for channel in self.description.channels]
+        if taken := sorted(set(facts) & (RESERVED.difference(COLUMNS) | set(scales))):
+            raise UserError(f"{taken} are columns of the manifest itself; rename them")
+        stored, scale = encode(volume, self.description.dtype)
+        if label is not None:
+            self._labels.append(encode_label(label))
+        factors = dict(zip(scales, scale.tolist(), strict=True)) if self.description.dtype == "int16" else {}
+        self._volumes.append(stored)
+        self._rows.append({**facts, **factors})
+
+    def write(self, shards: Path, index: int) -> Written:
+        """Write shard number `index` into the folder `shards`; its rows are whole rows of the manifest."""
+        path = shards / f"{index:05d}.{ENDINGS[self.description.storage]}"
+        written = write_shard(
+            path, self._volumes, self._labels, self.description.storage, self.description.compression
+        )
+        rows = [in_order({**facts, **place}) for facts, place in zip(self._rows, written.rows, strict=True)]
+        return written._replace(rows=rows)
+
+
+def in_order(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the manifest with its own columns first."""
+    return {name: row[name] for name in COLUMNS} | dict(row)
+
+
+class CohortWriter:
+    """Writes a cohort volume by volume, holding one shard in memory; use it as a context manager.
+
+    A cohort that was not finished has no `cohort.json`: `Cohort.open` refuses it, and the next writer
+    starts over in its place. After the block, `Cohort.open(folder)` gives the cohort. Takes the arguments
+    of `describe_cohort`.
+    """
+
+    def __init__(self, folder: str | Path, *, volumes_per_shard: int = 64, **description: Any) -> None:
+        self.folder = Path(folder)
+        self.description = describe_cohort(**description)
+        self._volumes_per_shard = volumes_per_shard
+        self._waiting = ShardInMemory(self.description)
+        self._written: list[Written] = []
+        self._scans: set[tuple[str, str]] = set()
+
+    def __enter__(self) -> Self:
+        prepare_folder(self.folder)
+        return self
+
+    def add(
+        self,
+        volume: npt.NDArray[Any],
+        /,
+        *,
+        subject: str,
+        age: float,
+        session: str = "",
+        sex: str = "",
+        site: str = "",
+        source: str = "",
+        label: npt.NDArray[Any] | None = None,
+        **extra: Any,
+    ) -> None:
+        """Append one volume (C, X, Y, Z) with its facts; `extra` become further columns of the manifest.
+
+        `age` is NaN where it is unknown; `label` (X, Y, Z) is needed where the cohort has label maps.
+        Raises UserError, naming the subject, for a wrong shape, voxels that are not finite or do not fit
+        the stored type, an infinite age, a scan that is already there, or a full disk.
+        """
+        scan = f"subject {subject}" + (f", session {session}" if session else "")
+        if (subject, session) in self._scans:
+            raise UserError(f"{scan} was added twice; sessions tell scans of one subject apart")
+        if math.isinf(age):
+            raise UserError(f"{scan} has age {age}; it must be a number of years, or NaN if unknown")
+        if taken := sorted(set(extra) & RESERVED):
+            raise UserError(f"{scan}: {taken} are columns of the manifest itself; rename them")
+        facts = {
+            "subject": subject, "session": session, "age": float(age), "sex": sex, "site": site,
+            "source": source, **extra,
+        }  # fmt: skip
+        try:
+            self._waiting.add(volume, label, facts)
+        except UserError as error:
+            raise UserError(f"{scan}: {error}") from error
+        self._scans.add((subject, session))
+        if len(self._waiting) == self._volumes_per_shard:
+            self._flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            if not self._scans:
+                discard_shards(self.folder)
+                raise UserError(f"no volume was added to {self.folder}; a cohort needs at least one")
+            if len(self._waiting):
+                self._flush()
+            finish_cohort(self.folder, self.description, self._written)
+        else:
+            discard_shards(self.folder)
+
+    def _flush(self) -> None:
+        with writing_to(self.folder):
+            self._written.append(self._waiting.write(self.folder / SHARDS, len(self._written)))
+        self._waiting = ShardInMemory(self.description)
+
+
+def finish_cohort(folder: Path, description: CohortDescription, written: Sequence[Written]) -> None:
+    """Make a complete cohort of shards that lie in `folder`/shards: write its manifest, then `cohort.json`."""
+    manifest = pd.DataFrame([row for shard in written for row in shard.rows]).rename_axis(index="row")
+    with writing_to(folder):
+        with replacing(folder / MANIFEST) as temporary:
+            manifest.to_parquet(temporary)
+        others = [name for name in (MANIFEST, REJECTS) if (folder / name).exists()]
+        digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in others}
+        digests |= {f"{SHARDS}/{shard.rows[0]['shard']}": shard.digest for shard in written if shard.rows}
+        content = _hash_of_content(manifest, description.preprocessing_hash)
+        whole = description.model_copy(update={"hash": content, "digests": digests, "digest": ""})
+        own = hashlib.sha256(_rendered(whole)).hexdigest()
+        with replacing(folder / DESCRIPTION) as temporary:
+            temporary.write_bytes(_rendered(whole.model_copy(update={"digest": own})))
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make an empty cohort folder: clears an unfinished cohort away, refuses a folder of anything else."""
+    claim_folder(folder)
+    with writing_to(folder):
+        discard_shards(folder)
+        (folder / SHARDS).mkdir(parents=True)
+
+
+def claim_folder(folder: Path) -> None:
+    """Make `folder`, or take one that holds nothing but an unfinished cohort, which stays as it is."""
+    if (folder / DESCRIPTION).exists():
+        raise UserError(f"{folder} already holds a complete cohort; choose another folder or delete it")
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in OWN_FILES:
+            for leftover in folder.glob(f".{name}.*.tmp"):  # what a killed process left; see `replacing`
+                leftover.unlink()
+        if foreign := sorted({entry.name for entry in folder.iterdir()} - OWN_FILES):
+            raise UserError(f"{folder} holds other files, such as {foreign[0]}; choose an empty folder")
+
+
+def discard_shards(folder: Path) -> None:
+    """Remove what an unfinished writer left, and the folder where nothing else is in it."""
+    for name in (SHARDS, UNFINISHED):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _rendered(description: CohortDescription) -> bytes:
+    return (description.model_dump_json(indent=2) + "\n").encode()
+
+
+def _hash_of_content(manifest: pd.DataFrame, preprocessing_hash: str) -> str:
+    """sha256 over what training sees: subjects, ages, stored bytes and the preprocessing that made them."""
+    seen = ["subject", "session", "age", "sex", "site", "checksum"]
+    columns = map(str, manifest.columns)
+    seen += [name for name in columns if name == "label_checksum" or name.startswith("scale_")]
+    rows = manifest[seen].astype({"age": object}).where(manifest[seen].notna(), None).to_numpy().tolist()
+    return fingerprint({"preprocessing": preprocessing_hash, "rows": rows})
+
+
+def _versions() -> dict[str, str]:
+    packages = ("numpy", "scipy", "nibabel", "SimpleITK", "h5py", "hdf5plugin", "pandas", "pyarrow")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,1 @@
+"""One image at a time: reading, intensity, resampling, registration, left and right."""

@@ -1,0 +1,226 @@
+"""One scan from its files to the cohort's grid: masked, placed, resampled and scaled, with measures of its quality."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from nibabel.affines import apply_affine
+
+from core.errors import UserError
+from core.volumes.images.intensity import foreground, scale
+from core.volumes.images.nifti import Affine, Volume
+from core.volumes.images.preprocess import Preprocessing, covers_template_field, grid_affine
+from core.volumes.images.registration import overlap_with_template, register
+from core.volumes.images.resample import Labels, Mask, Resampled, resample, resample_labels
+from core.volumes.sources.images import read_image
+from core.volumes.sources.listing import ImageFile, Scan
+
+SAME_GRID = 0.1  # of a voxel: how far the corners of two maps of one grid may lie apart; tools round affines
+MOST_CLASSES = np.iinfo(np.int16).max
+
+
+class PreparedScan(NamedTuple):
+    """A scan on the cohort's grid."""
+
+    voxels: npt.NDArray[np.float32]
+    """(C, X, Y, Z), exactly 0 outside the brain and nowhere else."""
+    label: Labels | None
+    """(X, Y, Z) classes, 0 is background; None where the scan has no label map."""
+    affine: Affine
+    """(4, 4), voxel to mm of the *source*: a landmark keeps its place in the first image's world."""
+    quality: dict[str, float]
+    """Measures for the manifest, one value each; see `prepare_scan`."""
+
+
+class Image(NamedTuple):
+    """A volume (X, Y, Z) in canonical orientation, and its affine (4, 4) from voxel to mm."""
+
+    voxels: Volume
+    affine: Affine
+
+
+def prepare_scan(scan: Scan, preprocessing: Preprocessing) -> PreparedScan:
+    """Run the pipeline on one scan: a pure function of its files and the settings.
+
+    The first image decides where the brain is; further channels and the label map follow it through the
+    mm that they share, each by its own affine. A mask or label map must be on the first image's grid.
+    `quality` holds:
+
+    - coverage: fraction of the brain's voxels that lie within the grid
+    - brain_ml: volume of the brain in the source, in millilitres
+    - template_overlap: Dice of the brain with that of MNI152; NaN for a brain left in native space
+    - what `registration.register` measured, where it was asked for
+    - intensity_mean, _median, _p01, _p99: of the brain's voxels on the grid before scaling; the second
+      channel's have "_2" at the end, and so on
+
+    Raises UserError, naming the file, for what cannot be used.
+    """
+    first, mask = _first_image(scan, preprocessing)
+    target, placing = _place(first, mask, scan.images[0], preprocessing)
+    quality = {
+        "coverage": coverage(mask, first.affine, target, preprocessing.shape),
+        "brain_ml": float(np.count_nonzero(mask) * abs(np.linalg.det(first.affine[:3, :3])) / 1000),
+        **placing,
+    }
+    channels = []
+    for number, file in enumerate(scan.images, start=1):
+        image = first if number == 1 else _read(file)
+        inside = mask if number == 1 else _mask_of(image, mask, first.affine, preprocessing)
+        placed = resample(*image, target, preprocessing.shape, inside)
+        quality |= _intensity_measures(placed, "" if number == 1 else f"_{number}")
+        channels.append(_scaled(placed, file, preprocessing))
+    label = None if scan.label is None else _label(scan.label, scan.images[0], first, target, preprocessing)
+    return PreparedScan(np.stack(channels), label, target, quality)
+
+
+def _read(file: ImageFile) -> Image:
+    return Image(*read_image(file))
+
+
+def _name(file: ImageFile) -> str:
+    return str(file.path) if file.row is None else f"{file.path} row {file.row}"
+
+
+def _first_image(scan: Scan, preprocessing: Preprocessing) -> tuple[Image, Mask]:
+    """The image that decides where the brain is, and where it is brain."""
+    image = _read(scan.images[0])
+    if preprocessing.mask is None:
+        if scan.mask is not None:
+            raise UserError(f"{_name(scan.mask)}: a brain mask is listed, but preprocessing has mask=None")
+        mask = foreground(image.voxels, preprocessing.scaling)
+    else:
+        if scan.mask is None:
+            raise UserError(
+                f"{_name(scan.images[0])} comes with no brain mask, but preprocessing has mask='file'"
+            )
+        stored = Image(*read_image(scan.mask, may_be_constant=True))
+        _check_grid(scan.mask, "mask", stored, scan.images[0], image)
+        mask = stored.voxels != 0
+        if not mask.any():
+            raise UserError(f"{_name(scan.mask)} is empty: every voxel is 0")
+        if not image.voxels[mask].any():
+            raise UserError(
+                f"{_name(scan.mask)}: the image is 0 everywhere inside this mask; do they belong together?"
+            )
+    if not mask.any():
+        raise UserError(
+            f"{_name(scan.images[0])}: no voxel is above the lower end of {preprocessing.intensity}"
+        )
+    return image, mask
+
+
+def _place(
+    image: Image, mask: Mask, file: ImageFile, preprocessing: Preprocessing
+) -> tuple[Affine, dict[str, float]]:
+    """Affine (4, 4) from the grid's voxels to the image's mm, and how well the brain lies in the template's place."""
+    grid = functools.partial(grid_affine, preprocessing.spacing, preprocessing.shape)
+    if preprocessing.registration == "affine":
+        try:
+            found = register(*image, mask)
+        except UserError as error:
+            raise UserError(f"{_name(file)}: {error}") from None
+        return found.template_to_source @ grid(), found.measures
+    mode = preprocessing.centre
+    if mode == "auto":
+        mode = "world" if covers_template_field(image.voxels.shape, image.affine) else "brain"
+    if mode == "brain":
+        return grid(brain_centre(mask, image.affine)), {"template_overlap": math.nan}
+    return grid(), {"template_overlap": overlap_with_template(mask, image.affine)}
+
+
+def brain_centre(mask: Mask, affine: Affine) -> npt.NDArray[np.float64]:
+    """Middle of the brain in mm: of the box that holds the inner 99 % of the brain on each axis.
+
+    A box, because it leaves equal margins on both sides of the grid; not quite all of the voxels, because
+    a few stray ones far from the brain must not move it. A whole voxel, so that a volume that has the
+    cohort's spacing already is moved without interpolation (where the grid has a middle voxel).
+    """
+    middle = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        cumulative = np.cumsum(mask.sum(axis=others))
+        low, high = np.searchsorted(cumulative, np.array([0.005, 0.995]) * cumulative[-1])
+        middle.append((low + high) // 2)
+    return np.asarray(apply_affine(affine, middle), dtype=np.float64)
+
+
+def coverage(mask: Mask, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> float:
+    """Fraction of the mask's voxels whose centres lie within the grid."""
+    to_grid = np.linalg.inv(target) @ affine
+    scales = np.diag(to_grid)[:3]
+    if np.array_equal(to_grid[:3, :3], np.diag(scales)):  # parallel axes: each is inside or not by itself
+        lines = [scales[axis] * np.arange(mask.shape[axis]) + to_grid[axis, 3] for axis in range(3)]
+        kept = [(line > -0.5) & (line < size - 0.5) for line, size in zip(lines, shape, strict=True)]
+        return float(np.count_nonzero(mask[np.ix_(*kept)]) / np.count_nonzero(mask))
+    within = 0
+    for x in range(len(mask)):  # a slice at a time: the places of a whole head would take a gigabyte
+        inside = np.argwhere(mask[x])
+        places = apply_affine(to_grid, np.column_stack([np.full(len(inside), x), inside]))
+        within += int(((places > -0.5) & (places < np.asarray(shape) - 0.5)).all(axis=1).sum())
+    return within / int(np.count_nonzero(mask))
+
+
+def _mask_of(image: Image, mask: Mask, affine: Affine, preprocessing: Preprocessing) -> Mask:
+    """What is brain in a further channel: what the mask file says, else what is not background."""
+    if preprocessing.mask is None:
+        return foreground(image.voxels, preprocessing.scaling)
+    if mask.shape == image.voxels.shape and np.array_equal(affine, image.affine):
+        return mask
+    return resample_labels(mask.astype(np.int16), affine, image.affine, image.voxels.shape) != 0
+
+
+def _intensity_measures(placed: Resampled, ending: str) -> dict[str, float]:
+    values = placed.voxels[placed.inside]
+    if values.size == 0:
+        return {}
+    p01, median, p99 = np.percentile(values, [1, 50, 99])
+    measures = {"mean": values.mean(dtype=np.float64), "median": median, "p01": p01, "p99": p99}
+    return {f"intensity_{name}{ending}": float(value) for name, value in measures.items()}
+
+
+def _scaled(placed: Resampled, file: ImageFile, preprocessing: Preprocessing) -> Volume:
+    if not placed.inside.any():
+        raise UserError(
+            f"{_name(file)}: no voxel of the brain falls into the grid; is centre='brain' meant, or is the "
+            "affine of this image not that of the others?"
+        )
+    try:
+        return scale(placed.voxels, placed.inside, preprocessing.scaling)
+    except UserError as error:
+        raise UserError(f"{_name(file)}: {error}") from None
+
+
+def _label(
+    file: ImageFile, image_file: ImageFile, image: Image, target: Affine, preprocessing: Preprocessing
+) -> Labels:
+    stored = Image(*read_image(file, may_be_constant=True))  # of a healthy brain it is all 0
+    _check_grid(file, "label map", stored, image_file, image)
+    low, high = float(stored.voxels.min()), float(stored.voxels.max())
+    if low < 0 or high > MOST_CLASSES or (stored.voxels != np.rint(stored.voxels)).any():
+        odd = stored.voxels[(stored.voxels != np.rint(stored.voxels)) | (stored.voxels < 0)]
+        raise UserError(
+            f"{_name(file)}: classes must be whole numbers from 0 to {MOST_CLASSES}, "
+            f"got {float(odd.flat[0]) if odd.size else high:g}"
+        )
+    return resample_labels(stored.voxels.astype(np.int16), stored.affine, target, preprocessing.shape)
+
+
+def _check_grid(file: ImageFile, what: str, stored: Image, image_file: ImageFile, image: Image) -> None:
+    """Raise UserError unless the map lies on the image's grid."""
+    if stored.voxels.shape != image.voxels.shape:
+        raise UserError(
+            f"{_name(file)}: this {what} has {stored.voxels.shape} voxels, its image {image_file.path.name} has "
+            f"{image.voxels.shape}; resample it to the image's grid"
+        )
+    corners = np.array(np.meshgrid(*([0, size - 1] for size in image.voxels.shape))).reshape(3, -1).T
+    apart = apply_affine(np.linalg.inv(image.affine) @ stored.affine, corners) - corners
+    if (furthest := float(np.abs(apart).max())) > SAME_GRID:
+        lies = f"{furthest:.3g} voxels" if math.isfinite(furthest) else "far"
+        raise UserError(
+            f"{_name(file)}: this {what} lies {lies} away from its image {image_file.path.name} (another affine); "
+            "resample it to the image's grid"
+        )

@@ -1,0 +1,123 @@
+"""The unit of work of ingest: a slice of a listing goes in, a shard and a small record of it come out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.errors import UserError
+from core.files.writing import replacing, writing_to
+from core.volumes.cohort.reader import SHARDS, CohortDescription
+from core.volumes.cohort.shards import Written
+from core.volumes.cohort.writer import RESERVED, UNFINISHED, ShardInMemory
+from core.volumes.images.preprocess import Preprocessing
+from core.volumes.ingest.prepare import prepare_scan
+from core.volumes.sources.listing import ImageFile, Reject, Scan
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One slice of a listing, and all that its shard depends on."""
+
+    folder: Path
+    """Of the cohort; absolute."""
+    index: int
+    scans: tuple[Scan, ...]
+    description: CohortDescription
+    preprocessing: Preprocessing
+    source: Path
+    strict: bool
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What became of a task's scans; kept as a small file until the cohort is complete."""
+
+    index: int
+    written: Written | None
+    """None if no scan of the slice can be used."""
+    rejects: tuple[Reject, ...]
+
+
+def write_shard_of(task: ShardTask) -> ShardRecord:
+    """Prepare a task's scans one by one and write their shard, then its record, each whole or not at all.
+
+    Raises UserError for a full disk, and with `strict` for a scan that cannot be used.
+    """
+    shard, rejects = ShardInMemory(task.description), []
+    for scan in task.scans:
+        try:
+            _add(shard, scan, task)
+        except UserError as error:
+            rejects.append(_reject(scan, task.source, str(error)))
+        except Exception as error:  # a reader's surprise over one damaged file must not cost all others
+            rejects.append(
+                _reject(scan, task.source, f"cannot be prepared ({type(error).__name__}: {error})")
+            )
+        if task.strict and rejects:
+            raise as_error(task.source, rejects[0])
+    with writing_to(task.folder):
+        written = shard.write(task.folder / SHARDS, task.index) if len(shard) else None
+        record = ShardRecord(task.index, written, tuple(rejects))
+        with replacing(_record_path(task.folder, task.index)) as temporary:
+            temporary.write_text(_as_json(record))
+    return record
+
+
+def _add(shard: ShardInMemory, scan: Scan, task: ShardTask) -> None:
+    prepared = prepare_scan(scan, task.preprocessing)
+    if task.description.labels and prepared.label is None:
+        raise UserError("has no label map, but others have; list without label maps, or leave it out")
+    facts: dict[str, Any] = {
+        "subject": scan.subject, "session": scan.session, "age": float(scan.age), "sex": scan.sex,
+        "site": scan.site, "source": name_of(scan.images[0], task.source),
+        **{name: float(value) for name, value in prepared.quality.items()},
+        "affine": np.asarray(prepared.affine, dtype=np.float64)[:3].reshape(-1).tolist(),
+    }  # fmt: skip
+    taken = RESERVED | set(facts)
+    extra = {f"source_{name}" if name in taken else name: value for name, value in scan.extra.items()}
+    shard.add(prepared.voxels, prepared.label, {**facts, **extra})
+
+
+def _as_json(record: ShardRecord) -> str:
+    written = None if record.written is None else record.written._asdict()
+    return json.dumps({"written": written, "rejects": [vars(reject) for reject in record.rejects]})
+
+
+def read_record(out: Path, index: int) -> ShardRecord | None:
+    """The record of a shard that is finished, in any earlier run; None if it is not."""
+    path = _record_path(out, index)
+    if not path.exists():
+        return None
+    fields = json.loads(path.read_text())
+    written = Written(**fields["written"]) if fields["written"] else None
+    return ShardRecord(index, written, tuple(Reject(**reject) for reject in fields["rejects"]))
+
+
+def _record_path(out: Path, index: int) -> Path:
+    return out / UNFINISHED / f"{index:05d}.json"
+
+
+def _reject(scan: Scan, source: Path, reason: str) -> Reject:
+    return Reject(scan.subject, name_of(scan.images[0], source), " ".join(reason.split()))
+
+
+def as_error(source: Path, reject: Reject) -> UserError:
+    """What `strict` raises for a scan that cannot be used."""
+    return UserError(f"{source}: {reject.subject}: {reject.reason}")
+
+
+def name_of(image: ImageFile, source: Path) -> str:
+    """An image as the manifest and the rejects name it: below the source, with its row in an array of many."""
+    path = relative(image.path, source)
+    return path if image.row is None else f"{path}[{image.row}]"
+
+
+def relative(path: Path, source: Path) -> str:
+    """A path as the manifest names it: below the source where it lies there."""
+    path, source = path.absolute(), source.absolute()
+    return str(path.relative_to(source) if path.is_relative_to(source) else path)

@@ -1,0 +1,1 @@
+"""Synthetic brains from the ICBM152 anatomy, with known ageing."""

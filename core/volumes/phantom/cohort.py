@@ -1,0 +1,209 @@
+"""A cohort of phantom brains: real average anatomy, aged by published laws, with known truth.
+
+Who is in it (age, sex, site) is drawn here; phantom_subject.py makes one brain, phantom_anatomy.py the
+average brain it starts from, phantom_ageing.py holds the published numbers. Subject i is the same brain in a
+cohort of any size, in any process.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from core.errors import UserError
+from core.files.fingerprint import fingerprint
+from core.files.writing import writing_to
+from core.volumes.cohort.reader import DESCRIPTION, Cohort
+from core.volumes.cohort.writer import CohortWriter
+from core.volumes.phantom.anatomy import SPACINGS
+from core.volumes.phantom.subject import PERSON, Person, PhantomBrain, make_brain, random_stream
+
+VERSION = 1  # raise it when the same settings give other brains
+YOUNGEST, OLDEST = 18.0, 90.0  # years
+BIDS_FOLDER = {"stiffness": "mre", "t1w": "anat"}
+BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w"}
+
+Channel = Literal["stiffness", "t1w"]
+OnProgress = Callable[[int, int], None]
+"""Called as on_progress(done, total) after each subject."""
+
+
+class PhantomSettings(BaseModel):
+    """Everything that a phantom cohort depends on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    subjects: int = Field(default=96, ge=1, le=9999)
+    spacing: float = Field(default=4.0, description="edge of a voxel in mm: 2, 4 or 8")
+    seed: int = Field(default=0, ge=0)
+    ages: Literal["clusters", "uniform"] = Field(
+        default="clusters", description="18 to 90 y: young and old with few in between, or all alike"
+    )
+    sites: int = Field(default=3, ge=1, le=20, description="the first has mostly young, the last mostly old")
+    channels: tuple[Channel, ...] = Field(
+        default=("stiffness",), description="stiffness in kPa and t1w in the arbitrary units of each scanner"
+    )
+    sex_effect: float = Field(
+        default=0.0, ge=-0.3, le=0.3, description="fraction by which women's brains are stiffer than men's"
+    )
+
+    @field_validator("spacing")
+    @classmethod
+    def _known_spacing(cls, spacing: float) -> float:
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing must be 2, 4 or 8 mm, got {spacing:g}")
+        return spacing
+
+    @field_validator("channels")
+    @classmethod
+    def _each_channel_once(cls, channels: tuple[Channel, ...]) -> tuple[Channel, ...]:
+        if not channels or len(set(channels)) < len(channels):
+            raise ValueError(f"channels must name stiffness, t1w or both once, got {channels}")
+        return channels
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as a cohort records them."""
+        return {"phantom": VERSION, **self.model_dump(mode="json")}
+
+
+def phantom_participants(settings: PhantomSettings) -> pd.DataFrame:
+    """One row per subject: subject ("sub-0001"), age in years, sex ("F" or "M"), site ("site-1")."""
+    return pd.DataFrame([_participant(settings, index) for index in range(settings.subjects)])
+
+
+def _participant(settings: PhantomSettings, index: int) -> dict[str, Any]:
+    draws = random_stream(settings.seed, PERSON, index)
+    age = _draw_clustered_age(draws) if settings.ages == "clusters" else draws.uniform(YOUNGEST, OLDEST)
+    sex = "F" if draws.random() < 0.5 else "M"
+    site = draws.choice(settings.sites, p=_site_shares(age, settings.sites))
+    subject = f"sub-{index + 1:04d}"
+    return {"subject": subject, "age": round(float(age), 2), "sex": sex, "site": f"site-{site + 1}"}
+
+
+def _draw_clustered_age(draws: np.random.Generator) -> float:
+    """45 % young adults (18-48 y), 43 % old (54-90 y), 12 % anything."""
+    kind = draws.random()
+    if kind < 0.45:
+        return YOUNGEST + 30 * draws.beta(2, 3)
+    if kind < 0.88:
+        return OLDEST - 36 * draws.beta(2.5, 2.5)
+    return draws.uniform(YOUNGEST, OLDEST)
+
+
+def _site_shares(age: float, sites: int) -> np.ndarray:
+    """(sites,) chances of being scanned at each: the young mostly at the first, the old at the last."""
+    oldness = (age - YOUNGEST) / (OLDEST - YOUNGEST)
+    liked_by_young = np.linspace(0.9, 0.1, sites)
+    shares = (1 - oldness) * liked_by_young + oldness * liked_by_young[::-1]
+    return shares / shares.sum()
+
+
+def phantom_brain(settings: PhantomSettings, index: int) -> PhantomBrain:
+    """The brain of subject `index` (from 0, so 0 is "sub-0001"); the first call makes the anatomy (2 s)."""
+    if not 0 <= index < settings.subjects:
+        raise UserError(f"there is no phantom subject {index}; they run from 0 to {settings.subjects - 1}")
+    participant = _participant(settings, index)
+    half = settings.sex_effect / 2
+    person = Person(
+        seed=settings.seed,
+        index=index,
+        age=participant["age"],
+        site=int(participant["site"].removeprefix("site-")),
+        relative_stiffness=1 + (half if participant["sex"] == "F" else -half),
+    )
+    return make_brain(person, settings.spacing, settings.channels)
+
+
+def _each_brain(
+    settings: PhantomSettings, on_progress: OnProgress | None
+) -> Iterator[tuple[dict[str, Any], PhantomBrain]]:
+    """Every participant with their brain, reporting each once it has been used."""
+    for index in range(settings.subjects):
+        yield _participant(settings, index), phantom_brain(settings, index)
+        if on_progress:
+            on_progress(index + 1, settings.subjects)
+
+
+def write_phantom_cohort(
+    out: str | Path, settings: PhantomSettings, on_progress: OnProgress | None = None
+) -> Cohort:
+    """Write the cohort to the folder `out`, or reuse the same one already there, and open it.
+
+    The manifest also records the true tissue volumes: csf_ml,
+    gm_ml, wm_ml and ventricle_ml. UserError if `out` holds anything else.
+    """
+    out = Path(out)
+    if (out / DESCRIPTION).exists():
+        return _same_cohort(out, settings)
+    writer = CohortWriter(
+        out,
+        name="phantom",
+        channels=settings.channels,
+        shape=SPACINGS[settings.spacing],
+        spacing=settings.spacing,
+        affine=phantom_brain(settings, 0).affine,
+        preprocessing=settings.identity(),
+        source="phantom",
+        synthetic=True,
+    )
+    with writer:
+        for participant, brain in _each_brain(settings, on_progress):
+            volume = np.stack([brain.channels[name] for name in settings.channels])
+            labels: dict[str, Any] = {**participant, **brain.volumes_ml}
+            writer.add(volume, source="phantom", **labels)
+    return Cohort.open(out)
+
+
+def _same_cohort(out: Path, settings: PhantomSettings) -> Cohort:
+    cohort = Cohort.open(out)
+    if cohort.description.preprocessing_hash != fingerprint(settings.identity()):
+        raise UserError(f"{out} holds a cohort of other settings; choose another folder or delete it")
+    return cohort
+
+
+def write_phantom_bids(
+    out: str | Path, settings: PhantomSettings, on_progress: OnProgress | None = None
+) -> Path:
+    """Write the cohort as a BIDS-like tree of NIfTI files, the same bytes each time; returns `out`.
+
+    sub-0001/mre/sub-0001_stiffness.nii.gz (kPa), sub-0001/anat/sub-0001_T1w.nii.gz, participants.tsv,
+    dataset_description.json.
+    """
+    out = Path(out)
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for participant, brain in _each_brain(settings, on_progress):
+            for name, image in brain.channels.items():
+                _write_nifti(out, str(participant["subject"]), name, image, brain.affine)
+            rows.append({"participant_id": participant.pop("subject"), **participant})
+        pd.DataFrame(rows).to_csv(out / "participants.tsv", sep="\t", index=False, lineterminator="\n")
+        description = {
+            "Name": "brainsweep phantom",
+            "BIDSVersion": "1.10.0",
+            "DatasetType": "raw",
+            "GeneratedBy": [{"Name": "brainsweep phantom", "Settings": settings.identity()}],
+        }
+        (out / "dataset_description.json").write_text(json.dumps(description, indent=2) + "\n")
+    return out
+
+
+def _write_nifti(out: Path, subject: str, channel: str, image: np.ndarray, affine: np.ndarray) -> None:
+    folder = out / subject / BIDS_FOLDER[channel]
+    folder.mkdir(parents=True, exist_ok=True)
+    nifti = nib.Nifti1Image(image, affine)
+    nifti.header.set_xyzt_units("mm")
+    buffer = io.BytesIO()
+    # nibabel would write the time into the gzip header
+    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=4, mtime=0, filename="") as packed:
+        packed.write(nifti.to_bytes())
+    (folder / f"{subject}_{BIDS_SUFFIX[channel]}.nii.gz").write_bytes(buffer.getvalue())

@@ -1,0 +1,135 @@
+"""A cohort too large to hold: one Ray Data execution reads ahead of a trial's training, in the plan's order.
+
+    epochs ──▶ map_batches(plan: one line per read) ──▶ map_batches(read) ──▶ the worker that trains
+
+The tasks ask for no CPU, because the slots hold them all; how many run at a time is said instead, and how much
+they may have ready bounds the memory. Each line of the table is one read of several batches, so that a shard
+is opened once for many volumes and a block is never cut or joined: the worker maps it without a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
+
+from core.errors import UserError
+from core.volumes.cohort.reader import Cohort
+from distributed.batches.in_process import Direct, Stored, bytes_of_a_volume, opened
+from distributed.batches.plan import Plan
+
+READ_BYTES = 128 * 2**20
+"""Aim of one read task: handing one to a process and its block back costs what reading 20 MB does."""
+PLAIN_READERS, OTHER_READERS = 1, 2
+"""Read tasks at a time for each worker that trains: plain local shards are read faster than they are handed over,
+and another process only takes turns with the first; shards to be fetched or unpacked are worth two."""
+PLAN_BLOCKS = 50
+"""Objects that the epochs are cut into; Ray keeps them until the garbage is collected."""
+READS_AHEAD = 3
+"""Reads, running or ready, that a stream may hold in the object store."""
+
+logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of every execution
+
+_BUFFERS: dict[tuple[str, str], Stored] = {}
+
+
+@dataclass(frozen=True)
+class Streaming(Direct):
+    """A cohort whose training batches are streamed; other passes are read by the worker itself."""
+
+    def stream(self, plan: Plan) -> Iterator[Stored]:
+        """The volumes of every batch of `plan`, in order, as read-only views of shared memory.
+
+        A generator: closing it ends the execution and frees what was read ahead.
+
+        Raises:
+            UserError: a volume is damaged; names shard, row and subject.
+        """
+        cohort = opened(self.address)
+        rows_per_read = max(1, READ_BYTES // bytes_of_a_volume(cohort))
+        shape, dtype = cohort.volume_shape, np.dtype(cohort.description.dtype)
+        with DataContext.current(_context(READS_AHEAD * rows_per_read * bytes_of_a_volume(cohort))):
+            tables: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+            # Read where the volumes are needed.
+            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+            task: dict[str, Any] = tables | {"num_cpus": 0, "label_selector": here}
+            # Not from_arrow: it measures its tables in tasks that wait for a CPU.
+            epochs = ray.data.from_items(
+                [{"epoch": epoch} for epoch in plan.epochs],
+                override_num_blocks=min(len(plan.epochs), PLAN_BLOCKS),
+            )
+            planned = epochs.map_batches(
+                partial(_plan_reads, plan=plan, rows_per_read=rows_per_read),
+                compute=TaskPoolStrategy(size=1),
+                **task,
+            )
+            reads = planned.map_batches(
+                partial(_read, address=self.address),
+                compute=TaskPoolStrategy(size=PLAIN_READERS if cohort.is_plain else OTHER_READERS),
+                **task,
+            )
+            lines: Any = iter(reads.iter_batches(**tables, prefetch_batches=1))
+        with contextlib.closing(lines):  # at once, not when the garbage is collected
+            for line in lines:
+                yield from _batches_of(line, shape, dtype)
+
+
+def _context(memory: int) -> DataContext:
+    """Ray Data told to keep the order, to leave blocks as they are, to hold at most `memory` bytes, to be quiet."""
+    context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory)
+    context.target_max_block_size = 1  # every line of a table is a block of its own
+    context.enable_progress_bars = False
+    return context
+
+
+def _plan_reads(epochs: pa.Table, plan: Plan, rows_per_read: int) -> Iterator[pa.Table]:
+    for epoch in epochs["epoch"].to_pylist():
+        yield plan.reads(epoch, rows_per_read)
+
+
+def _read(line: pa.Table, address: str) -> pa.Table:
+    """The line with its volumes, as bytes: no conversion, and one copy into the object store.
+
+    What is wrong with a volume is handed on in words: Ray Data wraps an exception and loses its cause.
+    """
+    rows, damage = line["rows"][0].as_py(), None
+    try:
+        volumes = opened(address).read_stored(rows, out=_buffer(opened(address), len(rows)))
+    except UserError as error:
+        volumes, damage = np.empty(0), str(error)
+    bounds = np.array([0, volumes.nbytes])
+    buffers = [None, pa.py_buffer(bounds), pa.py_buffer(volumes)]
+    line = line.append_column("volumes", pa.Array.from_buffers(pa.large_binary(), 1, buffers))
+    return line.append_column("damage", pa.array([damage], pa.string()))
+
+
+def _buffer(cohort: Cohort, volumes: int) -> Stored:
+    """Memory to read into, the same in every task of this process: fresh pages take longer than the reading.
+
+    A task begins when the block of the one before it lies in the object store, so nobody reads this any more.
+    """
+    key = (cohort.address, cohort.description.hash)
+    if key not in _BUFFERS or len(_BUFFERS[key]) < volumes:
+        _BUFFERS.clear()
+        _BUFFERS[key] = np.empty((volumes, *cohort.volume_shape), cohort.description.dtype)
+    return _BUFFERS[key][:volumes]
+
+
+def _batches_of(line: pa.Table, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Stored]:
+    """The batches of one read, as views of its block."""
+    if damage := line["damage"][0].as_py():
+        raise UserError(damage)
+    content = line["volumes"].chunk(0).buffers()[2]
+    volumes = np.frombuffer(content, dtype).reshape(-1, *shape)
+    bounds = np.cumsum(line["sizes"][0].as_py())[:-1]
+    yield from np.split(volumes, bounds)

@@ -1,0 +1,274 @@
+"""The commands about cohorts: make synthetic brains, ingest scans, describe, look at and verify a cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.table import Table
+
+from core.errors import UserError
+from distributed.commands.options import (
+    Address,
+    CohortFolder,
+    console,
+    names,
+    progress_bar,
+    readable,
+    wrong_option,
+)
+
+if TYPE_CHECKING:
+    from core.volumes.ingest.cohort import IngestReport, Runner
+    from core.volumes.sources import Listing
+
+data = typer.Typer()
+
+
+class Ages(StrEnum):
+    """How the ages of a phantom cohort are distributed."""
+
+    clusters = "clusters"
+    uniform = "uniform"
+
+
+class StoredAs(StrEnum):
+    """Number format of stored volumes."""
+
+    float16 = "float16"
+    float32 = "float32"
+    int16 = "int16"
+
+
+class StoredIn(StrEnum):
+    """File format of the shards."""
+
+    hdf5 = "hdf5"
+    parquet = "parquet"
+
+
+class Compressed(StrEnum):
+    """How shards are compressed."""
+
+    none = "none"
+    gzip = "gzip"
+    zstd = "zstd"
+    blosc = "blosc"
+
+
+@data.command(
+    rich_help_panel="Cohorts", epilog="Example: brainsweep phantom cohorts/phantom --subjects 96 --spacing 4"
+)
+def phantom(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the new cohort")],
+    subjects: Annotated[int, typer.Option(help="how many brains")] = 96,
+    spacing: Annotated[float, typer.Option(help="voxel edge in mm: 2, 4 or 8")] = 4.0,
+    ages: Annotated[
+        Ages, typer.Option(help="young and old with few in between, or all ages alike")
+    ] = Ages.clusters,
+    sites: Annotated[int, typer.Option(help="scanner sites, with unequal ages")] = 3,
+    channels: Annotated[str, typer.Option(help="stiffness, t1w, or both as stiffness,t1w")] = "stiffness",
+    seed: Annotated[int, typer.Option(help="another seed gives other brains")] = 0,
+    nifti: Annotated[
+        bool, typer.Option("--nifti", help="write a BIDS-like tree of NIfTI files instead")
+    ] = False,
+) -> None:
+    """Make synthetic brains with known ageing, from the ICBM152 anatomy. The same cohort already there is reused."""
+    from core.volumes.phantom.cohort import (
+        PhantomSettings,
+        write_phantom_bids,
+        write_phantom_cohort,
+    )
+
+    try:
+        settings = PhantomSettings(
+            subjects=subjects, spacing=spacing, ages=ages.value, sites=sites, seed=seed, channels=names(channels)
+        )  # fmt: skip
+    except ValidationError as error:
+        raise wrong_option(error) from None
+    with progress_bar("making brains") as progress:
+        task = progress.add_task("", total=subjects)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        if nifti:
+            write_phantom_bids(out, settings, show)
+        else:
+            cohort = write_phantom_cohort(out, settings, show)
+        progress.update(task, completed=subjects)
+    if nifti:
+        console.print(
+            f"{subjects} subjects in {out}\n\nNext:\n  brainsweep ingest {out} COHORT --channels T1w"
+        )
+    else:
+        console.print(f"{len(cohort)} phantom brains of {cohort.description.shape} voxels in {out}")
+        console.print(f"\nNext:\n  brainsweep describe {out}\n  brainsweep sweep {out}", highlight=False)
+
+
+@data.command(
+    rich_help_panel="Cohorts",
+    epilog="Example: brainsweep ingest study/ cohorts/study --channels T1w --spacing 4",
+)
+def ingest(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="BIDS tree, table of paths (.csv, .tsv), list (.json), OpenBHB or MRE arrays, or one folder per case",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the new cohort")],
+    layout: Annotated[
+        str | None,
+        typer.Option(help="bids, table, openbhb, mre, decathlon or cases; recognised if absent"),
+    ] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            help="images of each scan, comma-separated: suffixes such as T1w,FLAIR, or columns of a table"
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="map of classes that goes with each scan, e.g. dseg")
+    ] = None,
+    mask: Annotated[str | None, typer.Option(help="brain mask that comes with each scan, e.g. mask")] = None,
+    age_column: Annotated[
+        str, typer.Option(help="column with the age in years; none: ages are not wanted")
+    ] = "age",
+    spacing: Annotated[float, typer.Option(help="voxel edge in mm")] = 4.0,
+    shape: Annotated[
+        str | None, typer.Option(help="voxels as X,Y,Z; the MNI field of view if absent")
+    ] = None,
+    registration: Annotated[
+        bool, typer.Option("--register", help="lay each brain over MNI152 by an affine transform")
+    ] = False,
+    intensity: Annotated[
+        str,
+        typer.Option(
+            help="zscore, raw, percentile:LOW,HIGH, window:LOW,HIGH or window:mri, ct, ct_brain, stiffness"
+        ),
+    ] = "zscore",
+    dtype: Annotated[StoredAs, typer.Option(help="how voxels are stored")] = StoredAs.float16,
+    storage: Annotated[StoredIn, typer.Option("--format", help="of the shards")] = StoredIn.hdf5,
+    compression: Annotated[
+        Compressed, typer.Option(help="smaller on disk, slower to read")
+    ] = Compressed.none,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="stop at the first subject that cannot be used")
+    ] = False,
+    address: Address = None,
+) -> None:
+    """Turn scans into a cohort. What cannot be used is listed, not fatal; the same command goes on after a break."""
+    from core.volumes.images.preprocess import Preprocessing
+    from core.volumes.ingest.cohort import ingest as ingest_scans
+    from core.volumes.sources import list_scans
+
+    try:
+        grid = tuple(int(side) for side in shape.split(",")) if shape else None
+    except ValueError:
+        raise UserError(f"--shape must be three whole numbers such as 46,55,46, got {shape!r}") from None
+    try:
+        preprocessing = Preprocessing(
+            spacing=spacing, shape=grid, intensity=intensity,
+            mask="file" if mask else None, registration="affine" if registration else None,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise wrong_option(error) from None
+    listing = list_scans(
+        source, kind=layout, channels=names(channels) or None, label=label, mask=mask,
+        age_column=None if age_column.lower() == "none" else age_column,
+    )  # fmt: skip
+    for note in listing.notes:
+        console.print(f"note: {note}", highlight=False)
+    with _runner(listing, address) as run, progress_bar("ingesting") as progress:
+        task = progress.add_task("", total=len(listing.scans))
+        report = ingest_scans(
+            listing, out, preprocessing, strict=strict, dtype=dtype.value, storage=storage.value,
+            compression=compression.value, run=run,
+            on_progress=lambda done, total, _: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    _show_ingest(report, out, said=listing.notes)
+
+
+@contextmanager
+def _runner(listing: Listing, address: str | None) -> Iterator[Runner]:
+    """What runs the shard tasks: this process if the scans are few, otherwise Ray."""
+    from core.volumes.ingest.cohort import one_after_another
+    from distributed.commands.ingest_on_ray import in_parallel, pays
+    from distributed.slots.cluster import connect
+
+    if address is None and not pays(listing):
+        yield one_after_another
+        return
+    with connect(address, console):
+        yield in_parallel
+
+
+def _show_ingest(report: IngestReport, out: Path, said: Sequence[str]) -> None:
+    if report.already_there:
+        console.print(f"{out} already holds this cohort; nothing to do")
+    for note in report.notes:
+        if note not in said:
+            console.print(f"note: {note}", highlight=False)
+    for reject in report.rejects[:10]:
+        console.print(
+            f"left out {reject.subject}: {reject.reason}", style="yellow", highlight=False, soft_wrap=True
+        )
+    if len(report.rejects) > 10:
+        console.print(f"… and {len(report.rejects) - 10} more in {out}/rejects.csv", style="yellow")
+    console.print(f"{len(report.cohort)} scans in {out}, {len(report.rejects)} left out")
+    console.print(
+        f"\nNext:\n  brainsweep quality {out}\n  brainsweep describe {out}\n  brainsweep sweep {out}",
+        highlight=False,
+    )
+
+
+@data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep describe cohorts/phantom")
+def describe(cohort: CohortFolder) -> None:
+    """Say what is in a cohort: subjects, ages, sites, grid, intensities, and the error any model must beat."""
+    from core.volumes.cohort.describe import describe as facts_of
+    from core.volumes.cohort.reader import Cohort
+
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in facts_of(Cohort.open(cohort)).items():
+        table.add_row(name.replace("_", " "), readable(value))
+    console.print(table)
+
+
+@data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep quality cohorts/study")
+def quality(
+    cohort: CohortFolder,
+    out: Annotated[Path | None, typer.Option(help="the page; COHORT/quality.html if absent")] = None,
+) -> None:
+    """Make a page that shows every scan of a cohort at a glance, the unusual ones first."""
+    from core.report.quality.page import write_quality_page
+    from core.volumes.cohort.reader import Cohort
+
+    opened = Cohort.open(cohort)
+    with console.status(f"looking at {len(opened)} scans"):
+        page = write_quality_page(opened, out or opened.folder / "quality.html")
+    console.print(f"\nNext:\n  open {page}", highlight=False)
+
+
+@data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep verify cohorts/study")
+def verify(cohort: CohortFolder) -> None:
+    """Check every byte of a cohort against its checksums; exit code 1 if any differs."""
+    from core.volumes.cohort.verify import verify as find_damage
+
+    with progress_bar("verifying") as progress:
+        task = progress.add_task("", total=None)
+        damage = find_damage(cohort, lambda done, total: progress.update(task, completed=done, total=total))
+    for found in damage:
+        where = (
+            f"{found.file}, row {found.row}, subject {found.subject}" if found.row is not None else found.file
+        )
+        console.print(f"damaged: {where}: {found.reason}", style="red", highlight=False)
+    if damage:
+        raise typer.Exit(1)
+    console.print(f"{cohort} is as it was written", highlight=False)

@@ -1,0 +1,243 @@
+"""A run that lies in an object store, worked on in a folder of every machine that takes part in it.
+
+    s3://bucket/runs/demo  ◀── send ── /tmp/brainsweep-1000/s3%3A%2F%2Fbucket%2Fruns%2Fdemo ──▶ trials/0007/…
+                           ─── bring ─▶        (the same path on every node)
+
+The path of a working copy spells its address, so whoever holds a path knows where the file belongs, on any node:
+`send` and `bring` do nothing for all other paths. What workers write (trials, refits) is sent by them after every
+epoch; what the driver writes is sent when a trial is handed out or has ended, and every few seconds. The address
+has the last word: what a machine knows better is overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from rich.console import Console
+
+from core.errors import UserError
+from core.files.places import download, exists, is_url, list_files, remove, shown, upload_file
+from core.files.writing import replacing
+from distributed.run.lock import HeldError, claim
+
+SCRATCH = "BRAINSWEEP_SCRATCH"
+"""Where working copies are made; a folder for temporary files if it is not set. The same on every node."""
+SIGN = quote("://", safe="")
+SEND_S = 10.0
+LEFT_OUT = ("tune", "writer.lock", "study.journal.lock")
+"""What of a run means something to the machine only that wrote it."""
+BY_WORKERS = ("trials", "refits", "confirmed", "access")
+"""Folders of a run in which workers write, on any node, and send what they have written."""
+CHECKPOINTS = "checkpoint"
+LAST = "progress.json"
+"""Sent after all else: it says what there is."""
+
+_SENT: dict[Path, tuple[int, int]] = {}
+"""Size and time of every file as this process sent it."""
+_ONE_AT_A_TIME = threading.Lock()
+"""Else an older state of the study, sent by the thread that keeps up, might arrive after a newer one."""
+
+
+def place_of_run(text: str) -> Path:
+    """The folder that RUN or --out means: itself, or the working copy of an address.
+
+    Raises:
+        UserError: the address carries keys, which would be seen in paths and logs.
+    """
+    if not is_url(text):
+        return Path(text)
+    if "@" in text:
+        raise UserError(
+            f"{shown(text)}: a run's address must not carry keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    scratch = os.environ.get(SCRATCH) or f"{tempfile.gettempdir()}/brainsweep-{os.getuid()}"
+    return Path(scratch).absolute() / quote(text.rstrip("/"), safe="")
+
+
+def address_of(path: Path) -> tuple[str, str] | None:
+    """The address of the run that `path` is a working copy of, or lies in, and its name there; else None."""
+    for index, part in enumerate(path.parts):
+        if SIGN in part:
+            return unquote(part), "/".join(path.parts[index + 1 :])
+    return None
+
+
+def run_as_typed(path: Path) -> str:
+    """The run in the folder `path` as a user would type it: its address, or its path from the current folder."""
+    if (found := address_of(path)) is not None:
+        return found[0]
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def send(path: Path, leave_out: Collection[str] = ()) -> None:
+    """Copy what has changed of a file or folder to its address, `LAST` last.
+
+    Args:
+        path: a file or a folder; nothing happens where it is not in a working copy.
+        leave_out: names of entries of that folder.
+
+    Raises:
+        OSError: the store cannot be written.
+    """
+    if address_of(path) is None:
+        return
+    files = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda file: (file.name == LAST, file))
+    for file in files:
+        below = file.relative_to(path).parts
+        if not (below and below[0] in leave_out) and not file.name.endswith(".tmp"):
+            _send_file(file)
+
+
+def _send_file(file: Path) -> None:
+    """Send `file` if this process has not yet sent it as it is now."""
+    place = address_of(file)
+    # It may be replaced or deleted at any moment.
+    with _ONE_AT_A_TIME, contextlib.suppress(FileNotFoundError):
+        about = file.stat()
+        signature = (about.st_size, about.st_mtime_ns)
+        if place is not None and file.is_file() and _SENT.get(file) != signature:
+            upload_file(file, *place)
+            _SENT[file] = signature
+
+
+def bring(path: Path, leave_out: Collection[str] = (), checkpoints: bool = True) -> None:
+    """Make a folder of a working copy what lies at its address; files that are not there are deleted.
+
+    Args:
+        path: the folder; nothing happens where it is not in a working copy.
+        leave_out: names of entries of that folder that stay as they are.
+        checkpoints: whether those are fetched, too; else they stay as they are.
+
+    Raises:
+        OSError: the store cannot be read, or the folder not written.
+    """
+    place = address_of(path)
+    if place is None:
+        return
+    address, folder = place
+    there = set()
+    for name, _ in list_files(address, folder):
+        if _is_left_out(name, leave_out, checkpoints):
+            continue
+        there.add(path / name)
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), replacing(path / name) as fresh:
+            download(address, f"{folder}/{name}".lstrip("/"), fresh)
+    for file in path.rglob("*"):
+        name = file.relative_to(path).as_posix()
+        if file.is_file() and file not in there and not _is_left_out(name, leave_out, checkpoints):
+            file.unlink(missing_ok=True)
+
+
+def _is_left_out(name: str, leave_out: Collection[str], checkpoints: bool) -> bool:
+    first, last = name.split("/")[0], name.rpartition("/")[2]
+    return first in leave_out or last.endswith(".tmp") or (last.startswith(CHECKPOINTS) and not checkpoints)
+
+
+def bring_results(run: Path) -> None:
+    """What workers have written, on whatever node; without checkpoints, which only a trial that goes on needs."""
+    for name in BY_WORKERS:
+        bring(run / name, checkpoints=False)
+
+
+def bring_run(run: Path, console: Console) -> None:
+    """All that people and a resumed sweep need of a run; what a sweep on this machine writes now is left alone.
+
+    Raises:
+        UserError: the address cannot be read, or there is no run.
+    """
+    place = address_of(run)
+    if place is None:
+        return
+    try:
+        if not exists(place[0], "run.json"):
+            raise UserError(f"{shown(place[0])} is not a run: it has no run.json")
+        run.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(HeldError), claim(run, console):
+            bring(run, LEFT_OUT, checkpoints=False)
+    except OSError as error:
+        raise UserError(f"cannot read {shown(place[0])}: {error}") from error
+
+
+def refuse_taken(run: Path) -> None:
+    """UserError where something lies at the address of a new run already."""
+    place = address_of(run)
+    if place is not None and (first := next(list_files(place[0]), None)) is not None:
+        address = shown(place[0])
+        raise UserError(
+            f"{address} is not empty: it has {first[0]}; continue a run with `brainsweep resume {address}`, or give "
+            "another --out"
+        )
+
+
+def send_report(page: Path) -> None:
+    """Send a report that was made again.
+
+    Raises:
+        UserError: the address cannot be written.
+    """
+    try:
+        send(page)
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def forget(path: Path) -> None:
+    """Delete a file or folder, which is deleted here, at its address, too."""
+    if (place := address_of(path)) is not None:
+        remove(*place)
+
+
+@contextlib.contextmanager
+def kept_up(run: Path, console: Console) -> Iterator[None]:
+    """Send what the driver writes every few seconds, and once more at the end.
+
+    A store that does not answer for a while is tried again; what could not be sent in the end is a UserError.
+    """
+    if address_of(run) is None:
+        yield
+        return
+    console.print(
+        f"note: working in {run}; an address has no locks, see that no other machine writes to it",
+        highlight=False,
+        soft_wrap=True,
+    )
+    ended = threading.Event()
+
+    def keep_up() -> None:
+        while not ended.wait(SEND_S):
+            with contextlib.suppress(OSError, UserError):
+                send_driver(run)
+
+    thread = threading.Thread(target=keep_up, name="sends-the-run", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        try:
+            send_driver(run)
+        except OSError as error:
+            raise UserError(f"{error}; all of the run but this lies in {run}") from error
+
+
+def send_driver(run: Path) -> None:
+    """Send what the driver has written of a run."""
+    send(run, (*LEFT_OUT, *BY_WORKERS))
+
+
+if (
+    __name__ == "__main__"
+):  # for scripts: whether a run lies at an address; what is wrong with one, a sweep will say
+    with contextlib.suppress(OSError, UserError):
+        sys.exit(0 if exists(sys.argv[1], "run.json") else 1)
+    sys.exit(1)

@@ -1,0 +1,283 @@
+"""A population whose members copy each other and change settings while they train, and what the study is told.
+
+What a population finds is a schedule. It evolves in the first cell alone, where its members are no trials that could
+be compared with others; so they end as PRUNED. Then the settings that the best member's weights had followed, epoch
+by epoch, are one ordinary trial on all cells, and that is what is reported, refitted, and written to `schedule.yaml`.
+Everything random in a cell follows from its seeds, so that trial repeats the best member in the first cell exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.schedulers import TrialScheduler
+from sklearn.exceptions import ConvergenceWarning
+
+from core.errors import UserError
+from core.files.writing import replacing, writing_to
+from core.objectives import COST
+from core.report.answer.population import EXCHANGED, LINEAGE
+from core.report.answer.record import reported
+from distributed.run.assignment import CHECKPOINT, kept_checkpoint
+from distributed.search.budget import Budget
+from distributed.search.population_methods import (
+    CLOCK,
+    POPULATIONS,
+    Method,
+    Range,
+    change,
+    exchange_interval,
+    setting,
+)
+from distributed.search.schedulers import METRIC
+from distributed.search.study import report_value
+
+MEMBER_VALUE = "member_value"
+"""The user attribute with a member's last value, where it trained to the end."""
+TIME = "epochs"
+
+
+@dataclass
+class Member:
+    """What one member is doing: `changed` are the changeable settings as the method sees them."""
+
+    assignment: dict[str, Any]
+    changed: dict[str, float]
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    exchanged: list[dict[str, Any]] = field(default_factory=list)
+    epochs: int = 0
+    spent: float = 0.0
+
+
+def begin_member(method: Method, ranges: Sequence[Range], assignment: dict[str, Any]) -> Member:
+    """A member before its first epoch. What its configuration does not have is given the middle, and not applied."""
+    changed = {}
+    for one in ranges:
+        value = setting(assignment["settings"], one.name)
+        number = value if isinstance(value, int | float) else one.at_place(0.5)
+        changed[one.name] = method.seen(one, float(number))
+    return Member(assignment, changed)
+
+
+class Population(TrialScheduler):
+    """Ray's scheduler over members that are trials of the study, in their own folders and with their own checkpoints.
+
+    Ray clones a trial by copying the donor's whole configuration. That is seen here at once, and made into the
+    member's own: its folder, the donor's kept checkpoint to begin from, and settings that are the donor's up to
+    this epoch and the changed ones after it.
+    """
+
+    def __init__(
+        self, name: str, ranges: Sequence[Range], epochs: int, seed: int, study: optuna.Study,
+        budget: Budget, state: Path,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.method, self.ranges, self.epochs, self.seed = POPULATIONS[name], ranges, epochs, seed
+        self.study, self.budget, self.state = study, budget, state
+        self.interval = exchange_interval(epochs)
+        self.members: dict[str, Member] = {}
+        self.ended: set[str] = set()
+        self.names: dict[str, str] = {}
+        self.boundary = self.entered = 0
+        """The epoch of the last exchange, and of the one that this session began from."""
+        self.broken: str | None = None
+
+    def enter(self, members: dict[str, Member], boundary: int) -> None:
+        """Take `members` as they stood at the exchange after epoch `boundary`."""
+        self.members, self.boundary, self.entered = members, boundary, boundary
+        self.exchange = self.method.scheduler(self.ranges, self.interval)
+        self._record()
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Give Tune's trial its member's assignment."""
+        name = trial.config["member"]
+        self.names[trial.trial_id] = name
+        self._give(trial, name)
+        self.exchange.on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Keep the value; after the last member's epoch before an exchange, exchange."""
+        name = self.names[trial.trial_id]
+        member = self.members[name]
+        member.epochs, member.spent = result[TIME], result["spent_seconds"]
+        with self._storage():
+            self._report(name, result)
+        return self._hand_on(tune_controller, trial, result)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Ray's choice. Where the member that all others waited for has failed, Ray would wait for ever."""
+        chosen = self.exchange.choose_trial_to_run(tune_controller)
+        live = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]
+        if chosen is None and live and all(trial.status == "PAUSED" for trial in live):
+            self._hand_on(tune_controller, live[-1], live[-1].last_result)
+            chosen = self.exchange.choose_trial_to_run(tune_controller)
+        return chosen
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Tell the study how the member ended; an interrupted one has not."""
+        self.exchange.on_trial_complete(tune_controller, trial, result)
+        if result.get("storage"):
+            self._stop_for(result["failed"])
+        elif result.get("failed"):
+            self._tell(trial, TrialState.FAIL, result["failed"])
+        elif result.get("finished"):
+            with self._storage():
+                name = self.names[trial.trial_id]
+                self._report(name, result)
+                self._trial(name).set_user_attr(MEMBER_VALUE, result[METRIC])
+                self.members[name].spent = result["spent_seconds"]
+            self._tell(trial, TrialState.PRUNED, "its cell was for finding a schedule")
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """A member whose slot crashed too often has failed."""
+        self.exchange.on_trial_error(tune_controller, trial)
+        if not self.budget.interrupted:
+            self._tell(trial, TrialState.FAIL, "its slot crashed; see error.txt under tune/")
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """An interrupted member stays as it is."""
+        self.exchange.on_trial_remove(tune_controller, trial)
+
+    def debug_string(self) -> str:
+        """For Tune's log."""
+        return self.exchange.debug_string()
+
+    def _hand_on(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Ray's decision; where it exchanged, the clones are made members again."""
+        # Ray draws from the global generators, all at once in an exchange: so it draws alike in a resumed run.
+        random.seed(f"{self.seed} {self.boundary}")
+        np.random.seed([self.seed, self.boundary])
+        clocked = result | {CLOCK: result[TIME] - self.entered}
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # of PB2's Gaussian process, at the ends of its bounds
+            decision = self.exchange.on_trial_result(tune_controller, trial, clocked)
+        live = [member for name, member in self.members.items() if name not in self.ended]
+        due = self.boundary + self.interval
+        if all(member.epochs >= due for member in live):
+            for each in tune_controller.get_trials():
+                name, donor = self.names[each.trial_id], each.config["assignment"]["name"]
+                if donor != name:
+                    self._clone(each, name, donor, due)
+            before, self.boundary = self.boundary, due
+            with self._storage():
+                self._record()
+                for member in self.members.values():  # whoever began there has come further
+                    kept_checkpoint(Path(member.assignment["folder"]), before).unlink(missing_ok=True)
+        return decision
+
+    def _clone(self, trial: Any, name: str, donor_name: str, epoch: int) -> None:
+        """`name` goes on from what `donor_name` was after `epoch`, with the settings that Ray has changed."""
+        member, donor = self.members[name], self.members[donor_name]
+        drawn = trial.config["changed"]
+        meant = {one.name: self.method.meant(one, drawn[one.name]) for one in self.ranges}
+        moved = {one: value for one, value in meant.items() if drawn[one] != donor.changed[one]}
+        settings, acted = change(donor.assignment["settings"], moved, epoch / self.epochs)
+        inherited = donor.spent - donor.assignment["spent_before"]
+        member.assignment = member.assignment | {
+            "settings": settings,
+            "begin": str(kept_checkpoint(Path(donor.assignment["folder"]), epoch)),
+            "spent_before": member.spent - inherited,
+        }
+        member.changed = {one.name: self.method.seen(one, meant[one.name]) for one in self.ranges}
+        exchange = {"epoch": epoch, "donor": donor_name, "changed": acted}
+        member.lineage, member.exchanged = [*donor.lineage, exchange], [*member.exchanged, exchange]
+        self._give(trial, name)
+        with self._storage():
+            own = self._trial(name)
+            own.set_user_attr("settings", json.dumps(settings))
+            own.set_user_attr(LINEAGE, member.lineage)
+            own.set_user_attr(EXCHANGED, member.exchanged)
+
+    def _give(self, trial: Any, name: str) -> None:
+        member = self.members[name]
+        trial.set_config({"member": name, "assignment": member.assignment, "changed": dict(member.changed)})
+
+    def _report(self, name: str, result: dict[str, Any]) -> None:
+        """Keep the value, once: a resumed population repeats the epochs since its last exchange."""
+        frozen = self.study.get_trials(deepcopy=False)[int(name)]
+        if math.isfinite(result[METRIC]) and result[TIME] not in reported(frozen):
+            report_value(self._trial(name), result[METRIC], result[TIME])
+
+    def _tell(self, trial: Any, state: TrialState, reason: str) -> None:
+        name = self.names[trial.trial_id]
+        self.ended.add(name)
+        with self._storage():
+            own, member = self._trial(name), self.members[name]
+            described = {"reason": reason, "n": 1, "seconds": member.spent}
+            for key, value in (described | {COST: member.spent * self.budget.devices}).items():
+                own.set_user_attr(key, value)
+            self.study.tell(own, state=state)
+            (Path(member.assignment["folder"]) / CHECKPOINT).unlink(missing_ok=True)
+
+    def _trial(self, name: str) -> optuna.Trial:
+        return optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[int(name)]._trial_id)
+
+    def _record(self) -> None:
+        """What `resume` continues from."""
+        content = {
+            "boundary": self.boundary,
+            "members": {name: asdict(one) for name, one in self.members.items()},
+        }
+        with writing_to(self.state.parent), replacing(self.state) as path:
+            path.write_text(json.dumps(content))
+
+    def _storage(self) -> _StopWhereStorageFails:
+        return _StopWhereStorageFails(self)
+
+    def _stop_for(self, reason: str) -> None:
+        self.broken, self.budget.interrupted = self.broken or reason.partition(";")[0], True
+
+
+@dataclass(frozen=True)
+class _StopWhereStorageFails:
+    """Stops everything where the run's folder cannot be written: it can be resumed from the last exchange."""
+
+    population: Population
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> bool:
+        if isinstance(error, OSError):
+            self.population._stop_for(f"cannot write the run: {error.strerror or error}")
+        elif isinstance(error, UserError) and isinstance(error.__cause__, OSError):
+            self.population._stop_for(str(error))
+        else:
+            return False
+        return True
+
+
+def read_members(state: Path, running: set[str]) -> tuple[dict[str, Member], int]:
+    """The members of an interrupted population that are still `running`, as they stood at its last exchange.
+
+    What they have done since is done again, with the same numbers: at most one interval each. So none has passed
+    the next exchange before it takes place.
+    """
+    content = json.loads(state.read_text())
+    boundary, members = content["boundary"], {}
+    for name in sorted(running & content["members"].keys()):
+        member = Member(**content["members"][name])
+        folder = Path(member.assignment["folder"])
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        begun_here = member.lineage and member.lineage[-1]["epoch"] == boundary
+        if boundary and not begun_here:
+            member.assignment["begin"] = str(kept_checkpoint(folder, boundary))
+        members[name] = member
+    return members, boundary
+
+
+def best_member(study: optuna.Study) -> FrozenTrial | None:
+    """The member with the least last value; None where none trained to the end."""
+    ended = [trial for trial in study.get_trials(deepcopy=False) if MEMBER_VALUE in trial.user_attrs]
+    return min(ended, key=lambda trial: (trial.user_attrs[MEMBER_VALUE], trial.number), default=None)

@@ -1,0 +1,228 @@
+"""What stops a trial early, on what it has reported: Ray Tune's schedulers, fed and made to resume like ours.
+
+All of them compare `METRIC` (the first objective) at `TIME` (epochs done over all cells), and leave alone what
+reports no `TIME`: the published trial and the refits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from scipy.stats import wilcoxon
+
+from core.errors import UserError
+from core.lookup import look_up
+from core.objectives import measure
+from core.report.answer.record import reported
+from distributed.run.assignment import PRUNABLE_EPOCHS
+
+METRIC, TIME = "value", PRUNABLE_EPOCHS
+"""The keys of a result that the scheduler compares: the first objective, and epochs done over all cells."""
+CELL_VALUES = "cell_values"
+"""The user attribute of a trial with its first objective in every finished cell, in the order of the cells."""
+HYPERBAND_REDUCTION = 3
+
+
+def _asha(epochs: int, cells: int) -> TrialScheduler:
+    """Halving at 1/4 and 1/2 of the first cell, at its end, and at every doubling of whole cells."""
+    grace = max(1, epochs // 4)
+    return ASHAScheduler(TIME, METRIC, "min", max_t=epochs * cells, grace_period=grace, reduction_factor=2)
+
+
+class MedianStopping(MedianStoppingRule):
+    """Ray's rule, which expects `TIME` of the last result of every trial, and raises where there is none."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
+        """What reports no `TIME` is compared with nobody."""
+        if TIME in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+def _median(epochs: int, cells: int) -> TrialScheduler:
+    """Stop what is worse than the median of the others' running means, from half of the first cell on."""
+    return MedianStopping(
+        TIME,
+        METRIC,
+        "min",
+        grace_period=max(1, epochs // 2),
+        min_samples_required=3,
+        min_time_slice=float("inf"),  # type: ignore[arg-type]  # never pause a trial to give others its slot
+    )
+
+
+class Hyperband(TrialScheduler):
+    """Hyperband in its asynchronous form: brackets of ASHA, from the most eager to none, side by side.
+
+    Bracket s lets its trials run r·eta^s epochs before it first compares them, and gets trials in proportion to
+    eta^s'/(s'+1), s' counted from the last bracket, as Hyperband deals them (Li et al., JMLR 18, 2018, algorithm 1).
+    Nothing waits for a rung to fill: Ray's synchronous HyperBandScheduler pauses trials for that, and says of
+    half of those that ran to their end that they were stopped. Ray's AsyncHyperBandScheduler(brackets=k) draws
+    the bracket of a trial from the global random state, so a resumed search would deal otherwise; here it
+    follows from the trial's number.
+    """
+
+    def __init__(self, epochs: int, cells: int) -> None:
+        super().__init__()
+        grace, longest, eta = max(1, epochs // 4), epochs * cells, HYPERBAND_REDUCTION
+        last = int(math.log(longest / grace) / math.log(eta) + 1e-9)
+        self.brackets = [
+            ASHAScheduler(
+                TIME, METRIC, "min", max_t=longest, grace_period=grace * eta**step, reduction_factor=eta
+            )
+            for step in range(last + 1)
+        ]
+        self.shares = [eta ** (last - step) / (last - step + 1) for step in range(last + 1)]
+        self.bracket_of: dict[str, ASHAScheduler] = {}
+
+    def bracket_number(self, number: int) -> int:
+        """The bracket of the trial called `number`: dealt one by one to the one furthest behind its share."""
+        dealt = [0] * len(self.brackets)
+        for _ in range(number + 1):
+            behind = [(count + 1) / share for count, share in zip(dealt, self.shares, strict=True)]
+            chosen = int(np.argmin(behind))
+            dealt[chosen] += 1
+        return chosen
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Put the trial into its bracket; what is no trial of the search never reports and may go anywhere."""
+        name = trial.config["assignment"]["name"]
+        number = int(name) if name.isdigit() else 0
+        self.bracket_of[trial.trial_id] = self.brackets[self.bracket_number(number)]
+        self.bracket_of[trial.trial_id].on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+        """Its bracket's decision."""
+        return self.bracket_of[trial.trial_id].on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
+        """Its last value counts in its bracket."""
+        self.bracket_of.pop(trial.trial_id).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """What it reported stays in its bracket."""
+        self.bracket_of.pop(trial.trial_id, None)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """See `on_trial_error`."""
+        self.bracket_of.pop(trial.trial_id, None)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The first that waits."""
+        return FIFOScheduler().choose_trial_to_run(tune_controller)
+
+    def debug_string(self) -> str:
+        """For Tune's log."""
+        return f"Hyperband, {len(self.brackets)} brackets"
+
+
+SCHEDULERS: dict[str, Callable[[int, int], TrialScheduler]] = {
+    "asha": _asha,
+    "hyperband": Hyperband,
+    "median": _median,
+    "none": lambda epochs, cells: FIFOScheduler(),
+}
+"""(epochs of a cell, cells) -> scheduler; what changes settings while training is in population_methods.py."""
+POPULATION_SCHEDULERS = ("pbt", "pb2")
+"""What comes after a population has evolved is compared in full: nothing stops it early."""
+
+
+def make_scheduler(name: str, epochs: int, cells: int) -> TrialScheduler:
+    """The scheduler `name` for trials of `cells` cells of `epochs` epochs each."""
+    known = SCHEDULERS | dict.fromkeys(POPULATION_SCHEDULERS, SCHEDULERS["none"])
+    return look_up(known, name, "scheduler")(epochs, cells)
+
+
+@dataclass(frozen=True, eq=False)
+class _Replayed:
+    """Stands for a finished trial before a scheduler, which knows trials by their `trial_id` and name."""
+
+    trial_id: str
+    config: dict[str, Any]
+
+
+def replay(scheduler: TrialScheduler, finished: list[FrozenTrial]) -> None:
+    """Show a new scheduler what earlier trials reported, so that a resumed search prunes as it would have."""
+    for trial in finished:
+        stand_in: Any = _Replayed(f"replayed-{trial.number}", {"assignment": {"name": str(trial.number)}})
+        controller: Any = None  # asked only by schedulers that pause trials
+        scheduler.on_trial_add(controller, stand_in)
+        result: dict[str, Any] = {}
+        for epochs, value in sorted(reported(trial).items()):
+            result = {TIME: epochs, METRIC: value}
+            scheduler.on_trial_result(controller, stand_in, result)
+        if result:
+            scheduler.on_trial_complete(controller, stand_in, result)
+
+
+@dataclass
+class Wilcoxon(tune.Stopper):
+    """Stop a trial that is worse than the best one on the same cells, by the signed-rank test over pairs of cells.
+
+    As Optuna's WilcoxonPruner: one-sided, zero differences split, and never while the trial's mean is the
+    better one. It asks after every finished cell. With n cells no p-value is below 1/2^n, so a threshold of
+    0.1 first acts after 4 cells, and 0.05 after 5.
+    """
+
+    threshold: float
+    study: optuna.Study
+    metric: str
+    cells: int
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether to stop the trial; the reason is kept in `reasons`."""
+        finished = result.get("cells") or []
+        if TIME not in result or result["done"] or not 2 <= len(finished) < self.cells:
+            return False
+        p = self._p_value([measure(self.metric, cell) for cell in finished])
+        if p >= self.threshold:
+            return False
+        self.reasons[trial_id] = f"Wilcoxon p = {p:.3f} against the best trial over {len(finished)} cells"
+        return True
+
+    def stop_all(self) -> bool:
+        """Never."""
+        return False
+
+    def _p_value(self, values: list[float]) -> float:
+        """Of the values being no greater than the best trial's in the same cells; 1 without such a trial."""
+        completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        judged = [trial for trial in completed if CELL_VALUES in trial.user_attrs]
+        if not judged:
+            return 1.0
+        best = min(judged, key=lambda trial: (trial.values[0], trial.number)).user_attrs[CELL_VALUES]
+        differences = np.subtract(values, best[: len(values)])
+        if np.mean(values) <= np.mean(best):
+            return 1.0
+        return float(wilcoxon(differences, alternative="greater", zero_method="zsplit").pvalue)
+
+
+def pruner_threshold(text: str, cells: int) -> float | None:
+    """The p-value of `--pruner`, which is `none`, `wilcoxon` (0.1) or `wilcoxon=P`; None for `none`.
+
+    Raises:
+        UserError: another name, a threshold outside (0, 1), or one that so few cells cannot reach.
+    """
+    name, _, given = text.partition("=")
+    if look_up({"none": False, "wilcoxon": True}, name, "pruner") is False:
+        return None
+    try:
+        threshold = float(given or 0.1)
+    except ValueError:
+        threshold = math.nan
+    if not 0 < threshold < 1:
+        raise UserError(f"--pruner wilcoxon=P needs a P between 0 and 1, got {given!r}")
+    if 0.5 ** (cells - 1) >= threshold:
+        raise UserError(
+            f"--pruner {text} could never stop a trial: after {cells - 1} of {cells} cells no p-value is below "
+            f"{0.5 ** (cells - 1):.3g}; use more --folds or --seeds, or a larger P"
+        )
+    return threshold

@@ -1,0 +1,266 @@
+"""The story of a search: which configuration a slot tries next, and what is told to the study about it.
+
+The Optuna study in the run's journal file is the one record of the search. Ray Tune only executes: it asks
+`StudySearch` for the next assignment, hands results to the scheduler, and can be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.terminator import Terminator
+from optuna.trial import FrozenTrial, TrialState
+from ray import tune
+
+from core.config import Settings, merge, resolve
+from core.objectives import COST, OBJECTIVES, mean_of, measure
+from distributed.run.assignment import forget_checkpoint, trial_name
+from distributed.search.budget import Budget, judge_improvement
+from distributed.search.schedulers import CELL_VALUES, METRIC, Wilcoxon
+from distributed.search.study import PUBLISHED, report_cells, report_value
+from search_spaces import Space
+
+SLOT_CRASHES = 2
+"""How often a trial may lose its slot and be given another, beside Tune's own restarts."""
+
+
+@dataclass
+class Proposals:
+    """What a search draws its assignments from, and how many trials it may use."""
+
+    study: optuna.Study
+    space: Space
+    base: Settings
+    trials: int
+    assignment: Callable[[str, Settings, bool], dict[str, Any]]
+    """(name, settings, prunable) -> assignment"""
+    refits: Callable[[optuna.Study], list[dict[str, Any]]]
+    continued: list[FrozenTrial] = field(default_factory=list)
+    secure: Callable[[], None] = lambda: None
+    """Called when the study has learnt what must not be lost with this machine."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How trials are judged: what is minimised, and what stops a trial or the whole search early."""
+
+    objectives: Sequence[str] = ("mae",)
+    scheduler: str = "none"
+    pruner: Wilcoxon | None = None
+    terminator: Terminator | None = None
+
+
+class StudySearch(tune.search.Searcher):
+    """Ray Tune's searcher over an Optuna study, which it tells the truth.
+
+    Ray's own OptunaSearch tells COMPLETE for trials the scheduler stopped and only logs a NaN. Here an early
+    stop is PRUNED with its intermediate values and the reason, a diverged or crashed trial FAIL with the reason,
+    and an interrupted trial stays RUNNING until `resume` continues it. When the search is over, the refits
+    follow in the same slots.
+    """
+
+    def __init__(self, proposals: Proposals, budget: Budget, judgement: Judgement | None = None) -> None:
+        super().__init__(metric=METRIC, mode="min")
+        self.proposals, self.budget, self.judgement = proposals, budget, judgement or Judgement()
+        self.running: dict[str, optuna.Trial] = {}
+        self.refitting: dict[str, dict[str, Any]] = {}
+        self.crashes: dict[str, int] = {}
+        self.broken: str | None = None
+        """Why the storage of the run or the cohort failed: then everything stops, and can be resumed."""
+        self.refits: list[dict[str, Any]] | None = None
+        self.started: dict[str, float] = {}
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
+        """The metric is fixed."""
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next assignment; None while refits wait for the last trials; FINISHED in the end."""
+        with self._storage():
+            trial = self._next_trial()
+            if trial is not None:
+                self.running[trial_id] = trial
+                self.started[trial_id] = time.time()
+                assignment = self._assignment(trial)
+                self.proposals.secure()  # else, begun again elsewhere, another trial might be given its folder
+                return {"assignment": assignment}
+        if self.broken is not None:
+            return tune.search.Searcher.FINISHED
+        if self.running:
+            return None
+        if self.refits is None:
+            self.refits = self.proposals.refits(self.proposals.study)
+        if not self.refits:  # while one runs, its slot may crash, and it be due again
+            return None if self.refitting else tune.search.Searcher.FINISHED
+        self.budget.beyond.add(trial_id)
+        self.refitting[trial_id] = self.refits.pop(0)
+        return {"assignment": self.refitting[trial_id]}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Keep the intermediate value, at the epochs done over all cells."""
+        if self.broken is None:  # else half a line may stand in the journal
+            with self._storage():
+                self._keep(trial_id, result)
+
+    def _keep(self, trial_id: str, result: dict[str, Any]) -> None:
+        trial = self.running.get(trial_id)
+        if trial is not None and math.isfinite(result[METRIC]):
+            report_value(trial, result[METRIC], result["epochs"])
+        if trial is not None and result["epochs"] == 1 and result.get("previous_end_at"):
+            # from the end of the slot's last trial to the first step of this one
+            trial.set_user_attr("idle_seconds", result["started_at"] - result["previous_end_at"])
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell the study how the trial ended."""
+        if self.broken is None:
+            with self._storage():
+                self._end(trial_id, result, error)
+
+    def _end(self, trial_id: str, result: dict[str, Any] | None, error: bool) -> None:
+        trial = self.running.pop(trial_id, None)
+        refit = self.refitting.pop(trial_id, None)
+        result = result or {}
+        if result.get("storage"):
+            self._stop_for(result["failed"])
+        if self.budget.interrupted and (error or "storage" in result):
+            return
+        if error and refit is not None and self._may_begin_again(refit["name"]) and self.refits is not None:
+            self.refits.append(refit)
+        if trial is None:
+            return
+        if error and self._may_begin_again(trial_name(trial.number)):
+            self.proposals.continued.append(self.proposals.study.get_trials(deepcopy=False)[trial.number])
+            return
+        failed = "its slot crashed; see error.txt under tune/" if error else result.get("failed")
+        if failed is None and result.get("finished"):
+            failed = self._undefined(result)
+        elif failed is None and (self.budget.interrupted or self.budget.spent):
+            return
+        self._describe(trial, trial_id, result)
+        if failed is not None:
+            self._tell_failed(trial, failed)
+        elif result.get("finished"):
+            self._tell_completed(trial, result)
+        else:
+            self._tell_pruned(trial, trial_id, result)
+        self.proposals.secure()
+        self._forget_checkpoint(trial)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is on disk already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: see `save`."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing: see `save`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher for a restore that we do not use; the study does not travel."""
+        return {}
+
+    def _next_trial(self) -> optuna.Trial | None:
+        proposals = self.proposals
+        if self.budget.is_over:
+            return None
+        if proposals.continued:
+            unfinished = proposals.continued.pop(0)
+            return optuna.Trial(proposals.study, unfinished._trial_id)
+        asked = [
+            trial for trial in proposals.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING
+        ]
+        return proposals.study.ask() if len(asked) < proposals.trials else None
+
+    def _assignment(self, trial: optuna.Trial) -> dict[str, Any]:
+        """The trial's resolved settings, recorded with it before anything runs."""
+        recorded = trial.user_attrs.get("settings")
+        if recorded is None:
+            proposed = self.proposals.space(trial)
+            settings = resolve(merge(self.proposals.base, proposed)).model_dump(mode="json")
+            trial.set_user_attr("settings", json.dumps(settings))
+        else:
+            settings = json.loads(recorded)
+        prunable = trial.user_attrs.get("label") != PUBLISHED
+        return self.proposals.assignment(trial_name(trial.number), settings, prunable)
+
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[None]:
+        """Stop everything where the study's journal cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            self._stop_for(f"cannot write the study: {error.strerror or error}")
+
+    def _stop_for(self, reason: str) -> None:
+        self.broken, self.budget.interrupted = self.broken or reason.partition(";")[0], True
+
+    def _may_begin_again(self, name: str) -> bool:
+        """Whether a trial whose slot crashed is handed to another one; it goes on from its last epoch.
+
+        Tune restarts only trials that it takes for running, not one that the slot was just being given.
+        """
+        self.crashes[name] = self.crashes.get(name, 0) + 1
+        return self.crashes[name] <= SLOT_CRASHES
+
+    def _undefined(self, result: dict[str, Any]) -> str | None:
+        """The reason why a finished trial has no value, if it has none."""
+        for name in self.judgement.objectives:
+            if OBJECTIVES[name].of is not None and not math.isfinite(mean_of(name, result["cells"])):
+                return f"'{name}' is undefined in a cell: fewer than two sites among its subjects"
+        return None
+
+    def _describe(self, trial: optuna.Trial, trial_id: str, result: dict[str, Any]) -> None:
+        """What the tables say of a trial, however it ended."""
+        cells = result.get("cells") or []
+        cost = result.get("spent_seconds", 0.0) * self.budget.devices
+        measured = {
+            name: mean_of(name, cells) for name, objective in OBJECTIVES.items() if objective.of and cells
+        }
+        described = {
+            "sd": result.get("sd"),
+            "n": result.get("n"),
+            "seconds": time.time() - self.started.pop(trial_id),
+            COST: cost,
+            CELL_VALUES: [measure(self.judgement.objectives[0], cell) for cell in cells],
+            **{name: value for name, value in measured.items() if math.isfinite(value)},
+        }
+        for name, value in described.items():
+            trial.set_user_attr(name, value)
+
+    def _tell_failed(self, trial: optuna.Trial, reason: str) -> None:
+        trial.set_user_attr("reason", reason)
+        self.proposals.study.tell(trial, state=TrialState.FAIL)
+
+    def _tell_completed(self, trial: optuna.Trial, result: dict[str, Any]) -> None:
+        first, *others = self.judgement.objectives
+        values = [result[METRIC]]
+        for name in others:
+            is_cost = name == COST
+            values.append(trial.user_attrs[COST] if is_cost else mean_of(name, result["cells"]))
+        report_cells(trial, [measure(first, cell) for cell in result["cells"]])
+        self.proposals.study.tell(trial, values)
+        if judge_improvement(self.judgement.terminator, self.proposals.study):
+            self.budget.unlikely = True
+
+    def _tell_pruned(self, trial: optuna.Trial, trial_id: str, result: dict[str, Any]) -> None:
+        if math.isfinite(result[METRIC]):
+            report_value(trial, result[METRIC], result["epochs"])
+        by_pruner = self.judgement.pruner.reasons.pop(trial_id, None) if self.judgement.pruner else None
+        trial.set_user_attr(
+            "reason", by_pruner or f"{self.judgement.scheduler} after epoch {result['epochs']}"
+        )
+        self.proposals.study.tell(trial, state=TrialState.PRUNED)
+
+    def _forget_checkpoint(self, trial: optuna.Trial) -> None:
+        folder = self.proposals.assignment(trial_name(trial.number), {}, True)["folder"]
+        forget_checkpoint(Path(folder))

@@ -1,0 +1,245 @@
+"""The Optuna study of a run: made, checked against its space, filled with points, and carried over to another space."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.terminator import report_cross_validation_scores
+from optuna.trial import FrozenTrial, TrialState
+
+from core.config import Settings, flatten, merge, resolve, with_absent
+from core.errors import UserError
+from core.lookup import look_up
+from core.objectives import OBJECTIVES
+from core.report.answer.record import OUTSIDE, STUDY_NAME, VALUE_AT
+from core.tasks import TASKS
+from distributed.search.samplers import make_sampler
+from search_spaces import Space
+from search_spaces.points import Asked, OutsideSpaceError, Profile, point_of, profile_of
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+PUBLISHED = "published"
+"""The label of the first trial. It is never stopped early, so that every other can be compared with it."""
+ENQUEUED = "enqueued"
+"""The label of trials that the user gave."""
+KEPT_SYSTEM_ATTRIBUTES = ("terminator:cv_scores", "fixed_params")
+"""What of Optuna's own notes on a trial means the same in another space."""
+
+
+def open_study(
+    journal: Path, sampler: str, seed: int, objectives: Sequence[str] = ("mae",), name: str = STUDY_NAME
+) -> optuna.Study:
+    """The study `name` in `journal`, made if absent; every objective is minimised."""
+    study = optuna.create_study(
+        storage=_storage(journal),
+        study_name=name,
+        directions=["minimize"] * len(objectives),
+        load_if_exists=True,
+    )
+    study.sampler = make_sampler(sampler, seed, begun=len(_begun(study)))
+    if study.metric_names is None:
+        study.set_metric_names([OBJECTIVES[objective].label for objective in objectives])
+    return study
+
+
+def _begun(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that were ever asked for, which those that only wait are not."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+
+
+def _storage(journal: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(journal)))
+
+
+def check_space(space: Space, base: Settings, samples: int = 30) -> Profile:
+    """Try `space` on random points before anything is started; returns what it searches.
+
+    Raises:
+        UserError: the first mistake.
+    """
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = []
+    for _ in range(samples):
+        trial = study.ask()
+        proposed = space(trial)
+        points.append(trial.distributions)
+        if not isinstance(proposed, Mapping):
+            raise UserError(f"the space must return a dict of settings, got {type(proposed).__name__}")
+        settings = resolve(merge(base, proposed))
+        look_up(TASKS, settings.task, "task").check(settings)
+    return profile_of(points)
+
+
+def published_parameters(space: Space, base: Settings) -> dict[str, Any] | None:
+    """The point of `space` that is the published configuration `base`; None if it lies outside."""
+    every_setting = flatten(resolve(base).model_dump(mode="json"))
+    try:
+        return point_of(space, with_absent(every_setting), all_used=False)
+    except OutsideSpaceError:
+        return None
+
+
+def read_points(path: Path, space: Space) -> list[dict[str, Any]]:
+    """The configurations in a YAML file, a list of {dotted name: value}, each a point of `space`.
+
+    Raises:
+        UserError: not such a file; an entry (counted from 1) that is incomplete or outside the space.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} must hold a list of configurations, got {type(entries).__name__}")
+    points = []
+    for place, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise UserError(f"entry {place} of {path} must be a mapping of names to values, got {entry!r}")
+        # YAML 1.1 reads 1e-3 as text
+        settings = {name: _as_number(value) for name, value in flatten(entry).items()}
+        try:
+            points.append(point_of(space, settings))
+        except OutsideSpaceError as error:
+            raise UserError(f"entry {place} of {path}: setting {error}") from None
+    return points
+
+
+def _as_number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]], label: str | None) -> int:
+    """Have `study` try `points` next, in their order, except those that it has already; returns how many.
+
+    `label` names them in the tables.
+    """
+    known = [
+        trial.params or trial.system_attrs.get("fixed_params") for trial in study.get_trials(deepcopy=False)
+    ]
+    fresh = [dict(point) for point in points if dict(point) not in known]
+    for point in fresh:
+        study.enqueue_trial(point, user_attrs={"label": label} if label else None)
+    return len(fresh)
+
+
+def report_value(trial: optuna.Trial, value: float, epochs: int) -> None:
+    """Keep what a trial reported. Optuna refuses intermediate values of several objectives: they become attributes."""
+    if len(trial.study.directions) == 1:
+        trial.report(value, step=epochs)
+    else:
+        trial.set_user_attr(f"{VALUE_AT}{epochs}", value)
+
+
+def report_cells(trial: optuna.Trial, values: list[float]) -> None:
+    """Keep the first objective of every cell; Optuna's terminator takes the noise of the best from it."""
+    if len(values) > 1:
+        with warnings.catch_warnings():  # Optuna 6 drops its terminator: nothing that a user can do about
+            warnings.simplefilter("ignore", FutureWarning)
+            report_cross_validation_scores(trial, values)
+
+
+@dataclass(frozen=True)
+class CarriedOver:
+    """What became of the trials of a study when its space was changed."""
+
+    study: optuna.Study
+    inside: int = 0
+    outside: list[int] = field(default_factory=list)
+    dropped: int = 0
+    """Trials that waited to be run and that the new space does not have."""
+
+
+def carry_over(
+    old: optuna.Study, new: optuna.Study, space: Space, fixed: Mapping[str, Any] | None = None
+) -> CarriedOver:
+    """Copy the trials of `old` into `new`, an empty study for `space`, keeping their numbers.
+
+    `fixed` are settings that `space` does not search, by dotted name: a trial that had searched one of them and
+    taken this very value lies inside.
+
+    Optuna lets no study change the choices of a setting, so another space is another study. What lies outside
+    `space` keeps its value and its row in every table, but not its parameters: no sampler learns from it, and
+    it cannot win. A trial outside that was interrupted ends as PRUNED.
+    """
+    inside, outside, dropped = 0, [], 0
+    for trial in old.get_trials():
+        if trial.state == TrialState.WAITING:
+            point = trial.system_attrs.get("fixed_params", {})
+            within = _within(space, point, fixed or {})
+            if within is not None:
+                new.enqueue_trial(within, user_attrs=trial.user_attrs)
+            else:
+                dropped += 1
+        elif (
+            "outside" not in trial.user_attrs
+            and (within := _within(space, trial.params, fixed or {})) is not None
+        ):
+            new.add_trial(_copied(trial, within, space))
+            inside += 1
+        else:
+            new.add_trial(_set_aside(trial))
+            outside.append(trial.number)
+    return CarriedOver(new, inside, outside, dropped)
+
+
+def _within(space: Space, point: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The parameters of `space` at `point`; None where it lies outside."""
+    if any(point[name] != fixed[name] for name in fixed.keys() & point.keys()):
+        return None
+    try:
+        return point_of(space, {name: value for name, value in point.items() if name not in fixed})
+    except OutsideSpaceError:
+        return None
+
+
+def _copied(trial: FrozenTrial, within: dict[str, Any], space: Space) -> FrozenTrial:
+    """`trial` with the parameters and distributions of `space`."""
+    asked = Asked(lambda name, distribution: within[name])
+    space(asked)  # type: ignore[arg-type]
+    copied = _without_notes(trial)
+    copied.params, copied.distributions = asked.params, asked.distributions
+    return copied
+
+
+def _set_aside(trial: FrozenTrial) -> FrozenTrial:
+    """`trial` without parameters; they are kept as an attribute, for the tables."""
+    aside = _without_notes(trial)
+    if "outside" not in trial.user_attrs:
+        aside.user_attrs = trial.user_attrs | {"outside": trial.params}
+    aside.user_attrs.setdefault("label", OUTSIDE)
+    aside.params, aside.distributions = {}, {}
+    if trial.state == TrialState.RUNNING:
+        aside.state, aside.datetime_complete = TrialState.PRUNED, trial.datetime_start
+        aside.user_attrs["reason"] = "the space was changed, and this lies outside"
+    return aside
+
+
+def _without_notes(trial: FrozenTrial) -> FrozenTrial:
+    copied = copy.deepcopy(trial)
+    copied.system_attrs = {
+        key: value for key, value in trial.system_attrs.items() if key in KEPT_SYSTEM_ATTRIBUTES
+    }
+    return copied
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The completed trial with the least first objective, inside the present space; None when there is none.
+
+    Of several objectives the later ones break ties, so that the winner is on the Pareto front.
+    """
+    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    within = [trial for trial in completed if "outside" not in trial.user_attrs]
+    return min(within, key=lambda trial: (trial.values, trial.number), default=None)

@@ -1,0 +1,1 @@
+"""A sweep from beginning to end, and one training run without a search."""

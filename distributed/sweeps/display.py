@@ -1,0 +1,215 @@
+"""What people see while a sweep runs: a live display in the terminal, and TensorBoard."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from core.config import flatten
+from core.objectives import OBJECTIVES
+from core.report.answer.describe import describe
+from distributed.run.assignment import HOLDOUT
+from distributed.search.budget import Budget
+
+VALUE_NAMES = {
+    "mae": ("MAE", " y"),
+    "site_balanced_accuracy": ("site accuracy", ""),
+    "openbhb_score": ("score", ""),
+}
+"""How the display calls a trial's value, and its unit."""
+SCALARS = ("value", "mae", "loss", "learning_rate", "temperature", "width", "neighbours")
+
+
+class Display(tune.Callback):
+    """Progress of the search: how many trials are done, the best so far, and what every slot is doing.
+
+    In a terminal the display is live; elsewhere one line is printed for every trial that ends.
+    """
+
+    def __init__(
+        self, console: Console, trials: int, epochs: int, budget: Budget, objective: str = "mae"
+    ) -> None:
+        self.console, self.trials, self.epochs, self.budget = console, trials, epochs, budget
+        self.value_name, self.unit = VALUE_NAMES.get(objective, (OBJECTIVES[objective].words, ""))
+        self.done = 0
+        self.best: tuple[float, str] | None = None
+        self.slots: dict[str, dict[str, Any]] = {}
+        self.overall = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[best]}"), console=console,
+        )  # fmt: skip
+        self.task = self.overall.add_task("trials", total=trials, best="")
+        self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+
+    def count_earlier(self, finished: int, best: tuple[float, str] | None) -> None:
+        """Begin with what earlier sessions of the run have finished, and their best (value, trial's name)."""
+        self.done, self.best = finished, best
+        self.overall.update(self.task, completed=finished, best=self._best())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for a restore that we do not use; a terminal does not travel."""
+        return {}
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live.is_started:
+            self.live.stop()
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A slot took a trial."""
+        self.slots[trial.trial_id] = {
+            "assignment": trial.config["assignment"],
+            "result": {},
+            "since": time.time(),
+        }
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An epoch ended."""
+        self.slots.setdefault(
+            trial.trial_id, {"assignment": trial.config["assignment"], "since": time.time()}
+        )
+        self.slots[trial.trial_id]["result"] = result
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial ended, at its end or early."""
+        self._end(trial, "stopped early")
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial's workers crashed for good."""
+        self._end(trial, "crashed")
+
+    def _end(self, trial: Any, otherwise: str) -> None:
+        slot = self.slots.pop(trial.trial_id, None)
+        if slot is None:
+            return
+        name, result = slot["assignment"]["name"], slot.get("result") or {}
+        is_trial = name.isdigit()
+        how = "finished" if result.get("finished") else otherwise
+        if "failed" in result:
+            how = f"failed: {result['failed']}"
+        value = result.get("value", math.nan)
+        is_member = slot["assignment"].get("keep_every") is not None  # of a population: one cell only
+        if how == "finished" and is_trial and not is_member and (self.best is None or value < self.best[0]):
+            self.best = (value, name)
+        if is_trial:
+            self.done += 1
+            self.overall.update(self.task, completed=self.done, best=self._best())
+        if not self.console.is_terminal:
+            shown = (
+                "trial"
+                if is_trial
+                else "refit"
+                if slot["assignment"]["cells"][0]["fold"] == HOLDOUT
+                else "repeated"
+            )
+            ended = f"{shown} {name} {how} after {self._epochs(result)} epochs, {self._value(value)}"
+            self.console.print(
+                "  ".join(filter(None, [ended, self._best(), self._left()])), highlight=False, soft_wrap=True
+            )
+
+    def _best(self) -> str:
+        return f"best {self.best[0]:.2f}{self.unit} (trial {self.best[1]})" if self.best else ""
+
+    def _value(self, value: float) -> str:
+        return f"{self.value_name} {value:.2f}{self.unit}"
+
+    def _left(self) -> str:
+        """The remaining budget, of those that were set besides the number of trials."""
+        left = self.budget.remaining()
+        return f"left: {', '.join(left)}" if left else ""
+
+    def _render(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        table.add_row(self.overall)
+        if not self.slots:
+            table.add_row("[dim]starting the slots …[/dim]" if not self.done else "")
+        for slot in list(self.slots.values()):
+            table.add_row(self._slot_line(slot))
+        trials = max(0, self.trials - self.done)
+        left = [f"{trials} trials", *self.budget.remaining()]
+        table.add_row(f"[dim]left: {', '.join(left)}[/dim]")
+        if self.budget.unlikely:
+            table.add_row("[dim]further improvement is unlikely: no new trials[/dim]")
+        return table
+
+    def _slot_line(self, slot: dict[str, Any]) -> str:
+        assignment, result = slot["assignment"], slot.get("result") or {}
+        what = describe({"objective.name": assignment["settings"]["objective"]["name"]})
+        if not result:
+            return f"  {assignment['name']}  {what}  [dim]first epoch …[/dim]"
+        where = "refit" if result["fold"] == HOLDOUT else f"fold {result['fold']}"
+        value = result.get("value", math.nan)
+        shown = "" if math.isnan(value) else f"  {self._value(value)}"
+        epoch = f"seed {result['seed']}, epoch {result['epoch']}/{self.epochs}"
+        return f"  {assignment['name']}  {what}  {where}, {epoch}{shown}"
+
+    @staticmethod
+    def _epochs(result: dict[str, Any]) -> int:
+        return result.get("epochs", 0)
+
+
+class TensorBoard(tune.Callback):
+    """Scalars of every trial, and at its end what was searched, with the last and the best value.
+
+    Ray's own logger writes hyperparameters with the last result alone, and none for conditional settings.
+    """
+
+    def __init__(self, folder: Path, searched: Collection[str]) -> None:
+        self.folder, self.searched = folder, searched
+        self.writers: dict[str, SummaryWriter] = {}
+        self.values: dict[str, list[float]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See `Display.__getstate__`."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Write the epoch's scalars."""
+        writer = self._writer(trial)
+        step = result.get("epochs", 0)  # a slot whose workers ended answers without
+        for name in SCALARS:
+            value = result.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                writer.add_scalar(name, value, step)
+        if math.isfinite(result.get("value", math.nan)):
+            self.values.setdefault(trial.trial_id, []).append(result["value"])
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Write the settings, the last and the best value, and close."""
+        writer, values = self._writer(trial), self.values.pop(trial.trial_id, [])
+        settings = flatten(trial.config["assignment"]["settings"])
+        # What cannot act in this trial is left out: TensorBoard wants one type per setting.
+        shown = {name: settings[name] for name in self.searched if settings.get(name) is not None}
+        if values:
+            metrics = {"final_value": values[-1], "best_value": min(values)}
+            writer.add_hparams(shown, metrics, run_name=".")
+        writer.close()
+        self.writers.pop(trial.trial_id, None)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A crashed trial has its settings written like any other."""
+        self.on_trial_complete(iteration, trials, trial)
+
+    def _writer(self, trial: Any) -> SummaryWriter:
+        if trial.trial_id not in self.writers:
+            name = trial.config["assignment"]["name"]
+            self.writers[trial.trial_id] = SummaryWriter(str(self.folder / name))
+        return self.writers[trial.trial_id]

@@ -1,0 +1,1 @@
+"""What one worker does: a trial on its cells, epoch by epoch."""

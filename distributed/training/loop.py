@@ -1,0 +1,285 @@
+"""The loop one worker runs: a model trained on one cell, epoch by epoch. Plain PyTorch, read from top to bottom.
+
+Everything random is a function of (seed, fold, epoch, subject), so a run that is interrupted and continued from
+its checkpoint ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from core.config import RunSettings, SgdSettings
+from core.errors import UserError
+from core.inference import Predictor, save_predictor
+from core.schedules import at, with_epochs
+from core.tasks import TASKS
+from core.tasks.brain_age import Embedded, Outcome
+from core.volumes.cohort.moments import pooled_statistics
+from core.volumes.images.preprocess import IntensityStatistics, normalise
+from core.volumes.views import make_views
+from distributed.batches.hold import Batches, batches, read_ahead
+from distributed.batches.plan import Plan, Rows, chunks, share
+from distributed.run.assignment import Cell
+from distributed.training.subjects import Place, Subjects
+
+
+class DivergedError(RuntimeError):
+    """Training produced numbers that are not finite; the message says where."""
+
+
+class CellTraining:
+    """One model being trained on one cell."""
+
+    def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
+        self.settings, self.subjects, self.cell, self.place = settings, subjects, cell, place
+        self.task = TASKS[settings.task]
+        self.training_rows, self.evaluation_rows = subjects.rows_of(cell.fold)
+        self.ages = subjects.manifest["age"].to_numpy(float)
+        self.channels = _channel_indices(settings, subjects.channels)
+        self.statistics = self._fit_statistics()
+        torch.manual_seed(_derive_seed(cell, "initialisation"))
+        in_channels = len(self.channels)
+        self.model = self.task.build_model(settings, in_channels, self.ages[self.training_rows]).to(
+            place.device
+        )
+        self.trained = DistributedDataParallel(self.model) if place.workers > 1 else self.model
+        self.objective = self.task.build_objective(settings)
+        self.optimiser = build_optimiser(settings, self.model)
+        self.epoch = 0
+        self._reading: Batches | None = None
+
+    def run_epoch(self) -> dict[str, Any]:
+        """Train one epoch; returns its row of the history."""
+        started = time.time()
+        self.epoch += 1
+        progress = self.epoch / self.settings.training.epochs
+        rate = set_rates(self.settings, self.optimiser, self.epoch)
+        torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}"))
+        self.trained.train()
+        if self._reading is None:  # one reading for all epochs that are left
+            self._reading = batches(self.subjects.volumes, self._plan, self.place.device)
+        losses, neighbours = [], []
+        for rows in self._plan.epoch(self.epoch):
+            losses.append(self._step(rows, next(self._reading), progress))
+            neighbours.append(self.objective.diagnostics.get("neighbours", torch.tensor(math.nan)))
+        loss = _mean_over_workers(torch.stack(losses).mean(), self.place)
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"loss became {loss} in epoch {self.epoch} of fold {self.cell.fold}, seed {self.cell.seed}"
+            )
+        return {
+            "fold": self.cell.fold, "seed": self.cell.seed, "epoch": self.epoch, "progress": progress, "loss": loss,
+            "learning_rate": rate, **self._schedules(progress),
+            "neighbours": float(torch.stack(neighbours).mean()), "first_step_at": started,
+            "seconds": time.time() - started,
+        }  # fmt: skip
+
+    def judge(self, *, sites: bool = True) -> Outcome:
+        """Probe fitted on the training subjects, measured on the evaluation subjects; `sites`: see the task."""
+        training, evaluation = self._embed(self.training_rows), self._embed(self.evaluation_rows)
+        for embedded in (training, evaluation):
+            if not np.isfinite(embedded.embeddings).all():
+                raise DivergedError(
+                    f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}"
+                )
+        return self.task.judge(training, evaluation, sites=sites)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a continuation needs; tensors and plain numbers only."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after `state["epoch"]`."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.epoch = state["epoch"]
+
+    def write_model(self, outcome: Outcome, folder: Path) -> None:
+        """All that prediction needs; see `core.inference`."""
+        channels = tuple(self.subjects.channels[index] for index in self.channels)
+        save_predictor(folder, Predictor(self.settings, self.model, outcome.probe, channels, self.statistics))
+
+    def write_predictions(self, outcome: Outcome, path: Path) -> None:
+        """One line per evaluation subject."""
+        of_subject = self.subjects.manifest.iloc[self.evaluation_rows]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = of_subject[["subject", "age", "site"]].assign(predicted=outcome.predicted)
+        table.to_csv(path, index=False)
+
+    def close(self) -> None:
+        """Stop reading ahead, where this cell is left before its last epoch."""
+        if self._reading is not None:
+            self._reading.close()
+
+    @property
+    def _plan(self) -> Plan:
+        """What is left to train on, from the current epoch."""
+        return Plan(
+            self.training_rows,
+            self.settings.training.batch_size,
+            _derive_seed(self.cell, "order"),
+            range(self.epoch, self.settings.training.epochs + 1),
+            self.place.rank,
+            self.place.workers,
+            self.settings.training.drop_last,
+        )
+
+    def _step(self, rows: Rows, stored: torch.Tensor, progress: float) -> torch.Tensor:
+        """One optimiser step on this worker's share of a batch; returns the loss, detached, on the device."""
+        volumes = self._prepare(rows, stored)
+        views = make_views(volumes, rows, self.epoch, self.cell.seed, self.settings.views)
+        ages = torch.as_tensor(self.ages[rows], dtype=torch.float32, device=self.place.device)
+        self.optimiser.zero_grad(set_to_none=True)
+        with autocast(self.settings, self.place.device):
+            loss = self.task.training_loss(self.trained, self.objective, views, ages, progress)
+        loss.backward()
+        clip = self.settings.training.gradient_clip
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.optimiser.step()
+        return loss.detach()
+
+    def _prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
+        """Normalised volumes (n, C, X, Y, Z), float32, on the device, of the `stored` ones with all channels."""
+        self.subjects.note(rows, self.cell.fold)
+        volumes = stored[:, self.channels].to(self.place.device).float()
+        if self.subjects.scales is not None:
+            scales = torch.as_tensor(self.subjects.scales[rows][:, self.channels], device=self.place.device)
+            volumes = volumes * scales[:, :, None, None, None]
+        return normalise(volumes, self.settings.data.normalise, self.statistics)
+
+    @torch.no_grad()
+    def _embed(self, rows: Rows) -> Embedded:
+        """Embeddings of `rows` without augmentation, in evaluation mode, in parts over the workers."""
+        self.trained.eval()
+        mine, predicted = [], []
+        parts = list(
+            chunks(share(rows, self.place.rank, self.place.workers), self.settings.training.batch_size)
+        )
+        reading = read_ahead(self.subjects.volumes, parts, self.place.device)
+        for part, stored in zip(parts, reading, strict=True):
+            with autocast(self.settings, self.place.device):
+                volumes = self._prepare(part, stored)
+                mine.append(self.model.embed(volumes).float().cpu().numpy())
+                if self.task.is_regression(self.settings):
+                    predicted.append(self.model(volumes).squeeze(-1).float().cpu().numpy())
+        embeddings = _gather(np.concatenate(mine), self.place)
+        sites = self.subjects.manifest["site"].to_numpy(str)
+        ages = _gather(np.concatenate(predicted), self.place) if predicted else None
+        return Embedded(embeddings, self.ages[rows], sites[rows], ages)
+
+    def _fit_statistics(self) -> IntensityStatistics | None:
+        """Intensity statistics of this cell's training subjects."""
+        if self.settings.data.normalise != "training":
+            return None
+        self.subjects.note(self.training_rows, self.cell.fold)
+        return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
+
+    def _schedules(self, progress: float) -> dict[str, float]:
+        """What the objective's temperature and kernel width stand at."""
+        parts = getattr(self.objective, "parts", None)
+        return {
+            "temperature": parts.temperature(progress) if parts else math.nan,
+            "width": parts.width(progress) if parts and self._has_width else math.nan,
+        }
+
+    @property
+    def _has_width(self) -> bool:
+        """Whether the objective's kernel has a width at all: equality has none."""
+        return hasattr(self.settings.objective, "width")
+
+
+def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of `settings.optimiser` over all parameters of `model`."""
+    if isinstance(settings.optimiser, SgdSettings):
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
+    else:
+        optimiser = torch.optim.Adam(
+            model.parameters(), fused=True
+        )  # one pass over the parameters, not a dozen
+    set_rates(settings, optimiser, epoch=1)
+    return optimiser
+
+
+def set_rates(settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: int) -> float:
+    """Set what the settings say for `epoch` (from 1); returns the learning rate.
+
+    Everything that they say of the optimiser is set, every epoch: a restored optimiser brings its own values along,
+    which are those of another configuration where a member of a population goes on from another one's weights.
+    """
+    rate = learning_rate(settings, epoch)
+    chosen = settings.optimiser
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+        group["weight_decay"] = at(chosen.weight_decay, epoch / settings.training.epochs)
+        if isinstance(chosen, SgdSettings):
+            group["momentum"] = chosen.momentum
+    return rate
+
+
+def learning_rate(settings: RunSettings, epoch: int) -> float:
+    """Learning rate in `epoch` (from 1): the warm-up rises in a line from 1 % of what the decay says."""
+    chosen, epochs = settings.optimiser, settings.training.epochs
+    progress = epoch / epochs
+    rate = at(chosen.learning_rate, progress) * with_epochs(chosen.decay, epochs)(progress)
+    warmup = round(chosen.warmup * epochs)
+    if epoch <= warmup:
+        rate *= 0.01 + 0.99 * (epoch - 1) / warmup
+    return rate
+
+
+def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
+    """The arithmetic of `settings.training.precision` on `device`.
+
+    Raises:
+        UserError: bfloat16 on a CPU. There the weight gradient of small 3D convolutions is wrong, or NaN
+            (torch 2.13 with oneDNN, maps of 2 voxels a side, which is where ResNets end at 4 mm).
+    """
+    wanted = settings.training.precision
+    if wanted == "bfloat16" and device.type == "cpu":
+        raise UserError("training.precision=bfloat16 gives wrong gradients on a CPU; use auto or float32")
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted != "float32" and on_gpu)
+
+
+def _channel_indices(settings: RunSettings, available: tuple[str, ...]) -> list[int]:
+    wanted = settings.data.channels or available
+    for channel in wanted:
+        if channel not in available:
+            raise UserError(f"data.channels asks for '{channel}', but the cohort has {', '.join(available)}")
+    return [available.index(channel) for channel in wanted]
+
+
+def _derive_seed(cell: Cell, purpose: str) -> int:
+    """A seed for one purpose of one cell; different purposes get independent streams."""
+    words = (cell.seed, cell.fold + 1, *purpose.encode())
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def _mean_over_workers(value: torch.Tensor, place: Place) -> float:
+    """The same number on every worker, so that all of them see a divergence."""
+    if place.workers > 1:
+        torch.distributed.all_reduce(value)
+        value = value / place.workers
+    return float(value)
+
+
+def _gather(mine: np.ndarray, place: Place) -> np.ndarray:
+    """The workers' parts put together in order."""
+    if place.workers == 1:
+        return mine
+    parts: list[Any] = [None] * place.workers
+    torch.distributed.all_gather_object(parts, mine)
+    return np.concatenate(parts)

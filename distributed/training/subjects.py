@@ -1,0 +1,65 @@
+"""What a worker knows of the cohort, and where the worker runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+
+from core.evaluation.splits import Splits
+from core.volumes.cohort.reader import Cohort
+from distributed.batches.in_process import Volumes
+from distributed.batches.plan import Rows
+from distributed.run.access import AccessRecord
+from distributed.run.assignment import HOLDOUT
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What a worker knows of the cohort: volumes, labels, splits."""
+
+    volumes: Volumes
+    manifest: pd.DataFrame
+    splits: Splits
+    channels: tuple[str, ...]
+    scales: np.ndarray | None = None
+    """Factors (rows, C) from stored to real values; None where they are the same."""
+    access: AccessRecord | None = None
+    """Where it is noted who was read; nowhere if None."""
+
+    @classmethod
+    def of(
+        cls, cohort: Cohort, splits: Splits, volumes: Volumes, access: AccessRecord | None = None
+    ) -> Subjects:
+        """The subjects of `cohort`, whose volumes are held in `volumes`."""
+        scales = cohort.scales(np.arange(len(cohort)))
+        return cls(
+            volumes,
+            cohort.manifest[["subject", "age", "site"]],
+            splits,
+            cohort.description.channels,
+            None if (scales == 1).all() else scales,
+            access,
+        )
+
+    def note(self, rows: Rows, fold: int) -> None:
+        """These rows are used now; see `access`."""
+        if self.access is not None:
+            self.access.note(rows, fold)
+
+    def rows_of(self, fold: int) -> tuple[Rows, Rows]:
+        """(training rows, evaluation rows) of a fold; the hold-out is read for `HOLDOUT` alone."""
+        if fold == HOLDOUT:
+            return self.splits.development, self.splits.holdout
+        return self.splits.training(fold), self.splits.folds[fold]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this worker runs."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    workers: int = 1
