@@ -1,1 +1,4 @@
-"""Models, objectives, volumes and their evaluation. Nothing here knows of Ray."""
+"""Models, objectives, volumes and their evaluation. Nothing here knows of Ray.
+
+This is a package of brainsweep.
+"""

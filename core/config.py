@@ -11,19 +11,21 @@ import functools
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import UserError
 from core.lookup import did_you_mean
-from core.losses.settings import Exponential, ObjectiveSettings
+from core.losses.members import Exponential
+from core.losses.settings import ObjectiveSettings
 from core.models.settings import ModelSettings, ResNetSettings
 from core.schedules import ByKind, Number, Pieces, Piecewise, Schedule, Step
 from core.volumes.views import ViewSettings
 
-Settings = dict[str, Any]
+# Nested to any depth; `resolve` gives the validated form, whose fields have types.
+Settings = dict[str, object]
 DISCRIMINATORS = ("name", "shape")
 """The keys that choose which other keys stand beside them."""
 
@@ -45,7 +47,7 @@ class DataSettings(Frozen):
 
 
 def _all_above(bound: float, *, itself: bool) -> AfterValidator:
-    """A check that every value of a piecewise schedule is above `bound`, or is `bound` where `itself` may be."""
+    """A check that every value of a piecewise schedule is above `bound`, or equal to it if `itself` is true."""
 
     def check(schedule: Piecewise) -> Piecewise:
         if min(schedule.values) < bound or (not itself and bound in schedule.values):
@@ -61,13 +63,13 @@ NonNegativeNumber = Annotated[float, Field(ge=0), Number]
 NonNegativePieces = Annotated[Piecewise, _all_above(0, itself=True), Pieces]
 
 
-class AdamSettings(Frozen):
-    """Adam with decoupled weight decay off, as the references use it."""
+class _EveryOptimiser(Frozen):
+    """What every optimiser can be given."""
 
-    name: Literal["adam"] = "adam"
+    name: str
     learning_rate: Annotated[PositiveNumber | PositivePieces, ByKind] = Field(
         1e-4,
-        description="before decay and warm-up; what a population found may change on the way (piecewise)",
+        description="before decay and warm-up; piecewise where a population changed it during the training",
     )
     weight_decay: Annotated[NonNegativeNumber | NonNegativePieces, ByKind] = Field(
         5e-5, description="a number, or piecewise as above"
@@ -80,10 +82,16 @@ class AdamSettings(Frozen):
     )
 
 
-class SgdSettings(AdamSettings):
+class AdamSettings(_EveryOptimiser):
+    """Adam with decoupled weight decay off, as the references use it."""
+
+    name: Literal["adam"] = "adam"
+
+
+class SgdSettings(_EveryOptimiser):
     """Stochastic gradient descent with momentum."""
 
-    name: Literal["sgd"] = "sgd"  # type: ignore[assignment]
+    name: Literal["sgd"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)
 
 
@@ -114,7 +122,7 @@ class RunSettings(Frozen):
     training: TrainingSettings = TrainingSettings()
 
 
-def resolve(settings: Mapping[str, Any]) -> RunSettings:
+def resolve(settings: Mapping[str, object]) -> RunSettings:
     """Validate nested `settings`; the first mistake becomes a UserError that names the setting and the value."""
     try:
         return RunSettings.model_validate(settings)
@@ -122,7 +130,7 @@ def resolve(settings: Mapping[str, Any]) -> RunSettings:
         raise UserError(_explain(error)) from None
 
 
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
+def merge(base: Mapping[str, object], changes: Mapping[str, object]) -> Settings:
     """`base` with dotted `changes` applied.
 
     A change of a `name` or `shape` (another objective, another schedule) drops the settings that stood
@@ -135,7 +143,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
     return merged
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> Settings:
+def flatten(settings: Mapping[str, object], prefix: str = "") -> Settings:
     """Nested settings as {dotted name: value}; lists are values."""
     flat: Settings = {}
     for key, value in settings.items():
@@ -146,7 +154,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Settings:
     return flat
 
 
-def with_absent(flat: Mapping[str, Any]) -> Settings:
+def with_absent(flat: Mapping[str, object]) -> Settings:
     """`flat` settings, with None for every name beneath one of them.
 
     A block that is None has nothing in it, and a number that could have been a schedule has no shape and no ends.
@@ -192,7 +200,7 @@ def known_names() -> frozenset[str]:
     return frozenset(_names_of(RunSettings))
 
 
-def _names_of(annotation: Any, prefix: str = "") -> Iterator[str]:
+def _names_of(annotation: object, prefix: str = "") -> Iterator[str]:
     """Dotted names under a type: models are walked, unions give the names of all their members."""
     if get_origin(annotation) in (Union, types.UnionType, Annotated):
         for member in get_args(annotation):
@@ -208,7 +216,7 @@ def _outer_choices_first(path: str) -> tuple[bool, int, str]:
     return path.rsplit(".", 1)[-1] not in DISCRIMINATORS, path.count("."), path
 
 
-def _assign(settings: Settings, path: list[str], value: Any) -> None:
+def _assign(settings: Settings, path: list[str], value: object) -> None:
     """Set `path` in nested settings, in place; see `merge` for what a discriminator does."""
     *parents, key = path
     if key in DISCRIMINATORS and value is None:
@@ -216,15 +224,16 @@ def _assign(settings: Settings, path: list[str], value: Any) -> None:
         return
     block = settings
     for parent in parents:
-        if not isinstance(block.get(parent), dict):
-            block[parent] = {}
-        block = block[parent]
+        inner = block.get(parent)
+        if not isinstance(inner, dict):
+            inner = block[parent] = {}
+        block = inner
     if key in DISCRIMINATORS and block.get(key, value) != value:
         block.clear()
     block[key] = value
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str) -> object:
     """A value typed by a person: YAML, but `1e-3` is a number (YAML 1.1 reads it as text)."""
     for number in (int, float):
         try:

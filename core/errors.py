@@ -1,9 +1,9 @@
-"""The one exception that is meant for people."""
+"""The one exception whose message is written for users."""
 
 
 class UserError(Exception):
-    """Input that a person can mend.
+    """Input that the user can correct.
 
-    The message is one line: what was wrong, which file, subject or field, the offending value, and what
-    would be right. The command line prints it without a traceback and exits with code 2.
+    The message is one line: what was wrong, in which file, subject or field, the wrong value, and what would
+    be right. The command line prints it without a traceback and exits with code 2.
     """

@@ -16,19 +16,20 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save
-from torch import nn
 
 from core.config import RunSettings, resolve
 from core.errors import UserError
+from core.evaluation import Floats
 from core.evaluation.probes import AgeProbe
 from core.tasks import TASKS
+from core.tasks.brain_age import AgeModel
 from core.volumes.images.preprocess import IntensityStatistics, Preprocessing, normalise
 from core.volumes.ingest.prepare import prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
 
 BATCH = 16
 FAR = 4.0
-"""Voxel SDs between two means that no difference between people explains."""
+"""A distance between two means, in voxel SDs, that differences between people do not explain."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Predictor:
     """A trained model with everything it needs to turn stored volumes into ages."""
 
     settings: RunSettings
-    model: nn.Module
+    model: AgeModel
     probe: AgeProbe | None
     channels: tuple[str, ...]
     statistics: IntensityStatistics | None
 
     @torch.no_grad()
-    def predict(self, volumes: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    def predict(self, volumes: Floats) -> npt.NDArray[np.float64]:
         """Ages (n,) in years of volumes (n, C, X, Y, Z) as a cohort stores them, channels as in `channels`."""
         self.model.eval()
         ages = [
@@ -50,7 +51,7 @@ class Predictor:
         ]
         return np.concatenate(ages).astype(np.float64)
 
-    def unfamiliar(self, volumes: npt.NDArray[np.floating]) -> str | None:
+    def unfamiliar(self, volumes: Floats) -> str | None:
         """A warning if the volumes (n, C, X, Y, Z) are far brighter or darker than those of the training."""
         if self.statistics is None:
             return None
@@ -60,17 +61,17 @@ class Predictor:
             if voxels.size and abs(voxels.mean() - mean) > FAR * sd:
                 return (
                     f"mean {channel} is {voxels.mean():.4g}, in training it was {mean:.4g} ± {sd:.2g} per voxel: "
-                    "other units? The predictions mean nothing then"
+                    "are they in other units? Then the predictions mean nothing"
                 )
         return None
 
-    def _predict_batch(self, volumes: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    def _predict_batch(self, volumes: Floats) -> Floats:
         tensor = torch.as_tensor(np.asarray(volumes, dtype=np.float32))
         tensor = normalise(tensor, self.settings.data.normalise, self.statistics)
         if self.probe is None:
-            return self.model(tensor).squeeze(-1).numpy()
-        embeddings = self.model.embed(tensor)  # type: ignore[operator]
-        return self.probe.predict(embeddings.numpy())
+            ages: torch.Tensor = self.model(tensor)
+            return ages.squeeze(-1).numpy()
+        return self.probe.predict(self.model.embed(tensor).numpy())
 
 
 def save_predictor(folder: Path, predictor: Predictor) -> None:
@@ -78,7 +79,8 @@ def save_predictor(folder: Path, predictor: Predictor) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(predictor.settings.model_dump_json(indent=2))
     weights = {name: tensor.contiguous() for name, tensor in predictor.model.state_dict().items()}
-    (folder / "model.safetensors").write_bytes(save(weights))  # a plain write: a full disk is an OSError
+    # A plain write, so that a full disk is an OSError.
+    (folder / "model.safetensors").write_bytes(save(weights))
     (folder / "probe.json").write_text(predictor.probe.to_json() if predictor.probe else "null")
     statistics = predictor.statistics._asdict() if predictor.statistics else None
     (folder / "input.json").write_text(json.dumps({"channels": predictor.channels, "statistics": statistics}))

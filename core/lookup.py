@@ -15,7 +15,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown `name`: the nearest known one, or all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:  # a forgotten prefix: `learning_rate` for `optimiser.learning_rate`
+    if not close:
+        # A forgotten prefix: `learning_rate` for `optimiser.learning_rate`.
         close = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == name][:1]
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 

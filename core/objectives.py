@@ -1,4 +1,4 @@
-"""What a search can minimise: measured on a cell's validation subjects, or spent on the way. Less is better in all.
+"""What a search can minimise: a metric of a cell's validation subjects, or the cost. Less is better for each.
 
 measure("mae", metrics) -> float          one cell
 mean_of("openbhb_score", cells) -> float  one trial, the mean over its cells
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -17,13 +16,13 @@ from core.errors import UserError
 from core.evaluation.site import openbhb_score
 from core.lookup import look_up
 
-Metrics = Mapping[str, Any]
+Metrics = Mapping[str, float]
 """What judging a cell measured: mae, r2, site_balanced_accuracy, …"""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One thing to minimise. `of` reads it from a cell's metrics; None where it is no property of a cell."""
+    """One thing to minimise. `of` reads it from a cell's metrics; None if it is not measured on a cell."""
 
     words: str
     unit: str
@@ -41,7 +40,7 @@ class Objective:
 
 
 def _openbhb(metrics: Metrics) -> float:
-    """The challenge takes the MAE on sites that training never saw; folds here share their sites."""
+    """The challenge takes the MAE on sites that training never saw; here all folds share their sites."""
     score = openbhb_score(metrics["site_balanced_accuracy"], metrics["mae"])
     return math.nan if score is None else score
 
@@ -85,10 +84,10 @@ def check_objectives(names: Sequence[str], sites: int) -> None:
 
 
 def measure(name: str, metrics: Metrics) -> float:
-    """The objective `name` of one cell; NaN where it is undefined (the site, with one site among the subjects)."""
+    """The objective `name` of one cell; NaN where it is undefined (site accuracy, if all subjects are of one site)."""
     of = OBJECTIVES[name].of
     if of is None:
-        raise ValueError(f"'{name}' is no property of a cell")
+        raise ValueError(f"'{name}' is not measured on a cell")
     return float(of(metrics))
 
 

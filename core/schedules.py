@@ -17,7 +17,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -92,7 +92,8 @@ class Exponential(_Shape):
     def __call__(self, progress: float) -> float:
         """The value at `progress`."""
         progress = _check(progress)
-        return self.start ** (1 - progress) * self.end**progress
+        value: float = self.start ** (1 - progress) * self.end**progress
+        return value
 
 
 class Step(_Shape):
@@ -145,8 +146,8 @@ class Staircase(_Shape):
 class Piecewise(_Shape):
     """One constant after another: `values[i]` up to and including progress `until[i]`, the last one to the end.
 
-    What a population that changes settings while it trains has followed (see `then`). A change after epoch e of E
-    stands at e/E, so it is epoch e + 1 that has the new value, as long as the run is or is not E epochs.
+    A population that changes settings while it trains writes down such a schedule (see `then`). A change after
+    epoch e of E is at progress e/E, so epoch e + 1 is the first that has the new value.
     """
 
     shape: Literal["piecewise"] = "piecewise"
@@ -159,7 +160,7 @@ class Piecewise(_Shape):
 
     @field_validator("values", "until", mode="before")
     @classmethod
-    def _is_a_list(cls, given: Any, about: ValidationInfo) -> Any:
+    def _is_a_list(cls, given: object, about: ValidationInfo) -> object:
         if not isinstance(given, list | tuple):
             example = "[0.1, 0.05]" if about.field_name == "values" else "[0.5]"
             raise ValueError(f"must be a list of numbers, such as {example}")
@@ -171,7 +172,8 @@ class Piecewise(_Shape):
     @classmethod
     def _pieces_follow_each_other(cls, until: tuple[float, ...], about: ValidationInfo) -> tuple[float, ...]:
         values = about.data.get("values")
-        if values is None:  # wrong itself, which is told first
+        # `values` is wrong itself, and its own error is the one that people see.
+        if values is None:
             return until
         if len(until) != len(values) - 1:
             raise ValueError(
@@ -188,30 +190,30 @@ class Piecewise(_Shape):
         return self.values[bisect_left(self.until, _check(progress) - 1e-9)]
 
 
-def _number_or_pieces(value: Any) -> str:
+def _number_or_pieces(value: object) -> str:
     return "piecewise" if isinstance(value, Mapping | Piecewise) else "number"
 
 
 Number = Tag("number")
 Pieces = Tag("piecewise")
 ByKind = Discriminator(_number_or_pieces)
-"""`Annotated[Annotated[float, Number] | Annotated[Piecewise, Pieces], ByKind]`: a number or one after another.
+"""`Annotated[Annotated[float, Number] | Annotated[Piecewise, Pieces], ByKind]`: a number or a piecewise schedule.
 
-A plain union would say of a wrong block that it is no number, and not what is wrong in it.
+Of a wrong block, a plain union would say that it is not a number, and not what is wrong in it.
 """
 
 Shape = Constant | Linear | Cosine | Exponential | Step | Staircase | Piecewise
 
 
-def _number_as_constant(value: Any) -> Any:
+def _number_as_constant(value: object) -> object:
     """A bare number in a configuration stands for a constant."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {"shape": "constant", "value": value}
     return value
 
 
-def _constant_as_number(schedule: Shape, serialise: SerializerFunctionWrapHandler) -> Any:
-    """And is written as one."""
+def _constant_as_number(schedule: Shape, serialise: SerializerFunctionWrapHandler) -> object:
+    """A constant is written as a bare number."""
     return schedule.value if isinstance(schedule, Constant) else serialise(schedule)
 
 
@@ -226,7 +228,7 @@ Schedule = Annotated[
 _ADAPTER: TypeAdapter[Shape] = TypeAdapter(Schedule)
 
 
-def as_schedule(value: float | Mapping[str, Any] | Shape, name: str = "schedule") -> Shape:
+def as_schedule(value: float | Mapping[str, object] | Shape, name: str = "schedule") -> Shape:
     """A schedule from a number, a mapping with a `shape`, or a schedule.
 
     Raises UserError naming `name`, the field at fault and its value.
@@ -245,21 +247,24 @@ def with_epochs(schedule: Shape, epochs: int) -> Shape:
 
 
 def at(value: float | Piecewise, progress: float) -> float:
-    """The value at `progress` of a setting that is a number, or one after another."""
+    """The value at `progress` of a setting that is a number or a piecewise schedule."""
     return value(progress) if isinstance(value, Piecewise) else value
 
 
-def then(value: float | Mapping[str, Any], progress: float, new: float) -> float | dict[str, Any]:
-    """`value`, a number or a piecewise schedule as settings say them, up to `progress` in (0, 1), and `new` after it.
+def then(value: float | Mapping[str, object], progress: float, new: float) -> float | dict[str, object]:
+    """`value`, a number or a piecewise schedule as settings hold it, up to `progress` in (0, 1), then `new`.
 
     Raises UserError for another schedule, and for one that changes after `progress` itself.
     """
-    pieces = {"values": (value,), "until": ()} if isinstance(value, int | float) else value
-    if "values" not in pieces:
-        raise UserError(f"only a number or a piecewise schedule can be changed on the way, got {value!r}")
-    if new == pieces["values"][-1]:
-        return value if isinstance(value, int | float) else dict(value)
-    changed = Piecewise(values=(*pieces["values"], new), until=(*pieces["until"], progress))
+    if isinstance(value, Mapping):
+        if "values" not in value:
+            raise UserError(f"only a number or a piecewise schedule can be changed on the way, got {value!r}")
+        pieces = Piecewise.model_validate(value)
+    else:
+        pieces = Piecewise(values=(value,))
+    if new == pieces.values[-1]:
+        return dict(value) if isinstance(value, Mapping) else value
+    changed = Piecewise(values=(*pieces.values, new), until=(*pieces.until, progress))
     return changed.model_dump(mode="json")
 
 

@@ -3,27 +3,32 @@
 `NAME.yaml` holds the fixed settings, with the published values as defaults; `NAME.py` holds
 `space(trial) -> dict`, an ordinary function over an Optuna trial whose parameter names are the dotted names
 of the settings they set. A parameter asked for inside an `if` exists only there.
+
+This is a package of brainsweep.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
+from optuna.distributions import CategoricalChoiceType as Choice
 
 from core.config import Settings, flatten, read_settings, with_absent
 from core.errors import UserError
 from core.lookup import look_up
 from search_spaces import brain_age
-
-Space = Callable[[optuna.Trial], Mapping[str, Any]]
+from search_spaces.points import Space
 
 SPACES: dict[str, Space] = {"brain_age": brain_age.space}
 
 DEFAULT = "brain_age"
+
+Value = TypeVar("Value")
 
 
 def load_space(name: str) -> tuple[Space, Settings]:
@@ -43,16 +48,17 @@ def load_space(name: str) -> tuple[Space, Settings]:
     return space, read_settings(beside) if beside.exists() else published(DEFAULT)
 
 
-def pin(space: Space, changes: Mapping[str, Any]) -> Space:
+def pin(space: Space, changes: Mapping[str, object]) -> Space:
     """`space` in which the settings in `changes` are given, not searched: they become no parameters at all.
 
     A block that is switched off (`objective.neighbours=null`) pins everything in it.
     """
     pinned = fixed_by(changes)
+    # A space says that it takes an `optuna.Trial`; a PinnedTrial passes on all that it does not answer itself.
     return lambda trial: space(PinnedTrial(trial, pinned))  # type: ignore[arg-type]
 
 
-def fixed_by(changes: Mapping[str, Any]) -> dict[str, Any]:
+def fixed_by(changes: Mapping[str, object]) -> Settings:
     """Every setting that `changes` give a value, by dotted name: also those of a block that they switch off."""
     return with_absent(flatten(changes)) | dict(changes)
 
@@ -62,32 +68,36 @@ class PinnedTrial:
 
     def __init__(self, trial: optuna.Trial, pinned: Mapping[str, Any]) -> None:
         self._trial, self._pinned = trial, pinned
-        self._asked: dict[str, Any] = {}
+        self._asked: dict[str, object] = {}
 
     @property
-    def params(self) -> dict[str, Any]:
+    def params(self) -> dict[str, object]:
         """What was suggested so far, pinned or not."""
         return self._trial.params | self._asked
 
-    def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
         """See `optuna.Trial.suggest_float`."""
-        return self._suggest(name, self._trial.suggest_float, low, high, **options)
+        return self._pinned_or(name, partial(self._trial.suggest_float, name, low, high, step=step, log=log))
 
-    def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         """See `optuna.Trial.suggest_int`."""
-        return self._suggest(name, self._trial.suggest_int, low, high, **options)
+        return self._pinned_or(name, partial(self._trial.suggest_int, name, low, high, step=step, log=log))
 
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+    def suggest_categorical(self, name: str, choices: Sequence[Choice]) -> Choice:
         """See `optuna.Trial.suggest_categorical`."""
-        return self._suggest(name, self._trial.suggest_categorical, choices)
+        return self._pinned_or(name, partial(self._trial.suggest_categorical, name, choices))
 
-    def _suggest(self, name: str, ask: Callable[..., Any], *bounds: Any, **options: Any) -> Any:
+    def _pinned_or(self, name: str, ask: Callable[[], Value]) -> Value:
+        """The pinned value of `name`, as it is, or what the study answers."""
         if name not in self._pinned:
-            return ask(name, *bounds, **options)
-        self._asked[name] = self._pinned[name]
-        return self._pinned[name]
+            return ask()
+        value: Value = self._pinned[name]
+        self._asked[name] = value
+        return value
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._trial, name)
 
 
@@ -107,5 +117,5 @@ def _function_of(path: Path, function: str) -> Space:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    functions = {key: value for key, value in vars(module).items() if callable(value)}
+    functions: dict[str, Space] = {key: value for key, value in vars(module).items() if callable(value)}
     return look_up(functions, function, f"function in {path}")

@@ -5,12 +5,10 @@ Every parameter is named like the setting it sets, so a space returns its trial'
 
 from __future__ import annotations
 
-from typing import Any
-
 import optuna
 
 
-def space(trial: optuna.Trial) -> dict[str, Any]:
+def space(trial: optuna.Trial) -> dict[str, object]:
     """One configuration as {dotted name of a setting: value}."""
     trial.suggest_float("optimiser.learning_rate", 1e-5, 1e-2, log=True)
     trial.suggest_float("optimiser.weight_decay", 1e-6, 1e-2, log=True)
@@ -22,13 +20,15 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def _objective(trial: optuna.Trial) -> None:
-    """The method, and only what can act beside it."""
+    """The method, and only the settings that can act with it."""
     method = trial.suggest_categorical("objective.name", ["supcon", "y_aware", "threshold", "exponential"])
     _value_or_schedule(trial, "objective.temperature", 0.03, 0.5)
     trial.suggest_categorical("objective.normalise", ["anchor", "total"])
-    if method == "supcon":  # positives are ages in the same bin
+    if method == "supcon":
+        # Positives are ages in the same bin.
         trial.suggest_float("objective.bin_width", 1.0, 10.0)
-    else:  # positives are weighed by a kernel of the age difference, its width in years
+    else:
+        # Positives are weighted by a kernel of the age difference; its width is in years.
         trial.suggest_categorical("objective.kernel", ["rbf", "cauchy", "laplace"])
         _value_or_schedule(trial, "objective.width", 0.5, 20.0)
 
@@ -44,7 +44,7 @@ def _value_or_schedule(trial: optuna.Trial, name: str, low: float, high: float) 
 
 
 def _neighbours(trial: optuna.Trial) -> None:
-    """Repulsion among everyone (None), or among the nearest rows, whose share of the batch follows a schedule."""
+    """Repulsion by all rows (None), or by the nearest, whose share of the batch follows a schedule."""
     shape = trial.suggest_categorical(
         "objective.neighbours.shape", [None, "linear", "cosine", "exponential", "staircase"]
     )

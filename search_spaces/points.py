@@ -1,11 +1,11 @@
-"""Points of a define-by-run space without a study: is one inside, what is searched, and every one of a grid."""
+"""Points of a define-by-run space, without a study: is a point inside, what is searched, all points of a grid."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import optuna
@@ -16,10 +16,11 @@ from optuna.distributions import (
     IntDistribution,
     distribution_to_json,
 )
+from optuna.distributions import CategoricalChoiceType as Choice
 
 from core.errors import UserError
 
-Space = Callable[[optuna.Trial], Mapping[str, Any]]
+Space = Callable[[optuna.Trial], Mapping[str, object]]
 
 
 class OutsideSpaceError(ValueError):
@@ -27,28 +28,31 @@ class OutsideSpaceError(ValueError):
 
 
 class Asked:
-    """Stands for a trial before a space: `answer(name, distribution)` gives the value of each setting asked for."""
+    """Takes the place of a trial in a space: `answer(name, distribution)` is the value of each setting asked for."""
 
     number = 0
 
     def __init__(self, answer: Callable[[str, BaseDistribution], Any]) -> None:
         self._answer = answer
-        self.params: dict[str, Any] = {}
+        self.params: dict[str, object] = {}
         self.distributions: dict[str, BaseDistribution] = {}
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
         """See `optuna.Trial.suggest_float`."""
-        return self._ask(name, FloatDistribution(low, high, log=log, step=step))
+        value: float = self._ask(name, FloatDistribution(low, high, log=log, step=step))
+        return value
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         """See `optuna.Trial.suggest_int`."""
-        return self._ask(name, IntDistribution(low, high, log=log, step=step))
+        value: int = self._ask(name, IntDistribution(low, high, log=log, step=step))
+        return value
 
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+    def suggest_categorical(self, name: str, choices: Sequence[Choice]) -> Choice:
         """See `optuna.Trial.suggest_categorical`."""
-        return self._ask(name, CategoricalDistribution(choices))
+        value: Choice = self._ask(name, CategoricalDistribution(choices))
+        return value
 
     def _ask(self, name: str, distribution: BaseDistribution) -> Any:
         if name not in self.params:
@@ -57,7 +61,7 @@ class Asked:
         return self.params[name]
 
 
-def point_of(space: Space, settings: Mapping[str, Any], *, all_used: bool = True) -> dict[str, Any]:
+def point_of(space: Space, settings: Mapping[str, object], *, all_used: bool = True) -> dict[str, object]:
     """The parameters of `space` at `settings` (by dotted name).
 
     Args:
@@ -69,7 +73,7 @@ def point_of(space: Space, settings: Mapping[str, Any], *, all_used: bool = True
         OutsideSpaceError: a setting is missing, outside its range or choices, or not asked for.
     """
 
-    def answer(name: str, distribution: BaseDistribution) -> Any:
+    def answer(name: str, distribution: BaseDistribution) -> object:
         if name not in settings:
             raise OutsideSpaceError(f"'{name}' is missing ({_in_words(distribution)})")
         value = settings[name]
@@ -78,6 +82,7 @@ def point_of(space: Space, settings: Mapping[str, Any], *, all_used: bool = True
         return value
 
     asked = Asked(answer)
+    # A space says that it takes a whole `optuna.Trial`, of which it uses the methods that `Asked` has.
     space(asked)  # type: ignore[arg-type]
     unused = settings.keys() - asked.params.keys()
     if all_used and unused:
@@ -130,8 +135,8 @@ def profile_of(points: Sequence[Mapping[str, BaseDistribution]]) -> Profile:
     return Profile(settings, always)
 
 
-def grid_of(space: Space, points: int | None = None) -> Iterator[dict[str, Any]]:
-    """Every point of a space of finitely many, each once, conditions followed: what cannot act has no values.
+def grid_of(space: Space, points: int | None = None) -> Iterator[dict[str, object]]:
+    """Every point of a finite space, once; conditions are followed, so a setting that cannot act has no value.
 
     Args:
         space: a define-by-run space. It is walked as a tree: the first setting it asks for is the root.
@@ -140,11 +145,12 @@ def grid_of(space: Space, points: int | None = None) -> Iterator[dict[str, Any]]
     Raises:
         UserError: a setting is continuous and `points` is None.
     """
-    chosen: list[tuple[list[Any], int]] = []  # values of the settings in the order asked, and which is taken
+    # The values of each setting, in the order asked, and the place of the value that is taken.
+    chosen: list[tuple[list[Choice], int]] = []
     while True:
         depth = 0
 
-        def answer(name: str, distribution: BaseDistribution) -> Any:
+        def answer(name: str, distribution: BaseDistribution) -> Choice:
             nonlocal depth
             if depth == len(chosen):
                 chosen.append((_values(name, distribution, points), 0))
@@ -163,7 +169,7 @@ def grid_of(space: Space, points: int | None = None) -> Iterator[dict[str, Any]]
         chosen[-1] = (values, taken + 1)
 
 
-def _values(name: str, distribution: BaseDistribution, points: int | None) -> list[Any]:
+def _values(name: str, distribution: BaseDistribution, points: int | None) -> list[Choice]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if isinstance(distribution, IntDistribution):
@@ -183,10 +189,11 @@ def _values(name: str, distribution: BaseDistribution, points: int | None) -> li
     if low == high or points == 1:
         return [low if low == high else math.sqrt(low * high) if distribution.log else (low + high) / 2]
     spread = np.geomspace(low, high, points) if distribution.log else np.linspace(low, high, points)
-    return [low, *(float(value) for value in spread[1:-1]), high]  # geomspace may end a bit beyond
+    # geomspace may end slightly beyond `high`.
+    return [low, *(float(value) for value in spread[1:-1]), high]
 
 
-def _holds(distribution: BaseDistribution, value: Any) -> bool:
+def _holds(distribution: BaseDistribution, value: object) -> bool:
     """Whether `value` is one of the distribution's, and of its type: Optuna takes True for 1, and "1" for 1.0."""
     if isinstance(distribution, CategoricalDistribution):
         return any(value == choice and type(value) is type(choice) for choice in distribution.choices) or any(
@@ -196,19 +203,26 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
         return False
     if isinstance(distribution, IntDistribution) and not float(value).is_integer():
         return False
-    low, high, step = distribution.low, distribution.high, distribution.step  # type: ignore[attr-defined]
+    low, high, step = _range_of(distribution)
     on_step = step is None or math.isclose((value - low) / step, round((value - low) / step), abs_tol=1e-8)
     return low <= value <= high and on_step
 
 
-def _is_number(value: Any) -> bool:
+def _range_of(distribution: BaseDistribution) -> tuple[float, float, float | None]:
+    """Lowest value, highest value, and step of a numeric distribution."""
+    if not isinstance(distribution, FloatDistribution | IntDistribution):
+        raise TypeError(f"no range is known of {distribution}")
+    return distribution.low, distribution.high, distribution.step
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _in_words(distribution: BaseDistribution) -> str:
     if isinstance(distribution, CategoricalDistribution):
         return f"one of {', '.join(map(repr, distribution.choices))}"
-    low, high, step = distribution.low, distribution.high, distribution.step  # type: ignore[attr-defined]
+    low, high, step = _range_of(distribution)
     kind = "a whole number" if isinstance(distribution, IntDistribution) else "a number"
     by = f" in steps of {step:g}" if step not in (None, 1) else ""
     return f"{kind} from {low:g} to {high:g}{by}"

@@ -322,7 +322,7 @@ def test_a_stream_that_goes_on_after_the_volume_is_not_read_to_its_end(tmp_path)
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content + bytes(100_000_000), compresslevel=1))
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match=r"a\.nii\.gz goes on after the 832 bytes"):
+        with pytest.raises(UserError, match=r"a\.nii\.gz continues after the 832 bytes"):
             read_volume(tmp_path / "a.nii.gz")
         assert tracemalloc.get_traced_memory()[1] < 20e6
     finally:

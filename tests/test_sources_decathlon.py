@@ -123,16 +123,16 @@ def test_leaks_are_named_and_counted(tmp_path):
     )
     listing = list_scans(source)
     assert listing.notes[:3] == (
-        "LEAK: 1 files stand in more than one fold or list: sub-c/ses-2_T1w.nii (training fold 2, test)",
-        "LEAK: 1 ids stand in more than one fold or list: i4 (training fold 0, training fold 2)",
-        "LEAK: 2 subjects stand in more than one fold or list: sub-a (training fold 0, training fold 1), "
+        "LEAK: 1 files are in more than one fold or list: sub-c/ses-2_T1w.nii (training fold 2, test)",
+        "LEAK: 1 ids are in more than one fold or list: i4 (training fold 0, training fold 2)",
+        "LEAK: 2 subjects are in more than one fold or list: sub-a (training fold 0, training fold 1), "
         "sub-c (training fold 2, test)",
     )
     assert [(scan.subject, scan.session) for scan in listing.scans] == [
         (f"sub-{subject}", f"ses-{session}") for subject in "abc" for session in (1, 2)
     ]
     assert [(scan.extra["fold"]) for scan in listing.scans] == [0, 1, 0, 0, 2, 2]
-    assert reasons(listing) == ["test[0]: the scan is listed once more in test; the first is taken"]
+    assert reasons(listing) == ["test[0]: the scan is listed again in test; the first is taken"]
 
 
 def test_a_clean_list_has_no_leak(tmp_path):

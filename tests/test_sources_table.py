@@ -127,7 +127,7 @@ def test_a_subject_in_two_folds_is_pointed_out(tmp_path):
         image(tmp_path / f"{name}.nii", ord(name))
     lines = ["x,1,a.nii,30,0", "x,2,b.nii,31,1", "y,1,c.nii,30,2", "y,2,d.nii,31,2"]
     listing = list_scans(text(tmp_path / "list.csv", "subject,session,path,age,fold", *lines))
-    assert listing.notes == ("LEAK: 1 subjects stand in more than one fold or list: x (fold 0, fold 1)",)
+    assert listing.notes == ("LEAK: 1 subjects are in more than one fold or list: x (fold 0, fold 1)",)
     assert [scan.extra["fold"] for scan in listing.scans] == [0, 1, 2, 2]
 
 

@@ -6,30 +6,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
 class Interval:
     """A metric and its percentile bootstrap interval."""
 
-    value: float  # of all subjects
+    value: float
+    """The metric of all subjects."""
     low: float
     high: float
-    undefined: int  # resamples in which the metric was NaN and which the interval leaves out
+    undefined: int
+    """Resamples in which the metric was NaN; the interval leaves them out."""
 
 
 def bootstrap_interval(
     metric: Callable[..., float],
-    *arrays: np.ndarray,
-    subjects: np.ndarray | None = None,
+    *arrays: npt.NDArray[np.generic],
+    subjects: npt.NDArray[np.generic] | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
     """Percentile interval of `metric(*arrays)` when subjects are drawn with replacement.
 
-    It tells how far the number depends on which subjects happened to be in this sample; not on how the model
-    was trained, for which folds and seeds are varied.
+    It shows how much the number depends on which subjects are in this sample. It does not show how much it
+    depends on the training of the model: folds and seeds are varied for that.
 
     Args:
         metric: takes the arrays, resampled along their first axis, and gives one number.
@@ -56,7 +59,7 @@ def bootstrap_interval(
     return Interval(float(metric(*arrays)), float(low), float(high), int(np.isnan(values).sum()))
 
 
-def _rows_of_each(subjects: np.ndarray) -> list[np.ndarray]:
+def _rows_of_each(subjects: npt.NDArray[np.generic]) -> list[npt.NDArray[np.intp]]:
     """Rows of each subject, subjects in sorted order."""
     order = np.argsort(subjects, kind="stable")
     _, starts = np.unique(subjects[order], return_index=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from core.evaluation import Floats
 
-def classification_metrics(probabilities_nk: np.ndarray, classes_n: np.ndarray) -> dict[str, float]:
+
+def classification_metrics(probabilities_nk: Floats, classes_n: npt.NDArray[np.int64]) -> dict[str, float]:
     """`macro_auc`, `balanced_accuracy` and `calibration_error` of predicted probabilities.
 
     Args:
@@ -31,10 +34,10 @@ def classification_metrics(probabilities_nk: np.ndarray, classes_n: np.ndarray) 
     }
 
 
-def macro_auc(scores_nk: np.ndarray, classes_n: np.ndarray) -> float:
+def macro_auc(scores_nk: Floats, classes_n: npt.NDArray[np.int64]) -> float:
     """Mean over classes of the area under the ROC curve of that class against the rest.
 
-    Classes that no subject has, or every subject has, cannot be ranked and are left out; NaN if none is left.
+    A class that no subject has, or that every subject has, cannot be ranked and is left out; NaN if none is left.
     """
     of_class = [
         roc_auc_score(classes_n == index, scores_nk[:, index])
@@ -44,7 +47,7 @@ def macro_auc(scores_nk: np.ndarray, classes_n: np.ndarray) -> float:
     return float(np.mean(of_class)) if of_class else float("nan")
 
 
-def calibration_error(probabilities_nk: np.ndarray, classes_n: np.ndarray, bins: int = 10) -> float:
+def calibration_error(probabilities_nk: Floats, classes_n: npt.NDArray[np.int64], bins: int = 10) -> float:
     """Expected calibration error (Guo et al. 2017), in [0, 1]: mean |accuracy - confidence| over subjects.
 
     Subjects are grouped by confidence, the probability of the class predicted, into `bins` of equal width.

@@ -6,14 +6,17 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from core.errors import UserError
+from core.evaluation import Classes, Floats
 from core.evaluation.probes import standardisation
 
-INVERSE_PENALTIES: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)  # C of the OpenBHB challenge
+INVERSE_PENALTIES: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+"""C of the OpenBHB challenge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,25 +24,30 @@ class LogisticProbe:
     """A fitted logistic regression and the standardisation that it was fitted with."""
 
     classifier: GridSearchCV | LogisticRegression
-    mean: np.ndarray  # (D,)
-    scale: np.ndarray  # (D,)
+    mean: Floats
+    """(D,)"""
+    scale: Floats
+    """(D,)"""
 
     @property
-    def classes(self) -> np.ndarray:
+    def classes(self) -> Classes:
         """(K,) sorted, the order of the columns of `probabilities`."""
-        return self.classifier.classes_
+        classes_k: Classes = self.classifier.classes_
+        return classes_k
 
-    def predict(self, embeddings_nd: np.ndarray) -> np.ndarray:
+    def predict(self, embeddings_nd: Floats) -> Classes:
         """(N, D) -> the likeliest class of each subject (N,)."""
-        return self.classifier.predict((embeddings_nd - self.mean) / self.scale)
+        classes_n: Classes = self.classifier.predict((embeddings_nd - self.mean) / self.scale)
+        return classes_n
 
-    def probabilities(self, embeddings_nd: np.ndarray) -> np.ndarray:
+    def probabilities(self, embeddings_nd: Floats) -> Floats:
         """(N, D) -> (N, K)."""
-        return self.classifier.predict_proba((embeddings_nd - self.mean) / self.scale)
+        probabilities_nk: Floats = self.classifier.predict_proba((embeddings_nd - self.mean) / self.scale)
+        return probabilities_nk
 
 
 def fit_logistic_probe(
-    embeddings_nd: np.ndarray, classes_n: np.ndarray, *, seed: int = 0, reference: bool = False
+    embeddings_nd: Floats, classes_n: Classes, *, seed: int = 0, reference: bool = False
 ) -> LogisticProbe:
     """Logistic regression whose penalty is chosen by stratified cross-validation inside these subjects.
 
@@ -56,7 +64,8 @@ def fit_logistic_probe(
     present, counts = np.unique(classes_n, return_counts=True)
     if len(present) < 2:
         raise UserError(f"a logistic probe needs two classes or more, got only {present.tolist()}")
-    mean_d, scale_d = np.zeros(embeddings_nd.shape[1]), np.ones(embeddings_nd.shape[1])
+    mean_d: Floats = np.zeros(embeddings_nd.shape[1])
+    scale_d: Floats = np.ones(embeddings_nd.shape[1])
     if not reference:
         mean_d, scale_d = standardisation(embeddings_nd)
     classifier = _classifier(counts, seed, reference)
@@ -68,10 +77,13 @@ def fit_logistic_probe(
     return LogisticProbe(classifier, mean_d, scale_d)
 
 
-def _classifier(counts: np.ndarray, seed: int, reference: bool) -> GridSearchCV | LogisticRegression:
+def _classifier(
+    counts: npt.NDArray[np.intp], seed: int, reference: bool
+) -> GridSearchCV | LogisticRegression:
     solver, iterations = ("saga", 150) if reference else ("lbfgs", 1000)
     regression = LogisticRegression(solver=solver, max_iter=iterations, random_state=seed)
-    if counts.max() < 2:  # one subject a class: nothing can be left out
+    # With one subject in every class, no subject can be left out.
+    if counts.max() < 2:
         return regression
     folds = StratifiedKFold(int(np.clip(counts.min(), 2, 5)), shuffle=True, random_state=seed)
     return GridSearchCV(regression, {"C": INVERSE_PENALTIES}, scoring="balanced_accuracy", cv=folds)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 from sklearn.neighbors import KNeighborsRegressor
+
+from core.evaluation import Floats
 
 
 def nearest_ages(
-    training_embeddings_nd: np.ndarray,
-    training_ages_n: np.ndarray,
-    embeddings_md: np.ndarray,
+    training_embeddings_nd: Floats,
+    training_ages_n: Floats,
+    embeddings_md: Floats,
     neighbours: int = 5,
     metric: Literal["cosine", "euclidean", "manhattan"] = "cosine",
-) -> np.ndarray:
+) -> Floats:
     """Ages (M,) in years: the mean of the `neighbours` nearest training subjects, all N if there are fewer.
 
-    It fits nothing, so it shows the geometry that the objective made, and does not overfit embeddings of
-    training subjects as a linear probe can.
+    It fits no parameters, so it shows the geometry that the objective made, and it cannot overfit the
+    embeddings of training subjects as a linear probe can.
 
     Args:
         training_embeddings_nd: (N, D).
@@ -29,4 +30,5 @@ def nearest_ages(
     """
     count = min(neighbours, len(training_ages_n))
     regressor = KNeighborsRegressor(n_neighbors=count, metric=metric)
-    return regressor.fit(training_embeddings_nd, training_ages_n).predict(embeddings_md)
+    ages_m: Floats = regressor.fit(training_embeddings_nd, training_ages_n).predict(embeddings_md)
+    return ages_m

@@ -6,16 +6,16 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import GridSearchCV, KFold
 
 from core.errors import UserError
+from core.evaluation import Floats
 
-# On standardised features: from no shrinkage worth the name to (almost) the mean age for everyone, so that
-# embeddings that hold nothing about age can be answered with that.
+# On standardised features: from almost no shrinkage to almost the mean age for every subject, which is
+# the right answer to embeddings that hold nothing about age.
 ALPHAS: tuple[float, ...] = tuple(float(alpha) for alpha in np.logspace(-3, 6, 28))
 
 # BrainAge_DynLocRep, on embeddings as they are. Unit rows of length 128 have a variance of about 1/128 per
@@ -30,19 +30,24 @@ class AgeProbe:
     Standardisation is folded into the coefficients, which apply to embeddings as the encoder gives them.
     """
 
-    coefficients: tuple[float, ...]  # (D,) years per unit of each feature
-    intercept: float  # years
-    alpha: float  # the ridge penalty that was chosen
-    subjects: int  # how many it was fitted on
+    coefficients: tuple[float, ...]
+    """(D,) years per unit of each feature."""
+    intercept: float
+    """In years."""
+    alpha: float
+    """The ridge penalty that was chosen."""
+    subjects: int
+    """How many subjects it was fitted on."""
 
-    def predict(self, embeddings_nd: np.ndarray) -> np.ndarray:
+    def predict(self, embeddings_nd: Floats) -> Floats:
         """Embeddings (N, D) -> ages (N,) in years, float64."""
         embeddings_nd = np.asarray(embeddings_nd, dtype=np.float64)
         if embeddings_nd.ndim != 2 or embeddings_nd.shape[1] != len(self.coefficients):
             raise ValueError(
                 f"embeddings must have shape (n, {len(self.coefficients)}), got {embeddings_nd.shape}"
             )
-        return embeddings_nd @ np.asarray(self.coefficients) + self.intercept
+        ages_n: Floats = embeddings_nd @ np.asarray(self.coefficients) + self.intercept
+        return ages_n
 
     def to_json(self) -> str:
         """Plain numbers, which `from_json` reads back exactly."""
@@ -51,13 +56,13 @@ class AgeProbe:
     @classmethod
     def from_json(cls, text: str) -> AgeProbe:
         """The probe that `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(text)
+        fields = json.loads(text)
         return cls(**{**fields, "coefficients": tuple(fields["coefficients"])})
 
 
 def fit_age_probe(
-    embeddings_nd: np.ndarray,
-    ages_n: np.ndarray,
+    embeddings_nd: Floats,
+    ages_n: Floats,
     alphas: Sequence[float] = ALPHAS,
     *,
     reference: bool = False,
@@ -93,11 +98,13 @@ def fit_age_probe(
     )
 
 
-def _fit_reference(embeddings_nd: np.ndarray, ages_n: np.ndarray) -> AgeProbe:
-    folds = KFold(min(5, max(2, len(ages_n) // 2)))  # R² needs two subjects in a fold
+def _fit_reference(embeddings_nd: Floats, ages_n: Floats) -> AgeProbe:
+    # R² needs two subjects in a fold.
+    folds = KFold(min(5, max(2, len(ages_n) // 2)))
     search = GridSearchCV(Ridge(), {"alpha": REFERENCE_ALPHAS}, scoring="r2", cv=folds)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=UserWarning)  # R² of a fold of one subject, when N = 3
+        # R² of a fold of one subject, when N = 3.
+        warnings.simplefilter("ignore", category=UserWarning)
         search.fit(embeddings_nd, ages_n)
     ridge = search.best_estimator_
     return AgeProbe(
@@ -108,7 +115,7 @@ def _fit_reference(embeddings_nd: np.ndarray, ages_n: np.ndarray) -> AgeProbe:
     )
 
 
-def standardisation(features_nd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def standardisation(features_nd: Floats) -> tuple[Floats, Floats]:
     """Mean and SD of each feature (D,), (D,); the SD is 1 for features that are constant up to rounding.
 
     Networks give float32. A collapsed encoder's features differ in their last digits only, and dividing by
@@ -120,7 +127,7 @@ def standardisation(features_nd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean_d, np.where(deviation_d > rounding_d, deviation_d, 1.0)
 
 
-def _checked(embeddings_nd: np.ndarray, ages_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked(embeddings_nd: Floats, ages_n: Floats) -> tuple[Floats, Floats]:
     embeddings_nd = np.asarray(embeddings_nd, dtype=np.float64)
     ages_n = np.asarray(ages_n, dtype=np.float64)
     if embeddings_nd.ndim != 2 or ages_n.shape != embeddings_nd.shape[:1]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
+from core.evaluation import Floats
+
 
 @dataclass(frozen=True)
 class AgeBias:
@@ -17,10 +19,12 @@ class AgeBias:
     of subjects that the model was fitted on are too small.
     """
 
-    slope: float  # years of gap per year of age
-    intercept: float  # years
+    slope: float
+    """Years of gap per year of age."""
+    intercept: float
+    """In years."""
 
-    def correct_gap(self, predicted_n: np.ndarray, ages_n: np.ndarray) -> np.ndarray:
+    def correct_gap(self, predicted_n: Floats, ages_n: Floats) -> Floats:
         """Gap without its expected part: predicted - age - (intercept + slope · age) (Beheshti et al. 2019).
 
         It uses the true age, so it is for studying gaps, never for accuracy: a constant prediction plus this
@@ -28,7 +32,7 @@ class AgeBias:
         """
         return predicted_n - ages_n - (self.intercept + self.slope * ages_n)
 
-    def correct_prediction(self, predicted_n: np.ndarray) -> np.ndarray:
+    def correct_prediction(self, predicted_n: Floats) -> Floats:
         """(predicted - intercept) / (1 + slope) (Cole et al. 2018), which does not look at the true age.
 
         NaN where the slope is -1: a constant prediction cannot be stretched.
@@ -39,7 +43,7 @@ class AgeBias:
         return (np.asarray(predicted_n) - self.intercept) / stretch
 
 
-def fit_age_bias(predicted_n: np.ndarray, ages_n: np.ndarray) -> AgeBias:
+def fit_age_bias(predicted_n: Floats, ages_n: Floats) -> AgeBias:
     """Least-squares line of the gap (predicted - age) on age; NaN with fewer than two different ages."""
     ages_n = np.asarray(ages_n, dtype=np.float64)
     gap_n = np.asarray(predicted_n, dtype=np.float64) - ages_n
@@ -51,7 +55,7 @@ def fit_age_bias(predicted_n: np.ndarray, ages_n: np.ndarray) -> AgeBias:
     return AgeBias(slope, float(gap_n.mean() - slope * ages_n.mean()))
 
 
-def regression_metrics(predicted_n: np.ndarray, ages_n: np.ndarray) -> dict[str, float]:
+def regression_metrics(predicted_n: Floats, ages_n: Floats) -> dict[str, float]:
     """`mae` and `rmse` in years, `r2`, `pearson_r`, and `age_bias` (slope of the gap on age).
 
     R² and the slope are NaN where all ages are equal, Pearson's r also where all predictions are.
@@ -70,13 +74,13 @@ def regression_metrics(predicted_n: np.ndarray, ages_n: np.ndarray) -> dict[str,
     }
 
 
-def pearson_r(first_n: np.ndarray, second_n: np.ndarray) -> float:
+def pearson_r(first_n: Floats, second_n: Floats) -> float:
     """Pearson's correlation; NaN where one of the two is constant."""
     if np.ptp(first_n) == 0 or np.ptp(second_n) == 0:
         return float("nan")
     return float(np.corrcoef(first_n, second_n)[0, 1])
 
 
-def median_baseline(training_ages_n: np.ndarray, ages_n: np.ndarray) -> dict[str, float]:
+def median_baseline(training_ages_n: Floats, ages_n: Floats) -> dict[str, float]:
     """`regression_metrics` of predicting the training subjects' median age: the score to beat."""
     return regression_metrics(np.full(len(ages_n), np.median(training_ages_n)), ages_n)

@@ -6,14 +6,21 @@ from collections.abc import Mapping
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 import torch
-from monai.metrics import compute_hausdorff_distance
+from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
+from core.evaluation import Floats
 from core.evaluation.tissues import voxel_volume
+
+Mask = npt.NDArray[np.bool_]
 
 
 def segmentation_metrics(
-    predicted_xyz: np.ndarray, reference_xyz: np.ndarray, affine: np.ndarray, classes: Mapping[str, int]
+    predicted_xyz: npt.NDArray[np.generic],
+    reference_xyz: npt.NDArray[np.generic],
+    affine: Floats,
+    classes: Mapping[str, int],
 ) -> dict[str, dict[str, float]]:
     """Per class of one case: `dice`, `hausdorff95` in mm, `volume_error` in mL (predicted - reference).
 
@@ -22,8 +29,8 @@ def segmentation_metrics(
     | neither map    | NaN  | NaN         |
     | one map only   | 0    | infinity    |
 
-    NaN means that the case says nothing of the class: leave it out of means. A case with a class in one map
-    only counts, as the worst there is.
+    NaN means that the case tells nothing about the class: leave it out of means. A case in which only one map
+    has the class counts as the worst possible.
 
     Args:
         predicted_xyz: label map (X, Y, Z).
@@ -47,13 +54,13 @@ def segmentation_metrics(
     return metrics
 
 
-def dice(predicted: np.ndarray, reference: np.ndarray) -> float:
+def dice(predicted: Mask, reference: Mask) -> float:
     """2 |P ∩ R| / (|P| + |R|) of two masks; NaN if both are empty, 0 if one is."""
     size = int(predicted.sum()) + int(reference.sum())
     return 2 * int((predicted & reference).sum()) / size if size else float("nan")
 
 
-def hausdorff95(predicted_xyz: np.ndarray, reference_xyz: np.ndarray, spacing: np.ndarray) -> float:
+def hausdorff95(predicted_xyz: Mask, reference_xyz: Mask, spacing: Floats) -> float:
     """95th percentile of distances between surfaces, the larger of both directions, in mm (MONAI's).
 
     NaN if both masks are empty, infinity if one is.
@@ -76,5 +83,5 @@ def hausdorff95(predicted_xyz: np.ndarray, reference_xyz: np.ndarray, spacing: n
     return float(distance.item())
 
 
-def _one_case(mask_xyz: np.ndarray) -> torch.Tensor:
+def _one_case(mask_xyz: Mask) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(mask_xyz))[None, None].float()

@@ -1,18 +1,20 @@
-"""How much an embedding still tells of the scanner site, and the OpenBHB score made of it."""
+"""How much an embedding still tells about the scanner site, and the OpenBHB score, which uses it."""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.metrics import balanced_accuracy_score
 
+from core.evaluation import Floats, Names
 from core.evaluation.logistic import fit_logistic_probe
 
 
 def site_balanced_accuracy(
-    training_embeddings_nd: np.ndarray,
-    training_sites_n: np.ndarray,
-    embeddings_md: np.ndarray,
-    sites_m: np.ndarray,
+    training_embeddings_nd: Floats,
+    training_sites_n: Names,
+    embeddings_md: Floats,
+    sites_m: Names,
     *,
     seed: int = 0,
     reference: bool = False,
@@ -49,7 +51,7 @@ def site_balanced_accuracy(
     return float(balanced_accuracy_score(sites_m[known_m].astype(str), predicted_m))
 
 
-def _known(sites_n: np.ndarray) -> np.ndarray:
+def _known(sites_n: Names) -> npt.NDArray[np.bool_]:
     return np.array(
         [isinstance(site, str) and site.strip() not in ("", "n/a") for site in sites_n], dtype=bool
     )

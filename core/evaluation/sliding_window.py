@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from monai.inferers import sliding_window_inference
+from monai.inferers.utils import sliding_window_inference
 
 from core.volumes.images.mirror import RAS, mirror
 
@@ -19,7 +20,7 @@ def mirrored_sliding_window(
     window: tuple[int, int, int],
     overlap: float = 0.5,
     windows_per_batch: int = 1,
-    affine: np.ndarray = RAS,
+    affine: npt.NDArray[np.float64] = RAS,
 ) -> torch.Tensor:
     """Logits (B, classes, X, Y, Z) from windows, blended where they overlap.
 
@@ -32,7 +33,7 @@ def mirrored_sliding_window(
         window: size of a window in voxels; smaller volumes are padded with zeros.
         overlap: share of a window that the next one covers again, in [0, 1).
         windows_per_batch: windows in one call of `predictor`.
-        affine: 4x4 voxel-to-world of the volumes, which tells left from right.
+        affine: 4x4 voxel-to-world of the volumes, which says where left and right are.
     """
     channels = volumes_bcxyz.shape[1]
 

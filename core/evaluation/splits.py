@@ -1,4 +1,4 @@
-"""Who is trained on and who is tested: a hold-out nobody tunes on, and inner folds for the search."""
+"""Which subjects a model is trained and tested on: a hold-out that no trial sees, and folds for the search."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.linear_model import BayesianRidge, LinearRegression, RidgeCV
@@ -19,6 +20,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from core.errors import UserError
+from core.evaluation import Floats
 from core.evaluation.probes import ALPHAS
 from core.evaluation.regression import regression_metrics
 from core.lookup import look_up
@@ -34,7 +36,7 @@ REGRESSORS: Mapping[str, LinearRegression | RidgeCV | BayesianRidge] = {
 
 
 def tissue_volumes(
-    labels_xyz: np.ndarray, affine: np.ndarray, tissues: Mapping[str, int] = TISSUES
+    labels_xyz: npt.NDArray[np.generic], affine: Floats, tissues: Mapping[str, int] = TISSUES
 ) -> dict[str, float]:
     """Volume of each tissue in mL.
 
@@ -51,14 +53,14 @@ def tissue_volumes(
     return {name: int((labels_xyz == label).sum()) * voxel_volume(affine) for name, label in tissues.items()}
 
 
-def voxel_volume(affine: np.ndarray) -> float:
+def voxel_volume(affine: Floats) -> float:
     """mL of one voxel, from the determinant of its 4x4 affine in mm."""
     return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
 
 
-def relative_volumes(volumes_nk: np.ndarray) -> np.ndarray:
+def relative_volumes(volumes_nk: Floats) -> Floats:
     """Volumes (N, K) in mL -> shares of their sum (N, K), the published features of system B."""
-    total_n = volumes_nk.sum(axis=1, keepdims=True)
+    total_n: Floats = volumes_nk.sum(axis=1, keepdims=True)
     if not (total_n > 0).all():
         raise UserError(f"row {int(np.argmin(total_n))} has no tissue at all; is its label map empty?")
     return volumes_nk / total_n
@@ -85,7 +87,7 @@ def age_regressor(kind: RegressorKind = "linear", degree: int = 1) -> Pipeline:
     )
 
 
-def regressor_metrics(predicted_n: np.ndarray, ages_n: np.ndarray) -> dict[str, float]:
+def regressor_metrics(predicted_n: Floats, ages_n: Floats) -> dict[str, float]:
     """The six metrics of system B: mae, r2, mse, msle, median_ae, explained_variance.
 
     The logarithmic error is NaN where a predicted age is negative; R² and explained variance where all ages
@@ -106,8 +108,8 @@ def regressor_metrics(predicted_n: np.ndarray, ages_n: np.ndarray) -> dict[str, 
 
 
 def cross_validate(
-    regressor: Pipeline, features_nk: np.ndarray, ages_n: np.ndarray, folds: Sequence[np.ndarray]
-) -> tuple[np.ndarray, list[dict[str, float]]]:
+    regressor: Pipeline, features_nk: Floats, ages_n: Floats, folds: Sequence[npt.NDArray[np.int64]]
+) -> tuple[Floats, list[dict[str, float]]]:
     """Out-of-fold predictions (N,), NaN for subjects in no fold, and `regressor_metrics` of each fold.
 
     Args:
@@ -115,7 +117,7 @@ def cross_validate(
         features_nk: (N, K).
         ages_n: (N,) in years.
         folds: validation rows of each fold, disjoint; training is on the rows of the other folds, so rows in
-            none (the hold-out) are never touched.
+            no fold (the hold-out) are never used.
     """
     predicted_n = np.full(len(ages_n), np.nan)
     metrics = []

@@ -1,1 +1,1 @@
-"""Files: written whole, found in folders and object stores, and told apart by fingerprints."""
+"""Files: writing them in one step, reading them from a folder or an object store, fingerprints of settings."""

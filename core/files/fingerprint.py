@@ -1,14 +1,13 @@
-"""Settings as a few digits: equal settings, equal digits."""
+"""Fingerprints of settings: equal settings have equal fingerprints."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 
-def fingerprint(settings: Mapping[str, Any]) -> str:
-    """sha256 of the settings as canonical JSON: equal settings, equal digits, whatever their order."""
+def fingerprint(settings: Mapping[str, object]) -> str:
+    """sha256 of the settings as canonical JSON; the order of the keys does not matter."""
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Where a cohort lies: a folder of this machine, or a prefix of an object store such as s3://bucket/cohort."""
+"""Where a cohort lies: a folder on this machine, or a prefix in an object store such as s3://bucket/cohort."""
 
 from __future__ import annotations
 
@@ -7,15 +7,38 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from types import TracebackType
+from typing import Protocol, Self
 
 from pyarrow import fs
 
 from core.errors import UserError
 
 
+class OpenFile(Protocol):
+    """A file that is open for reading at any place, of this machine or of an object store."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next `size` bytes; all that are left if negative."""
+        ...
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill the buffer with the next bytes and return how many were read; 0 at the end of the file."""
+        ...
+
+    def seek(self, offset: int, /) -> int:
+        """Go to the byte at `offset`, counted from the beginning."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
 def is_url(location: str | Path) -> bool:
-    """Whether `location` names an object store; anything else is a path of this machine."""
+    """Whether `location` is in an object store; if not, it is a path on this machine."""
     return "://" in str(location)
 
 
@@ -25,21 +48,22 @@ def beneath(location: str | Path, name: str) -> str:
 
 
 def shown(location: str | Path) -> str:
-    """A location as it may be printed: without the keys and options that a URL can carry."""
+    """A location for messages: without the keys and options that a URL can contain."""
     kind, sign, rest = str(location).split("?")[0].rstrip("/").partition("://")
     return f"{kind}{sign}{rest.rsplit('@', 1)[-1]}" if sign else kind
 
 
-def open_file(location: str | Path, name: str) -> BinaryIO:
+def open_file(location: str | Path, name: str) -> OpenFile:
     """The file `name` below `location`, open for `seek` and `readinto`, without a buffer in between.
 
     FileNotFoundError or another OSError as for any file; UserError where the store cannot be reached at all.
     """
     if not is_url(location):
-        return cast(BinaryIO, open(f"{location}/{name}", "rb", buffering=0))
+        return open(f"{location}/{name}", "rb", buffering=0)
     filesystem, root = _store(str(location))
     try:
-        return cast(BinaryIO, filesystem.open_input_file(f"{root}/{name}"))
+        opened: OpenFile = filesystem.open_input_file(f"{root}/{name}")
+        return opened
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -57,7 +81,7 @@ def list_files(location: str | Path, folder: str = "") -> Iterator[tuple[str, in
 
 
 def upload(folder: Path, url: str, last: str) -> None:
-    """Copy every file of `folder` below `url`; the file `last` after all others, as it makes them count."""
+    """Copy every file of `folder` below `url`; the file `last` comes last, because it marks the copy as complete."""
     filesystem, root = _store(url)
     names = sorted((name for name, _ in list_files(folder)), key=lambda name: name == last)
     try:
@@ -72,10 +96,10 @@ def upload(folder: Path, url: str, last: str) -> None:
 
 
 def exists(url: str, name: str) -> bool:
-    """Whether there is a file `name` below `url`; UserError or OSError where the store cannot be asked."""
+    """Whether there is a file `name` below `url`; UserError or OSError where the store does not answer."""
     filesystem, root = _store(url)
     with _words(f"cannot read {shown(url)}"):
-        return filesystem.get_file_info(f"{root}/{name}").type == fs.FileType.File
+        return bool(filesystem.get_file_info(f"{root}/{name}").type == fs.FileType.File)
 
 
 def upload_file(file: Path, url: str, name: str) -> None:
@@ -107,7 +131,7 @@ def remove(url: str, name: str) -> None:
 
 @contextlib.contextmanager
 def _words(what: str) -> Iterator[None]:
-    """What a store answers in one line that says what was tried; a file that is not there stays FileNotFoundError."""
+    """Turn an error of the store into one line that says what failed; FileNotFoundError stays as it is."""
     try:
         yield
     except FileNotFoundError:
@@ -117,7 +141,7 @@ def _words(what: str) -> Iterator[None]:
 
 
 def _store(url: str) -> tuple[fs.FileSystem, str]:
-    """The file system of an address and the path in it."""
+    """The file system that a URL belongs to, and the path in it."""
     return _connected(url, os.getpid())
 
 
@@ -138,14 +162,14 @@ def _connected(url: str, _process: int) -> tuple[fs.FileSystem, str]:
 
 
 def _patient_for_a_while(url: str) -> str:
-    """Google's client would try for a quarter of an hour before it says that it cannot connect."""
+    """The URL with a limit of 20 s: Google's client would try to connect for a quarter of an hour."""
     if not url.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in url:
         return url
     return f"{url}{'&' if '?' in url else '?'}retry_limit_seconds=20"
 
 
 def _reason(error: Exception) -> str:
-    """One line; what a store answers without credentials is long and names none."""
+    """The error in one line; without credentials a store gives a long answer that does not say so."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "ACCESS_DENIED" in text or "credentials" in text.lower() or "HTTP status 403" in text:
         return f"access denied; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role ({text[:160]})"

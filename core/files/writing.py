@@ -1,4 +1,4 @@
-"""Writing files that no reader ever sees half written, and what is said where they cannot be written."""
+"""Writing a file in one step, so that no reader sees half of it, and the error where it cannot be written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from core.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, on disk, when the block ends without an error."""
+    """A temporary path beside `path`; when the block ends without an error, its file replaces `path` on disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -21,6 +21,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one step: a reader sees the file as it was, or as it is."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

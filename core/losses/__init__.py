@@ -7,8 +7,6 @@ loss.diagnostics                            # anchors used and dropped, neighbou
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import ValidationError
 from torch import nn
 
@@ -20,7 +18,7 @@ from core.losses.settings import LOSSES, REGRESSION_LOSSES, TASK_LOSSES, Objecti
 __all__ = ["LOSSES", "REGRESSION_LOSSES", "TASK_LOSSES", "ObjectiveSettings", "build"]
 
 
-def build(name: str, epochs: int | None = None, **settings: Any) -> nn.Module:
+def build(name: str, epochs: int | None = None, **settings: object) -> nn.Module:
     """The loss `name`; those in LOSSES are called as loss(embeddings (B, V, D), labels (B,), progress).
 
     Settings are plain values, as in a configuration; None means not given. `epochs` is the length of the

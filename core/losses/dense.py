@@ -10,6 +10,7 @@ Shape suffixes: B images, D embedding, P patches of an image, A anchors, K neare
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -86,8 +87,8 @@ class ConstrainedContrastLoss(nn.Module):
         """The mean over anchors of all images.
 
         features (B, D, H, W) or (B, D, X, Y, Z); clusters, whole numbers, and foreground, boolean, of shape
-        (B, …) on the grid of the features or one finer by a whole factor, which is then put to the vote.
-        anchors (B, A) are flat patch indices, negative for none; by default drawn from the foreground.
+        (B, …) on the grid of the features, or on one finer by a whole factor, reduced by majority vote.
+        anchors (B, A) are flat patch indices, negative for no anchor; by default they are drawn from the foreground.
         Under torch.distributed every rank must call. Raises UserError for shapes that do not fit.
         """
         settings = self.settings
@@ -183,7 +184,8 @@ class _AnchorSimilarity(torch.autograd.Function):
 
 def anchor_similarity(features_bdp: Tensor, anchor_ba: Tensor) -> Tensor:
     """Cosine similarity (B, A, P) of anchors, by patch index, with the patches of their image."""
-    return _AnchorSimilarity.apply(features_bdp, anchor_ba)
+    apply: Callable[[Tensor, Tensor], Tensor] = _AnchorSimilarity.apply
+    return apply(features_bdp, anchor_ba)
 
 
 def _minus_log_share(attraction: Tensor, repulsion: Tensor, epsilon: float) -> Tensor:
@@ -221,7 +223,8 @@ def majority_vote(ids: Tensor, grid: tuple[int, ...], classes: int) -> Tensor:
         )
     pool = F.avg_pool2d if len(grid) == 2 else F.avg_pool3d
     votes = [pool((ids == each).float()[:, None], factor)[:, 0] for each in range(classes)]
-    return torch.stack(votes).argmax(dim=0)  # argmax gives the first of equals
+    # argmax gives the first of equals.
+    return torch.stack(votes).argmax(dim=0)
 
 
 def _check_shapes(features: Tensor, clusters: Tensor, foreground: Tensor) -> None:

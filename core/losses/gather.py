@@ -9,6 +9,7 @@ is the gradient of one process that holds the whole batch. Ranks may bring diffe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from core.errors import UserError
 
-_SIZE_GROUPS: dict[Any, Any] = {}
+_SIZE_GROUPS: dict[dist.ProcessGroup | None, dist.ProcessGroup | None] = {}
 
 
 def world_size() -> int:
@@ -33,7 +34,8 @@ def gather_batch(embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Ten
     if world_size() == 1:
         return embeddings, labels
     sizes = _exchange_sizes(embeddings, labels)
-    gathered = _GatherRows.apply(embeddings, sizes)
+    gather_rows: Callable[[Tensor, list[int]], Tensor] = _GatherRows.apply
+    gathered = gather_rows(embeddings, sizes)
     return gathered, None if labels is None else _all_rows(labels, sizes)
 
 
@@ -65,13 +67,14 @@ def _exchange_sizes(embeddings: Tensor, labels: Tensor | None) -> list[int]:
     return [shape[0] for shape in shapes]
 
 
-def _size_group() -> Any:
+def _size_group() -> dist.ProcessGroup | None:
     """A group whose tensors live on the host: the default one where it is gloo, else made once per run."""
     world = dist.group.WORLD
     if dist.get_backend() == "gloo":
         return world
     if world not in _SIZE_GROUPS:
-        _SIZE_GROUPS.clear()  # groups of an earlier initialisation are dead
+        # Groups of an earlier initialisation are dead.
+        _SIZE_GROUPS.clear()
         _SIZE_GROUPS[world] = dist.new_group(backend="gloo")
     return _SIZE_GROUPS[world]
 

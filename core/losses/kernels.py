@@ -78,7 +78,8 @@ def everyone(distance: Tensor, width: float) -> Tensor:
 KERNELS: dict[str, Kernel] = {
     "equal": equal,
     "rbf": rbf,
-    "gaussian": rbf,  # scaled to 1 at distance 0, the gaussian is the rbf
+    # Scaled to 1 at distance 0, the gaussian is the rbf.
+    "gaussian": rbf,
     "cauchy": cauchy,
     "laplace": laplace,
     "epanechnikov": epanechnikov,

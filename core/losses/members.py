@@ -9,7 +9,8 @@ publication.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
@@ -19,7 +20,6 @@ from core.losses.kernels import (
     KERNELS,
     PUBLISHED_KERNELS,
     PUBLISHED_RANKING_KERNELS,
-    Kernel,
     equal,
     everyone,
 )
@@ -36,11 +36,19 @@ from core.schedules import Constant, Schedule, with_epochs
 
 KernelName = Literal["equal", "rbf", "gaussian", "cauchy", "laplace", "epanechnikov"]
 Normalise = Literal["anchor", "total"]
-Reference = Literal["dynlocrep", "barbano"]
+Reference = Literal["dynlocrep", "barbano", "rnc"]
 
-PUBLISHED_NORMALISE: dict[str, Normalise] = {"dynlocrep": "total", "barbano": "anchor"}
-PUBLISHED_BASE_TEMPERATURE = 0.07
-PUBLISHED_MIN_BATCH = 32
+# Fields that some members have.
+BrainAgeReference = Annotated[
+    Literal["dynlocrep", "barbano"] | None,
+    Field(description="a released code to reproduce; None: the formula"),
+]
+OptionalNormalise = Annotated[
+    Normalise | None,
+    Field(
+        description="mean over anchors, or over the total weight; None: anchor, or what the reference does"
+    ),
+]
 
 
 class LossSettings(BaseModel):
@@ -53,6 +61,14 @@ class LossSettings(BaseModel):
     def build(self, epochs: int | None = None) -> nn.Module:
         """The loss module; `epochs` fills in schedules that count epochs and were not told how many."""
         raise NotImplementedError
+
+
+class SharedParts(TypedDict):
+    """The parts that every pairwise loss takes from its settings as they are."""
+
+    temperature: Schedule
+    neighbours: Neighbours | None
+    chunk_rows: int | None
 
 
 class PairwiseSettings(LossSettings):
@@ -75,67 +91,92 @@ class PairwiseSettings(LossSettings):
         """The parts that these settings mean."""
         raise NotImplementedError
 
-    def shared(self) -> dict[str, Any]:
-        """The parts that these fields mean, by name."""
+    def shared(self) -> SharedParts:
+        """The parts that the fields of every pairwise loss mean, by name."""
         return {"temperature": self.temperature, "neighbours": self.neighbours, "chunk_rows": self.chunk_rows}
 
 
-class PublishedSettings(PairwiseSettings):
-    """A loss that the two brain-age codes released in their own variant."""
+@dataclass(frozen=True)
+class Release:
+    """A released code: all that `reference` implies, wherever the code departs from the formula."""
 
-    reference: Reference | None = Field(None, description="a released code to reproduce; None: the formula")
+    normalise: Normalise
+    offset_self: bool = False
+    """Whether each anchor's largest logit is subtracted before it is scaled."""
+    base_temperature: float | None = None
+    """The loss is multiplied by temperature / this."""
+    localises: frozenset[str] = frozenset()
+    """The losses that its neighbourhood acts on; in the others it changes nothing."""
+    min_batch: int = 1
+    """Below this many subjects, every row is eligible."""
 
-    @model_validator(mode="after")
-    def _neighbours_act(self) -> PublishedSettings:
-        # The released neighbourhood changes the exponential loss only, silently.
-        released = self.reference == "dynlocrep" and self.name == "exponential"
-        if self.neighbours is not None and self.reference is not None and not released:
+    def check(self, settings: PublishedSettings) -> None:
+        """Raise ValueError for a setting that cannot act in the released code, or has another value there."""
+        if settings.neighbours is not None and settings.name not in self.localises:
             raise ValueError(
-                f"neighbours cannot act on {self.name} with reference '{self.reference}'; leave one out"
+                f"neighbours cannot act on {settings.name} with reference '{settings.reference}'; "
+                "leave one out"
             )
-        return self
+        pinned = {"normalise": self.normalise, "logit_offset": "self" if self.offset_self else "none"}
+        for setting, value in pinned.items():
+            # A loss has only the settings that can act on it.
+            given = getattr(settings, setting, None)
+            if given not in (None, value):
+                raise ValueError(f"reference '{settings.reference}' means {setting} '{value}', got '{given}'")
 
-    def shared(self) -> dict[str, Any]:
-        """The parts that these fields mean, by name."""
-        shared = super().shared()
-        if self.reference is None:
-            return shared
-        neighbours = self.neighbours
+    def restore(self, formula: Parts) -> Parts:
+        """The parts of the released code, from those of the formula."""
+        neighbours = formula.neighbours
         if neighbours is not None and neighbours.min_batch is None:
-            neighbours = neighbours.model_copy(update={"min_batch": PUBLISHED_MIN_BATCH})
-        return shared | {
-            "neighbours": neighbours,
-            "normalise": PUBLISHED_NORMALISE[self.reference],
-            "base_temperature": PUBLISHED_BASE_TEMPERATURE,
-            "offset_self": True,
-        }
+            neighbours = neighbours.model_copy(update={"min_batch": self.min_batch})
+        return replace(
+            formula,
+            neighbours=neighbours,
+            normalise=self.normalise,
+            offset_self=self.offset_self,
+            base_temperature=self.base_temperature,
+        )
 
 
-class NormalisedSettings(PublishedSettings):
-    """A loss whose anchors may weigh differently."""
+RELEASES: dict[Reference, Release] = {
+    "dynlocrep": Release(
+        "total",
+        offset_self=True,
+        base_temperature=0.07,
+        localises=frozenset({"exponential"}),
+        min_batch=32,
+    ),
+    "barbano": Release("anchor", offset_self=True, base_temperature=0.07),
+    "rnc": Release("total"),
+}
 
-    normalise: Normalise | None = Field(
-        None,
-        description="mean over anchors, or over the total weight; None: anchor, or what the reference does",
-    )
+
+class PublishedSettings(PairwiseSettings):
+    """A loss with a released code; a member says which codes have it, and gives the parts of its formula."""
+
+    reference: Reference | None = None
 
     @model_validator(mode="after")
-    def _normalise_acts(self) -> NormalisedSettings:
-        pinned = PUBLISHED_NORMALISE.get(self.reference or "")
-        if pinned and self.normalise not in (None, pinned):
-            raise ValueError(
-                f"reference '{self.reference}' means normalise '{pinned}', got '{self.normalise}'"
-            )
+    def _reference_allows(self) -> PublishedSettings:
+        if self.reference is not None:
+            RELEASES[self.reference].check(self)
         return self
 
-    def shared(self) -> dict[str, Any]:
-        """The parts that these fields mean, by name."""
-        return {"normalise": self.normalise or "anchor"} | super().shared()
+    def parts(self) -> Parts:
+        """The parts of the formula, or what the released code makes of them."""
+        formula = self.formula()
+        return formula if self.reference is None else RELEASES[self.reference].restore(formula)
+
+    def formula(self) -> Parts:
+        """The parts that the fields of this loss mean, before `Release.restore` changes what all losses share."""
+        raise NotImplementedError
 
 
-class KernelSettings(NormalisedSettings):
+class KernelSettings(PublishedSettings):
     """A loss whose attraction falls with the distance between labels."""
 
+    reference: BrainAgeReference = None
+    normalise: OptionalNormalise = None
     kernel: KernelName = Field("rbf", description="how attraction falls with label distance")
     width: Schedule | None = Field(
         None, description="kernel width in the unit of the label (years), above 0; None: 2, as published"
@@ -147,46 +188,58 @@ class KernelSettings(NormalisedSettings):
             raise ValueError(f"width cannot act with kernel 'equal', got {self.width!r}; leave one out")
         return self
 
-    def shared(self) -> dict[str, Any]:
-        """The parts that these fields mean, by name."""
-        table: dict[str, Kernel] = PUBLISHED_KERNELS if self.reference else KERNELS
-        width = Constant(value=2.0) if self.width is None else self.width
-        return super().shared() | {"kernel": look_up(table, self.kernel, "kernel"), "width": width}
+    def formula(self) -> Parts:
+        """Attraction by the kernel; all rows repel."""
+        kernels = KERNELS if self.reference is None else PUBLISHED_KERNELS
+        return Parts(
+            kernel=look_up(kernels, self.kernel, "kernel"),
+            width=Constant(value=2.0) if self.width is None else self.width,
+            normalise=self.normalise or "anchor",
+            **self.shared(),
+        )
 
 
 class SimCLR(PublishedSettings):
-    """NT-Xent (arXiv 2002.05709): the other views of a subject attract, everyone else repels."""
+    """NT-Xent (arXiv 2002.05709): the other views of a subject attract, all other rows repel."""
 
     name: Literal["simclr"] = "simclr"
+    reference: BrainAgeReference = None
 
-    def parts(self) -> Parts:
+    def formula(self) -> Parts:
         """Without labels every subject is its own class."""
         return Parts(kernel=equal, labels="ignored", **self.shared())
 
 
-class SupCon(NormalisedSettings):
+class SupCon(PublishedSettings):
     """Supervised contrastive (arXiv 2004.11362): equal labels attract; without labels, SimCLR."""
 
     name: Literal["supcon"] = "supcon"
+    reference: BrainAgeReference = None
+    normalise: OptionalNormalise = None
     bin_width: float | None = Field(
         None,
         gt=0,
         description="years per bin for continuous ages, edges at its multiples; None: exact equality",
     )
 
-    def parts(self) -> Parts:
+    def formula(self) -> Parts:
         """The kernel is equality, of bins where bin_width is given."""
-        return Parts(kernel=equal, labels="optional", bin_width=self.bin_width, **self.shared())
+        return Parts(
+            kernel=equal,
+            labels="optional",
+            bin_width=self.bin_width,
+            normalise=self.normalise or "anchor",
+            **self.shared(),
+        )
 
 
 class YAware(KernelSettings):
-    """y-Aware (arXiv 2106.08808): near labels attract by a kernel, everyone repels."""
+    """y-Aware (arXiv 2106.08808): near labels attract by a kernel, all rows repel.
+
+    It is supcon with a kernel in place of equality; the limit of a kernel width of 0 is supcon.
+    """
 
     name: Literal["y_aware"] = "y_aware"
-
-    def parts(self) -> Parts:
-        """Supcon with a kernel in place of equality; the limit of a kernel width of 0 is supcon."""
-        return Parts(**self.shared())
 
 
 class Threshold(KernelSettings):
@@ -194,12 +247,12 @@ class Threshold(KernelSettings):
 
     name: Literal["threshold"] = "threshold"
 
-    def parts(self) -> Parts:
+    def formula(self) -> Parts:
         """As published, one denominator per anchor weighs j by how many k are less similar to j."""
+        formula = super().formula()
         if self.reference is None:
-            return Parts(repulsion=farther_repel, **self.shared())
-        kernel = PUBLISHED_RANKING_KERNELS[self.kernel]
-        return Parts(repulsion=rank_counts_repel, **self.shared() | {"kernel": kernel})
+            return replace(formula, repulsion=farther_repel)
+        return replace(formula, repulsion=rank_counts_repel, kernel=PUBLISHED_RANKING_KERNELS[self.kernel])
 
 
 class Exponential(KernelSettings):
@@ -215,18 +268,12 @@ class Exponential(KernelSettings):
         description="subtract each anchor's own logit before scaling; None: none, or what the reference does",
     )
 
-    @model_validator(mode="after")
-    def _offset_acts(self) -> Exponential:
-        if self.reference and self.logit_offset == "none":
-            raise ValueError(f"reference '{self.reference}' means logit_offset 'self', got 'none'")
-        return self
-
-    def parts(self) -> Parts:
+    def formula(self) -> Parts:
         """The exponent of each pair is scaled by 1 − w."""
-        return Parts(**{"offset_self": self.logit_offset == "self", "spare_positives": True} | self.shared())
+        return replace(super().formula(), spare_positives=True, offset_self=self.logit_offset == "self")
 
 
-class RankNContrast(PairwiseSettings):
+class RankNContrast(PublishedSettings):
     """Rank-N-Contrast (arXiv 2210.01189): every pair attracts against all at least as far in label.
 
     The similarity is the negative Euclidean distance of the embeddings as they are, not normalised.
@@ -236,13 +283,7 @@ class RankNContrast(PairwiseSettings):
     temperature: Schedule = Field(Constant(value=2.0), description="divides the negative distance; above 0")
     reference: Literal["rnc"] | None = Field(None, description="rnc: as published, which has no neighbours")
 
-    @model_validator(mode="after")
-    def _neighbours_act(self) -> RankNContrast:
-        if self.reference and self.neighbours is not None:
-            raise ValueError("neighbours cannot act with reference 'rnc'; leave one out")
-        return self
-
-    def parts(self) -> Parts:
+    def formula(self) -> Parts:
         """The mean over all pairs that have a denominator."""
         return Parts(
             similarity="distance",
@@ -275,7 +316,7 @@ class MSE(LossSettings):
 
 def _with_epochs(settings: PairwiseSettings, epochs: int) -> PairwiseSettings:
     """A copy in which every schedule that counts epochs knows how many there are."""
-    update: dict[str, Any] = {"temperature": with_epochs(settings.temperature, epochs)}
+    update: dict[str, object] = {"temperature": with_epochs(settings.temperature, epochs)}
     if settings.neighbours is not None:
         update["neighbours"] = settings.neighbours.with_epochs(epochs)
     if isinstance(settings, KernelSettings) and settings.width is not None:

@@ -1,6 +1,6 @@
-"""Who may repel whom: the rows nearest to an anchor in embedding space, how many being a schedule.
+"""Which rows may repel an anchor: the nearest in embedding space, whose number follows a schedule.
 
-Dynamic Localised Repulsion (arXiv 2408.00527) starts with the whole batch and narrows to the nearest few.
+Dynamic Localised Repulsion (arXiv 2408.00527) starts with the whole batch and ends with the nearest few.
 
 Shape suffixes: N anchor rows, M rows they are contrasted with, K neighbours, D embedding.
 """
@@ -34,8 +34,8 @@ class Neighbours(BaseModel):
         description="subjects at the start: a whole count, a fraction of the batch in (0, 1], or None: all",
     )
     end: Annotated[Annotated[int | float, Number] | Annotated[Piecewise, Pieces], ByKind] = Field(
-        description="subjects at the end: a whole count, or a fraction of the batch in (0, 1]; what a "
-        "population found may aim at another end in each part of the training (piecewise)"
+        description="subjects at the end: a whole count, or a fraction of the batch in (0, 1]; in a "
+        "schedule that a population found, each part of the training may have its own end (piecewise)"
     )
     shape: Literal["staircase", "linear", "cosine", "exponential"] = Field(
         "staircase", description="how the count goes from start to end"
@@ -117,8 +117,9 @@ def farness(z_nd: Tensor, z_md: Tensor, metric: Metric) -> Tensor:
 
 
 def kth_largest(values_nm: Tensor, count: int) -> Tensor:
-    """(N, 1): the value that `count` of each row reach; more do where there are ties, whatever their order."""
+    """(N, 1): the `count`-th largest value of each row; with ties, more than `count` values reach it."""
     if values_nm.device.type != "cpu":
         return values_nm.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
-    place = values_nm.shape[1] - count  # numpy selects several times faster than torch, and shares memory
+    # numpy selects several times faster than torch, and shares memory.
+    place = values_nm.shape[1] - count
     return torch.from_numpy(np.partition(values_nm.numpy(), place, axis=1)[:, place : place + 1])

@@ -113,7 +113,8 @@ class _LogSumExp(torch.autograd.Function):
 
 def log_sum_exp(logits: Tensor, dim: int) -> Tensor:
     """log Σ exp(logits) over `dim`; a row of NOTHING stays near NOTHING. Differentiable once."""
-    return _LogSumExp.apply(logits, dim)
+    apply: Callable[[Tensor, int], Tensor] = _LogSumExp.apply
+    return apply(logits, dim)
 
 
 # --- G: who repels -----------------------------------------------------------------------------------------
@@ -356,7 +357,7 @@ class PairwiseLoss(nn.Module):
                 )
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does nothing on the device of `tensor`: losses need float32."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

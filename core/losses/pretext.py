@@ -39,7 +39,7 @@ class Symmetry(LossSettings):
     """Settings of the symmetry loss between a brain and its mirror image.
 
     cosine_nce: binary cross-entropy of the cosine as a logit. siamese: mean of 1 − c for the healthy and c
-    for the others. group: the healthy against everyone, in one softmax over the batch. margin: squared
+    for the others. group: the healthy against all subjects, in one softmax over the batch. margin: squared
     distance for the healthy, squared shortfall from a margin for the others (Hadsell et al. 2006).
     """
 
@@ -141,7 +141,7 @@ class SymmetryLoss(nn.Module):
     def forward(self, embeddings: Tensor, healthy: Tensor, progress: float) -> Tensor:
         """The loss of embeddings (B, 2, D), brain and mirror image, and healthy (B,), 1 or 0.
 
-        `group` with nobody healthy, or with everybody, has nothing to compare and is a zero on the graph.
+        If all subjects are healthy, or none is, `group` has nothing to compare and is a zero on the graph.
         """
         check_batch("symmetry", embeddings, healthy)
         if embeddings.shape[1] != 2:
@@ -163,7 +163,8 @@ class SymmetryLoss(nn.Module):
         if self.settings.form == "margin":
             margin = 2.0 if self.settings.margin is None else self.settings.margin
             apart_b = torch.linalg.vector_norm(z_bvd[:, 0] - z_bvd[:, 1], dim=1)
-            return h_b * apart_b**2 + (1 - h_b) * (margin - apart_b).clamp(min=0) ** 2
+            loss_b: Tensor = h_b * apart_b**2 + (1 - h_b) * (margin - apart_b).clamp(min=0) ** 2
+            return loss_b
         c_b = F.cosine_similarity(z_bvd[:, 0], z_bvd[:, 1])
         if self.settings.form == "siamese":
             return (1 - h_b) * c_b + h_b * (1 - c_b)

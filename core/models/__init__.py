@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
@@ -25,15 +25,7 @@ from core.models.encoders import (
 )
 from core.models.heads import ProjectionHead, RegressionHead
 from core.models.reconstruction import ReconstructionDecoder
-from core.models.settings import (
-    HeadSettings,
-    ModelSettings,
-    ResNetSettings,
-    ResNeXtSettings,
-    SFCNSettings,
-    SwinSettings,
-    SymmetrySwinSettings,
-)
+from core.models.settings import ModelSettings
 from core.models.swin import SwinEncoder, SymmetrySwinEncoder, swin, swin_symmetry
 from core.models.swin_unetr import swin_unetr, swin_unetr_symmetry
 from core.models.unet import groupnorm_unet, res_unet
@@ -41,16 +33,10 @@ from core.models.unet import groupnorm_unet, res_unet
 __all__ = [
     "MODELS",
     "Encoder",
-    "HeadSettings",
     "ModelSettings",
     "ProjectionHead",
     "ReconstructionDecoder",
     "RegressionHead",
-    "ResNeXtSettings",
-    "ResNetSettings",
-    "SFCNSettings",
-    "SwinSettings",
-    "SymmetrySwinSettings",
     "build",
     "build_encoder",
     "build_projection_head",
@@ -78,7 +64,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(name: str, **settings: Any) -> nn.Module:
+def build(name: str, **settings: object) -> nn.Module:
     """A freshly initialised network; without settings it is the published one.
 
     Args:

@@ -120,7 +120,8 @@ def _resnext(
         spatial_dims=3,
         n_input_channels=in_channels,
         conv1_t_size=7,
-        conv1_t_stride=(2, 2, 1),  # type: ignore[arg-type]  # MONAI means a tuple of any length
+        # MONAI means a tuple of any length.
+        conv1_t_stride=(2, 2, 1),  # type: ignore[arg-type]
         no_max_pool=True,
         shortcut_type=shortcut,
         feed_forward=False,
@@ -181,7 +182,8 @@ class SFCNEncoder(nn.Module):
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
         """(B, C, X, Y, Z) -> (B, embedding_dim)."""
-        return self.stages(volumes).mean(dim=(2, 3, 4))
+        features_bexyz: torch.Tensor = self.stages(volumes)
+        return features_bexyz.mean(dim=(2, 3, 4))
 
 
 def _sfcn_stage(before: int, after: int) -> nn.Module:

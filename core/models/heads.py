@@ -53,4 +53,5 @@ class RegressionHead(nn.Module):
 
     def forward(self, embedding_be: torch.Tensor) -> torch.Tensor:
         """(B, E) -> (B,) float32."""
-        return self.layer(embedding_be).float().squeeze(-1)
+        output_b1: torch.Tensor = self.layer(embedding_be)
+        return output_b1.float().squeeze(-1)

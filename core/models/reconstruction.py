@@ -33,7 +33,7 @@ class ReconstructionDecoder(nn.Module):
 
         An encoder pads odd grids at their far side, so that is where the volume is cut.
         """
-        volume = self.layers(features_bexyz)
+        volume: torch.Tensor = self.layers(features_bexyz)
         if any(have < want for have, want in zip(volume.shape[2:], grid, strict=True)):
             raise ValueError(
                 f"features of grid {tuple(features_bexyz.shape[2:])} do not reach the grid {grid}"

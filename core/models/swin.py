@@ -33,7 +33,8 @@ class LegacyPatchMerging(PatchMergingV2):
         x, y, z = tokens_bxyze.shape[1:4]
         even = F.pad(tokens_bxyze, (0, 0, 0, z % 2, 0, y % 2, 0, x % 2))
         merged = torch.cat([even[:, i::2, j::2, k::2] for i, j, k in self.SUB_LATTICES], dim=-1)
-        return self.reduction(self.norm(merged))
+        reduced: torch.Tensor = self.reduction(self.norm(merged))
+        return reduced
 
 
 Merging = Literal["v2", "legacy"]
@@ -69,7 +70,8 @@ class SwinEncoder(nn.Module):
 
     def feature_map(self, volumes: torch.Tensor) -> torch.Tensor:
         """Last stage, normalised over channels: (B, C, X, Y, Z) -> (B, E, x, y, z)."""
-        return self.transformer(volumes)[-1]
+        features_bexyz: torch.Tensor = self.transformer(volumes)[-1]
+        return features_bexyz
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
         """(B, C, X, Y, Z) -> (B, embedding_dim)."""

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
-from monai.networks.nets import SwinUNETR
+from monai.networks.nets.swin_unetr import SwinUNETR
 
 from core.lookup import look_up
 from core.models.swin import MERGING, Merging, SymmetryAttention, feature_size
 from core.volumes.images.mirror import mirror
 
 
+class _Settings(TypedDict):
+    """What MONAI's Swin UNETR is told."""
+
+    in_channels: int
+    out_channels: int
+    feature_size: int
+    # A class, which MONAI annotates as a module.
+    downsample: Any
+    use_checkpoint: bool
+
+
 class SymmetrySwinUNETR(SwinUNETR):
     """Swin UNETR whose deepest features attend to those of the mirror image."""
 
-    def __init__(self, attention: SymmetryAttention, **settings: Any) -> None:
+    def __init__(self, attention: SymmetryAttention, **settings: Unpack[_Settings]) -> None:
         super().__init__(**settings)
         self.attention = attention
 
@@ -36,7 +47,8 @@ class SymmetrySwinUNETR(SwinUNETR):
         x = self.decoder4(x, self.encoder4(second))
         x = self.decoder3(x, self.encoder3(first))
         x = self.decoder2(x, self.encoder2(patches))
-        return self.out(self.decoder1(x, self.encoder1(volumes)))
+        logits: torch.Tensor = self.out(self.decoder1(x, self.encoder1(volumes)))
+        return logits
 
 
 def swin_unetr(
@@ -67,7 +79,7 @@ def swin_unetr_symmetry(
 
 def _settings(
     in_channels: int, out_channels: int, width: float, merging: Merging, checkpointing: bool
-) -> dict[str, Any]:
+) -> _Settings:
     return {
         "in_channels": in_channels,
         "out_channels": out_channels,

@@ -37,9 +37,11 @@ class ResUNet(nn.Module):
         x = features.pop()
         for up, merge in zip(reversed(self.up), reversed(self.merge), strict=True):
             skip = features.pop()
-            x = F.relu(up(x, output_size=skip.shape[2:]))  # odd sides come back as they were
+            # With the size of the skip, odd sides come back as they were.
+            x = F.relu(up(x, output_size=skip.shape[2:]))
             x = merge(torch.cat([skip, x], dim=1))
-        return self.out(x)
+        logits: torch.Tensor = self.out(x)
+        return logits
 
 
 class _ResidualBlock(nn.Module):
@@ -58,7 +60,8 @@ class _ResidualBlock(nn.Module):
         self.skip = nn.Conv3d(before, after, kernel_size=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.convolutions(x) + self.skip(x)
+        output: torch.Tensor = self.convolutions(x) + self.skip(x)
+        return output
 
 
 def _doubling(below: int, above: int) -> nn.ConvTranspose3d:
@@ -128,7 +131,8 @@ class GroupNormUNet(nn.Module):
     def forward(self, slices: torch.Tensor) -> torch.Tensor:
         """(B, C, X, Y), 32 or more a side -> the head's output."""
         maps = self.encoder(slices)
-        return self.head(maps[-1] if self.decoder is None else self.decoder(maps))
+        output: torch.Tensor = self.head(maps[-1] if self.decoder is None else self.decoder(maps))
+        return output
 
 
 def groupnorm_unet(

@@ -1,4 +1,4 @@
-"""Starting from trained weights: loading by name with an account of what matched, and freezing."""
+"""Starting from trained weights: loading by name, with a report of what matched, and freezing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ class LoadReport:
     """What became of every weight; names are the model's, except `unused`, which are the file's."""
 
     loaded: tuple[str, ...]
-    adapted: tuple[str, ...]  # loaded after fitting the number of input channels
-    missing: tuple[str, ...]  # in the model only: they keep their initial values
-    unused: tuple[str, ...]  # in the file only
-    mismatched: tuple[str, ...]  # in both with different shapes: "name: (64, 3) in the file, (64, 2) here"
+    adapted: tuple[str, ...]
+    """Loaded after fitting the number of input channels."""
+    missing: tuple[str, ...]
+    """In the model only: they keep their initial values."""
+    unused: tuple[str, ...]
+    """In the file only."""
+    mismatched: tuple[str, ...]
+    """In both with different shapes: "name: (64, 3) in the file, (64, 2) here"."""
 
     def __str__(self) -> str:
         counts = f"{len(self.loaded)} loaded"
@@ -43,7 +47,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every format fails in its own way
+    # Every format fails in its own way.
+    except Exception as error:
         raise UserError(f"cannot read weights from {path}: {' '.join(str(error).split())[:200]}") from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
@@ -54,7 +59,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], prefix: str = "") -> LoadReport:
-    """Load every weight whose name and shape fit, in place, and say what became of the others.
+    """Load every weight whose name and shape fit, in place, and report the others.
 
     A first convolution for another number of channels is fitted by spreading its sum over channels evenly, so
     that equal channels give the response that they gave before.
@@ -83,7 +88,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], prefix: 
             mismatched.append(
                 f"{name}: {tuple(given[name].shape)} in the file, {tuple(wanted[name].shape)} here"
             )
-    if not any(value.ndim for value in loaded.values()):  # counters of batches fit every architecture
+    # Counters of batches have no dimension and fit every architecture.
+    if not any(value.ndim for value in loaded.values()):
         raise UserError(_nothing_fits(wanted, weights, prefix, mismatched))
     model.load_state_dict(loaded, strict=False)
     return LoadReport(

@@ -1,13 +1,13 @@
-"""What every page of ours is made with: templates beside this file, and a write that leaves no half page."""
+"""How every page is made: from the templates beside this file, and written in one step."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jinja2
 
 from core.errors import UserError
+from core.files.writing import write_text
 
 
 def load_page(name: str) -> jinja2.Template:
@@ -23,11 +23,9 @@ def load_page(name: str) -> jinja2.Template:
 
 
 def write_page(text: str, path: Path, what: str) -> Path:
-    """Write a page in one step and return its path; UserError, naming `what` it is, if that is impossible."""
-    unfinished = path.with_name(path.name + ".part")
+    """Write a page in one step and return its path; UserError, which calls it `what`, where this is impossible."""
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"cannot write the {what} to '{path}': {error.strerror}") from None
     return path

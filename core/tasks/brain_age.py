@@ -11,27 +11,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from core.config import RunSettings
+from core.evaluation import Floats, Names
 from core.evaluation.probes import AgeProbe, fit_age_probe
 from core.evaluation.regression import median_baseline, regression_metrics
 from core.evaluation.site import site_balanced_accuracy
+from core.losses.settings import REGRESSION_LOSSES
 from core.models import build_encoder, build_projection_head
 from core.models.heads import RegressionHead
-
-METRIC = "mae"
-"""What a search minimises: mean absolute error of age, in years."""
-
-REGRESSION = frozenset({"l1", "mse"})
-"""Objectives that need no probe: the model predicts age itself."""
-
-Floats = npt.NDArray[np.floating[Any]]
 
 
 class ContrastiveModel(nn.Module):
@@ -43,12 +35,16 @@ class ContrastiveModel(nn.Module):
 
     def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
         """Projections (B, D) on the unit sphere."""
-        return self.head(self.encoder(volumes_bcxyz))
+        projection_bd: torch.Tensor = self.head(self.encoder(volumes_bcxyz))
+        return projection_bd
 
     def embed(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
         """What the probe reads, (B, E)."""
-        embedding_be = self.encoder(volumes_bcxyz)
-        return self.head(embedding_be) if self.readout == "projection" else embedding_be
+        embedding_be: torch.Tensor = self.encoder(volumes_bcxyz)
+        if self.readout == "encoder":
+            return embedding_be
+        projection_bd: torch.Tensor = self.head(embedding_be)
+        return projection_bd
 
 
 class RegressionModel(nn.Module):
@@ -65,11 +61,16 @@ class RegressionModel(nn.Module):
 
     def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
         """Predicted age (B, 1) in years."""
-        return (self.head(self.encoder(volumes_bcxyz)) * self.age_sd + self.age_mean).unsqueeze(-1)
+        standardised_b: torch.Tensor = self.head(self.encoder(volumes_bcxyz))
+        return (standardised_b * self.age_sd + self.age_mean).unsqueeze(-1)
 
     def embed(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
         """The encoder's embedding (B, E)."""
-        return self.encoder(volumes_bcxyz)
+        embedding_be: torch.Tensor = self.encoder(volumes_bcxyz)
+        return embedding_be
+
+
+AgeModel = ContrastiveModel | RegressionModel
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,20 @@ class Embedded:
 
     embeddings: Floats
     ages: Floats
-    sites: npt.NDArray[Any]
+    sites: Names
     predicted: Floats | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trained model did on subjects it had not seen."""
+    """The result of a trained model on subjects that it was not trained on."""
 
     metrics: dict[str, float]
     predicted: Floats
     probe: AgeProbe | None
 
 
-def build_model(settings: RunSettings, in_channels: int, training_ages: Floats) -> nn.Module:
+def build_model(settings: RunSettings, in_channels: int, training_ages: Floats) -> AgeModel:
     """The model of `settings`, on the CPU, with PyTorch's current random state."""
     encoder = build_encoder(settings.model, in_channels)
     if is_regression(settings):
@@ -116,7 +117,7 @@ def check(settings: RunSettings) -> None:
 
 def is_regression(settings: RunSettings) -> bool:
     """Whether the model predicts age itself, without a probe."""
-    return settings.objective.name in REGRESSION
+    return settings.objective.name in REGRESSION_LOSSES
 
 
 def training_loss(
@@ -133,7 +134,8 @@ def training_loss(
     """
     subjects, views = views_bvcxyz.shape[:2]
     output_bvd = model(views_bvcxyz.flatten(0, 1)).view(subjects, views, -1)
-    return objective(output_bvd, ages_b, progress)
+    loss: torch.Tensor = objective(output_bvd, ages_b, progress)
+    return loss
 
 
 def judge(training: Embedded, evaluation: Embedded, *, sites: bool = True) -> Outcome:

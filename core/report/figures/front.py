@@ -1,4 +1,4 @@
-"""Several objectives at once, drawn: the completed trials and those that no other beats."""
+"""The figure of several objectives: the completed trials, and the front of those that no other trial beats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from core.objectives import OBJECTIVES
 from core.report.answer.front import completed_with_objectives, pareto_front
 from core.report.answer.record import NothingToShow, RunRecord
-from core.report.figures.style import ACCENT, INK, MUTED, legend_above, new_figure, styled
+from core.report.figures.style import ACCENT, INK, MUTED, legend_above, new_grid, styled
 
 
 @styled
@@ -19,14 +19,15 @@ def pareto_figure(record: RunRecord) -> Figure:
     if trials.empty:
         raise NothingToShow("no trial was completed with all objectives")
     first, *others = record.objectives
-    figure, all_axes = new_figure(3.2, nrows=1, ncols=len(others), squeeze=False)
-    for axes, other in zip(all_axes[0], others, strict=True):
+    figure, all_axes = new_grid(3.2, rows=1, columns=len(others))
+    for axes, other in zip(all_axes, others, strict=True):
         rest = trials[~trials["number"].isin(front["number"])]
         axes.plot(rest[first], rest[other], "o", mfc="none", mec=MUTED, label="beaten" if len(rest) else None)
-        style = "o-" if len(others) == 1 else "o"  # of three or more, the front is no line in two of them
+        # with three or more objectives the front is not a line in two of them
+        style = "o-" if len(others) == 1 else "o"
         axes.plot(front[first], front[other], style, color=ACCENT, label="not beaten")
         winner = front[front["number"] == record.best]
         axes.plot(winner[first], winner[other], "o", mfc="none", mec=INK, ms=11, mew=1.3, label="winner")
         axes.set(xlabel=OBJECTIVES[first].label, ylabel=OBJECTIVES[other].label)
-    legend_above(all_axes[0][0])
+    legend_above(all_axes[0])
     return figure

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,7 +20,7 @@ COLUMN = 1.6  # inches
 
 
 def montage(
-    volumes: NDArray[np.floating[Any]],
+    volumes: NDArray[np.float32],
     captions: Sequence[str],
     path: str | Path,
     *,
@@ -82,13 +82,13 @@ def montage(
             figure, grid[3 * kind : 3 * kind + 3, :].get_position(figure), scale, titles[kind], units[kind]
         )
     canvas.draw()
-    # 256 colours halve the file, and two colour maps need no more
+    # 256 colours halve the size of the file, and are enough for two colour maps
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     picture.quantize(256, dither=Image.Dither.NONE).save(path)
     return Path(path)
 
 
-def _cropped(channels: NDArray[Any]) -> NDArray[Any]:
+def _cropped(channels: NDArray[np.float32]) -> NDArray[np.float32]:
     """(N, C, X, Y, Z) without the margins where every volume is 0."""
     inside = np.argwhere(channels.any(axis=(0, 1)))
     if not inside.size:
@@ -97,27 +97,21 @@ def _cropped(channels: NDArray[Any]) -> NDArray[Any]:
     return channels[:, :, x, y, z]
 
 
-def _range(volumes: NDArray[Any]) -> tuple[float, float]:
-    """0 to the 99.5th percentile inside the heads."""
-    values = volumes[volumes > 0]
-    return 0.0, float(np.percentile(values, 99.5)) if values.size else 1.0
-
-
-def _slices(volume: NDArray[Any], cut: tuple[float, float, float]) -> list[NDArray[Any]]:
+def _slices(volume: NDArray[np.float32], cut: tuple[float, float, float]) -> list[NDArray[np.float32]]:
     """Axial, coronal and sagittal slice of (X, Y, Z), each as (rows, columns) from bottom left."""
     x, y, z = (round(part * (size - 1)) for part, size in zip(cut, volume.shape, strict=True))
     return [volume[:, :, z].T, volume[:, y, :].T, volume[x, :, :].T]
 
 
-def _draw(axes: Axes, plane: NDArray[Any], scale: ScalarMappable) -> None:
+def _draw(axes: Axes, plane: NDArray[np.float32], scale: ScalarMappable) -> None:
     colours = scale.to_rgba(plane)
     colours[plane == 0] = (*(int(BACKGROUND[place : place + 2], 16) / 255 for place in (1, 3, 5)), 1)
     axes.imshow(colours, origin="lower", interpolation="nearest")
     axes.set_axis_off()
 
 
-def _add_scale(figure: Figure, box: Any, scale: ScalarMappable, title: str, unit: str) -> None:
-    """Name of the channel at the left of its rows, colour bar at the right."""
+def _add_scale(figure: Figure, box: Bbox, scale: ScalarMappable, title: str, unit: str) -> None:
+    """The name of the channel on the left of its rows, and its colour bar on the right."""
     width = figure.get_figwidth()
     figure.text(0.17 / width, (box.y0 + box.y1) / 2, title, color=INK, fontsize=11, rotation=90,
                 ha="center", va="center")  # fmt: skip

@@ -1,9 +1,8 @@
-"""A population drawn: its members over epochs with their exchanges, and the schedule it found, step by step."""
+"""The figures of a population: its members and their exchanges over epochs, and the schedule that it found."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +12,6 @@ from optuna.trial import FrozenTrial
 
 from core.report.answer.describe import number
 from core.report.answer.population import (
-    EXCHANGED,
     FOLLOWED,
     FoundSchedule,
     exchange_table,
@@ -21,13 +19,14 @@ from core.report.answer.population import (
     members,
 )
 from core.report.answer.record import NothingToShow, RunRecord, reported
-from core.report.figures.style import ACCENT, MUTED, SECOND, legend_above, new_figure, styled
+from core.report.figures.style import ACCENT, MUTED, SECOND, legend_above, new_figure, new_grid, styled
+from core.run_names import EXCHANGED
 
 UNITS = {"objective.width": " (years)", "objective.neighbours.end": " (share or count)"}
 WIDE_RANGE = 8
-"""A setting whose largest value is more than so many times its least is drawn over its logarithm."""
+"""A setting whose largest value is more than this many times its smallest is drawn on a logarithmic scale."""
 LABEL_HEIGHT = 0.045
-"""Of the axes."""
+"""As a fraction of the height of the axes."""
 
 Values = dict[int, dict[int, float]]
 """What the members reported, by member and epoch."""
@@ -35,7 +34,7 @@ Values = dict[int, dict[int, float]]
 
 @styled
 def population(record: RunRecord) -> Figure:
-    """Value of every member after every epoch, who went on from whom, and the weights that won."""
+    """Value of every member after every epoch, the exchanges between members, and the weights that won."""
     every = members(record)
     values = {member.number: _finite(member) for member in every}
     if not any(values.values()):
@@ -60,7 +59,7 @@ def population(record: RunRecord) -> Figure:
 
 
 def followed_values(found: FoundSchedule, values: Values) -> dict[int, float]:
-    """By epoch, what was reported by whoever trained the weights of the schedule then."""
+    """By epoch, the value of the member that trained the weights of the schedule in that epoch."""
     path: dict[int, float] = {}
     begun = 0
     for member, last in found.followed:
@@ -72,7 +71,7 @@ def followed_values(found: FoundSchedule, values: Values) -> dict[int, float]:
 
 @styled
 def steps(record: RunRecord) -> Figure:
-    """Each setting that the population could change, as the schedule found has it, epoch by epoch."""
+    """Each setting that the population could change: its value in every epoch of the schedule that was found."""
     found = found_schedule(record)
     if found is None:
         raise NothingToShow("no schedule was found: no member trained to the end, or the study is absent")
@@ -80,10 +79,10 @@ def steps(record: RunRecord) -> Figure:
     if not drawn:
         raise NothingToShow("the schedule found has none of the settings that a population changes")
     rows = (len(drawn) + 1) // 2
-    figure, grid = new_figure(0.5 + 1.7 * rows, nrows=rows, ncols=2, squeeze=False)
-    for axes, (name, values) in zip(grid.flat, drawn.items(), strict=False):
+    figure, grid = new_grid(0.5 + 1.7 * rows, rows, columns=2)
+    for axes, (name, values) in zip(grid, drawn.items(), strict=False):
         _draw_steps(axes, FOLLOWED[name] + UNITS.get(name, ""), values)
-    for axes in grid.flat[len(drawn) :]:
+    for axes in grid[len(drawn) :]:
         axes.remove()
     figure.supxlabel("epochs done", fontsize=10)
     return figure
@@ -94,7 +93,7 @@ def _finite(member: FrozenTrial) -> dict[int, float]:
 
 
 def _draw_member(axes: Axes, member: FrozenTrial, values: Values, bow: float) -> None:
-    """One line per stretch between its exchanges; a stretch begins where the donor stood."""
+    """One line for each stretch between its exchanges; a stretch begins at the value of the donor."""
     own = values[member.number]
     begin, first = 0, None
     for each in [*member.user_attrs.get(EXCHANGED, []), None]:
@@ -110,19 +109,20 @@ def _draw_member(axes: Axes, member: FrozenTrial, values: Values, bow: float) ->
 
 
 def _draw_exchange(axes: Axes, epoch: int, given_up_and_taken: tuple[float, float], bow: float) -> None:
-    """An arrow, bent because several may stand at one epoch."""
+    """A bent arrow, because there may be several arrows at one epoch."""
     look = {
         "arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bow}", "color": SECOND, "lw": 1.1, "shrinkA": 0,
         "shrinkB": 0, "mutation_scale": 8,
     }  # fmt: skip
     given_up, taken = given_up_and_taken
     arrow = axes.annotate("", (epoch, taken), (epoch, given_up), arrowprops=look, zorder=5)
-    if arrow.arrow_patch is not None:  # what was given up may lie above the axes
+    # the value that was given up may lie above the axes
+    if arrow.arrow_patch is not None:
         arrow.arrow_patch.set_clip_path(axes.patch)
 
 
 def _keep_scale(axes: Axes, values: Values, first_exchange: float) -> None:
-    """First epochs can be wild, and so can a member on its way out: neither sets the scale."""
+    """Values of first epochs and of members that are about to be replaced can be extreme: they do not set the scale."""
     every = [value for own in values.values() for value in own.values()]
     later = [value for own in values.values() for epoch, value in own.items() if epoch >= first_exchange]
     limit = min(1.1 * max(later), 2 * np.percentile(later, 90)) if later else np.inf
@@ -131,19 +131,26 @@ def _keep_scale(axes: Axes, values: Values, first_exchange: float) -> None:
 
 
 def _name_ends(axes: Axes, values: Values) -> None:
-    """Each member's number beside its last value, apart where several end alike."""
+    """Each member's number beside its last value; numbers of close values are moved apart."""
     low, high = axes.get_ylim()
     last = max(max(own) for own in values.values() if own)
     below = -np.inf
     for value, epoch, name in sorted((own[max(own)], max(own), name) for name, own in values.items() if own):
         below = max(min(value, high), below + LABEL_HEIGHT * (high - low))
-        look: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": MUTED}
-        axes.annotate(str(name), (epoch, below), (5, 0), **look)
+        axes.annotate(
+            str(name),
+            (epoch, below),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=MUTED,
+        )
     axes.set_xlim(right=1.05 * last + 0.2)
 
 
 def _draw_steps(axes: Axes, title: str, values: Sequence[float]) -> None:
-    """A step per epoch, from epochs done before it to epochs done after it."""
+    """One step for each epoch, from the number of epochs done before it to the number done after it."""
     epochs = len(values)
     axes.stairs(values, range(epochs + 1), baseline=None, color=ACCENT, lw=1.8)
     if min(values) == max(values):

@@ -1,11 +1,11 @@
-"""The figures of a search. Every function takes the run's record and returns a matplotlib Figure.
+"""The figures of a search. Every function takes the record of a run and returns a matplotlib Figure.
 
-A figure that cannot be drawn raises `NothingToShow`, whose message is the reason, for the reader.
+A figure that cannot be drawn raises `NothingToShow`; its message tells the reader of the report why.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
 from core.report.answer.importance import importances_of
-from core.report.answer.population import MEMBER, is_member
+from core.report.answer.population import is_member
 from core.report.answer.record import NothingToShow, RunRecord, reported
 from core.report.figures.style import (
     ACCENT,
@@ -29,10 +29,12 @@ from core.report.figures.style import (
     new_figure,
     styled,
 )
+from core.run_names import MEMBER
 
 MAE_LABEL = "validation MAE (years)"
 MOST_SETTINGS = 12
-MOST_POINTS = 10_000  # beyond, the curves of trials that do not stand out become pixels: the page stays small
+# with more points the curves of ordinary trials are drawn as pixels, so that the page stays small
+MOST_POINTS = 10_000
 
 
 @styled
@@ -70,7 +72,8 @@ def optimisation_history(record: RunRecord) -> Figure:
             label="best so far",
         )
     failed = trials[trials["state"] == "FAIL"]
-    if not failed.empty:  # no value to stand at: on the axis, off the scale
+    # a failed trial has no value: it is marked on the axis
+    if not failed.empty:
         foot = axes.get_xaxis_transform()
         axes.plot(
             failed["number"],
@@ -106,14 +109,14 @@ def _ring_published(axes: Axes, record: RunRecord, valued: pd.DataFrame) -> None
 
 
 def _median_line(axes: Axes, record: RunRecord) -> None:
-    """What predicting the training median scores on the same validation subjects."""
+    """The score of always predicting the training median, on the same validation subjects."""
     median = record.cells["median_mae"].mean()
     if np.isfinite(median) and record.objectives[0] == "mae":
         axes.axhline(median, color=INK, lw=1, ls=(0, (4, 3)), label="training median")
 
 
-def _keep_scale(axes: Axes, completed: pd.Series, pruned: pd.Series) -> None:
-    """One pruned trial that was blowing up must not flatten all others: cut it off, and say so."""
+def _keep_scale(axes: Axes, completed: pd.Series[float], pruned: pd.Series[float]) -> None:
+    """One diverging pruned trial must not flatten all others: limit the axis, and write how many lie above."""
     if completed.empty or pruned.empty:
         return
     low, _ = axes.get_ylim()
@@ -173,7 +176,7 @@ def fold_spread(record: RunRecord, top: int = 5) -> Figure:
 
 
 def _median_beside(axes: Axes, record: RunRecord) -> None:
-    """The training median as a line where it is near; far off it would squeeze all cells, so it is told."""
+    """The training median: a line where it is near the cells; if it is far away, a number in the label."""
     median = record.cells["median_mae"].mean()
     if not np.isfinite(median):
         return
@@ -212,7 +215,7 @@ def _draw_cells(axes: Axes, cells: pd.DataFrame, place: int, folds: list[int]) -
 
 @styled
 def learning_curves(record: RunRecord) -> Figure:
-    """What the pruner saw: the mean validation MAE of every trial as epochs went by, and where it stopped."""
+    """The values that the pruner saw: mean validation MAE of every trial over epochs, and where trials stopped."""
     if record.study is None:
         raise NothingToShow("the Optuna study, which holds the values reported by the trials, is absent")
     trials = [trial for trial in record.study.get_trials(deepcopy=False) if reported(trial)]
@@ -233,10 +236,22 @@ def learning_curves(record: RunRecord) -> Figure:
     return figure
 
 
+class _Look(TypedDict, total=False):
+    """How the curve of a trial is drawn; keys as in `Axes.plot`."""
+
+    color: str
+    lw: float
+    ls: tuple[int, tuple[int, int]]
+    zorder: int
+    label: str
+    alpha: float
+    rasterized: bool
+
+
 def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord, rasterized: bool) -> None:
     steps, values = zip(*sorted(_values_over_epochs(trial, record).items()), strict=True)
     marker = "." if len(steps) == 1 else ""
-    look: dict[str, Any]
+    look: _Look
     if trial.number == record.best:
         name = f"trial {trial.number} (best{', published' if trial.number == record.published else ''})"
         look = {"color": ACCENT, "lw": 2.4, "zorder": 4, "label": name}
@@ -250,12 +265,12 @@ def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord, rasterized: b
 
 
 def _was_stopped(trial: FrozenTrial) -> bool:
-    """Whether it was pruned; a member of a population ends after one cell by design."""
+    """Whether the trial was pruned; a member of a population ends after one cell by design, which does not count."""
     return trial.state == TrialState.PRUNED and trial.user_attrs.get("label") != MEMBER
 
 
 def _values_over_epochs(trial: FrozenTrial, record: RunRecord) -> dict[int, float]:
-    """What a trial reported by epochs done; its end is its value, which need not have been reported."""
+    """The values of a trial by epochs done; the last one is its final value, even if it was not reported."""
     values = dict(reported(trial))
     epochs = record.trials.loc[record.trials["number"] == trial.number, "epochs"].max()
     if trial.state == TrialState.COMPLETE and trial.values and epochs >= max(values):
@@ -264,7 +279,7 @@ def _values_over_epochs(trial: FrozenTrial, record: RunRecord) -> dict[int, floa
 
 
 def _clip_curves(axes: Axes, trials: list[FrozenTrial]) -> None:
-    """First epochs can be wild: show up to twice the 90th percentile of all that was reported."""
+    """Values of first epochs can be extreme: show up to twice the 90th percentile of all reported values."""
     values = np.array([value for trial in trials for value in reported(trial).values()])
     values = values[np.isfinite(values)]
     if len(values) and values.max() > 2 * np.percentile(values, 90):

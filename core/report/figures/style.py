@@ -1,24 +1,25 @@
-"""One look for every figure, and figures as SVG that follow the page's light or dark colours."""
+"""One style for all figures, and figures as SVG that follow the light or dark colours of the page."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import ParamSpec
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.typing import RcKeyType
 
-Drawer = TypeVar("Drawer", bound=Callable[..., Figure])
+Arguments = ParamSpec("Arguments")
 
-# Wong, Nature Methods 8:441 (2011): told apart with every common colour blindness. The last two are nearly
-# as light as paper and come last.
+# Wong, Nature Methods 8:441 (2011): people with any common colour blindness can distinguish them. The last two
+# are nearly as light as paper.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 ACCENT, SECOND = SERIES[0], SERIES[1]
-# Unusual values on purpose: `as_svg` finds them and puts the page's own colours there.
+# Unusual values on purpose: `as_svg` finds them and replaces them by the colours of the page.
 INK, MUTED, GRID, PAPER = "#1b1f24", "#6a717b", "#dfe2e6", "#fefefd"
 PAGE_COLOURS = {
     INK: "var(--ink)",
@@ -30,7 +31,7 @@ PAGE_COLOURS = {
 }
 WIDTH = 5.6  # inches; at a phone's 380 px the 10 pt text is still about 9 px high
 
-STYLE: dict[str, Any] = {
+STYLE: dict[RcKeyType, str | float | bool] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.edgecolor": MUTED,
@@ -64,21 +65,24 @@ STYLE: dict[str, Any] = {
 }
 
 
-_context: Any = matplotlib.rc_context  # typed by the name of every setting there is
+def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
+    """Decorate a function that draws a figure, so that it draws in this style."""
+    return matplotlib.rc_context(STYLE)(draw)
 
 
-def styled(draw: Drawer) -> Drawer:
-    """Decorate a function that draws a figure: it draws in the house style."""
-    return _context(STYLE)(draw)
-
-
-def new_figure(height: float, width: float = WIDTH, **grid: Any) -> tuple[Figure, Any]:
-    """A figure of `width` x `height` inches and its axes (`grid`: as in `Figure.subplots`)."""
+def new_figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """A figure of `width` x `height` inches and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(**grid)
+    return figure, figure.subplots()
 
 
-def legend_above(axes: Axes, columns: int = 3, **options: Any) -> None:
+def new_grid(height: float, rows: int, columns: int, *, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `WIDTH` x `height` inches and its axes, row by row; `shared`: all have one scale."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False).flat)
+
+
+def legend_above(axes: Axes, columns: int = 3) -> None:
     """A legend above the axes, where it hides no data."""
     axes.legend(
         loc="lower left",
@@ -87,16 +91,15 @@ def legend_above(axes: Axes, columns: int = 3, **options: Any) -> None:
         borderaxespad=0.2,
         columnspacing=1.2,
         handletextpad=0.4,
-        **options,
     )
 
 
 def as_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as one inline `<svg>` element, described for people who cannot see it.
 
-    `name` (unique in the page) goes before every id, so that figures do not take each other's clip paths.
+    `name` (unique in the page) is put before every id, so that no figure uses the clip paths of another.
     """
-    with _context({**STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()

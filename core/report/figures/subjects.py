@@ -1,6 +1,6 @@
-"""The figures of the people in a run: held-out subjects and their predicted ages, and the cohort.
+"""The figures of the subjects of a run: held-out subjects and their predicted ages, and ages of the cohort.
 
-As in `figures`, every function takes the run's record, and raises `NothingToShow` with the reason.
+As in `search`, every function takes the record of a run, and raises `NothingToShow` with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from core.report.answer.record import NothingToShow, RunRecord
 from core.report.answer.subjects import held_out, site_names
-from core.report.answer.verdict import IN_WORDS, MEDIAN, comparisons
+from core.report.answer.verdict import IN_WORDS, comparisons
 from core.report.figures.style import (
     ACCENT,
     INK,
@@ -23,8 +23,10 @@ from core.report.figures.style import (
     SECOND,
     SERIES,
     new_figure,
+    new_grid,
     styled,
 )
+from core.run_names import MEDIAN
 
 
 @styled
@@ -35,9 +37,11 @@ def gains(record: RunRecord) -> Figure:
         raise NothingToShow("there are no paired predictions of enough held-out subjects")
     figure, axes = new_figure(1.0 + 0.4 * len(made))
     for place, each in enumerate(made):
-        told = each.outcome in ("better", "worse")
-        axes.plot([each.low, each.high], [place, place], color=ACCENT if told else MUTED, lw=2.2)
-        axes.plot(each.gain, place, "o", mfc=ACCENT if told else PAPER, mec=ACCENT if told else MUTED, ms=8)
+        is_clear = each.outcome in ("better", "worse")
+        axes.plot([each.low, each.high], [place, place], color=ACCENT if is_clear else MUTED, lw=2.2)
+        axes.plot(
+            each.gain, place, "o", mfc=ACCENT if is_clear else PAPER, mec=ACCENT if is_clear else MUTED, ms=8
+        )
     axes.axvline(0, color=INK, lw=1)
     axes.set_yticks(
         range(len(made)),
@@ -115,7 +119,7 @@ def gap_by_site(record: RunRecord) -> Figure:
 
 @styled
 def cohort_ages(record: RunRecord) -> Figure:
-    """Ages of the cohort's subjects, a row of bars per site, training and hold-out told apart."""
+    """Ages of the subjects of the cohort, one histogram per site; held-out subjects are hatched."""
     if record.cohort.empty:
         raise NothingToShow("the cohort's manifest is not where the run says, so its ages are unknown")
     cohort = record.cohort.assign(site=site_names(record.cohort["site"]))
@@ -123,24 +127,23 @@ def cohort_ages(record: RunRecord) -> Figure:
     is_held = cohort["subject"].isin(held)
     groups = _by_site(cohort)
     bins = np.arange(5 * np.floor(cohort["age"].min() / 5), cohort["age"].max() + 5, 5)
-    figure, grid = new_figure(
-        0.9 + 0.85 * len(groups), nrows=len(groups), sharex=True, sharey=True, squeeze=False
-    )
-    for axes, (site, group) in zip(grid[:, 0], groups, strict=True):
+    figure, grid = new_grid(0.9 + 0.85 * len(groups), rows=len(groups), columns=1, shared=True)
+    for axes, (site, group) in zip(grid, groups, strict=True):
         parts = [group.loc[~is_held[group.index], "age"], group.loc[is_held[group.index], "age"]]
-        _, _, bars = axes.hist(
+        axes.hist(
             parts,
-            bins=bins,
+            bins=bins.tolist(),
             stacked=True,
             color=[ACCENT, PAPER],
             edgecolor=[ACCENT, SECOND],
         )
-        for bar in bars[1]:
+        _, bars_of_held = axes.containers
+        for bar in bars_of_held:
             bar.set(hatch="////", visible=bar.get_height() > 0)
         axes.set_title(f"{site}, n = {len(group)}", fontsize=9, pad=2)
         axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         axes.grid(visible=False, axis="x")
-    grid[-1, 0].set_xlabel("age (years)")
+    grid[-1].set_xlabel("age (years)")
     figure.supylabel("subjects per 5 years", fontsize=10)
     handles = [
         Patch(facecolor=ACCENT, label="training and validation"),

@@ -37,7 +37,7 @@ def histograms(measured: Measured, channel: int, name: str, unusual: npt.NDArray
 
 @styled
 def strip(measured: Measured, each: Measure, unusual: npt.NDArray[np.bool_]) -> Figure:
-    """One measure of every scan by site; outliers in this measure are coloured, the furthest are named."""
+    """One measure of every scan, by site; outliers in this measure are coloured, the furthest ones are named."""
     values = measured.table[each.column].to_numpy(dtype=float)
     sites = _sites(measured)
     names = sorted(set(sites), key=lambda site: (-np.sum(sites == site), site))

@@ -1,21 +1,22 @@
-"""What is measured on every scan of a cohort, and which scans are unlike the others."""
+"""Measures of every scan of a cohort, and which scans differ from the others."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from core.report.quality.pictures import Box
 from core.volumes.cohort.reader import Cohort
 
 UNUSUAL = 3.5
 """Robust z-score above which a value is an outlier (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993)."""
-FEWEST = 8  # scans; among fewer, "unlike the others" means nothing
+FEWEST = 8  # scans; among fewer, no scan can be called unusual
 SAMPLE = 20_000  # voxels of the brain per channel, evenly spaced in storage order
 BINS = 64
 COARSE_MM = 8.0  # voxels on which brains are compared with their mean
@@ -46,11 +47,11 @@ PER_SCAN = (
     Measure("registration_metric", "mutual information with MNI152", "mutual inf.", "low", 0.02),
     Measure("registration_stretch", "stretch in registration", "stretch", "high", 0.05),
 )
-"""Those whose column the manifest lacks are left out; brain_ml and likeness are measured where it does."""
+"""Measures without a column in the manifest are left out, except brain_ml and likeness, which are measured here."""
 
 
 class Measured(NamedTuple):
-    """A cohort looked at scan by scan."""
+    """The measures of every scan of a cohort."""
 
     table: pd.DataFrame
     """The manifest with a column for every measure."""
@@ -61,7 +62,7 @@ class Measured(NamedTuple):
     """(C, BINS + 1): limits of the bins; values beyond are in the outermost."""
     shown: tuple[tuple[float, float], ...]
     """(C) pairs: values drawn as black and as white."""
-    box: tuple[slice, slice, slice]
+    box: Box
     """The part of the grid that holds anything in any scan."""
 
 
@@ -97,10 +98,14 @@ def measure(cohort: Cohort) -> Measured:
         densities,
         edges,
         tuple((float(low), float(high)) for low, high in edges[:, [0, -1]]),
-        tuple(
-            slice(*np.flatnonzero(seen)[[0, -1]] + [0, 1]) if seen.any() else slice(None) for seen in occupied
-        ),  # type: ignore[arg-type]
+        (_occupied_part(occupied[0]), _occupied_part(occupied[1]), _occupied_part(occupied[2])),
     )
+
+
+def _occupied_part(seen: npt.NDArray[np.bool_]) -> slice[int, int]:
+    """From the first to the last True of a line; all of a line that has none."""
+    places = np.flatnonzero(seen)
+    return slice(int(places[0]), int(places[-1]) + 1) if places.size else slice(0, seen.size)
 
 
 def volumes(cohort: Cohort) -> Iterator[npt.NDArray[np.float32]]:
@@ -113,7 +118,7 @@ def robust_z(values: npt.ArrayLike, least: float = 0.0) -> npt.NDArray[np.float6
     """0.6745 (x - median) / MAD of every value; NaN stays NaN and counts for nothing.
 
     `least` is the smallest difference that can reach `UNUSUAL`: where most values are equal, the MAD is 0
-    and any speck would be infinitely unusual.
+    and the smallest difference would be infinitely unusual.
     """
     x = np.asarray(values, dtype=np.float64)
     known = x[np.isfinite(x)]
@@ -146,7 +151,7 @@ class Reason:
 
 
 def reasons(measured: Measured, z: pd.DataFrame) -> list[list[Reason]]:
-    """For every scan why it is unusual, most unusual measure first; no reasons where there are too few scans."""
+    """Why each scan is unusual, the most unusual measure first; no reasons where there are too few scans."""
     if len(measured.table) < FEWEST:
         return [[] for _ in range(len(measured.table))]
     return [_reasons(measured, z, row) for row in range(len(measured.table))]
@@ -160,7 +165,7 @@ def _reasons(measured: Measured, z: pd.DataFrame, row: int) -> list[Reason]:
     ]
 
 
-def _reason(each: Measure, values: pd.Series, row: int, z: float) -> Reason:
+def _reason(each: Measure, values: pd.Series[float], row: int, z: float) -> Reason:
     unit = f" {each.unit}" if each.unit else ""
     value, median = _figure(float(values.iloc[row])), _figure(float(values.median()))
     how = f"z {z:+.1f}" if math.isfinite(z) else "all others are alike"
@@ -192,7 +197,7 @@ def _of_channel(index: int, name: str, count: int) -> tuple[Measure, ...]:
 
 
 def _ending(index: int) -> str:
-    """As `prepare_scan` names the measures of further channels."""
+    """The ending that `prepare_scan` gives the measures of further channels."""
     return "" if index == 0 else f"_{index + 1}"
 
 
@@ -214,7 +219,7 @@ def _edges(samples: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
 
 def _density(sample: npt.NDArray[np.float32], edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     counts = np.histogram(np.clip(sample, edges[0], edges[-1]), edges)[0]
-    return counts / max(1, sample.size)
+    return np.asarray(counts / max(1, sample.size))
 
 
 def _distances(samples: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
@@ -226,16 +231,16 @@ def _distances(samples: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64
     quantiles = np.array([np.quantile(s, points) if s.size else np.full(200, np.nan) for s in samples])
     if not np.isfinite(quantiles).any():
         return np.full(len(samples), np.nan)
-    return np.abs(quantiles - np.nanmedian(quantiles, axis=0)).mean(axis=1)
+    return np.asarray(np.abs(quantiles - np.nanmedian(quantiles, axis=0)).mean(axis=1))
 
 
 def _coarse(volume: npt.NDArray[np.float32], factor: int) -> npt.NDArray[np.float32]:
-    """(C, voxels): means over blocks of `factor` voxels a side, what remains at the far sides left out."""
+    """(C, voxels): means over blocks of `factor` voxels a side, without the remainder at the far sides."""
     sides = [max(1, size // factor) for size in volume.shape[1:]]
     steps = [min(factor, size) for size in volume.shape[1:]]
     cut = volume[:, : sides[0] * steps[0], : sides[1] * steps[1], : sides[2] * steps[2]]
     blocks = cut.reshape(len(volume), sides[0], steps[0], sides[1], steps[1], sides[2], steps[2])
-    return blocks.mean(axis=(2, 4, 6)).reshape(len(volume), -1)
+    return np.asarray(blocks.mean(axis=(2, 4, 6))).reshape(len(volume), -1)
 
 
 def _likeness(coarse: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -255,6 +260,6 @@ def _likeness(coarse: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return np.asarray(result.mean(axis=1))
 
 
-def identity(row: Any) -> str:
+def identity(row: pd.Series) -> str:
     """How a person names a scan: subject, and the session where there are several."""
     return f"{row['subject']} {row['session']}".strip() if row.get("session") else str(row["subject"])

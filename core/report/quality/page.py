@@ -1,4 +1,4 @@
-"""The quality page of a cohort: every scan at a glance, the unusual ones first, in one offline HTML file."""
+"""The quality page of a cohort: a picture of every scan, the unusual ones first, in one offline HTML file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -159,7 +158,7 @@ def _strips(measured: Measured, z: pd.DataFrame, channels: Sequence[str]) -> lis
 
 
 def _rejects(cohort: Cohort) -> list[dict[str, str]]:
-    """What ingest left out; a cohort that was not ingested has no such list."""
+    """Subjects that ingest left out; a cohort that was not ingested has no such list."""
     try:
         text = read_file(cohort.location, REJECTS)
     except OSError:
@@ -169,11 +168,10 @@ def _rejects(cohort: Cohort) -> list[dict[str, str]]:
 
 
 def _facts(cohort: Cohort) -> list[tuple[str, str]]:
-    """What the cohort is, as (what, value) pairs."""
+    """Facts about the cohort, as (name, value) pairs."""
     description, manifest = cohort.description, cohort.manifest
     ages = manifest["age"].dropna()
     sexes, sites = (manifest[name].replace("", "unknown").value_counts() for name in ("sex", "site"))
-    settings: dict[str, Any] = description.preprocessing
     facts = {
         "Cohort": description.name,
         "Location": cohort.location,
@@ -187,7 +185,9 @@ def _facts(cohort: Cohort) -> list[tuple[str, str]]:
         "Channels": ", ".join(description.channels),
         "Grid": f"{' × '.join(map(str, description.shape))} voxels of {description.spacing:g} mm",
         "Stored as": description.dtype,
-        "Preprocessing": ", ".join(f"{name} {number(value)}" for name, value in settings.items()),
+        "Preprocessing": ", ".join(
+            f"{name} {number(value)}" for name, value in description.preprocessing.items()
+        ),
         "Hash": description.hash,
     }
     return [(what, str(value)) for what, value in facts.items() if value not in ("", None)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ GAP = 3  # pixels
 OUTLINE = np.array([int(SERIES[4][place : place + 2], 16) for place in (1, 3, 5)], dtype=np.uint8)
 QUALITY = 78
 
-Box = tuple[slice, slice, slice]
+Box: TypeAlias = "tuple[slice[int, int], slice[int, int], slice[int, int]]"
+"""A part of the grid: from which voxel to which along X, Y and Z."""
 
 
 def thumbnail(
@@ -73,7 +75,7 @@ def _row(
 ) -> npt.NDArray[np.uint8]:
     """(height, width, 3): the slices side by side at one scale, bottom left of each at its lowest mm."""
     x, y, z = cut
-    planes: list[tuple[slice | int, ...]] = [
+    planes: list[tuple[slice[None, None] | int, ...]] = [
         (slice(None), slice(None), z),
         (slice(None), y, slice(None)),
         (x, slice(None), slice(None)),

@@ -1,1 +1,1 @@
-"""A cohort on disk: its shards, how they are written and read, and what is in it."""
+"""A cohort on disk: `Cohort` reads it, `CohortWriter` writes it; the format of its shards, a description, checks."""

@@ -1,10 +1,9 @@
-"""What is in a cohort: the facts a person asks for before training on it."""
+"""The facts about a cohort that a user needs before training on it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
@@ -15,12 +14,12 @@ from core.volumes.images.preprocess import fit_intensity_statistics
 SAMPLE = 200
 
 
-def describe(cohort: Cohort) -> dict[str, Any]:
-    """Facts on a cohort as plain values; intensities and brain volumes from at most `SAMPLE` subjects.
+def describe(cohort: Cohort) -> dict[str, object]:
+    """Facts about a cohort as plain values; intensities and brain volumes from at most `SAMPLE` subjects.
 
     `median_age_mae` is the error in years of always answering the median age: a model that does not beat
     it has learnt nothing about age. `brain_volume_age_r` (Pearson, over the sample) shows how much of age
-    the size of the brain alone gives away; NaN where it is not defined.
+    the size of the brain alone explains; NaN where it is not defined.
     """
     description, manifest = cohort.description, cohort.manifest
     age = manifest["age"].to_numpy(dtype=float)
@@ -53,13 +52,13 @@ def describe(cohort: Cohort) -> dict[str, Any]:
     }
 
 
-def _counts(labels: pd.Series) -> dict[str, int]:
-    """How often each label occurs, most frequent first; "unknown" for none."""
+def _counts(labels: pd.Series[str]) -> dict[str, int]:
+    """How often each label occurs, the most frequent first; an empty label counts as "unknown"."""
     counts = labels.replace("", "unknown").value_counts()
     return {str(label): int(count) for label, count in counts.items()}
 
 
-def _voxel_facts(cohort: Cohort, age: np.ndarray) -> dict[str, Any]:
+def _voxel_facts(cohort: Cohort, age: npt.NDArray[np.float64]) -> dict[str, object]:
     """Intensity per channel, and the volume of non-zero voxels in millilitres with its relation to age."""
     rows = np.unique(np.linspace(0, len(cohort) - 1, min(SAMPLE, len(cohort))).round().astype(int))
     voxels = np.array([np.count_nonzero(cohort.read([row])[0].any(axis=0)) for row in rows])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
 
 import h5py
-import hdf5plugin  # registers the filters that reading needs, too
-import numpy as np
-import numpy.typing as npt
 
-FILTERS: dict[str, Mapping[str, Any]] = {
+# registers the filters that reading needs, too
+import hdf5plugin
+import numpy as np
+
+from core.files.places import OpenFile
+from core.volumes.cohort.stored import StoredVoxels
+
+FILTERS: dict[str, Mapping[str, object]] = {
     "none": {},
     "gzip": {"compression": "gzip", "compression_opts": 4, "shuffle": True},
     "zstd": hdf5plugin.Zstd(clevel=3),
@@ -20,12 +23,13 @@ FILTERS: dict[str, Mapping[str, Any]] = {
 
 
 def pack(
-    columns: Mapping[str, Sequence[npt.NDArray[Any]]], compression: str
+    columns: Mapping[str, Sequence[StoredVoxels]], compression: str
 ) -> tuple[memoryview, dict[str, list[int]]]:
-    """The bytes of a file that holds each column as a dataset (n, …), and where each volume begins in them.
+    """The bytes of a file that holds each column as a dataset (n, …), and the byte at which each volume begins.
 
-    Equal volumes give equal bytes. Places are given only without compression. Built in memory: on a full
-    disk HDF5 takes the whole process down (segmentation fault on closing, h5py 3.16), a plain write raises.
+    Equal volumes give equal bytes. The second value is empty with compression. The file is built in memory,
+    because on a full disk HDF5 ends the whole process (segmentation fault on closing, h5py 3.16), while a
+    plain write raises an error.
     """
     image = io.BytesIO()
     offsets: dict[str, list[int]] = {}
@@ -49,7 +53,7 @@ def pack(
     return image.getbuffer(), offsets
 
 
-def unpack(file: BinaryIO, column: str, positions: Sequence[int]) -> Iterator[npt.NDArray[Any]]:
+def unpack(file: OpenFile, column: str, positions: Sequence[int]) -> Iterator[StoredVoxels]:
     """The arrays of a column at `positions`, decompressed; OSError, KeyError, … where the file is damaged."""
     with h5py.File(file, "r") as opened:
         dataset = opened[column]

@@ -1,24 +1,23 @@
-"""Intensity statistics from what is known of every single volume: fitted for any fold without reading a voxel.
+"""Intensity statistics of any fold from the moments of its volumes, without reading a voxel again.
 
-Count, mean and sum of squared deviations of the non-zero voxels say all about a volume that a pooled mean and
-standard deviation need. They are worked out once for a cohort; a fold's statistics are a merge of its rows.
+A pooled mean and standard deviation need only the count, mean and sum of squared deviations of the non-zero
+voxels of each volume. They are computed once for a cohort; the statistics of a fold merge those of its rows.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError
+from core.volumes.cohort.stored import StoredVoxels
 from core.volumes.images.preprocess import IntensityStatistics
 
 Moments = npt.NDArray[np.float64]
 """(…, C, 3): count, mean and sum of squared deviations of the non-zero voxels, in float64."""
 
 
-def volume_moments(volume: npt.NDArray[Any], scale: npt.NDArray[np.float32] | None = None) -> Moments:
+def volume_moments(volume: StoredVoxels, scale: npt.NDArray[np.float32] | None = None) -> Moments:
     """Moments (C, 3) of one volume (C, X, Y, Z) as stored; `scale` (C,) makes real values of int16 ones."""
     moments = np.zeros((len(volume), 3))
     for index, channel in enumerate(volume):
@@ -36,8 +35,8 @@ def volume_moments(volume: npt.NDArray[Any], scale: npt.NDArray[np.float32] | No
 def pooled_statistics(moments: Moments) -> IntensityStatistics:
     """Mean and SD, per channel, of the non-zero voxels of all volumes with `moments` (n, C, 3) together.
 
-    The sum of squares within volumes and that between their means, each around a mean: nothing cancels
-    where the mean is far larger than the SD (Chan, Golub and LeVeque 1979). UserError where no volume is
+    The sum of squares within volumes plus that between their means, each around a mean: there is no
+    cancellation where the mean is far larger than the SD (Chan, Golub and LeVeque 1979). UserError where no volume is
     given, or the voxels of a channel do not differ.
     """
     count, mean, within = np.moveaxis(moments, -1, 0)

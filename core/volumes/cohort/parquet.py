@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.errors import UserError
+from core.files.places import OpenFile
+from core.volumes.cohort.stored import StoredVoxels
 
 ON_DISK = {"int16": np.dtype("int32")}
-"""What a type is kept as where the format has no such narrow one."""
-_ONE_PAGE = 2**30  # bytes: no volume is divided into pages, so its values lie in one piece
+"""The type in the file of values whose own type the format does not have."""
+_ONE_PAGE = 2**30  # bytes: a volume is not divided into pages, so its values lie in one piece
 
 
 def pack(
-    columns: Mapping[str, Sequence[npt.NDArray[Any]]], compression: str
+    columns: Mapping[str, Sequence[StoredVoxels]], compression: str
 ) -> tuple[memoryview, dict[str, list[int]]]:
-    """The bytes of a file that holds each column as tensors, and where the values of each begin in them.
+    """The bytes of a file that holds each column as tensors, and the byte at which the values of each begin.
 
-    Equal volumes give equal bytes. Places are given only without compression: then the values of one row
-    are the last part of its column chunk (plain encoding, one page), as in memory but for `ON_DISK`.
+    Equal volumes give equal bytes. The second value is empty with compression; without, the values of one row
+    are the last part of its column chunk (plain encoding, one page), as in memory except for `ON_DISK`.
     """
     schema = pa.schema(
         [pa.field(name, _tensor(arrays[0]), nullable=False) for name, arrays in columns.items()]
@@ -49,18 +49,18 @@ def pack(
     }
 
 
-def unpack(file: BinaryIO, column: str, positions: Sequence[int]) -> Iterator[npt.NDArray[Any]]:
+def unpack(file: OpenFile, column: str, positions: Sequence[int]) -> Iterator[StoredVoxels]:
     """The arrays of a column at `positions`, decompressed; OSError, ValueError, … where the file is damaged."""
     opened = pq.ParquetFile(file)
     for position in positions:
         yield opened.read_row_group(position, columns=[column]).column(column).chunk(0).to_numpy_ndarray()[0]
 
 
-def _tensor(array: npt.NDArray[Any]) -> pa.FixedShapeTensorType:
+def _tensor(array: StoredVoxels) -> pa.FixedShapeTensorType:
     return pa.fixed_shape_tensor(pa.from_numpy_dtype(array.dtype), array.shape)
 
 
-def _as_arrow(array: npt.NDArray[Any]) -> pa.ExtensionArray:
+def _as_arrow(array: StoredVoxels) -> pa.ExtensionArray:
     kind = _tensor(array)
     values = pa.array(np.ascontiguousarray(array).reshape(-1))
     return pa.ExtensionArray.from_storage(
@@ -68,7 +68,7 @@ def _as_arrow(array: npt.NDArray[Any]) -> pa.ExtensionArray:
     )
 
 
-def _begin(image: pa.Buffer, chunk: pq.ColumnChunkMetaData, array: npt.NDArray[Any]) -> int:
+def _begin(image: pa.Buffer, chunk: pq.ColumnChunkMetaData, array: StoredVoxels) -> int:
     kept = np.ascontiguousarray(array, dtype=ON_DISK.get(str(array.dtype), array.dtype))
     begin = int(chunk.data_page_offset + chunk.total_uncompressed_size - kept.nbytes)
     if image[begin : begin + kept.nbytes] != pa.py_buffer(kept):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,17 +30,21 @@ from core.volumes.cohort.shards import (
     LABELS,
     VOLUMES,
     Compression,
+    KeptDtype,
     Storage,
     checksum,
     kept_as,
     read_compressed,
     read_pieces,
 )
-from core.volumes.cohort.stored import StoredType, decode
+from core.volumes.cohort.stored import StoredDtype, StoredType, StoredVoxels, decode
 
 FORMAT = 2
 DESCRIPTION, MANIFEST, SHARDS, REJECTS = "cohort.json", "manifest.parquet", "shards", "rejects.csv"
 COLUMNS = ("subject", "session", "shard", "position", "age", "sex", "site", "checksum", "source")
+
+Rows = Sequence[int] | npt.NDArray[np.int64]
+"""Rows of the manifest, (n,)."""
 
 _DAMAGE = (OSError, EOFError, KeyError, IndexError, ValueError, RuntimeError)
 """What reading a damaged file raises; pyarrow's errors are ValueErrors."""
@@ -60,7 +64,9 @@ class CohortDescription(BaseModel):
     storage: Storage = Field(default="hdf5", description="file format of the shards")
     compression: Compression = "none"
     labels: bool = Field(default=False, description="whether a map of classes goes with every volume")
-    preprocessing: dict[str, Any] = Field(description="settings of the pipeline that made the volumes")
+    preprocessing: dict[str, object] = Field(
+        description="settings of the pipeline that made the volumes, as plain JSON values"
+    )
     preprocessing_hash: str
     hash: str = Field(description="of every subject, age and stored byte, and of the preprocessing")
     source: str = Field(description="the folder or generator that the volumes come from")
@@ -74,12 +80,12 @@ class CohortDescription(BaseModel):
 
 @dataclass(frozen=True)
 class _Column:
-    """What reading one column of the shards needs, as arrays: a data frame would cost more than the read."""
+    """What is needed to read one column of the shards; arrays, because a data frame would take longer than reading."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    kept: np.dtype[Any]
+    dtype: StoredDtype
+    kept: KeptDtype
     """The type in the file, where that is not compressed."""
     checksum: npt.NDArray[np.object_]
     offset: npt.NDArray[np.int64] | None
@@ -88,7 +94,7 @@ class _Column:
 
 @dataclass(frozen=True, eq=False)
 class Cohort:
-    """A complete cohort. Holds no open file: safe to pickle, fork and share between threads."""
+    """A complete cohort. It holds no open file: it can be pickled, forked and shared between threads."""
 
     location: str
     """A folder, or a URL such as s3://bucket/cohort."""
@@ -96,7 +102,7 @@ class Cohort:
     manifest: pd.DataFrame
     """Columns `COLUMNS` and any further ones of the source; the RangeIndex "row" is what `read` takes.
 
-    `age` is NaN where it is unknown; `session` tells several scans of a subject apart, "" where there is one.
+    `age` is NaN where it is unknown; `session` distinguishes several scans of a subject, "" where there is one.
     """
 
     @classmethod
@@ -118,19 +124,19 @@ class Cohort:
 
     @property
     def folder(self) -> Path:
-        """Where it lies on this machine; UserError for a cohort in an object store."""
+        """Its folder on this machine; UserError for a cohort in an object store."""
         if is_url(self.location):
             raise UserError(f"{shown(self.location)} is not a folder of this machine; copy the cohort to one")
         return Path(self.location)
 
     @property
     def address(self) -> str:
-        """What opens it in any process of this machine: the absolute folder, or the URL."""
+        """The absolute folder or the URL: opens the cohort in any process of this machine."""
         return self.location if is_url(self.location) else str(self.folder.resolve())
 
     @property
     def is_plain(self) -> bool:
-        """Whether a volume is a piece of a local file, neither to be fetched nor unpacked."""
+        """Whether a volume is a piece of a local file, so that reading it needs no network and no decompression."""
         return self.description.compression == "none" and not is_url(self.location)
 
     @property
@@ -138,11 +144,11 @@ class Cohort:
         """(C, X, Y, Z)."""
         return (len(self.description.channels), *self.description.shape)
 
-    def read(self, rows: Sequence[int] | npt.NDArray[Any], *, verify: bool = True) -> npt.NDArray[np.float32]:
+    def read(self, rows: Rows, *, verify: bool = True) -> npt.NDArray[np.float32]:
         """Volumes (n, C, X, Y, Z) float32 of the manifest's `rows`, in the order asked, repeats allowed.
 
-        Each shard is opened once per call and read in storage order. With `verify` every volume is held
-        against its checksum (0.05 ms for 91x109x91 in float16, a tenth of reading it). UserError names
+        Each shard is opened once per call and read in storage order. With `verify` every volume is compared
+        with its checksum (0.05 ms for 91x109x91 in float16, a tenth of reading it). UserError names
         shard, row and subject of a damaged volume.
         """
         wanted, column = self._checked(rows), self._volumes
@@ -155,25 +161,32 @@ class Cohort:
 
     def read_stored(
         self,
-        rows: Sequence[int] | npt.NDArray[Any],
+        rows: Rows,
         *,
         verify: bool = True,
-        out: npt.NDArray[Any] | None = None,
-    ) -> npt.NDArray[Any]:
-        """As `read`, but (n, C, X, Y, Z) in the stored type; times `scales` they are what `read` gives.
+        out: StoredVoxels | None = None,
+    ) -> StoredVoxels:
+        """As `read`, but (n, C, X, Y, Z) in the stored type; multiplied by `scales` they are what `read` returns.
 
-        Into `out` if given: memory that was used before is twice as fast as fresh pages.
+        They are written into `out` if given: memory that was used before is twice as fast as new pages.
         """
-        return self._read_as_stored(self._volumes, rows, verify, out)
+        column, wanted = self._volumes, self._checked(rows)
+        shape = (len(wanted), *column.shape)
+        stored = np.empty(shape, dtype=column.dtype) if out is None else out
+        if stored.shape != shape or stored.dtype != column.dtype:
+            raise ValueError(f"out must be {column.dtype} {shape}, got {stored.dtype} {stored.shape}")
+        self._read_into(stored, column, wanted, verify)
+        return stored
 
-    def read_labels(
-        self, rows: Sequence[int] | npt.NDArray[Any], *, verify: bool = True
-    ) -> npt.NDArray[np.int16]:
+    def read_labels(self, rows: Rows, *, verify: bool = True) -> npt.NDArray[np.int16]:
         """Maps of classes (n, X, Y, Z) int16 of `rows`, as `read`; UserError if the cohort has none."""
-        return self._read_as_stored(self._labels, rows, verify)
+        column, wanted = self._labels, self._checked(rows)
+        labels = np.empty((len(wanted), *column.shape), dtype=np.int16)
+        self._read_into(labels, column, wanted, verify)
+        return labels
 
-    def scales(self, rows: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Factors (n, C) from stored to real values: 1 but for int16 volumes that were not whole numbers."""
+    def scales(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """Factors (n, C) from stored to real values: 1, except for int16 volumes that were not whole numbers."""
         wanted = self._checked(rows)
         ones = np.ones((len(wanted), self.volume_shape[0]), dtype=np.float32)
         return ones if self._scales is None else self._scales[wanted]
@@ -214,7 +227,9 @@ class Cohort:
             raise UserError(f"{shown(self.location)} has no label maps; ingest it from a source that has")
         return self._column(LABELS, self.description.shape, "int16", "label_checksum", "label_offset")
 
-    def _column(self, name: str, shape: tuple[int, ...], dtype: str, checksums: str, offsets: str) -> _Column:
+    def _column(
+        self, name: str, shape: tuple[int, ...], dtype: StoredType, checksums: str, offsets: str
+    ) -> _Column:
         needed = [checksums] if self.description.compression != "none" else [checksums, offsets]
         if missing := [column for column in needed if column not in self.manifest]:
             raise UserError(
@@ -230,24 +245,13 @@ class Cohort:
             offset=offset,
         )
 
-    def _read_as_stored(
-        self,
-        column: _Column,
-        rows: Sequence[int] | npt.NDArray[Any],
-        verify: bool,
-        out: npt.NDArray[Any] | None = None,
-    ) -> npt.NDArray[Any]:
-        wanted = self._checked(rows)
-        stored = np.empty((len(wanted), *column.shape), dtype=column.dtype) if out is None else out
-        if stored.shape != (len(wanted), *column.shape) or stored.dtype != column.dtype:
-            raise ValueError(
-                f"out must be {column.dtype} {(len(wanted), *column.shape)}, got {stored.dtype} {stored.shape}"
-            )
+    def _read_into(
+        self, stored: StoredVoxels, column: _Column, wanted: npt.NDArray[np.int64], verify: bool
+    ) -> None:
         for _ in self._fill(column, wanted, lambda place: stored[place], verify):
             pass
-        return stored
 
-    def _checked(self, rows: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    def _checked(self, rows: Rows) -> npt.NDArray[np.int64]:
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             wrong = next(row for row in wanted if not 0 <= row < len(self))
@@ -260,7 +264,7 @@ class Cohort:
         self,
         column: _Column,
         wanted: npt.NDArray[np.int64],
-        target: Callable[[int], npt.NDArray[Any]],
+        target: Callable[[int], StoredVoxels],
         verify: bool,
     ) -> Iterator[int]:
         """Fill `target(place)` with the row at each place of `wanted`, shard by shard; yields the place."""

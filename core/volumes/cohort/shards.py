@@ -1,7 +1,7 @@
-"""Shards: files of many volumes, written so that no half file is ever seen, and read one volume at a time.
+"""Shards: files of many volumes, written in one step, and read one volume at a time.
 
-Where volumes are not compressed, each lies in one piece in its file, in HDF5 as in Parquet: the manifest keeps
-the place, so reading a volume is one `seek` and one `readinto`, without a library and without a copy.
+Without compression each volume lies in one piece in its file, in HDF5 as in Parquet: the manifest keeps its
+offset, so reading a volume is one `seek` and one `readinto`, without a library and without a copy.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError
+from core.files.places import OpenFile
 from core.files.writing import replacing
 from core.lookup import look_up
 from core.volumes.cohort import hdf5, parquet
+from core.volumes.cohort.stored import StoredType, StoredVoxels
 
 Storage = Literal["hdf5", "parquet"]
 Compression = Literal["none", "gzip", "zstd", "blosc"]
@@ -29,7 +31,7 @@ COMPRESSIONS: dict[str, tuple[str, ...]] = {
     "parquet": ("none", "gzip", "zstd"),
 }
 _PACK = {"hdf5": hdf5.pack, "parquet": parquet.pack}
-_UNPACK: dict[str, Callable[[BinaryIO, str, Sequence[int]], Iterator[npt.NDArray[Any]]]] = {
+_UNPACK: dict[str, Callable[[OpenFile, str, Sequence[int]], Iterator[StoredVoxels]]] = {
     "hdf5": hdf5.unpack,
     "parquet": parquet.unpack,
 }
@@ -38,22 +40,27 @@ VOLUMES, LABELS = "volumes", "labels"
 _WORDS = 1021  # a prime, so that two exchanged disk sectors do not meet in the same words
 
 
+Fact = str | int | float | list[float]
+"""What one cell of the manifest holds; the list is an affine's."""
+KeptDtype = np.dtype[np.float16 | np.float32 | np.int16 | np.int32]
+
+
 class Written(NamedTuple):
     """What a shard adds to the manifest."""
 
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Fact]]
     """For each volume `shard`, `position`, `checksum`; `label_checksum`; `offset` and `label_offset`."""
     digest: str
     """sha256 of the file."""
 
 
-def checksum(stored: npt.NDArray[Any]) -> str:
+def checksum(stored: StoredVoxels) -> str:
     """Eight hexadecimal digits that tell whether the bytes of one stored volume are what was written.
 
-    Rows of 1021 eight-byte words are combined by exclusive or, and the CRC-32 of the outcome and of what
-    is left over is taken: ten times as fast as a CRC-32 of everything (40 against 4 GB/s), which would
-    take longer than the read. A flipped byte flips one byte of the outcome, so CRC-32 finds it for
-    certain; other damage stays unseen with a chance of 2^-32, unless it repeats itself in the same words.
+    Rows of 1021 eight-byte words are combined by exclusive or; the checksum is the CRC-32 of the result and
+    of the remaining bytes. This is ten times as fast as a CRC-32 of all bytes (40 against 4 GB/s), which would
+    take longer than reading. A changed byte changes one byte of the result, so CRC-32 always finds it; other
+    damage is missed with a probability of 2^-32, unless it repeats itself in the same words.
     """
     content = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
     words = content[: content.size // (8 * _WORDS) * 8 * _WORDS].view(np.uint64).reshape(-1, _WORDS)
@@ -71,7 +78,7 @@ def check_storage(storage: str, compression: str) -> None:
 
 def write_shard(
     path: Path,
-    volumes: Sequence[npt.NDArray[Any]],
+    volumes: Sequence[StoredVoxels],
     labels: Sequence[npt.NDArray[np.int16]],
     storage: Storage,
     compression: Compression,
@@ -80,31 +87,36 @@ def write_shard(
 
     Equal volumes give equal bytes. Raises OSError where `path` cannot be written (see `writing_to`).
     """
-    columns: dict[str, Sequence[npt.NDArray[Any]]] = {VOLUMES: volumes} | ({LABELS: labels} if labels else {})
+    columns: dict[str, Sequence[StoredVoxels]] = {VOLUMES: volumes} | ({LABELS: labels} if labels else {})
     image, offsets = _PACK[storage](columns, compression)
     with replacing(path) as temporary:
         temporary.write_bytes(image)
-    facts: dict[str, list[Any]] = {"checksum": [checksum(volume) for volume in volumes]}
-    facts |= {"offset": offsets[VOLUMES]} if offsets else {}
+    facts: dict[str, Sequence[Fact]] = {"checksum": [checksum(volume) for volume in volumes]}
+    if offsets:
+        facts["offset"] = offsets[VOLUMES]
     if labels:
-        facts |= {"label_checksum": [checksum(label) for label in labels]}
-        facts |= {"label_offset": offsets[LABELS]} if offsets else {}
-    rows = [
-        {"shard": path.name, "position": position}
-        | {name: values[position] for name, values in facts.items()}
+        facts["label_checksum"] = [checksum(label) for label in labels]
+    if labels and offsets:
+        facts["label_offset"] = offsets[LABELS]
+    rows: list[dict[str, Fact]] = [
+        {
+            "shard": path.name,
+            "position": position,
+            **{name: values[position] for name, values in facts.items()},
+        }
         for position in range(len(volumes))
     ]
     return Written(rows, hashlib.sha256(image).hexdigest())
 
 
-def kept_as(storage: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
+def kept_as(storage: str, dtype: StoredType) -> KeptDtype:
     """The type whose bytes lie in an uncompressed file for values of `dtype`."""
     kept = np.dtype(dtype)
     return parquet.ON_DISK.get(str(kept), kept) if storage == "parquet" else kept
 
 
 def read_pieces(
-    file: BinaryIO, kept: np.dtype[Any], offsets: Sequence[int], targets: Iterator[npt.NDArray[Any]]
+    file: OpenFile, kept: KeptDtype, offsets: Sequence[int], targets: Iterator[StoredVoxels]
 ) -> Iterator[None]:
     """Fill one target after the other with the values, `kept` in the file, that begin at each offset.
 
@@ -115,7 +127,7 @@ def read_pieces(
         left = values.reshape(-1).view(np.uint8).data
         file.seek(offset)
         while left:
-            if not (count := file.readinto(left)):  # type: ignore[attr-defined]
+            if not (count := file.readinto(left)):
                 raise EOFError("the file ends too early")
             left = left[count:]
         if values is not target:
@@ -124,7 +136,7 @@ def read_pieces(
 
 
 def read_compressed(
-    file: BinaryIO, storage: str, column: str, positions: Sequence[int], targets: Iterator[npt.NDArray[Any]]
+    file: OpenFile, storage: str, column: str, positions: Sequence[int], targets: Iterator[StoredVoxels]
 ) -> Iterator[None]:
     """Fill one target after the other with a column's array at each position, by the format's library."""
     for array, target in zip(_UNPACK[storage](file, column, positions), targets, strict=True):

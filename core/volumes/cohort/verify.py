@@ -28,11 +28,11 @@ OnProgress = Callable[[int, int], None]
 
 
 def verify(location: str | Path, on_progress: OnProgress | None = None) -> list[Damage]:
-    """Everything in the cohort at `location` that is not as it was written; [] where nothing is.
+    """Everything in the cohort at `location` that is not as it was written; [] where all of it is.
 
-    Every file is held against its sha256 in cohort.json, and cohort.json against its own, so a flipped byte
-    is found wherever it lies. In a damaged shard every volume and label map is then read, to name the
-    subjects that are lost; damage to none of them is damage to the shard's own structure. Files that the
+    Every file is compared with its sha256 in cohort.json, and cohort.json with its own, so a changed byte
+    is found in any file. In a damaged shard every volume and label map is then read, to name the
+    subjects that are lost; if all of them are whole, the structure of the shard is damaged. Files that the
     cohort does not know, such as a quality page, are not looked at. Raises UserError where there is no
     cohort, or one of another version.
     """
@@ -73,8 +73,9 @@ def _damaged_rows(location: str, name: str, reason: str) -> list[Damage]:
         return []
     try:
         cohort = Cohort.open(location)
+    # a damaged manifest has its own entry in the list
     except UserError:
-        return []  # the manifest is damaged, too, and stands in the list by itself
+        return []
     damage = []
     for row in cohort.rows_of(name):
         try:

@@ -1,4 +1,4 @@
-"""Writing a cohort: volume by volume with `CohortWriter`, or from shards that others wrote (`finish_cohort`)."""
+"""Writing a cohort: volume by volume with `CohortWriter`, or from shards that are already written (`finish_cohort`)."""
 
 from __future__ import annotations
 
@@ -32,18 +32,20 @@ from core.volumes.cohort.reader import (
 from core.volumes.cohort.shards import (
     ENDINGS,
     Compression,
+    Fact,
     Storage,
     Written,
     check_storage,
     write_shard,
 )
-from core.volumes.cohort.stored import StoredType, encode, encode_label
+from core.volumes.cohort.stored import StoredType, StoredVoxels, encode, encode_label
+from core.volumes.images.nifti import Volume
 
 UNFINISHED = "unfinished"
-"""Folder with what ingest has done so far; gone when the cohort is complete."""
+"""Folder with the state of an unfinished ingest; removed when the cohort is complete."""
 OWN_FILES = {DESCRIPTION, MANIFEST, SHARDS, REJECTS, UNFINISHED, "quality.html"}
 RESERVED = {"row", *COLUMNS, "offset", "label_offset", "label_checksum"}
-"""Columns that no source may bring; those of `scale_column` as well."""
+"""Columns that a source must not have; those of `scale_column` neither."""
 
 
 def describe_cohort(
@@ -57,7 +59,7 @@ def describe_cohort(
     storage: Storage = "hdf5",
     compression: Compression = "none",
     labels: bool = False,
-    preprocessing: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, object] | None = None,
     source: str = "",
     synthetic: bool = False,
     provenance: Mapping[str, str] | None = None,
@@ -87,18 +89,18 @@ def describe_cohort(
 
 
 class ShardInMemory:
-    """Volumes and label maps on their way into one shard, already as they will be stored."""
+    """The volumes and label maps of one shard, in the stored type, before they are written."""
 
     def __init__(self, description: CohortDescription) -> None:
         self.description = description
-        self._volumes: list[npt.NDArray[Any]] = []
+        self._volumes: list[StoredVoxels] = []
         self._labels: list[npt.NDArray[np.int16]] = []
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Fact]] = []
 
     def __len__(self) -> int:
         return len(self._volumes)
 
-    def add(self, volume: npt.NDArray[Any], label: npt.NDArray[Any] | None, facts: Mapping[str, Any]) -> None:
+    def add(self, volume: Volume, label: npt.NDArray[np.int16] | None, facts: Mapping[str, Fact]) -> None:
         """Append a volume (C, X, Y, Z), its label map (X, Y, Z) if the cohort has them, and its columns.
 
         Raises UserError, without naming the subject, for what does not fit the cohort or the stored type.
@@ -130,7 +132,7 @@ class ShardInMemory:
         return written._replace(rows=rows)
 
 
-def in_order(row: Mapping[str, Any]) -> dict[str, Any]:
+def in_order(row: Mapping[str, Fact]) -> dict[str, Fact]:
     """A row of the manifest with its own columns first."""
     return {name: row[name] for name in COLUMNS} | dict(row)
 
@@ -157,7 +159,7 @@ class CohortWriter:
 
     def add(
         self,
-        volume: npt.NDArray[Any],
+        volume: Volume,
         /,
         *,
         subject: str,
@@ -166,8 +168,8 @@ class CohortWriter:
         sex: str = "",
         site: str = "",
         source: str = "",
-        label: npt.NDArray[Any] | None = None,
-        **extra: Any,
+        label: npt.NDArray[np.int16] | None = None,
+        **extra: Fact,
     ) -> None:
         """Append one volume (C, X, Y, Z) with its facts; `extra` become further columns of the manifest.
 
@@ -182,7 +184,7 @@ class CohortWriter:
             raise UserError(f"{scan} has age {age}; it must be a number of years, or NaN if unknown")
         if taken := sorted(set(extra) & RESERVED):
             raise UserError(f"{scan}: {taken} are columns of the manifest itself; rename them")
-        facts = {
+        facts: dict[str, Fact] = {
             "subject": subject, "session": session, "age": float(age), "sex": sex, "site": site,
             "source": source, **extra,
         }  # fmt: skip
@@ -230,7 +232,7 @@ def finish_cohort(folder: Path, description: CohortDescription, written: Sequenc
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make an empty cohort folder: clears an unfinished cohort away, refuses a folder of anything else."""
+    """Make an empty cohort folder: removes an unfinished cohort; UserError for a folder with other files."""
     claim_folder(folder)
     with writing_to(folder):
         discard_shards(folder)
@@ -244,14 +246,15 @@ def claim_folder(folder: Path) -> None:
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in OWN_FILES:
-            for leftover in folder.glob(f".{name}.*.tmp"):  # what a killed process left; see `replacing`
+            # files of a killed process; see `replacing`
+            for leftover in folder.glob(f".{name}.*.tmp"):
                 leftover.unlink()
         if foreign := sorted({entry.name for entry in folder.iterdir()} - OWN_FILES):
             raise UserError(f"{folder} holds other files, such as {foreign[0]}; choose an empty folder")
 
 
 def discard_shards(folder: Path) -> None:
-    """Remove what an unfinished writer left, and the folder where nothing else is in it."""
+    """Remove the files of an unfinished writer, and the folder if it is then empty."""
     for name in (SHARDS, UNFINISHED):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / MANIFEST).unlink(missing_ok=True)

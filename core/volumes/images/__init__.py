@@ -1,1 +1,1 @@
-"""One image at a time: reading, intensity, resampling, registration, left and right."""
+"""Operations on one image: NIfTI reading, intensity scaling, resampling, registration to MNI152, left and right."""

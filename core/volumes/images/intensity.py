@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ Values = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
 FAINTEST = 2.0**-14
-"""What a voxel of the brain gets in place of 0, which is kept for the background: float16's smallest normal number."""
+"""The value of a voxel of the brain in place of 0, which means background: float16's smallest normal number."""
 MRI_PERCENTILES = (0.01, 99.9)
 """From contrast-guided pre-training (lunastra26's released code; spec.md D.1)."""
 WINDOWS: dict[str, tuple[float, float]] = {
@@ -85,10 +85,10 @@ def _two_numbers(text: str, rest: str) -> tuple[float, float]:
 
 
 def foreground(voxels: Values, intensity: Intensity) -> Mask:
-    """Where an image shows something, when no mask says so: wherever it is not 0.
+    """The foreground of an image without a mask: its voxels that are not 0.
 
-    But 0 is water in Hounsfield units, and air is far below: where any voxel lies at or below the lower end
-    of a window, what lies there is the background.
+    In Hounsfield units, however, 0 is water and air lies far below it: if any voxel lies at or below the lower
+    end of a window, these voxels are the background instead.
     """
     if intensity.kind == "window":
         above = voxels > intensity.low
@@ -100,9 +100,9 @@ def foreground(voxels: Values, intensity: Intensity) -> Mask:
 def scale(voxels: Values, inside: Mask, intensity: Intensity) -> Values:
     """Scaled values inside, exactly 0 outside, and never 0 inside (`FAINTEST` instead).
 
-    zscore: mean 0 and SD 1 inside. percentile: the two percentiles of the values inside become 0 and 1, and
-    window: so do its two ends; what lies beyond is cut off. Raises UserError where no voxel is inside, or
-    the values do not differ and the scale needs that they do.
+    zscore: mean 0 and SD 1 inside. percentile: the two percentiles of the values inside become 0 and 1.
+    window: its two ends become 0 and 1. Values beyond are clipped. Raises UserError where no voxel is inside,
+    or where the scale needs values that differ and they do not.
     """
     values = voxels[inside].astype(np.float64)
     if values.size == 0:
@@ -113,7 +113,7 @@ def scale(voxels: Values, inside: Mask, intensity: Intensity) -> Values:
     return result
 
 
-def _scaled(values: npt.NDArray[Any], intensity: Intensity) -> npt.NDArray[Any]:
+def _scaled(values: npt.NDArray[np.float64], intensity: Intensity) -> npt.NDArray[np.float64]:
     if intensity.kind == "raw":
         return values
     if intensity.kind == "zscore":
@@ -139,12 +139,12 @@ def _alike(low: float, high: float) -> bool:
 
 
 def _kept_from_zero(values: Values, intensity: Intensity) -> Values:
-    """The values with none that is 0, or that float16 would round to 0 where the scale is known."""
+    """The values without any 0; where the scale is known, also without any that float16 would round to 0."""
     if intensity.kind != "raw":
         return np.where(np.abs(values) < FAINTEST, np.copysign(np.float32(FAINTEST), values), values)
     zero = values == 0
     if not zero.any():
         return values
-    # raw values have any unit: the stand-in must not stand out
+    # raw values can have any unit: the replacement must not be larger than the others
     smallest = np.abs(values[~zero]).min() if not zero.all() else 1.0
     return np.where(zero, np.float32(min(FAINTEST, smallest)), values)

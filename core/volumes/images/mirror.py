@@ -1,4 +1,4 @@
-"""Left and right: which axis of an array they lie on, where they meet, and the mirror image about there."""
+"""Left and right: the axis of an array along which they lie, the plane between them, and the mirror image."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from core.errors import UserError
+from core.volumes.images.nifti import Affine
 
 RAS = np.diag([1.0, 1.0, 1.0, 1.0])
-
 
 Direction = Literal["left_right", "front_back", "up_down"]
 
@@ -19,7 +19,7 @@ DIRECTIONS: dict[Direction, str] = {"left_right": "LR", "front_back": "PA", "up_
 """The world's three directions, and nibabel's letters for their ends."""
 
 
-def world_axis(affine: np.ndarray, direction: Direction) -> int:
+def world_axis(affine: Affine, direction: Direction) -> int:
     """The spatial axis (0, 1 or 2) that runs along `direction`, from the voxel-to-world affine.
 
     Raises:
@@ -34,12 +34,12 @@ def world_axis(affine: np.ndarray, direction: Direction) -> int:
     return axes[0]
 
 
-def left_right_axis(affine: np.ndarray) -> int:
+def left_right_axis(affine: Affine) -> int:
     """The spatial axis (0, 1 or 2) that runs left-right in the world, from the voxel-to-world affine."""
     return world_axis(affine, "left_right")
 
 
-def mirror(volume: torch.Tensor, affine: np.ndarray = RAS) -> torch.Tensor:
+def mirror(volume: torch.Tensor, affine: Affine = RAS) -> torch.Tensor:
     """The volume with left and right exchanged.
 
     Args:
@@ -49,7 +49,7 @@ def mirror(volume: torch.Tensor, affine: np.ndarray = RAS) -> torch.Tensor:
     return volume.flip(volume.ndim - 3 + left_right_axis(affine))
 
 
-def midline_offset(affine: np.ndarray, shape: tuple[int, int, int]) -> float:
+def midline_offset(affine: Affine, shape: tuple[int, int, int]) -> float:
     """Distance in mm from the grid's middle plane, about which `mirror` works, to the world's x = 0.
 
     In a template space x = 0 is the mid-sagittal plane: more than about a voxel of offset means that
@@ -59,7 +59,7 @@ def midline_offset(affine: np.ndarray, shape: tuple[int, int, int]) -> float:
     return float((affine @ middle)[0])
 
 
-def midline_voxel(affine: np.ndarray, shape: tuple[int, int, int]) -> float:
+def midline_voxel(affine: Affine, shape: tuple[int, int, int]) -> float:
     """Where the world's x = 0 cuts the left-right axis, in voxels, on the line through the grid's middle.
 
     (side - 1) / 2 where the grid's middle plane is the mid-sagittal one.

@@ -1,8 +1,8 @@
 """Reading NIfTI files: voxels and geometry together, in one orientation, and an error that names the file.
 
-A file is taken for what its first bytes say, not for what it is called, and nothing that a header claims is
-believed before it is compared with the size of the file: a damaged or forged header must cost neither memory
-nor time. Extensions of headers are not read at all.
+The first bytes of a file decide its kind, not its name, and what a header claims is first compared with the
+size of the file: a damaged or forged header must cost neither memory nor time. Extensions of headers are not
+read.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ Affine = npt.NDArray[np.float64]
 
 MAX_VOXELS = 2**29  # 2 GB of float32; a whole head at 0.4 mm has a tenth of it
 VOXEL_EDGES = (0.05, 50.0)  # mm: outside, the unit is wrong or the header damaged
-_LOGGER = logging.getLogger(__name__)  # nibabel's own would print small faults of headers, naming no file
+# nibabel's own logger would print small faults of headers without naming the file
+_LOGGER = logging.getLogger(__name__)
 _LOGGER.addHandler(logging.NullHandler())
-_HEADERS = (nib.Nifti1Header, nib.Nifti2Header)
-_HEADER_ERROR = 40  # of nibabel's levels: what it cannot mend without guessing
+_HEADERS: tuple[type[nib.Nifti1Header], ...] = (nib.Nifti1Header, nib.Nifti2Header)
+_HEADER_ERROR = 40  # level of nibabel: faults that it can only correct by guessing
 _LONGEST_HEADER = 540  # bytes; NIfTI-2
 _DEFLATE_LIMIT = 1032  # no deflate stream expands more than this (zlib's technical notes)
 _SLACK = 2**20  # bytes that may follow the voxels
@@ -50,7 +51,7 @@ _UNREADABLE = (
 
 
 class _Stored(NamedTuple):
-    """What a file says of itself, once it is plausible that it holds what it claims."""
+    """The header of a file, after the check that the file can hold what it claims."""
 
     header: nib.Nifti1Header
     shape: tuple[int, int, int]
@@ -98,7 +99,7 @@ def _open(path: Path) -> _Stored:
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
     if offset < header.single_vox_offset:
-        raise UserError(f"{path} places its voxels at byte {offset}, inside its header; mend vox_offset")
+        raise UserError(f"{path} places its voxels at byte {offset}, inside its header; correct vox_offset")
     sides = _checked_shape(path, tuple(int(side) for side in shape), dtype)
     claimed = offset + math.prod(sides) * dtype.itemsize
     if claimed > (size * _DEFLATE_LIMIT if is_packed else size):
@@ -111,7 +112,7 @@ def _open(path: Path) -> _Stored:
 
 
 def _size(path: Path) -> int:
-    """Bytes of the file, once it is one."""
+    """Bytes of the file; UserError if the path is not a file."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -139,7 +140,9 @@ def _header(path: Path, beginning: bytes) -> nib.Nifti1Header:
     raise ValueError("it does not begin with a NIfTI header")
 
 
-def _checked_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]:
+def _checked_shape(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic[object]]
+) -> tuple[int, int, int]:
     """The three spatial sizes, if there are no more and no fewer, of voxels that are numbers."""
     if len(shape) > 3 and any(size != 1 for size in shape[3:]):
         raise UserError(f"{path} is {len(shape)}D with shape {shape}; one 3D volume is needed: extract one")
@@ -156,7 +159,7 @@ def _checked_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> tuple
 
 def _check_affine(path: Path, affine: Affine) -> None:
     if not np.isfinite(affine).all():
-        raise UserError(f"{path} has an affine with values that are not numbers; mend its header")
+        raise UserError(f"{path} has an affine with values that are not numbers; correct its header")
     edges = np.linalg.norm(affine[:3, :3], axis=0)
     # volume of the voxel over that of a box with its edges: 1 for right angles, 0 for a flat voxel
     if edges.min() == 0 or abs(np.linalg.det(affine[:3, :3] / edges)) < 1e-3:
@@ -171,7 +174,7 @@ def _check_affine(path: Path, affine: Affine) -> None:
 def _voxels(path: Path, stored: _Stored) -> Volume:
     """The voxels (X, Y, Z) as stored, slope and intercept applied."""
     try:
-        with path.open("rb") as file, np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
+        with path.open("rb") as file, np.errstate(over="ignore"):  # beyond float32: infinite, and rejected
             source = _unpacked(path, stored.claimed) if stored.is_packed else file
             return np.asarray(ArrayProxy(source, stored.header, mmap=False), np.float32).reshape(stored.shape)
     except _UNREADABLE as error:
@@ -179,16 +182,16 @@ def _voxels(path: Path, stored: _Stored) -> Volume:
 
 
 def _unpacked(path: Path, claimed: int) -> io.BytesIO:
-    """What a gzip stream holds, read to its end: only there gzip checks its CRC.
+    """The content of a gzip stream, read to its end, because gzip checks its CRC only there.
 
-    In pieces, since asking for all at once takes the memory that the header claims, be it there or not.
+    It is read in pieces: a single read would allocate all memory that the header claims.
     """
     content = io.BytesIO()
     with gzip.open(path) as stream:
         while (held := content.tell()) <= claimed + _SLACK and (piece := stream.read(_PIECE)):
             content.write(piece)
     if held > claimed + _SLACK:  # a damaged stream, or one made to fill the memory
-        raise UserError(f"{path} goes on after the {claimed:,} bytes that its header claims; it is damaged")
+        raise UserError(f"{path} continues after the {claimed:,} bytes that its header claims; it is damaged")
     if held < claimed:
         raise UserError(
             f"{path} claims {claimed:,} bytes, but its stream holds {held:,}; it is truncated or its header is damaged"
@@ -201,7 +204,7 @@ def check_values(name: str, voxels: Volume, may_be_constant: bool) -> None:
     finite = np.isfinite(voxels)
     if not finite.all():
         raise UserError(
-            f"{name} has {voxels.size - np.count_nonzero(finite)} NaN or infinite voxels; mend them"
+            f"{name} has {voxels.size - np.count_nonzero(finite)} NaN or infinite voxels; correct them"
         )
     low, high = float(voxels.min()), float(voxels.max())
     if low == high and not may_be_constant:
@@ -210,7 +213,8 @@ def check_values(name: str, voxels: Volume, may_be_constant: bool) -> None:
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:
-    if isinstance(error, OSError) and error.errno is not None:  # the system's answer, not the content's fault
+    # an error of the operating system, not of the content
+    if isinstance(error, OSError) and error.errno is not None:
         return UserError(f"{path} cannot be read: {error.strerror}")
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return UserError(

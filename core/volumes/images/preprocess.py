@@ -1,15 +1,15 @@
-"""The settings of the pipeline from a scan to the cohort's grid, and the scale that the network sees.
+"""The settings of the pipeline from a scan to the grid of the cohort, and the scale of the network's input.
 
-One declared pipeline (`prepare.prepare_scan` runs it): canonical RAS -> brain mask -> registration to MNI152 or
-centring -> resampling to spacing and grid -> intensity. `Preprocessing` holds its settings; its hash stands in
-every cohort.
+There is one pipeline (`prepare.prepare_scan` runs it): canonical RAS -> brain mask -> registration to MNI152 or
+centring -> resampling to spacing and grid -> intensity. `Preprocessing` holds its settings; every cohort
+records their hash.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from core.lookup import look_up
 from core.volumes.images.intensity import Intensity, parse_intensity
 from core.volumes.images.nifti import Affine
 
-PIPELINE_VERSION = 2  # raise it whenever the same settings would give other voxels
+PIPELINE_VERSION = 2  # increase it whenever the same settings give other voxels
 
 Side = Annotated[int, Field(ge=1, le=1024)]
 
@@ -81,12 +81,12 @@ class Preprocessing(BaseModel):
 
     @field_validator("shape", mode="before")
     @classmethod
-    def _fill_shape(cls, shape: Any, info: ValidationInfo) -> Any:
+    def _fill_shape(cls, shape: object, info: ValidationInfo[object]) -> object:
         return default_shape(info.data.get("spacing", 4.0)) if shape is None else shape
 
     @field_validator("centre")
     @classmethod
-    def _settle_centre(cls, centre: str, info: ValidationInfo) -> str:
+    def _settle_centre(cls, centre: str, info: ValidationInfo[object]) -> str:
         """A registered brain lies in MNI space."""
         if info.data.get("registration") is None:
             return centre
@@ -110,8 +110,8 @@ class Preprocessing(BaseModel):
         return parse_intensity(self.intensity)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What a cohort records: the fields and the version of the pipeline, as plain JSON values."""
+    def settings(self) -> dict[str, object]:
+        """The settings that a cohort records: fields and version of the pipeline, as plain JSON values."""
         return {**self.model_dump(mode="json"), "version": PIPELINE_VERSION}
 
     @property
@@ -125,7 +125,7 @@ class Preprocessing(BaseModel):
         return grid_affine(self.spacing, self.shape)
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Preprocessing:
+    def from_settings(cls, settings: Mapping[str, object]) -> Preprocessing:
         """The pipeline that a cohort recorded; UserError if this version would give other voxels."""
         if "phantom" in settings:
             raise UserError(
@@ -138,7 +138,7 @@ class Preprocessing(BaseModel):
                 "ingest it again"
             )
         try:
-            return cls(**fields)
+            return cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             what = ".".join(map(str, first["loc"]))
@@ -150,8 +150,8 @@ class Preprocessing(BaseModel):
 def covers_template_field(shape: tuple[int, ...], affine: Affine) -> bool:
     """Whether a volume lies in the MNI152 field of view: its axes along the world's, its centre within 5 mm.
 
-    NIfTI's own space codes do not tell: most tools write "aligned" for both. A scanner's field of view is
-    centred by the operator on the magnet, so it hits MNI's centre, 18 mm behind and above, only by chance.
+    NIfTI's own space codes do not show it: most tools write "aligned" for both. The operator centres a
+    scanner's field of view on the magnet, so it has MNI's centre, 18 mm behind and above, only by chance.
     """
     directions = affine[:3, :3] / voxel_sizes(affine)
     along_axes = np.allclose(np.abs(directions).max(axis=0), 1, atol=1e-4)
@@ -166,7 +166,9 @@ class IntensityStatistics(NamedTuple):
     sd: tuple[float, ...]
 
 
-def fit_intensity_statistics(volumes: Iterable[npt.NDArray[Any]]) -> IntensityStatistics:
+def fit_intensity_statistics(
+    volumes: Iterable[npt.NDArray[np.float16 | np.float32 | np.int16]],
+) -> IntensityStatistics:
     """Statistics over the non-zero voxels of all `volumes`, each (C, X, Y, Z), read one at a time.
 
     Fit them on the training subjects alone. In float64; volumes are merged by Chan et al.'s update
@@ -195,10 +197,10 @@ def normalise(
     mode: Literal["none", "per_volume", "training"],
     statistics: IntensityStatistics | None = None,
 ) -> torch.Tensor:
-    """Volumes (N, C, X, Y, Z) on the scale that the network sees; zeros stay 0, the input stays as it is.
+    """Volumes (N, C, X, Y, Z) on the scale of the network's input; zeros stay 0, the input is not changed.
 
     none: as stored. per_volume: mean 0 and SD 1 over the non-zero voxels of each volume and channel.
-    training: with the `statistics` of the training subjects, so that differences between subjects stay.
+    training: with the `statistics` of the training subjects, which keeps differences between subjects.
     """
     how = look_up(
         {"none": _as_is, "per_volume": _per_volume, "training": _by_training}, mode, "normalisation"

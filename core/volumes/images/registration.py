@@ -1,15 +1,15 @@
-"""Affine registration of a brain to MNI152, with measures that tell whether it can be trusted.
+"""Affine registration of a brain to MNI152, with measures that show whether it can be trusted.
 
 The template is nilearn's MNI152 (ICBM 2009a, symmetric) at 2 mm, the brain alone: images must be
 brain-extracted too, or come with a brain mask. Made for T1-weighted images; mutual information also fits other
-contrasts in which tissue and fluid differ. A stiffness map has little but its outline to go by, and maps are
-published in MNI space already; a CT shows the brain only with a brain mask.
+contrasts in which tissue and fluid differ. A stiffness map shows little more than its outline, and such maps
+are published in MNI space already; a CT needs a brain mask.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SPACING = 2.0  # mm, of the template and of what is registered to it
 SHRINKING = (4, 2, 1)  # so 8, 4 and 2 mm
 BLUR_MM = (4.0, 2.0, 0.0)
-MARGIN_MM = 20.0  # background around the brain: its outline counts, the rest of the picture does not
+MARGIN_MM = 20.0  # background around the brain: its outline is needed, the rest of the image is not
 LONGEST_MM = 600.0  # a forged or wrong voxel size must not cost memory
 HISTOGRAM_BINS = 32
 STEPS = 200  # at most, per level
@@ -36,10 +36,10 @@ LEAST_OVERLAP = 0.88
 """Dice. The 36 brains of ds002748 reach 0.917 to 0.955; two of them on a wrong side 0.83 to 0.90."""
 MOST_STRETCH = 1.4
 """Longest over shortest direction of the affine: 1.08 to 1.31 for the 36. Every case of the two on a wrong side that
-overlaps by more than 0.88 (a quarter turn about the vertical) has 1.45 or more."""
-WORSE = 0.02  # Dice that may be lost: a brain that already is in MNI space has little to gain
+overlaps by more than 0.88 (a quarter turn about the vertical axis) has 1.45 or more."""
+WORSE = 0.02  # Dice that may be lost: a brain already in MNI space can gain little
 DETERMINANTS = (0.35, 2.0)
-"""Volume of the brain over that of the template's 1.88 l: 660 ml is a toddler's, nobody's is above 2 l."""
+"""Volume of the brain over the template's 1.88 l: 0.35 is the 660 ml of a toddler; no brain is above 2 l."""
 
 
 class Template(NamedTuple):
@@ -53,7 +53,7 @@ class Template(NamedTuple):
 
 
 class Registration(NamedTuple):
-    """Where each place of the template lies in an image."""
+    """The result of a registration: the affine from the template to an image."""
 
     template_to_source: Affine
     """(4, 4), MNI mm to the image's mm."""
@@ -88,7 +88,7 @@ def register(voxels: Volume, affine: Affine, mask: Mask) -> Registration:
 
     Raises UserError where the result is implausible: overlap below `LEAST_OVERLAP` or worse than before,
     a stretch above `MOST_STRETCH`, or a determinant outside `DETERMINANTS`. A brain whose left and right were
-    swapped registers as well as any other; nothing here can tell.
+    swapped registers as well as any other; this cannot be detected here.
     """
     found, mutual_information = _optimise(*_simplified(voxels, affine, mask))
     before, after = (overlap_with_template(mask, affine, start) for start in (np.eye(4), found))
@@ -166,7 +166,7 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
     """The affine from MNI mm to the image's, and the mutual information reached."""
     import SimpleITK as sitk
 
-    # the method's own number of threads does not reach its metric; ITK is used for nothing else here
+    # the method's own number of threads does not apply to its metric; ITK is used only here
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     template = load_template()
     fixed, moving = _as_itk(template.brain, template.affine), _as_itk(voxels, affine)
@@ -193,7 +193,7 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
     method.SetInitialTransform(transform, inPlace=True)
     try:
         method.Execute(fixed, moving)
-    except RuntimeError as error:  # too little overlap to go on from
+    except RuntimeError as error:  # the overlap is too small to continue
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"registration to MNI152 failed: {reason}") from None
     return _as_affine(transform), -float(method.GetMetricValue())
@@ -202,7 +202,7 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's mm run to the left and to the back
 
 
-def _as_itk(voxels: npt.NDArray[Any], affine: Affine) -> SimpleITK.Image:
+def _as_itk(voxels: npt.NDArray[np.float32 | np.uint8], affine: Affine) -> SimpleITK.Image:
     import SimpleITK as sitk
 
     lps = _RAS_TO_LPS @ affine

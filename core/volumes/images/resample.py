@@ -1,4 +1,4 @@
-"""From one grid of voxels to another, with geometry kept: images by weights, label maps by the nearest voxel."""
+"""Resampling to another grid in the same mm: images by linear weights, label maps by the nearest voxel."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def resample(
 ) -> Resampled:
     """Values of an image (X, Y, Z) at the voxels of another grid; `target` maps its voxels to the image's mm.
 
-    Linear interpolation, after smoothing by what the coarser voxels blur more than the finer ones did:
+    Linear interpolation, after smoothing by the blur that coarser voxels add:
     a Gaussian of FWHM sqrt(new^2 - old^2) mm on each axis (Cardoso et al., "Scale factor point spread
-    function matching", MICCAI 2015). Values and mask (by default the non-zero voxels) go the same way and
-    are divided by one another (normalised convolution, Knutsson and Westin 1993), so the edge of the brain
-    is not darkened by the background, and the background stays exactly 0. On its own grid a volume comes
-    back bit by bit.
+    function matching", MICCAI 2015). Values and mask (by default the non-zero voxels) are treated alike and
+    then divided (normalised convolution, Knutsson and Westin 1993), so the edge of the brain
+    is not darkened by the background, and the background stays exactly 0. On its own grid a volume stays
+    the same, bit by bit.
     """
     mask = voxels != 0 if mask is None else mask
     to_source = np.linalg.inv(affine) @ target
     old, new = voxel_sizes(affine), voxel_sizes(target)
     sigma = np.sqrt(np.maximum(new**2 - old**2, 0)) / math.sqrt(8 * math.log(2)) / old
-    # the box around the mask, and what smoothing can reach from it, is all that matters
+    # only the box around the mask, with the reach of smoothing around it, affects the result
     box = bounding_box(mask, np.ceil(_TRUNCATE * sigma).astype(int) + 2)
     to_box = to_source.copy()
     to_box[:3, 3] -= [part.start for part in box]
@@ -57,13 +57,16 @@ def resample(
 
 def resample_labels(labels: Labels, affine: Affine, target: Affine, shape: Shape) -> Labels:
     """Class of the nearest voxel at each voxel of another grid, 0 beyond the map; no class is invented."""
-    return ndimage.affine_transform(
+    nearest: Labels = ndimage.affine_transform(
         labels, np.linalg.inv(affine) @ target, output_shape=shape, order=0, mode="grid-constant"
     )
+    return nearest
 
 
-def bounding_box(mask: Mask, margin: npt.NDArray[np.int64] | int = 0) -> tuple[slice, slice, slice]:
-    """The box around the mask and `margin` voxels on each axis, within the volume; of an empty mask one voxel."""
+def bounding_box(
+    mask: Mask, margin: npt.NDArray[np.int64] | int = 0
+) -> tuple[slice[int, int], slice[int, int], slice[int, int]]:
+    """The box around the mask and `margin` voxels on each axis, within the volume; one voxel for an empty mask."""
     margins = np.broadcast_to(margin, 3)
     slices = []
     for axis in range(3):
@@ -88,9 +91,10 @@ def _interpolated(voxels: Volume, sigma: npt.NDArray[np.float64], to_source: Aff
         return voxels
     if sigma.any():
         voxels = ndimage.gaussian_filter(voxels, sigma, mode="constant", truncate=_TRUNCATE)
-    return ndimage.affine_transform(
+    interpolated: Volume = ndimage.affine_transform(
         voxels, to_source, output_shape=shape, order=1, mode="grid-constant", output=np.float32
     )
+    return interpolated
 
 
 def _weights(old: int, new: int, sigma: float, step: float, shift: float) -> npt.NDArray[np.float32]:

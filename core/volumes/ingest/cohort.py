@@ -1,8 +1,8 @@
-"""From a listing of scans to a cohort, shard by shard, so that nothing finished is ever done again.
+"""From a listing of scans to a cohort, shard by shard, so that a finished shard is never made again.
 
 The listing is cut into slices, one per shard. `write_shard_of` prepares the scans of a slice and writes the
-shard, then a record of it; a run that was cut short, at any moment, goes on with the slices that have no
-record. What ends up in the cohort depends on the files and the settings alone, not on who wrote which shard.
+shard, then a record of it; a run that was interrupted at any moment continues with the slices that have no
+record. The cohort depends only on the files and the settings, not on which process wrote which shard.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class IngestReport:
     rejects: tuple[Reject, ...]
     """Subjects left out; the same lines as `rejects.csv` in the cohort's folder."""
     notes: tuple[str, ...] = ()
-    """Lines worth a person's attention, such as brains that reach out of the grid."""
+    """Lines that the user should read, such as brains that extend beyond the grid."""
     already_there: bool = False
-    """True if the folder held this very cohort, so that nothing was done."""
+    """True if the folder already held the same cohort, so that nothing was done."""
 
 
 Runner = Callable[[Sequence[ShardTask]], Iterator[ShardRecord]]
-"""Runs `write_shard_of` for each task, in any order and place, and yields what it gives."""
+"""Runs `write_shard_of` for each task, in any order and any process, and yields the records."""
 
 
 def one_after_another(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
@@ -86,9 +86,9 @@ def ingest(
     Scans that cannot be used (unreadable, NaN, 4D, no brain in the grid, …) are left out and listed in
     `out`/rejects.csv; with `strict` the first of them is a UserError. So is no usable scan at all, or an
     output folder that is full, cannot be written, holds anything else or is being written by another
-    process. Finished shards stay in any case, and the same call goes on after them; if files or settings
-    changed meanwhile it starts over, with a note. A folder that holds this very cohort is left as it is.
-    Same input, settings and versions, same bytes, however often it was interrupted.
+    process. Finished shards always stay, and the same call continues after them; if files or settings
+    changed in the meantime it starts over, with a note. A folder that holds the same cohort is left as it is.
+    The same input, settings and versions give the same bytes, also after interruptions.
 
     The manifest gets the facts of each scan, its `quality` (`core.volumes.ingest.prepare`), and `affine`: the
     upper three rows, one after the other, of the matrix from the scan's voxels to the mm of its source.
@@ -128,16 +128,16 @@ def ingest(
 
 
 def volumes_per_shard(volume_bytes: int, scans: int) -> int:
-    """About 64 MB, at most 256 volumes, and for small cohorts so few that many processes find work.
+    """About 64 MB, at most 256 volumes, and for small cohorts few enough that many processes have work.
 
-    A function of the cohort alone, because the machine must not show in what is written.
+    It depends on the cohort alone, because the same cohort must have the same bytes on every machine.
     """
     by_size = min(max(SHARD_BYTES // volume_bytes, 1), MOST_VOLUMES)
     return min(by_size, max(math.ceil(scans / ENOUGH_SHARDS), FEWEST_VOLUMES))
 
 
 def resolve_centre(preprocessing: Preprocessing, scans: Sequence[Scan]) -> Preprocessing:
-    """Settle `centre="auto"` for a whole cohort: brains placed in two ways would differ by their placing."""
+    """Decide `centre="auto"` for a whole cohort: brains placed in two ways would differ by their placement."""
     if preprocessing.centre != "auto":
         return preprocessing
     placed = {scan.subject: covers for scan in scans if (covers := _covers_template(scan)) is not None}
@@ -153,8 +153,9 @@ def resolve_centre(preprocessing: Preprocessing, scans: Sequence[Scan]) -> Prepr
 def _covers_template(scan: Scan) -> bool | None:
     try:
         return covers_template_field(*read_image_geometry(scan.images[0]))
+    # it will be rejected, with the reason, when its voxels are read
     except UserError:
-        return None  # it will be rejected, with its reason, when its voxels are read
+        return None
 
 
 def _tasks(
@@ -217,9 +218,9 @@ def _finish(
 
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[None]:
-    """Hold the folder against other processes; the hold ends with this one, however it ends.
+    """Lock the folder against other processes; the lock ends with this process, also when it is killed.
 
-    Where an error comes before any shard is finished, nothing stays behind.
+    After an error before the first finished shard no files stay behind.
     """
     claim_folder(out)
     with writing_to(out):
@@ -241,7 +242,7 @@ def _claimed(out: Path) -> Iterator[None]:
 
 
 def _start_or_go_on(out: Path, request: dict[str, str], scans: Sequence[Scan]) -> list[str]:
-    """Keep the shards of an unfinished run of the same request, clear those of another away and say so."""
+    """Keep the shards of an unfinished run of the same request; remove those of another one, with a note."""
     path, notes = out / UNFINISHED / REQUEST, []
     asked = {**request, "times": times_of(scans)}
     with writing_to(out):
@@ -260,7 +261,7 @@ def _start_or_go_on(out: Path, request: dict[str, str], scans: Sequence[Scan]) -
 
 
 def _clear_temporaries(out: Path) -> None:
-    """Remove what killed processes left half written; see `replacing`."""
+    """Remove temporary files of killed processes; see `replacing`."""
     for folder in (out / SHARDS, out / UNFINISHED):
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -276,7 +277,7 @@ def _existing(out: Path, listing: Listing, description: CohortDescription) -> In
             f"{out} already holds a cohort {why} ({cohort.manifest['subject'].nunique()} subjects of "
             f"{cohort.description.source}); choose another folder or delete it"
         )
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # killed in the very last step
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # there if ingest was killed in its last step
     lines = pd.read_csv(out / REJECTS, dtype=str, keep_default_na=False)
     rejects = tuple(Reject(*line) for line in lines.itertuples(index=False))
     return IngestReport(cohort, rejects, (*listing.notes, *_notes(cohort)), already_there=True)

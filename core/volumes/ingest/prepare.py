@@ -19,7 +19,9 @@ from core.volumes.images.resample import Labels, Mask, Resampled, resample, resa
 from core.volumes.sources.images import read_image
 from core.volumes.sources.listing import ImageFile, Scan
 
-SAME_GRID = 0.1  # of a voxel: how far the corners of two maps of one grid may lie apart; tools round affines
+SAME_GRID = (
+    0.1  # of a voxel: largest distance between the corners of two maps of one grid; tools round affines
+)
 MOST_CLASSES = np.iinfo(np.int16).max
 
 
@@ -46,8 +48,8 @@ class Image(NamedTuple):
 def prepare_scan(scan: Scan, preprocessing: Preprocessing) -> PreparedScan:
     """Run the pipeline on one scan: a pure function of its files and the settings.
 
-    The first image decides where the brain is; further channels and the label map follow it through the
-    mm that they share, each by its own affine. A mask or label map must be on the first image's grid.
+    The first image decides where the brain is; further channels and the label map are placed by their own
+    affines in the same mm. A mask or label map must be on the first image's grid.
     `quality` holds:
 
     - coverage: fraction of the brain's voxels that lie within the grid
@@ -135,9 +137,9 @@ def _place(
 def brain_centre(mask: Mask, affine: Affine) -> npt.NDArray[np.float64]:
     """Middle of the brain in mm: of the box that holds the inner 99 % of the brain on each axis.
 
-    A box, because it leaves equal margins on both sides of the grid; not quite all of the voxels, because
-    a few stray ones far from the brain must not move it. A whole voxel, so that a volume that has the
-    cohort's spacing already is moved without interpolation (where the grid has a middle voxel).
+    A box, because it leaves equal margins on both sides of the grid; 99 %, because a few stray voxels far
+    from the brain must not move it. The result is the centre of a voxel, so that a volume that already has
+    the spacing of the cohort is moved without interpolation (where the grid has a middle voxel).
     """
     middle = []
     for axis in range(3):
@@ -157,7 +159,8 @@ def coverage(mask: Mask, affine: Affine, target: Affine, shape: tuple[int, int, 
         kept = [(line > -0.5) & (line < size - 0.5) for line, size in zip(lines, shape, strict=True)]
         return float(np.count_nonzero(mask[np.ix_(*kept)]) / np.count_nonzero(mask))
     within = 0
-    for x in range(len(mask)):  # a slice at a time: the places of a whole head would take a gigabyte
+    # one slice at a time: the coordinates of a whole head would take a gigabyte
+    for x in range(len(mask)):
         inside = np.argwhere(mask[x])
         places = apply_affine(to_grid, np.column_stack([np.full(len(inside), x), inside]))
         within += int(((places > -0.5) & (places < np.asarray(shape) - 0.5)).all(axis=1).sum())
@@ -165,12 +168,12 @@ def coverage(mask: Mask, affine: Affine, target: Affine, shape: tuple[int, int, 
 
 
 def _mask_of(image: Image, mask: Mask, affine: Affine, preprocessing: Preprocessing) -> Mask:
-    """What is brain in a further channel: what the mask file says, else what is not background."""
+    """The brain in a further channel: the voxels of the mask file, or, without one, all that are not background."""
     if preprocessing.mask is None:
         return foreground(image.voxels, preprocessing.scaling)
     if mask.shape == image.voxels.shape and np.array_equal(affine, image.affine):
         return mask
-    return resample_labels(mask.astype(np.int16), affine, image.affine, image.voxels.shape) != 0
+    return np.asarray(resample_labels(mask.astype(np.int16), affine, image.affine, image.voxels.shape) != 0)
 
 
 def _intensity_measures(placed: Resampled, ending: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What was asked of ingest, to know an unfinished or complete cohort again, and never to mix two of them."""
+"""The identity of a request to ingest: recognises its unfinished or complete cohort, so that two are never mixed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.volumes.sources.listing import ImageFile, Listing, Scan
 
 
 def request_of(listing: Listing, description: CohortDescription) -> dict[str, str]:
-    """Identity of what was asked for, to know the cohort again: settings, facts on scans, and files' sizes."""
+    """The identity of a request by parts: settings, facts about the scans, and sizes of the files."""
     scans = [
         [scan.subject, scan.session, repr(scan.age), scan.sex, scan.site, sorted(map(repr, scan.extra.items())),
          [relative(file.path, listing.source) + f":{file.row}:{file.affine}" for file in _files(scan)]]
@@ -30,13 +30,13 @@ def request_of(listing: Listing, description: CohortDescription) -> dict[str, st
 
 
 def times_of(scans: Sequence[Scan]) -> str:
-    """When the files were last changed; apart, because copied files are the same but for this."""
+    """A hash of the times at which the files last changed; apart, because copied files differ only in this."""
     times = "".join(f"{path}:{_status(path)[1]}\n" for path in _paths(scans))
     return hashlib.sha256(times.encode()).hexdigest()
 
 
 def newest_file(scans: Sequence[Scan]) -> tuple[int, str]:
-    """When the file changed last was changed (ns), and which one it is."""
+    """The time (ns) at which the file that changed last was changed, and its path."""
     return max(((_status(path)[1], str(path)) for path in _paths(scans)), default=(0, ""))
 
 
@@ -50,7 +50,7 @@ def _paths(scans: Sequence[Scan]) -> list[Path]:
 
 
 def _status(path: Path) -> tuple[int, int]:
-    """Bytes and time of the last change (ns); zeros for what is not there."""
+    """Bytes and time of the last change (ns); -1 and 0 for a file that does not exist."""
     try:
         status = path.stat()
     except OSError:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from core.errors import UserError
 from core.files.writing import replacing, writing_to
 from core.volumes.cohort.reader import SHARDS, CohortDescription
-from core.volumes.cohort.shards import Written
+from core.volumes.cohort.shards import Fact, Written
 from core.volumes.cohort.writer import RESERVED, UNFINISHED, ShardInMemory
 from core.volumes.images.preprocess import Preprocessing
 from core.volumes.ingest.prepare import prepare_scan
@@ -35,7 +34,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What became of a task's scans; kept as a small file until the cohort is complete."""
+    """The result of a task; kept as a small file until the cohort is complete."""
 
     index: int
     written: Written | None
@@ -44,7 +43,7 @@ class ShardRecord:
 
 
 def write_shard_of(task: ShardTask) -> ShardRecord:
-    """Prepare a task's scans one by one and write their shard, then its record, each whole or not at all.
+    """Prepare a task's scans one by one and write their shard, then its record, each in one step.
 
     Raises UserError for a full disk, and with `strict` for a scan that cannot be used.
     """
@@ -54,7 +53,8 @@ def write_shard_of(task: ShardTask) -> ShardRecord:
             _add(shard, scan, task)
         except UserError as error:
             rejects.append(_reject(scan, task.source, str(error)))
-        except Exception as error:  # a reader's surprise over one damaged file must not cost all others
+        # an unexpected error of a reader at one damaged file must not stop all others
+        except Exception as error:
             rejects.append(
                 _reject(scan, task.source, f"cannot be prepared ({type(error).__name__}: {error})")
             )
@@ -72,7 +72,7 @@ def _add(shard: ShardInMemory, scan: Scan, task: ShardTask) -> None:
     prepared = prepare_scan(scan, task.preprocessing)
     if task.description.labels and prepared.label is None:
         raise UserError("has no label map, but others have; list without label maps, or leave it out")
-    facts: dict[str, Any] = {
+    facts: dict[str, Fact] = {
         "subject": scan.subject, "session": scan.session, "age": float(scan.age), "sex": scan.sex,
         "site": scan.site, "source": name_of(scan.images[0], task.source),
         **{name: float(value) for name, value in prepared.quality.items()},
@@ -112,12 +112,12 @@ def as_error(source: Path, reject: Reject) -> UserError:
 
 
 def name_of(image: ImageFile, source: Path) -> str:
-    """An image as the manifest and the rejects name it: below the source, with its row in an array of many."""
+    """The name of an image in the manifest and the rejects: its path below the source, and its row in an array."""
     path = relative(image.path, source)
     return path if image.row is None else f"{path}[{image.row}]"
 
 
 def relative(path: Path, source: Path) -> str:
-    """A path as the manifest names it: below the source where it lies there."""
+    """A path as written in the manifest: relative to the source if it lies below it."""
     path, source = path.absolute(), source.absolute()
     return str(path.relative_to(source) if path.is_relative_to(source) else path)

@@ -1,1 +1,1 @@
-"""Synthetic brains from the ICBM152 anatomy, with known ageing."""
+"""Synthetic brains with known ageing, made from the ICBM152 average anatomy, and cohorts of them."""

@@ -1,4 +1,4 @@
-"""What is published about stiffness, tissue volumes and age, as numbers and small laws.
+"""Published relations between age, stiffness and tissue volumes, as numbers and small functions.
 
 Stiffness: shear stiffness at 50 Hz of 134 young adults (MRE134, Hiscox et al. 2020, doi
 10.1002/hbm.25192) and its decline with age (Sack 2009 and 2011, Hiscox 2018, Lv 2020, Delgorio 2021).
@@ -67,7 +67,7 @@ INTRACRANIAL_SD = 0.075  # of the median
 def whole_brain_decline(age: ArrayLike) -> NDArray[np.float64]:
     """Fraction of young-adult stiffness lost at `age`: none to 30 y, 0.35 %/y to 60 y, then 0.75 %/y."""
     age = np.asarray(age, dtype=float)
-    return 0.0035 * np.clip(age - 30, 0, 30) + 0.0075 * np.clip(age - 60, 0, None)
+    return np.asarray(0.0035 * np.clip(age - 30, 0, 30) + 0.0075 * np.clip(age - 60, 0, None))
 
 
 def decline_by_group(age: float) -> NDArray[np.float64]:

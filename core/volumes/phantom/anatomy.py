@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ from core.volumes.phantom.ageing import (
     median_grey_ml,
     median_ventricle_ml,
 )
-from core.volumes.phantom.templates import CROP_START, Floats, Mask, Templates, load_templates
+from core.volumes.phantom.templates import CROP_START, Floats, Kind, Mask, Templates, load_templates
 
 SPACINGS = {2.0: (91, 109, 91), 4.0: (46, 55, 46), 8.0: (23, 28, 23)}  # mm: voxels, the MNI field of view
 ORIGIN = (-90, -126, -72)  # mm, centre of the first voxel
@@ -52,7 +51,7 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """The average brain on one grid: all that subjects are made of. Volumes are the ICBM head's (1883 mL)."""
+    """The average brain on one grid, from which subjects are made. Volumes are those of the ICBM head (1883 mL)."""
 
     spacing: float
     affine: NDArray[np.float64]
@@ -95,7 +94,7 @@ def load_anatomy(spacing: float) -> Anatomy:
 
 @dataclass(frozen=True, eq=False)
 class _Pull:
-    """Moves 1 mm maps outwards from the ventricles: each voxel takes the value of one further inwards."""
+    """Moves 1 mm maps outwards from the ventricles: each voxel takes the value of a voxel further inwards."""
 
     where: NDArray[np.intp]
     """Flat indices of the n voxels that move at all."""
@@ -115,7 +114,7 @@ class _Pull:
     def origin(self, shift_mm: float) -> NDArray[np.intp]:
         """(n,) flat indices of where the values of the moving voxels come from."""
         indices = np.rint(self.places - np.float32(shift_mm) * self.push).astype(np.intp)
-        return np.ravel_multi_index(tuple(indices), self.shape, mode="clip")
+        return np.asarray(np.ravel_multi_index(tuple(indices), self.shape, mode="clip"))
 
 
 def _stage(
@@ -124,11 +123,11 @@ def _stage(
     """The average brain with the median volumes of `age`, on the coarse grid that `push` has."""
     voxels_per_ml = templates.inside.sum() / INTRACRANIAL_ML  # for 1 mL in a person with a median head
     ventricle_ml = float(median_ventricle_ml(age))
-    # not pulled: at the middle of thin horns one would pull from beyond the other wall
+    # the ventricles are not pulled: in the middle of thin horns the values would come from beyond the other wall
     ventricle = _highest(-templates.wall_shift, templates.inside, ventricle_ml * voxels_per_ml)
     origin = pull.origin(float(templates.wall_shift[ventricle].max()))
 
-    def pulled(values: NDArray[Any]) -> NDArray[Any]:
+    def pulled(values: NDArray[Kind]) -> NDArray[Kind]:
         moved = values.copy()
         moved.flat[pull.where] = values.flat[origin]
         return moved
@@ -153,7 +152,7 @@ def _highest(values: Floats, candidates: Mask, count: float) -> Mask:
     """The `count` of the `candidates` where `values` are highest."""
     among = values[candidates]
     place = max(0, among.size - round(count))
-    return candidates & (values >= np.partition(among, place)[place])
+    return np.asarray(candidates & (values >= np.partition(among, place)[place]))
 
 
 def _spacing_of(shape: tuple[int, ...]) -> float:
@@ -195,11 +194,11 @@ def _box_weights(spacing: float, axis: int, size: int) -> sparse.csr_matrix:
     return sparse.csr_matrix((np.clip(high - low, 0, None) / spacing).astype(np.float32))
 
 
-def along_axes(weights: Sequence[sparse.csr_matrix], volume: NDArray[Any]) -> Floats:
+def along_axes(weights: Sequence[sparse.csr_matrix], volume: NDArray[np.float32 | np.bool_]) -> Floats:
     """Multiply each axis of `volume` (X, Y, Z) by its matrix.
 
-    Sparse products add in a fixed order, so their bytes do not depend on the number of threads, as those of
-    BLAS may.
+    Sparse products add in a fixed order, so their bytes do not depend on the number of threads; those of
+    BLAS can.
     """
 
     def along_first(volume: Floats, matrix: sparse.csr_matrix) -> Floats:

@@ -1,8 +1,8 @@
 """A cohort of phantom brains: real average anatomy, aged by published laws, with known truth.
 
-Who is in it (age, sex, site) is drawn here; phantom_subject.py makes one brain, phantom_anatomy.py the
-average brain it starts from, phantom_ageing.py holds the published numbers. Subject i is the same brain in a
-cohort of any size, in any process.
+Age, sex and site of the participants are drawn here; subject.py makes one brain, anatomy.py the average brain
+that it starts from, ageing.py holds the published numbers. Subject i has the same brain in a cohort of any size,
+in any process.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -26,8 +27,9 @@ from core.volumes.cohort.reader import DESCRIPTION, Cohort
 from core.volumes.cohort.writer import CohortWriter
 from core.volumes.phantom.anatomy import SPACINGS
 from core.volumes.phantom.subject import PERSON, Person, PhantomBrain, make_brain, random_stream
+from core.volumes.phantom.templates import Floats
 
-VERSION = 1  # raise it when the same settings give other brains
+VERSION = 1  # increase it when the same settings give other brains
 YOUNGEST, OLDEST = 18.0, 90.0  # years
 BIDS_FOLDER = {"stiffness": "mre", "t1w": "anat"}
 BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w"}
@@ -70,17 +72,30 @@ class PhantomSettings(BaseModel):
             raise ValueError(f"channels must name stiffness, t1w or both once, got {channels}")
         return channels
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The settings as a cohort records them."""
         return {"phantom": VERSION, **self.model_dump(mode="json")}
 
 
+class Participant(TypedDict):
+    """Who is in the cohort: one row of its table."""
+
+    subject: str
+    """Such as "sub-0001"."""
+    age: float
+    """Years."""
+    sex: str
+    """"F" or "M"."""
+    site: str
+    """Such as "site-1"."""
+
+
 def phantom_participants(settings: PhantomSettings) -> pd.DataFrame:
-    """One row per subject: subject ("sub-0001"), age in years, sex ("F" or "M"), site ("site-1")."""
+    """One row per subject; columns as in `Participant`."""
     return pd.DataFrame([_participant(settings, index) for index in range(settings.subjects)])
 
 
-def _participant(settings: PhantomSettings, index: int) -> dict[str, Any]:
+def _participant(settings: PhantomSettings, index: int) -> Participant:
     draws = random_stream(settings.seed, PERSON, index)
     age = _draw_clustered_age(draws) if settings.ages == "clusters" else draws.uniform(YOUNGEST, OLDEST)
     sex = "F" if draws.random() < 0.5 else "M"
@@ -99,12 +114,12 @@ def _draw_clustered_age(draws: np.random.Generator) -> float:
     return draws.uniform(YOUNGEST, OLDEST)
 
 
-def _site_shares(age: float, sites: int) -> np.ndarray:
-    """(sites,) chances of being scanned at each: the young mostly at the first, the old at the last."""
+def _site_shares(age: float, sites: int) -> npt.NDArray[np.float64]:
+    """(sites,) probability of each site: young people are mostly scanned at the first, old people at the last."""
     oldness = (age - YOUNGEST) / (OLDEST - YOUNGEST)
     liked_by_young = np.linspace(0.9, 0.1, sites)
     shares = (1 - oldness) * liked_by_young + oldness * liked_by_young[::-1]
-    return shares / shares.sum()
+    return np.asarray(shares / shares.sum())
 
 
 def phantom_brain(settings: PhantomSettings, index: int) -> PhantomBrain:
@@ -125,7 +140,7 @@ def phantom_brain(settings: PhantomSettings, index: int) -> PhantomBrain:
 
 def _each_brain(
     settings: PhantomSettings, on_progress: OnProgress | None
-) -> Iterator[tuple[dict[str, Any], PhantomBrain]]:
+) -> Iterator[tuple[Participant, PhantomBrain]]:
     """Every participant with their brain, reporting each once it has been used."""
     for index in range(settings.subjects):
         yield _participant(settings, index), phantom_brain(settings, index)
@@ -138,8 +153,8 @@ def write_phantom_cohort(
 ) -> Cohort:
     """Write the cohort to the folder `out`, or reuse the same one already there, and open it.
 
-    The manifest also records the true tissue volumes: csf_ml,
-    gm_ml, wm_ml and ventricle_ml. UserError if `out` holds anything else.
+    The manifest also records the true tissue volumes: csf_ml, gm_ml, wm_ml and ventricle_ml. UserError if
+    `out` holds other files.
     """
     out = Path(out)
     if (out / DESCRIPTION).exists():
@@ -158,8 +173,7 @@ def write_phantom_cohort(
     with writer:
         for participant, brain in _each_brain(settings, on_progress):
             volume = np.stack([brain.channels[name] for name in settings.channels])
-            labels: dict[str, Any] = {**participant, **brain.volumes_ml}
-            writer.add(volume, source="phantom", **labels)
+            writer.add(volume, source="phantom", **participant, **brain.volumes_ml)
     return Cohort.open(out)
 
 
@@ -184,9 +198,10 @@ def write_phantom_bids(
         rows = []
         for participant, brain in _each_brain(settings, on_progress):
             for name, image in brain.channels.items():
-                _write_nifti(out, str(participant["subject"]), name, image, brain.affine)
-            rows.append({"participant_id": participant.pop("subject"), **participant})
-        pd.DataFrame(rows).to_csv(out / "participants.tsv", sep="\t", index=False, lineterminator="\n")
+                _write_nifti(out, participant["subject"], name, image, brain.affine)
+            rows.append(participant)
+        table = pd.DataFrame(rows).rename(columns={"subject": "participant_id"})
+        table.to_csv(out / "participants.tsv", sep="\t", index=False, lineterminator="\n")
         description = {
             "Name": "brainsweep phantom",
             "BIDSVersion": "1.10.0",
@@ -197,7 +212,9 @@ def write_phantom_bids(
     return out
 
 
-def _write_nifti(out: Path, subject: str, channel: str, image: np.ndarray, affine: np.ndarray) -> None:
+def _write_nifti(
+    out: Path, subject: str, channel: str, image: Floats, affine: npt.NDArray[np.float64]
+) -> None:
     folder = out / subject / BIDS_FOLDER[channel]
     folder.mkdir(parents=True, exist_ok=True)
     nifti = nib.Nifti1Image(image, affine)

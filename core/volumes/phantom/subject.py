@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,7 @@ from core.volumes.phantom.anatomy import (
     along_axes,
     load_anatomy,
 )
-from core.volumes.phantom.templates import Floats
-
-Number = TypeVar("Number", bound=np.generic)
+from core.volumes.phantom.templates import Floats, Kind
 
 # Streams of random numbers.
 PERSON, SHAPE, STIFFNESS, TEXTURE, SITE, SCANNER, PATTERN = range(7)
@@ -59,25 +57,34 @@ T1_OF_TISSUE = (0.22, 0.63, 0.92)  # CSF, grey, white
 BIAS_WIDTH_MM = 60.0
 
 
+class TissueVolumes(TypedDict):
+    """Volumes of a brain in mL: sums of fractions, not of labels."""
+
+    csf_ml: float
+    """Ventricles included."""
+    gm_ml: float
+    wm_ml: float
+    ventricle_ml: float
+
+
 @dataclass(frozen=True, eq=False)
 class PhantomBrain:
-    """One brain with what is known about it. Arrays are (X, Y, Z), X from left to right."""
+    """One brain with its true labels and volumes. Arrays are (X, Y, Z), X from left to right."""
 
     channels: dict[str, Floats]
     """"stiffness" in kPa, 0 outside brain tissue; "t1w" in arbitrary units, 0 outside the skull."""
     tissue: NDArray[np.uint8]
     """0 background, 1 CSF, 2 grey matter, 3 white matter."""
     regions: NDArray[np.uint8]
-    """0 outside every region, else 1 + place in phantom_ageing.REGIONS; approximate."""
-    volumes_ml: dict[str, float]
-    """csf_ml (ventricles included), gm_ml, wm_ml, ventricle_ml: sums of fractions, not of labels."""
+    """0 outside every region, else 1 + place in ageing.REGIONS; approximate."""
+    volumes_ml: TissueVolumes
     affine: NDArray[np.float64]
     """(4, 4), voxel index to RAS mm."""
 
 
 @dataclass(frozen=True)
 class Person:
-    """Who is to be made: all that the brain depends on."""
+    """The person whose brain is made: all that the brain depends on."""
 
     seed: int
     index: int
@@ -114,13 +121,15 @@ class _Head:
 
     def read(self, volume: Floats) -> Floats:
         """(n,) values of the average brain's map `volume` (X, Y, Z)."""
-        return ndimage.map_coordinates(volume, self.places, order=1)
+        values: Floats = ndimage.map_coordinates(volume, self.places, order=1)
+        return values
 
     def read_labels(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(n,) labels of the average brain's nearest voxels."""
-        return ndimage.map_coordinates(labels, self.places, order=0)
+        nearest: NDArray[np.uint8] = ndimage.map_coordinates(labels, self.places, order=0)
+        return nearest
 
-    def image(self, values: NDArray[Number]) -> NDArray[Number]:
+    def image(self, values: NDArray[Kind]) -> NDArray[Kind]:
         """(X, Y, Z) image of (n,) values, 0 elsewhere."""
         image = np.zeros(self.shape, dtype=values.dtype)
         image.flat[self.where] = values
@@ -143,12 +152,16 @@ def make_brain(person: Person, spacing: float, channels: Sequence[str]) -> Phant
         images["stiffness"] = _stiffness(person, anatomy, head, stage, grey + white)
     if "t1w" in channels:
         images["t1w"] = _t1w(person, anatomy, head, (csf, grey, white))
-    volumes = {"csf_ml": csf, "gm_ml": grey, "wm_ml": white, "ventricle_ml": ventricle}
     return PhantomBrain(
         channels={name: head.image(images[name]) for name in channels},
         tissue=head.image(labels),
         regions=head.image(head.read_labels(stage.regions) * (grey + white >= 0.5)),
-        volumes_ml={name: _millilitres(fractions, spacing) for name, fractions in volumes.items()},
+        volumes_ml={
+            "csf_ml": _millilitres(csf, spacing),
+            "gm_ml": _millilitres(grey, spacing),
+            "wm_ml": _millilitres(white, spacing),
+            "ventricle_ml": _millilitres(ventricle, spacing),
+        },
         affine=anatomy.affine.copy(),
     )
 
@@ -180,7 +193,7 @@ def aged(anatomy: Anatomy, age: float) -> Stage:
 def _shape_head(anatomy: Anatomy, stage: Stage, ventricle_ml: float, draws: np.random.Generator) -> _Head:
     """Scale, stretch and bend the average head, and move its ventricles' wall.
 
-    They will hold `ventricle_ml` in a head of median size; larger heads have larger ventricles.
+    The ventricles will hold `ventricle_ml` in a head of median size; larger heads have larger ventricles.
     """
     shape, spacing = stage.grey.shape, np.float32(anatomy.spacing)
     size = INTRACRANIAL_ML * (1 + INTRACRANIAL_SD * draws.standard_normal()) / anatomy.intracranial_ml
@@ -214,7 +227,7 @@ def _stiffness(person: Person, anatomy: Anatomy, head: _Head, stage: Stage, tiss
     broad = BROAD_SD * smooth_field(draws, anatomy.spacing, BROAD_WIDTH_MM).flat[head.where]
     in_brain = tissue >= 0.5
     texture = fine + broad
-    texture = texture - texture[in_brain].mean()  # the mean of a brain is the offset's to decide
+    texture = texture - texture[in_brain].mean()  # only the offset changes the mean of a brain
     texture = 1 + texture + PATTERN_SD * head.read(_common_pattern(anatomy.spacing))
     return np.where(in_brain, np.maximum(kpa * texture, SOFTEST_KPA), 0).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""The 1 mm maps that the phantom's anatomy is made from, and what is drawn on them: ventricles and regions.
+"""The 1 mm maps from which the phantom's anatomy is made, with ventricles and regions drawn on them.
 
 The maps are the ICBM152 2009a symmetric average (Fonov et al. 2011) inside the nilearn wheel, so nothing is
 downloaded. All arrays are cropped to the head, (X, Y, Z), RAS; `open_millimetres` says where each voxel is.
@@ -7,7 +7,7 @@ downloaded. All arrays are cropped to the head, (X, Y, Z), RAS; `open_millimetre
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,17 @@ from scipy import ndimage
 
 from core.volumes.phantom.ageing import REGIONS
 
+if TYPE_CHECKING:
+    import nibabel
+
+Kind = TypeVar("Kind", np.float32, np.uint8)
+"""Of a map's voxels: fractions and intensities, or labels."""
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 CROP = (slice(22, 176), slice(22, 216), slice(0, 160))  # of the 1 mm templates: all that is inside the skull
 CROP_START = (-98 + 22, -134 + 22, -72)  # mm, centre of the first voxel of the crop
-PUSH_REACH_MM = 45.0  # distance from the ventricles at which their growth is no longer felt
+PUSH_REACH_MM = 45.0  # distance from the ventricles beyond which their growth moves nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +57,7 @@ def load_templates() -> Templates:
     t1 = _cropped(datasets.load_mni152_template(resolution=1))
     inside = _cropped(datasets.load_mni152_brain_mask(resolution=1)) > 0
     depth = _depth(_find_ventricles(grey + white, inside))
-    # how much of the wall's shift is felt at some depth: all at the wall, then less
+    # the share of the wall's shift by which a voxel moves: 1 at the wall, less with depth
     felt = np.clip(1 - np.clip(depth, 0, None) / np.float32(PUSH_REACH_MM), 0, None) ** 2
     # the maps have 256 levels; a little smoothing leaves no ties, and no jagged borders
     tissue = ndimage.gaussian_filter(grey + white, 0.6)
@@ -69,7 +74,7 @@ def load_templates() -> Templates:
     )
 
 
-def _cropped(image: Any) -> Floats:
+def _cropped(image: nibabel.Nifti1Image) -> Floats:
     return np.asarray(image.dataobj[CROP], dtype=np.float32)
 
 
@@ -95,7 +100,8 @@ def _depth(ventricle: Mask) -> Floats:
     depth = ndimage.distance_transform_edt(~ventricle).astype(np.float32)
     around = ndimage.find_objects(ndimage.binary_dilation(ventricle).astype(np.uint8))[0]
     depth[around] -= ndimage.distance_transform_edt(ventricle[around]).astype(np.float32)
-    return ndimage.gaussian_filter(depth, 1.5)
+    smooth: Floats = ndimage.gaussian_filter(depth, 1.5)
+    return smooth
 
 
 # Centre (|x|, y, z) and half axes of an ellipsoid on each side, MNI mm, read off the template.
@@ -113,7 +119,7 @@ def _draw_regions() -> NDArray[np.uint8]:
     """Label every voxel, tissue or not, with its region.
 
     Approximations: lobes are cut by straight planes near the central, Sylvian and parieto-occipital sulci
-    and the tentorium; nuclei are ellipsoids. They give a phantom regional contrast and measure nobody.
+    and the tentorium; nuclei are ellipsoids. They give a phantom regional contrast and are not meant for measurements.
     """
     x, y, z = open_millimetres()
     side = abs(x)

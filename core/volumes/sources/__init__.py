@@ -49,11 +49,11 @@ def list_scans(
 
     `kind` is a key of `SOURCES`; None: what `recognised` finds. `channels` names the images that make a
     scan, needed wherever there are several kinds; `label` and `mask` its maps. With `age_column=None` ages
-    are not wanted, and nobody is left out for want of one. What the names mean is up to the layout: a
+    are not wanted, and no subject without an age is left out. The layout decides what the names mean: a
     suffix (bids, cases), a column (table), a quantity (mre, openbhb), a key (decathlon).
 
-    No voxel is read: what a file holds is found by `read_image`. Raises UserError where the source as a
-    whole cannot be used.
+    No voxel is read; `read_image` checks the content of a file. Raises UserError where the source as a whole
+    cannot be used.
     """
     source = Path(source)
     wanted = Wanted(tuple(channels) if channels else None, label or None, mask or None, age_column or None)
@@ -71,7 +71,7 @@ def list_scans(
 
 
 def _in_one_line(reject: Reject) -> Reject:
-    """A quoted value of a table may hold line breaks; what is said about it does not."""
+    """The reject without line breaks, which a quoted value of a table may contain."""
     return Reject(*(" ".join(text.splitlines()) for text in (reject.subject, reject.file, reject.reason)))
 
 
@@ -83,7 +83,7 @@ def _with_same_columns(scans: Sequence[Scan]) -> tuple[Scan, ...]:
 
 
 def _shared_images(listing: Listing) -> Iterator[str]:
-    """A note if two scans have the same image: a slip in a table, or one brain under two names."""
+    """A note if two scans have the same image: a mistake in a table, or one brain under two names."""
     users: dict[ImageFile, set[str]] = defaultdict(set)
     for scan in listing.scans:
         for file in scan.images:

@@ -1,11 +1,11 @@
-"""NumPy arrays of volumes, and of what belongs to them: headers checked before anything is mapped or loaded."""
+"""NumPy arrays of volumes and of their labels; headers are checked before an array is mapped or loaded."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,23 +27,24 @@ MNI_NOTE = (
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What the first bytes of a `.npy` file say, once it is plausible that the file holds it."""
+    """The header of a `.npy` file, after the check that the file can hold what it claims."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic[object]]
 
 
 def read_header(path: Path, kinds: str = "iuf") -> ArrayHeader:
     """Shape and type of a `.npy` array; UserError unless its type is one of numpy's `kinds` and it is whole.
 
-    Pickled objects are never loaded: they run whatever code their author put in.
+    Pickled objects are never loaded, because they can run any code.
     """
     checked_file(path)
     try:
         with path.open("rb") as file:
             shape, dtype = _parse(file)
             begin = file.tell()
-    except Exception as error:  # the header is Python text: damage shows as any error of its tokenizer too
+    # the header is Python text, so a damaged one can raise any error of the tokenizer
+    except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise UserError(f"{path} cannot be read as a NumPy array ({reason})") from error
     if dtype.hasobject:
@@ -64,13 +65,14 @@ def read_header(path: Path, kinds: str = "iuf") -> ArrayHeader:
     return ArrayHeader(shape, dtype)
 
 
-def map_array(path: Path) -> npt.NDArray[Any]:
+def map_array(path: Path) -> npt.NDArray[np.generic[object]]:
     """The array, mapped from disk: only what is indexed is read."""
     read_header(path)
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped: npt.NDArray[np.generic[object]] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a NumPy array ({error})") from error
+    return mapped
 
 
 def volumes_in(path: Path) -> tuple[int, tuple[int, int, int]]:
@@ -83,12 +85,13 @@ def volumes_in(path: Path) -> tuple[int, tuple[int, int, int]]:
     return shape[0], (shape[1], shape[2], shape[3])
 
 
-def read_values(path: Path) -> list[Any]:
+def read_values(path: Path) -> list[object]:
     """An array (N,) or (N, 1) of numbers or texts, as Python values."""
     shape = read_header(path, kinds="iufUSb").shape
     if math.prod(shape) != shape[0] if shape else True:
         raise UserError(f"{path} has shape {shape}; one value for each subject, (N,), is needed")
-    return np.load(path, allow_pickle=False).reshape(-1).tolist()
+    values: list[object] = np.load(path, allow_pickle=False).reshape(-1).tolist()
+    return values
 
 
 def mni_affine(path: Path, shape: tuple[int, ...]) -> AffineRows:
@@ -116,7 +119,7 @@ def array_file(path: Path) -> ImageFile:
     return ImageFile(path, None, mni_affine(path, shape[-3:]))
 
 
-def _parse(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _parse(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[np.generic[object]]]:
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)

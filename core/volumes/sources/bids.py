@@ -28,7 +28,7 @@ MAPS = {"dseg", "probseg", "mask"}
 
 @dataclass(frozen=True)
 class BidsImage:
-    """One NIfTI file and what its name says."""
+    """One NIfTI file and the parts of its name."""
 
     path: Path
     parts: frozenset[str]
@@ -53,8 +53,8 @@ def list_bids(source: Path, wanted: Wanted) -> Listing:
     there, under derivatives/*/sub-*/.
 
     Every session and run of a subject is a scan, called "ses-1", "run-2" or "ses-1_run-2". Two images of
-    a kind that session and run do not tell apart, or of which only one has a run, are not guessed
-    between: that visit is left out. Without participants.tsv and sessions.tsv ages are NaN, with a note.
+    a kind that session and run do not distinguish, or of which only one has a run, are not chosen between:
+    that visit is left out. Without participants.tsv and sessions.tsv ages are NaN, with a note.
     UserError where the folder as a whole cannot be used.
     """
     folders = _subject_folders(checked_folder(source, "bids"))
@@ -113,7 +113,7 @@ def _read_name(path: Path, folder: Path) -> BidsImage:
 
 
 def _of_kind(source: Path, images: Mapping[str, list[BidsImage]], kind: str) -> dict[str, list[BidsImage]]:
-    """By subject the images of a kind, from sub-*/ or else from the one derivative that has any."""
+    """By subject the images of a kind, from sub-*/ or, if there are none, from the one derivative that has any."""
     if own := _matching(images, kind):
         return own
     pipelines = folders_in(source / "derivatives") if (source / "derivatives").is_dir() else []
@@ -184,7 +184,7 @@ def _only_files(source: Path, subject: str, name: str, visit: Visit) -> dict[str
 
 
 def _how_to_choose(kind: str, group: list[BidsImage]) -> str:
-    """Advice, where an entity such as acq-fast tells one of the images from the others."""
+    """Advice, if an entity such as acq-fast distinguishes one of the images from the others."""
     for image in group:
         others = frozenset().union(*(other.parts for other in group if other is not image))
         if telling := sorted(part for part in image.parts - others if "-" in part and part != image.run):

@@ -1,4 +1,4 @@
-"""Labels of a BIDS-like folder: participants.tsv, and sessions.tsv for what changes between visits."""
+"""Labels of a BIDS-like folder: participants.tsv, and sessions.tsv for labels that change between visits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Rows = dict[str, list[dict[str, str]]]
 
 @dataclass(frozen=True)
 class People:
-    """What the tables of a folder say, as text; subjects carry the prefix sub-, sessions ses-."""
+    """The content of a folder's tables as text; subjects have the prefix sub-, sessions ses-."""
 
     participants: Rows | None
     """Rows of participants.tsv by subject; None where there is no such table."""
@@ -41,13 +41,14 @@ class People:
 
     @property
     def subjects(self) -> set[str]:
-        """Everybody that participants.tsv lists."""
+        """All subjects that participants.tsv lists."""
         return set(self.participants or ())
 
     def labels(self, subject: str, session: str) -> Labels:
         """Labels of one visit (session "" or "ses-1"); UserError if they are missing or cannot be used.
 
-        What sessions.tsv says about a visit goes before participants.tsv, which says it about a person.
+        Values of sessions.tsv, which belong to the visit, replace those of participants.tsv, which belong to the
+        person.
         """
         if fault := self.faults.get(subject):
             raise UserError(fault)
@@ -75,10 +76,8 @@ class People:
 def read_people(source: Path, folders: Iterable[Path], age_column: str | None) -> People:
     """The tables of `source` and of its subjects' `folders`.
 
-    UserError where a table about everybody cannot be used; the fault of a table about one subject is kept
-    for that subject.
-
-    Where there is no table at all there are no ages either, and `age_column` of the result is None.
+    UserError where a table about all subjects cannot be used; the fault of a table about one subject is kept
+    for that subject. Without any table there are no ages, and `age_column` of the result is None.
     """
     files = []
     participants: Rows | None = None
@@ -128,7 +127,7 @@ def _by_subject(path: Path, rows: list[dict[str, str]]) -> Rows:
 
 
 def _session_tables(source: Path, folders: Iterable[Path]) -> Iterable[tuple[Path, str | None]]:
-    """Tables of visits, with the subject that each is about; None: it has a column for that."""
+    """Tables of visits, each with its subject; None if the table has a column of subjects."""
     if (source / SESSIONS).is_file():
         yield source / SESSIONS, None
     for folder in folders:

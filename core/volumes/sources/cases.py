@@ -1,4 +1,4 @@
-"""A folder for each case, with one image for each contrast, as BraTS has them: CASE/CASE-t1n.nii.gz."""
+"""One folder for each case, with one image for each contrast, as in BraTS: CASE/CASE-t1n.nii.gz."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kind of image is meant, where a source holds several."""
+"""Choosing the kind of image where a source holds several."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from core.errors import UserError
 def chosen_channels(
     source: Path, kinds: Mapping[str, int], leave: Collection[str | None] = ()
 ) -> tuple[str, ...]:
-    """The only kind of image, from how often each is there; `leave` names maps that are asked for as such.
+    """The only kind of image; `kinds` says how often each occurs, `leave` names kinds that are used as maps.
 
-    UserError, listing all, where a person has to choose.
+    UserError, listing all kinds, where the user has to choose.
     """
     left = {kind: count for kind, count in kinds.items() if kind not in leave}
     if len(left) == 1:

@@ -14,7 +14,7 @@ from core.volumes.sources.labels import Wanted, known_text, labels_of, number_co
 from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
 
 FOLDERS = (".", "imagesTr", "imagesTs", "labelsTr")
-"""Where files lie that a list names without their folder."""
+"""Folders of files that a list names without a folder."""
 ENDINGS = (*NIFTI, ".npy")
 OWN = {"image", "session", "subject", "participant_id"}
 
@@ -24,7 +24,7 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
 
     List and fold stay as the columns "list" and "fold". A label that is a number or a word is the column
     "label", one that is a path the scan's label map. A file, id or subject in two folds, or in training
-    and test, is a leak: a note says so, and nobody is moved. A visit that is listed again is taken once.
+    and test, is a leak: a note reports it, and no entry is moved. A visit that is listed twice is taken once.
     Where no entry has an age, ages are NaN, with a note. UserError where the file as a whole cannot be
     used.
     """
@@ -49,7 +49,7 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
             files = _images(source, entry, content.channels, channels)
             session = _session(entry, several=len(visits[entry.subject]) > 1)
             if (entry.subject, session) in scans:
-                raise UserError(f"the scan is listed once more in {entry.place}; the first is taken")
+                raise UserError(f"the scan is listed again in {entry.place}; the first is taken")
             label, mask = (_map(source, entry, key, asked) for key, asked in maps)
             own = OWN | {
                 asked or key for (key, asked), found in zip(maps, (label, mask), strict=True) if found
@@ -69,7 +69,7 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
 
 
 def _numbered(source: Path, entries: Sequence[Entry]) -> tuple[str, ...]:
-    """Names for channels that the list has none for: image, or image_0, image_1, …"""
+    """Names of the channels where the list has none: image, or image_0, image_1, …"""
     counts = {len(entry.images) for entry in entries if entry.images}
     if len(counts) > 1:
         low, high = min(counts), max(counts)
@@ -82,7 +82,7 @@ def _numbered(source: Path, entries: Sequence[Entry]) -> tuple[str, ...]:
 def _images(
     source: Path, entry: Entry, named: tuple[str, ...] | None, channels: tuple[str, ...]
 ) -> tuple[ImageFile, ...]:
-    """One file for each channel: by its name where the list names its channels, else by its position."""
+    """One file for each channel: by its name where the list names its channels, otherwise by its position."""
     order = named if named and set(channels) <= set(named) else channels
     if not entry.images:
         raise UserError("it names no image")
@@ -92,7 +92,7 @@ def _images(
             "each is needed, 4D files are not split"
         )
     if not entry.subject:
-        raise UserError("nothing says whose image it is; a key 'subject' is needed")
+        raise UserError("the subject of this image is unknown; a key 'subject' is needed")
     return tuple(_file(source, entry.images[order.index(channel)]) for channel in channels)
 
 

@@ -39,7 +39,7 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there that can be looked at; unlike `Path.is_file` never an OSError."""
+    """Whether there is a file that can be accessed; never raises OSError, unlike `Path.is_file`."""
     try:
         return path.is_file()
     except OSError:
@@ -47,7 +47,7 @@ def is_file(path: Path) -> bool:
 
 
 def checked_file(path: Path) -> Path:
-    """`path`, if a file is there; UserError says what is there instead."""
+    """`path`, if it is a file; UserError says what it is instead."""
     try:
         if path.is_file():
             return path
@@ -75,7 +75,7 @@ def stem(path: Path) -> str:
 
 
 def name_in(source: Path, path: Path) -> str:
-    """`path` as a person would find it: relative to the source's folder, or as it is if it lies elsewhere."""
+    """`path` for messages: relative to the source's folder, or as it is if it lies outside."""
     folder = source.parent if source.is_file() else source
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 

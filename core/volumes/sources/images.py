@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 
 from core.errors import UserError
 from core.volumes.images.nifti import (
@@ -57,7 +55,7 @@ def read_image_geometry(file: ImageFile) -> tuple[tuple[int, int, int], Affine]:
     return (shape[-3], shape[-2], shape[-1]), _checked_affine(file)
 
 
-def _checked_affine(file: ImageFile) -> npt.NDArray[Any]:
+def _checked_affine(file: ImageFile) -> Affine:
     affine = np.asarray(file.affine if file.affine is not None else np.nan, dtype=np.float64)
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise UserError(f"{_name(file)} needs an affine of 4 x 4 numbers whose axes span space")

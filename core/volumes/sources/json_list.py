@@ -1,4 +1,4 @@
-"""What a Decathlon-style JSON list says, before any file is looked for: entries, channels, subjects, leaks."""
+"""The content of a Decathlon-style JSON list, before its files are looked for: entries, channels, leaks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from core.errors import UserError
 from core.volumes.sources.files import stem
@@ -27,7 +26,7 @@ class Entry:
     where: str
     """Such as "training[3]"."""
     part: str
-    """The list that it stands in."""
+    """Name of the list that contains it."""
     images: tuple[str, ...]
     """Paths as written; empty where the entry names none."""
     values: Mapping[str, str]
@@ -41,7 +40,7 @@ class Entry:
 
     @property
     def subject(self) -> str:
-        """Who it is: the entry's subject or participant_id, the sub-… of a path, its id, its files' names."""
+        """The first that is known: subject or participant_id, the sub-… of a path, id, the shared name of the files."""
         for key in ("subject", "participant_id"):
             if text := known_text(self.values.get(key, "")):
                 return text
@@ -53,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class JsonList:
-    """All entries of a file, and what it calls the channels of an image."""
+    """All entries of a file, and its names for the channels of an image."""
 
     entries: tuple[Entry, ...]
     channels: tuple[str, ...] | None
@@ -84,7 +83,7 @@ def read_json_list(path: Path) -> JsonList:
 
 
 def leaks(entries: Sequence[Entry]) -> Iterator[str]:
-    """A note for each way (file, id, subject) in which something stands in two folds or lists."""
+    """A note for each kind of name (file, id, subject) that occurs in two folds or lists."""
     named = {
         "files": [(os.path.normpath(image), entry.place) for entry in entries for image in entry.images],
         "ids": [(text, entry.place) for entry in entries if (text := known_text(entry.values.get("id", "")))],
@@ -94,7 +93,7 @@ def leaks(entries: Sequence[Entry]) -> Iterator[str]:
         yield from leak_notes(what, placed)
 
 
-def _parsed(path: Path) -> Any:
+def _parsed(path: Path) -> object:
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -105,7 +104,7 @@ def _parsed(path: Path) -> Any:
         raise UserError(f"{path} is not JSON: {error}") from error
 
 
-def _lists_images(values: list[Any]) -> bool:
+def _lists_images(values: list[object]) -> bool:
     return any(
         (isinstance(value, dict) and "image" in value)
         or (isinstance(value, str) and value.endswith((".nii", ".nii.gz", ".npy")))
@@ -113,7 +112,7 @@ def _lists_images(values: list[Any]) -> bool:
     )
 
 
-def _entry(where: str, part: str, value: Any) -> Entry:
+def _entry(where: str, part: str, value: object) -> Entry:
     values = value if isinstance(value, dict) else {"image": value}
     image = values.get("image")
     images = image if isinstance(image, list) else [image]
@@ -126,13 +125,13 @@ def _entry(where: str, part: str, value: Any) -> Entry:
     )
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _channels(lists: Mapping[str, Any]) -> tuple[str, ...] | None:
+def _channels(lists: Mapping[str, object]) -> tuple[str, ...] | None:
     """{"0": "T1", "1": "FLAIR"} in the order of its numbers, or a list of names."""
     named = next((lists[key] for key in CHANNEL_KEYS if lists.get(key)), None)
     if isinstance(named, dict) and all(str(key).isdecimal() for key in named):
@@ -141,7 +140,7 @@ def _channels(lists: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _shared_name(images: Sequence[str]) -> str:
-    """The words that the file names begin with alike; of a single image the whole name."""
+    """The first words that all file names share; for a single image the whole name."""
     names = [stem(Path(PurePosixPath(image).name)) for image in images]
     if len(names) == 1:
         return re.sub(r"_000\d$", "", names[0])  # nnU-Net writes the channel at the end

@@ -1,4 +1,4 @@
-"""What tables say about a scan: reading them, and age, sex, site and further columns of one row."""
+"""Tables of labels: reading them, and age, sex, site and further columns of one row."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which of a source's images and columns a person asked for."""
+    """The images and columns of a source that the user asked for."""
 
     channels: tuple[str, ...] | None = None
     """What each image of a scan shows; None: the only kind of image that is there."""
     label: str | None = None
     mask: str | None = None
     age_column: str | None = "age"
-    """None: ages are not wanted, and nobody is left out for want of one."""
+    """None: ages are not wanted, and no subject without an age is left out."""
 
 
 class Labels(NamedTuple):
-    """What a table says about one scan; fields as in `Scan`."""
+    """The labels of one scan in a table; fields as in `Scan`."""
 
     age: float
     sex: str
@@ -48,7 +48,7 @@ class Labels(NamedTuple):
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table as text: comma-separated for .csv, else tab-separated; UTF-8, first line names.
+    """The rows of a table as text: comma-separated for .csv, otherwise tab-separated; UTF-8, names in the first line.
 
     Byte order marks, CRLF, blank lines and lines cut short after the last known value are fine (the rest
     is ""). UserError for what would have to be guessed: another encoding or separator, two columns of one
@@ -135,12 +135,12 @@ def age_of(value: str | float) -> float:
 
 
 def known_text(value: str) -> str:
-    """The value, or "" for any of the ways of writing that it is unknown."""
+    """The value, or "" if it is one of the ways to write that it is unknown (`UNKNOWN`)."""
     return "" if value.strip().lower() in UNKNOWN else value.strip()
 
 
 def plain_id(value: object) -> str:
-    """An identifier as one text, whatever stored it: 7, 7.0, b"007" and "sub-007 " are all "7".
+    """An identifier as one text, for any type it is stored in: 7, 7.0, b"007" and "sub-007 " are all "7".
 
     UserError for one that cannot be trusted: missing, or a number in which digits were lost.
     """

@@ -1,4 +1,4 @@
-"""Finding what stands in two folds or lists at once, so that training would have seen the test."""
+"""Leaks: subjects or files in two folds or lists at once, so that training would see test data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ NAMED = 8
 
 
 def leak_notes(what: str, placed: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """A note if any of the (name, place) `placed` has two places; `what` says what the names are of."""
+    """A note if a name in the (name, place) pairs `placed` has two places; `what` is the kind of the names."""
     places: dict[str, dict[str, None]] = defaultdict(dict)  # a dict as a set in order
     for name, place in placed:
         places[name][place] = None
     if leaked := {name: ", ".join(found) for name, found in places.items() if len(found) > 1}:
         named = ", ".join(f"{name} ({leaked[name]})" for name in list(leaked)[:NAMED])
         more = f" and {len(leaked) - NAMED} more" if len(leaked) > NAMED else ""
-        yield f"LEAK: {len(leaked)} {what} stand in more than one fold or list: {named}{more}"
+        yield f"LEAK: {len(leaked)} {what} are in more than one fold or list: {named}{more}"

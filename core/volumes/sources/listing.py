@@ -1,4 +1,4 @@
-"""What a source of scans gives to ingest, whatever its layout: usable scans, and subjects left out with a reason."""
+"""The result of listing a source of any layout: usable scans, and subjects left out with a reason."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scan:
     images: tuple[ImageFile, ...]
     """One for each of the listing's `channels`, in that order."""
     session: str = ""
-    """Tells several scans of one subject apart (BIDS session and run); "" where there is one."""
+    """Distinguishes several scans of one subject (BIDS session and run); "" where there is one."""
     label: ImageFile | None = None
     """Map of whole-number classes on the grid of the first image."""
     mask: ImageFile | None = None
@@ -45,7 +45,7 @@ class Reject:
 
     subject: str
     file: str
-    """Relative to the source; "" where no file is to blame."""
+    """Relative to the source; "" where no file is the cause."""
     reason: str
 
 
@@ -63,4 +63,4 @@ class Listing:
     digest: str
     """sha256 over the source's tables and lists, so that changed labels are noticed."""
     notes: tuple[str, ...] = ()
-    """Lines worth a person's attention, such as subjects found in two folds of a list."""
+    """Lines that the user should read, such as subjects found in two folds of a list."""

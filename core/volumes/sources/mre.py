@@ -32,7 +32,7 @@ QUALIFIERS = {"mre", "ratio", "masked"}
 """Words that say more about the quantity; what is left of the name is the study."""
 COVERAGE_COLUMN = "mre_coverage"
 COLUMNS = {"coverage": COVERAGE_COLUMN}
-"""Quantities that the manifest calls otherwise: its own "coverage" is of the grid."""
+"""Quantities with another name in the manifest, whose own "coverage" is that of the grid."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def list_mre(source: Path, wanted: Wanted) -> Listing:
     Names are understood word by word, in any case: the quantity (stiffness, dr or damping, T1, age, sex,
     id, coverage), MRE, ratio and masked, and what is left is the study. Where brain-masked and whole T1 lie
     side by side, the masked one is taken. Ids that are missing or occur twice in a study are left out.
-    UserError, listing what is there, for names that leave a doubt, quantities that are missing, arrays
-    of different lengths and volumes on no MNI152 grid.
+    UserError, listing the arrays found, for ambiguous names, missing quantities, arrays of different lengths and
+    volumes on no MNI152 grid.
     """
     if wanted.label or wanted.mask:
         raise UserError(f"{source}: MRE arrays have no label maps or masks; leave --label and --mask out")
@@ -87,7 +87,7 @@ def _read_study(
     scans, rejects = [], []
     for row, key in enumerate(keys):
         texts = {COLUMNS.get(role, role): _text(column[row]) for role, column in values.items()}
-        # the studies number their people alike, so their name makes the subject
+        # studies use the same numbers for different people, so the subject's name begins with the study's
         subject = "" if isinstance(key, UserError) else f"{study.name}_{texts['id'].removeprefix('sub-')}"
         try:
             if isinstance(key, UserError):
@@ -150,7 +150,7 @@ def _studies(source: Path) -> list[Study]:
 
 
 def _studies_in(folder: Path, paths: Sequence[Path]) -> list[Study]:
-    """One study where no quantity occurs twice; else one for each name that files have beside the quantity."""
+    """One study where no quantity occurs twice; otherwise one for each name that files have beside the quantity."""
     understood = [(path, *_understood(path)) for path in paths]
     known = [(path, role, study) for path, role, study in understood if role]
     masked = {study for path, role, study in known if role == "T1" and _is_masked(path)}

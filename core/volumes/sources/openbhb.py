@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,7 @@ from core.volumes.sources.labels import (
 from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
 
 KINDS = {"quasiraw": "quasiraw", "quasi_raw": "quasiraw", "quasi-raw": "quasiraw", "vbm": "vbm"}
-"""What file names say, and the channel that it is."""
+"""Words of file names, and the channel that each stands for."""
 IDS = "participants_id"
 OWN = ("participant_id",)
 SPLIT = "split"
@@ -60,7 +59,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Person:
-    """What the tables say of one subject."""
+    """The labels of one subject in the tables."""
 
     written: str
     """The id as the table writes it, without sub-."""
@@ -72,11 +71,11 @@ class Person:
 def list_openbhb(source: Path, wanted: Wanted) -> Listing:
     """Volumes of an OpenBHB folder with the labels of their subjects, matched by id, never by position.
 
-    All arrays and participants tables below `source` are taken, so train and val may be there both, or one
-    of them. The official split stays as the column "split": that of the table, or else the folder (train,
-    val). A subject with two volumes, or whose tables contradict each other, is left out. Raises UserError
-    where the folder as a whole cannot be used: arrays without ids or with another number of them, volumes
-    on no MNI152 grid, no table.
+    All arrays and participants tables below `source` are taken: of train, of val, or of both. The official
+    split stays as the column "split": that of the table or, without one, the folder (train, val). A subject
+    with two volumes, or whose tables contradict each other, is left out. Raises UserError where the folder as
+    a whole cannot be used: arrays without ids or with another number of them, volumes on no MNI152 grid, no
+    table.
     """
     if wanted.label or wanted.mask:
         raise UserError(f"{source}: OpenBHB has no label maps or masks; leave --label and --mask out")
@@ -176,7 +175,7 @@ def _named(written: object, file: ImageFile, part: str) -> Volume:
 
 
 def _volume_of_one(written: str, path: Path, part: str) -> Volume:
-    """The array of one subject; that it is damaged costs this subject only."""
+    """The array of one subject; if it is damaged, only this subject is left out."""
     try:
         return Volume(plain_id(written), array_file(path), part)
     except UserError as error:
@@ -196,18 +195,18 @@ def _ids_of(source: Path, path: Path) -> Path:
             raise UserError(f"{path} has several files of ids beside it: {names}; one is needed")
         if folder == source:
             break
-    raise UserError(f"{path} has no {IDS}.npy beside it, so nothing says whose volumes these are")
+    raise UserError(f"{path} has no {IDS}.npy beside it, so the subjects of its volumes are unknown")
 
 
-def _read_ids(path: Path) -> list[Any]:
+def _read_ids(path: Path) -> list[object]:
     ids, dtype = read_values(path), read_header(path, kinds="iufUSb").dtype
-    if dtype.kind == "f" and dtype.itemsize < 8 and np.nanmax(np.abs(ids)) >= 2**24:
+    if dtype.kind == "f" and dtype.itemsize < 8 and np.nanmax(np.abs(np.array(ids, dtype=float))) >= 2**24:
         raise UserError(f"{path} holds ids as {dtype}, which cannot tell such large numbers apart; use int64")
     return ids
 
 
 def _read_people(source: Path, tables: Sequence[Path], age_column: str | None) -> dict[str, Person]:
-    """What the tables say of each subject, by `plain_id`."""
+    """The labels of each subject in the tables, by `plain_id`."""
     if not tables:
         raise UserError(f"{source} has no participants.tsv, so ages and sites are unknown")
     people: dict[str, Person] = {}

@@ -1,4 +1,4 @@
-"""Which layout a folder or file has, from what lies there."""
+"""Recognising the layout of a folder or file from its content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUTS = {
     "decathlon": "a .json list, or a folder with dataset.json",
     "cases": "a folder with one folder of images for each case",
 }
-"""How each layout is known; keys as in `core.volumes.sources.SOURCES`."""
+"""How each layout is recognised; keys as in `core.volumes.sources.SOURCES`."""
 ENDINGS = (*NIFTI, ".npy")
 FILES = {".csv": "table", ".tsv": "table", ".json": "decathlon"}
 
@@ -53,7 +53,7 @@ def _of_folder(source: Path) -> str | None:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """Images and arrays in a folder and its subfolders; what cannot be read is for the layout to report."""
+    """Images and arrays in a folder and its subfolders; the layout reports folders that cannot be read."""
     return [
         Path(parent, name)
         for parent, _, names in os.walk(folder)

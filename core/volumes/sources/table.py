@@ -24,7 +24,7 @@ SUBJECT_COLUMNS = ("subject", "participant_id", "id")
 PATH_COLUMNS = ("path", "image")
 SESSION_COLUMN = "session"
 FOLD_COLUMNS = ("fold", "split")
-"""Columns that a subject must have one value in, however many lines it has."""
+"""Columns in which all lines of a subject must have the same value."""
 ENDINGS = (*NIFTI, ".npy")
 
 
@@ -32,8 +32,8 @@ def list_table(source: Path, wanted: Wanted) -> Listing:
     """Scans from a table with columns subject (or participant_id, id), path, age, sex, site and session.
 
     With `channels` there is a column of paths for each of them, in place of "path". `label` and `mask`
-    name columns of paths; unless told otherwise, columns of those names are taken if they hold paths (a
-    "label" of numbers is a class). A line without one of its paths is left out. All other columns are
+    name columns of paths; by default columns with these names are used if they hold paths (a "label" of
+    numbers is a class). A line without one of its paths is left out. All other columns are
     kept. Relative paths start at the table's folder; several lines of a subject need a session each.
     UserError where the table as a whole cannot be used.
     """

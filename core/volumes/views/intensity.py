@@ -13,7 +13,7 @@ def recolour(
     contrast: float = 1.0,
     gamma: float = 1.0,
 ) -> torch.Tensor:
-    """An image (C, …) with other intensities, new; voxels that are exactly 0 stay so, and count for nothing.
+    """An image (C, …) with other intensities, new; voxels that are exactly 0 stay 0 and are not counted.
 
     In this order, for each channel over its non-zero voxels:
 
@@ -22,8 +22,8 @@ def recolour(
     - scale: scale · x;
     - shift: x + shift.
 
-    One image at a time: sums over a batch end in other last bits than sums over one of its images, and a view
-    must not depend on its batch.
+    One image at a time: the last bits of a sum over a batch differ from those of a sum over one of its images, and
+    a view must not depend on its batch.
     """
     if shift == 0 and contrast == 1 and gamma == 1:
         return image_c * scale

@@ -7,25 +7,27 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from core.errors import UserError
 from core.volumes.images.mirror import DIRECTIONS, RAS, world_axis
+from core.volumes.images.nifti import Affine
 from core.volumes.views.intensity import recolour
 from core.volumes.views.motion import move, movement
 from core.volumes.views.settings import Sides, ViewSettings
 from core.volumes.views.streams import Subjects, choices_of, standard_normal, stream_of
 
-Choices = dict[str, np.ndarray]
+Choices = dict[str, npt.NDArray[np.float64]]
 
 CHOICES = {
     "corner": 3, "cut_corner": 3, "cut": 1, "flip": 3, "rotate": 3, "zoom": 1, "translate": 3, "scale": 1,
     "shift": 1, "contrast": 1, "gamma": 1,
 }  # fmt: skip
-"""How many uniform numbers a view draws for what, in the order of drawing.
+"""How many uniform numbers a view draws for each choice, in the order of drawing.
 
-All are drawn whether used or not: switching the crop on leaves the cutouts where they were. New choices go to
-the end, so that old views stay what they were.
+All are drawn, used or not, so that switching the crop on does not move the cutouts. New choices are added at the
+end, so that old views stay the same.
 """
 
 VOLUMES_AT_ONCE = 8
@@ -45,7 +47,7 @@ def make_views(
     epoch: int,
     seed: int,
     settings: ViewSettings,
-    affine: np.ndarray = RAS,
+    affine: Affine = RAS,
 ) -> torch.Tensor:
     """`settings.count` random views of each volume, on the volumes' device.
 
@@ -54,7 +56,7 @@ def make_views(
         subjects: (B,) whole numbers that identify the subjects, such as rows of the cohort; not negative.
         epoch: number of the epoch, not negative; a subject gets new views in each.
         seed: seed of the run, not negative.
-        settings: what is done, in the order flips, movement, intensities, noise, cutout, crop, so that cut
+        settings: the changes, in the order flips, movement, intensities, noise, cutout, crop, so that cut
             and padded voxels are exactly 0. Cutouts keep their place on the volume's grid.
         affine: 4x4 voxel-to-world, which says where left and right are; a cohort's is RAS.
 
@@ -72,9 +74,8 @@ def make_views(
         raise ValueError(f"{len(volumes_bcxyz)} volumes for {len(subjects)} subjects")
     subjects_count, channels, *grid = volumes_bcxyz.shape
     grid_of_views = _grid_of_views(grid, settings)
-    fills = list(grid_of_views) == _kept_sides(
-        grid, settings
-    )  # every voxel, so that zeros need not lie there
+    # if views fill every voxel, the memory need not be zero
+    fills = list(grid_of_views) == _kept_sides(grid, settings)
     allocate = volumes_bcxyz.new_empty if fills else volumes_bcxyz.new_zeros
     out_bvcxyz = allocate((subjects_count, settings.count, channels, *grid_of_views))
     views = [
@@ -101,7 +102,7 @@ def make_views(
 
 
 def _draw(stream: np.random.SeedSequence) -> Choices:
-    """The uniform numbers in [0, 1) of one view, by what they decide."""
+    """The uniform numbers in [0, 1) of one view, by choice."""
     ends = np.cumsum(list(CHOICES.values()))
     parts = np.split(choices_of(stream).random(ends[-1]), ends[:-1])
     return dict(zip(CHOICES, parts, strict=True))
@@ -122,7 +123,7 @@ def _flipped(
     return volume_cxyz.flip(chosen) if chosen else volume_cxyz
 
 
-def _movement(grid: Sequence[int], choices: Choices, settings: ViewSettings) -> np.ndarray:
+def _movement(grid: Sequence[int], choices: Choices, settings: ViewSettings) -> npt.NDArray[np.float64]:
     """The affine (3, 4) of one view's movement; sizes are uniform in their logarithm, as 1.1 undoes 1 / 1.1."""
     return movement(
         settings.rotate * _signed(choices["rotate"]),
@@ -139,13 +140,13 @@ def _recoloured(volume_cxyz: torch.Tensor, choices: Choices, settings: ViewSetti
     return recolour(volume_cxyz, scale=1 + scale, shift=shift, contrast=1 + contrast, gamma=math.exp(gamma))
 
 
-def _signed(uniform: np.ndarray) -> np.ndarray:
+def _signed(uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Uniform numbers in [-1, 1) from those in [0, 1)."""
     return 2 * uniform - 1
 
 
 def _grid_of_views(grid: Sequence[int], settings: ViewSettings) -> tuple[int, int, int]:
-    """X, Y, Z of a view, once what is kept of the volume fits in it."""
+    """X, Y, Z of a view; UserError if the part of the volume that is kept does not fit in it."""
     kept = _kept_sides(grid, settings)
     wanted = tuple(grid) if settings.pad_to is None else _three(settings.pad_to)
     if any(side > room for side, room in zip(kept, wanted, strict=True)):
@@ -194,13 +195,15 @@ def _write_view(
         kept_cxyz[:, inside[0], inside[1], inside[2]] = 0
 
 
-def _block(grid: Sequence[int], sides: Sequence[int], corner: np.ndarray) -> list[slice]:
+def _block(
+    grid: Sequence[int], sides: Sequence[int], corner: npt.NDArray[np.float64]
+) -> list[slice[int, int]]:
     """The block of `sides` voxels whose corner lies at the fraction `corner`, in [0, 1), of the free room."""
     starts = [int(at * (side - kept + 1)) for side, kept, at in zip(grid, sides, corner, strict=True)]
     return [slice(start, start + kept) for start, kept in zip(starts, sides, strict=True)]
 
 
-def _middle(grid: Sequence[int], sides: Sequence[int]) -> list[slice]:
+def _middle(grid: Sequence[int], sides: Sequence[int]) -> list[slice[int, int]]:
     """The block of `sides` voxels in the middle of the grid, an odd remainder on the far side."""
     starts = [(side - kept) // 2 for side, kept in zip(grid, sides, strict=True)]
     return [slice(start, start + kept) for start, kept in zip(starts, sides, strict=True)]

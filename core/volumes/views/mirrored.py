@@ -13,6 +13,7 @@ import torch
 
 from core.errors import UserError
 from core.volumes.images.mirror import DIRECTIONS, RAS, Direction, left_right_axis, world_axis
+from core.volumes.images.nifti import Affine
 from core.volumes.views.settings import Sides
 from core.volumes.views.streams import Subjects, choices_of, stream_of
 
@@ -25,7 +26,7 @@ def mirrored_crops(
     size: Sides,
     *,
     view: int = 0,
-    affine: np.ndarray = RAS,
+    affine: Affine = RAS,
     midline: float | None = None,
 ) -> torch.Tensor:
     """A random patch of each volume and its left-right counterpart, flipped: (B, 2, C, x, y, z), new.
@@ -83,7 +84,7 @@ def quarter_turns(
     *,
     view: int = 0,
     about: Direction = "left_right",
-    affine: np.ndarray = RAS,
+    affine: Affine = RAS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each volume turned by 0 to 3 quarters, and by how many: the volumes, new, and labels (B,) int64.
 
@@ -116,7 +117,7 @@ def quarter_turns(
     return turned, label_b
 
 
-def _plane_of(volumes: torch.Tensor, about: Direction, affine: np.ndarray) -> list[int]:
+def _plane_of(volumes: torch.Tensor, about: Direction, affine: Affine) -> list[int]:
     """The two array axes, counted from the end, in which a turn about `about` goes."""
     others: list[Direction] = [direction for direction in DIRECTIONS if direction != about]
     plane = [world_axis(affine, other) - 3 for other in others]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
 
-def movement(degrees: np.ndarray, size: float, voxels: np.ndarray) -> np.ndarray:
+def movement(
+    degrees: npt.NDArray[np.float64], size: float, voxels: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
     """The affine (3, 4) that says, for a voxel of the view, where in the volume its value comes from.
 
     Args:
@@ -20,7 +23,7 @@ def movement(degrees: np.ndarray, size: float, voxels: np.ndarray) -> np.ndarray
     return np.hstack([back, -(back @ voxels)[:, None]])
 
 
-def move(volumes_ncxyz: torch.Tensor, source_n34: np.ndarray) -> torch.Tensor:
+def move(volumes_ncxyz: torch.Tensor, source_n34: npt.NDArray[np.float64]) -> torch.Tensor:
     """Volumes read at other places, linearly interpolated, 0 from beyond the grid: (N, C, X, Y, Z), new.
 
     Args:
@@ -33,7 +36,7 @@ def move(volumes_ncxyz: torch.Tensor, source_n34: np.ndarray) -> torch.Tensor:
     return F.grid_sample(wide, _places(wide, source_n34), align_corners=False).to(dtype)
 
 
-def _places(volumes_ncxyz: torch.Tensor, source_n34: np.ndarray) -> torch.Tensor:
+def _places(volumes_ncxyz: torch.Tensor, source_n34: npt.NDArray[np.float64]) -> torch.Tensor:
     """`source_n34` for every voxel, as torch's grid_sample wants it: (N, X, Y, Z, 3), z first, in [-1, 1].
 
     `F.affine_grid` gives the same to rounding by a matrix product, which takes several times as long and

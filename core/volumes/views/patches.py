@@ -1,4 +1,4 @@
-"""Blocks of a volume replaced by noise, then by another brain: what an inpainting task has to restore.
+"""Blocks of a volume replaced by noise, then by another brain, which an inpainting task has to restore.
 
 System C (spec.md C.1). Suffixes: B subjects, S sides (a patch and its mirror image), C channels, X, Y, Z.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -141,11 +142,11 @@ def swap_patches(
     """Volumes in which blocks come from the same place of another volume, and where: new, (B, X, Y, Z) bool.
 
     The one view that depends on the batch: each subject draws a number in [0, 1) from its own stream, and
-    that fraction of the way along the batch's *other* subjects, in ascending order, stands its donor. So the
-    order of the batch does not matter, but who is in it does; with several workers that is each one's share.
+    its donor stands at this fraction of the batch's *other* subjects in ascending order. So the order of the batch
+    does not matter, but its subjects do; with several workers, those of the worker's share.
 
     Args:
-        volumes_bcxyz: what is changed.
+        volumes_bcxyz: the volumes (B, C, X, Y, Z) to change; they stay as they are.
         subjects: (B,) different whole numbers.
         epoch: number of the epoch.
         seed: seed of the run.
@@ -155,7 +156,7 @@ def swap_patches(
         side: numbers several volumes of one subject.
 
     Raises:
-        UserError: there is nobody to take from.
+        UserError: the batch holds no other subject.
     """
     streams = [stream_of(seed, subject, epoch, view, "swap", side) for subject in subjects]
     where_bxyz = _blocks(volumes_bcxyz, streams, settings.swap, settings)
@@ -193,7 +194,7 @@ def _blocks(
 
 def block_mask(
     grid: Sequence[int], share: float, choices: np.random.Generator, settings: PatchSettings
-) -> np.ndarray:
+) -> npt.NDArray[np.bool_]:
     """Blocks of random place and sides, (X, Y, Z) bool, until a share uniform in (0, `share`) is covered."""
     mask = np.zeros(grid, dtype=bool)
     room = np.array(grid)

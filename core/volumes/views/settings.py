@@ -1,4 +1,4 @@
-"""What views of a volume may differ in."""
+"""The settings of random views of a volume."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.errors import UserError
 from core.volumes.images.mirror import RAS, Direction, world_axis
+from core.volumes.images.nifti import Affine
 from core.volumes.views.intensity import recolour
 from core.volumes.views.streams import Subjects, choices_of, stream_of
 
@@ -39,7 +40,7 @@ def partition_slices(
     *,
     along: Direction = "up_down",
     view: int = 0,
-    affine: np.ndarray = RAS,
+    affine: Affine = RAS,
 ) -> SampledSlices:
     """One random slice from each of `parts` runs of neighbouring slices, as equal as whole numbers allow.
 
@@ -128,7 +129,7 @@ def slice_views(
     """Random views (B, P, V, C, H, W) of slices (B, P, C, H, W), new; V is one more with `settings.original`.
 
     A window is stretched linearly, so that background beside brain gets values between; brightness and
-    contrast leave exact zeros alone (`recolour`). Windows come from the stream of (seed, subject, epoch, view,
+    contrast keep exact zeros (`recolour`). Windows come from the stream of (seed, subject, epoch, view,
     partition), drawn whether used or not.
     """
     side_h, side_w = slices_bpchw.shape[3:]
@@ -152,7 +153,8 @@ def slice_views(
                     seen_chw = recolour(seen_chw, shift=brightness, contrast=1 + contrast)
                 views.append(seen_chw)
             rows.append(torch.stack(views))
-    return torch.stack(rows).unflatten(0, slices_bpchw.shape[:2])
+    views_nvchw = torch.stack(rows)
+    return views_nvchw.view(*slices_bpchw.shape[:2], *views_nvchw.shape[1:])
 
 
 def _window(side: int, draw: float, share: float, corner: tuple[float, float] | None) -> tuple[int, int]:

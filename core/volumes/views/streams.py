@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-Subjects = Sequence[int] | np.ndarray | torch.Tensor
+Subjects = Sequence[int] | npt.NDArray[np.int64] | torch.Tensor
 """(B,) whole numbers that identify subjects, such as rows of the cohort; not negative."""
 
 Purpose = Literal["view", "mirrored_crop", "quarter_turn", "drop", "swap", "slice", "slice_view", "donor"]
 
-# "view" adds no word: it was there first, and its views stay what they were.
+# "view" adds no word: it was the first purpose, and its views must stay the same
 _WORDS: dict[Purpose, tuple[int, ...]] = {
     "view": (), "mirrored_crop": (1,), "quarter_turn": (2,), "drop": (3,), "swap": (4,), "slice": (5,),
     "slice_view": (6,), "donor": (7,),
@@ -26,7 +27,7 @@ _STATE_OF_CHOICES = 4
 def stream_of(
     seed: int, subject: int, epoch: int, view: int, purpose: Purpose = "view", part: int = 0
 ) -> np.random.SeedSequence:
-    """The stream of one view of one subject for one purpose; `part` numbers what a purpose makes several of."""
+    """The stream of one view of one subject for one purpose; `part` numbers several results of one purpose."""
     words = _WORDS[purpose]
     return np.random.SeedSequence(
         (seed, int(subject), epoch, view, *words, *((part,) if words and part else ()))
