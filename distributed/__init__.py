@@ -1,4 +1,7 @@
-"""Sweeps, trials and data flow on Ray."""
+"""Sweeps, trials and data flow on Ray.
+
+This is a package of brainsweep.
+"""
 
 import os
 

@@ -1,5 +1,5 @@
 """`python -m distributed …` is `brainsweep …`."""
 
-from distributed.commands.app import main
+from brainsweep import main
 
 main()

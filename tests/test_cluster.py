@@ -100,7 +100,7 @@ def test_ray_accepts_it(cluster):
     prepared = prepare_config(copy.deepcopy(cluster))
     validate_config(prepared)
     assert prepared["available_node_types"]["gpu_spot"]["max_workers"] == 8
-    with pytest.raises(jsonschema.ValidationError):
+    with pytest.raises(jsonschema.ValidationError, match="'max_wokers' was unexpected"):
         validate_config(prepare_config(cluster | {"max_wokers": 3}))
 
 
@@ -311,9 +311,9 @@ def test_a_rayjob_begins_and_continues_with_the_same_script_as_slurm(kubernetes)
 
 @pytest.mark.parametrize("there", [False, True])
 def test_the_script_begins_what_is_not_there_and_resumes_what_is(tmp_path, there):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
-    python.chmod(0o755)
+    command = tmp_path / "brainsweep"
+    command.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    command.chmod(0o755)
     run = tmp_path / "a run"
     if there:
         run.mkdir()
@@ -322,28 +322,15 @@ def test_the_script_begins_what_is_not_there_and_resumes_what_is(tmp_path, there
         ["sh", CLUSTERS / "sweep_or_resume.sh", run, "a cohort", "--trials", "3"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True,
     ).stdout.split("|")[:-1]  # fmt: skip
-    sweep = [
-        "-m",
-        "distributed",
-        "sweep",
-        "a cohort",
-        "--trials",
-        "3",
-        "--out",
-        str(run),
-        "--address",
-        "auto",
-    ]
-    assert said == (["-m", "distributed", "resume", str(run), "--address", "auto"] if there else sweep)
+    sweep = ["sweep", "a cohort", "--trials", "3", "--out", str(run), "--address", "auto"]
+    assert said == (["resume", str(run), "--address", "auto"] if there else sweep)
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_the_script_asks_at_an_address_whether_a_run_is_there(tmp_path, monkeypatch, there):
-    script = (
-        '#!/bin/sh\nif [ "$2" = distributed.run.working_copy ]; then exec "$PYTHON" "$@"; fi\necho "$3"\n'
-    )
-    (tmp_path / "python").write_text(script)
-    (tmp_path / "python").chmod(0o755)
+    for name, script in {"python": 'exec "$PYTHON" "$@"', "brainsweep": 'echo "$1"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     with s3_server("brains") as options:

@@ -29,6 +29,7 @@ from small_cohort import write_small_cohort
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PACKAGES = ("core", "distributed", "search_spaces")
+FILES = ("brainsweep.py", ".rayignore")
 THIS_RUN = f"jobs-{os.getpid()}"  # two runs of these tests must not end each other
 TOKEN = "0123456789abcdef" * 4
 LEFT_BEHIND = (
@@ -108,7 +109,8 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / ".rayignore", folder)
+    for file in FILES:
+        shutil.copy(ROOT / file, folder)
     for heavy in (
         "cohorts/study/shards/00000.h5",
         "runs/old/run.json",
@@ -182,7 +184,7 @@ def test_a_submitted_sweep_runs_and_leaves_its_run_folder(head, checkout, shared
     [uploaded] = head.temporary.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
     travelled = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
     assert "distributed/commands/app.py" in travelled
-    assert {Path(name).parts[0] for name in travelled} <= {*PACKAGES, ".rayignore"}
+    assert {Path(name).parts[0] for name in travelled} <= {*PACKAGES, *FILES}
 
 
 def test_a_connected_driver_sweeps_on_the_same_cluster(head, shared):
