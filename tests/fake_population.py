@@ -19,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from core.config import merge, resolve
-from core.report.answer.population import EXCHANGED, FOUND, FOUND_BY, LINEAGE, MEMBER
+from core.run_names import EXCHANGED, FOUND, FOUND_BY, LINEAGE, MEMBER
 from search_spaces import published
 
 EPOCHS = 6

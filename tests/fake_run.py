@@ -17,6 +17,9 @@ import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.writer import CohortWriter
+
 FOLDS, SEEDS, EPOCHS = 3, (0, 1), 12
 SITES = ("Leeds", "Lyon", "Oslo")
 PUBLISHED = {
@@ -45,8 +48,7 @@ def make_run(
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     cohort = _cohort(rng, subjects)
-    (folder / "cohort").mkdir()
-    cohort.to_parquet(folder / "cohort" / "manifest.parquet")
+    written = _write_cohort(folder / "cohort", cohort)
     cohort[["subject", "role"]].to_csv(folder / "splits.csv", index=False)
     cells, history = _write_study(folder, trials, all_failed, rng)
     pd.DataFrame(cells).to_csv(folder / "cells.csv", index=False)
@@ -54,11 +56,24 @@ def make_run(
     table = _trials_table(folder)
     table.to_csv(folder / "trials.csv", index=False)
     best = table[table["state"] == "COMPLETE"].sort_values("value").head(1)
-    _write_about(folder, best, subjects, trials)
+    _write_about(folder, best, written, trials)
     if not best.empty:
         _write_winner(folder, best.iloc[0])
         _write_holdout(folder, cohort, rng)
     return folder
+
+
+def _write_cohort(folder: Path, cohort: pd.DataFrame) -> Cohort:
+    """A cohort of these people, eight voxels each."""
+    writer = CohortWriter(
+        folder, name="phantom", channels=("t1w", "stiffness"), shape=(2, 2, 2), spacing=8.0, affine=np.eye(4),
+        preprocessing={"spacing": 8.0}, source="phantom, seed 0", synthetic=True,
+    )  # fmt: skip
+    volume = np.linspace(1, 2, 16, dtype=np.float32).reshape(2, 2, 2, 2)
+    with writer:
+        for row in cohort.itertuples():
+            writer.add(volume, subject=row.subject, age=row.age, site=row.site)
+    return Cohort.open(folder)
 
 
 def _cohort(rng: np.random.Generator, subjects: int) -> pd.DataFrame:
@@ -228,7 +243,7 @@ def _trials_table(folder: Path) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(rows), pd.DataFrame(params)], axis=1)
 
 
-def _write_about(folder: Path, best: pd.DataFrame, subjects: int, trials: int) -> None:
+def _write_about(folder: Path, best: pd.DataFrame, cohort: Cohort, trials: int) -> None:
     about = {
         "command": f"brainsweep sweep cohort --space brain_age --trials {trials} --folds 3 --seeds 2",
         "created": "2026-11-20T09:14:05+00:00",
@@ -239,8 +254,8 @@ def _write_about(folder: Path, best: pd.DataFrame, subjects: int, trials: int) -
         "cohort": {
             "path": "cohort",
             "name": "phantom",
-            "hash": "sha256:5f0c7be1f5a2",
-            "n": subjects,
+            "hash": cohort.description.hash,
+            "n": len(cohort),
             "synthetic": True,
             "spacing": 8.0,
             "shape": [23, 28, 23],

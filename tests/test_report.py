@@ -14,13 +14,14 @@ import pandas as pd
 import pytest
 from fake_run import make_run
 from rich.console import Console
+from scipy.stats import binom
 
 from core.errors import UserError
 from core.report import page as page_module
 from core.report.answer.describe import describe
 from core.report.answer.findings import caveats, headline, importance_note
 from core.report.answer.importance import importances_of, unassessed_settings
-from core.report.answer.record import NothingToShow
+from core.report.answer.record import NothingToShow, RunRecord
 from core.report.answer.tables import (
     holdout_table,
     leaderboard,
@@ -28,14 +29,7 @@ from core.report.answer.tables import (
     read_run,
     winner_beside_published,
 )
-from core.report.answer.verdict import (
-    MEDIAN,
-    PUBLISHED,
-    WINNER,
-    beating_the_median,
-    compare,
-    verdict,
-)
+from core.report.answer.verdict import beating_the_median, compare, verdict
 from core.report.figures import (
     schedule as schedule_figure,
 )
@@ -46,6 +40,7 @@ from core.report.figures import (
     subjects as subject_figures,
 )
 from core.report.page import FIGURES, write_report
+from core.run_names import MEDIAN, PUBLISHED, WINNER
 
 SECTIONS = (
     "answer",
@@ -108,6 +103,21 @@ def test_leaderboard_ranks_completed_trials_only_and_always_shows_the_published_
     everything = leaderboard(trials, top=10)
     assert everything["trial"].tolist() == [1, 4, 0, 2]
     assert everything.iloc[-1].tolist() == ["–", 2, "supcon", "5.00", "1", "PRUNED, epoch 4"]
+
+
+def test_the_winner_is_the_best_completed_trial_inside_the_space() -> None:
+    trials = _trials(
+        (0, "published", "COMPLETE", 9.0, 1.0, 6, 60, 1.0, None),
+        (1, None, "PRUNED", 5.0, None, 1, 4, 1.0, "asha after epoch 4"),
+        (2, None, "FAIL", 4.0, None, 1, 12, 1.0, "loss became nan"),
+        (3, None, "RUNNING", 3.0, None, 1, 12, 1.0, None),
+        (4, None, "COMPLETE", 6.0, 1.0, 6, 60, 1.0, None),
+        (5, None, "COMPLETE", 7.0, 1.0, 6, 60, 1.0, None),
+    )
+    record = RunRecord(Path("run"), trials=trials.assign(outside=[False] * 4 + [True, False]))
+    assert record.best == 5
+    assert RunRecord(Path("run"), trials=trials).best == 4
+    assert RunRecord(Path("run"), trials=trials[1:4]).best is None
 
 
 def test_leaderboard_of_equal_values_keeps_the_order_of_the_trials() -> None:
@@ -198,6 +208,17 @@ def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
     means = [rng.choice(gains, 25).mean() for _ in range(20000)]
     assert found.low == pytest.approx(np.quantile(means, 0.025), abs=0.06)
     assert found.high == pytest.approx(np.quantile(means, 0.975), abs=0.06)
+
+
+def test_the_interval_leaves_out_two_and_a_half_percent_on_either_side() -> None:
+    """Of 40 gains half are 0 and half are 1, so a resample's sum is binomial: exact quantiles, without chance."""
+    gains = [0.0, 1.0] * 20
+    found = compare(_predictions({WINNER: [[0.0] * 40], PUBLISHED: [gains]}), WINNER, PUBLISHED)
+    assert found is not None
+    low, high = binom.ppf([0.025, 0.975], 40, 0.5)
+    assert (low, high) == (14, 26)
+    assert (found.low, found.high) == pytest.approx((14 / 40, 26 / 40), rel=1e-12)
+    assert found.sentence().endswith("by 0.50 years (95 % interval of the gain +0.35 to +0.65 years).")
 
 
 def test_an_interval_around_zero_cannot_be_told_apart() -> None:
@@ -315,6 +336,7 @@ def test_page_of_a_finished_run_has_every_section_and_figure_and_needs_no_networ
     assert all(len(label) > 40 for label in page.labels)
     assert len(set(page.ids)) == len(page.ids)  # figures do not share clip paths
     assert set(page.tags).isdisjoint({"script", "link", "iframe", "object"})
+    assert page.links
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links} <= set(page.ids)
     html = (run / "report.html").read_text(encoding="utf-8")
@@ -333,7 +355,7 @@ def _tells_the_numbers_of_the_tables(page: _Page, run: Path) -> None:
     assert "These brains are synthetic" in page.text
     assert "loss became NaN in epoch 6 of fold 0, seed 0" in page.text
     assert "brainsweep sweep cohort" in page.text
-    assert "sha256:5f0c7be1f5a2" in page.text
+    assert json.loads((run / "run.json").read_text())["cohort"]["hash"] in page.text
     assert "incomplete" not in page.text
 
 

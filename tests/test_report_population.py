@@ -15,7 +15,6 @@ from core.report.answer.findings import caveats, states
 from core.report.answer.honesty import schedule_line
 from core.report.answer.population import (
     FOLLOWED,
-    FOUND,
     FoundSchedule,
     course_texts,
     exchange_table,
@@ -28,6 +27,7 @@ from core.report.answer.tables import leaderboard, print_leaderboard, winner_bes
 from core.report.figures import population as population_figure
 from core.report.figures import search as figures
 from core.report.page import OF_POPULATIONS, draw_all, render
+from core.run_names import FOUND
 from distributed.search.population_methods import CHANGEABLE
 
 FOLLOWED_VALUES = (12.0, 9.0, 7.6, 6.6, 6.0, 5.6)

@@ -12,8 +12,9 @@ from core.report.answer.findings import caveats
 from core.report.answer.front import front_table, pareto_front
 from core.report.answer.honesty import access_line, change_lines, measured_again, optimism
 from core.report.answer.record import RunRecord, read_run
-from core.report.answer.verdict import PUBLISHED, WINNER
 from core.report.page import render
+from core.run_description import RunDescription
+from core.run_names import PUBLISHED, WINNER
 
 OBJECTIVES = ["mae", "site_balanced_accuracy", COST]
 
@@ -28,7 +29,7 @@ def several(values, **columns):
         number=range(len(values)), label=None, state="COMPLETE", sd=0.1, n=3, epochs=6, reason=None, **columns
     )
     table["mae"] = table["value"]
-    return RunRecord(folder=None, about={"sweep": {"objectives": OBJECTIVES}}, trials=table)
+    return RunRecord(folder=None, about=RunDescription(sweep={"objectives": OBJECTIVES}), trials=table)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -62,7 +63,7 @@ def test_one_objective_has_no_front(finished):
 
 
 def with_repeats(run, tmp_path, **about):
-    content = json.loads((run / "run.json").read_text()) | about
+    content = RunDescription.model_validate(json.loads((run / "run.json").read_text()) | about)
     record = read_run(run)
     cells = [(WINNER, fold, 9, 7.0 + fold) for fold in range(3)] + [
         (PUBLISHED, fold, 9, 9.0) for fold in range(3)
@@ -108,12 +109,16 @@ def test_access_records_say_who_read_the_hold_out(finished):
         return access_line(RunRecord(**(vars(record) | {"access": access(*rows)})))
 
     early, late = "2026-11-20 09:14:05+00:00", "2026-11-20 09:17:00+00:00"
+    read = "Access records of the workers: "
     assert access_line(record) == ""
-    assert "none of them held out" in line((used, early, 0))
-    assert "the first held-out one at 2026-11-20 09:17:00 UTC, by a refit" in line(
-        (used, early, 0), (held, late, -1)
+    assert line((used, early, 0)) == f"{read}1 subject read, none of them held out."
+    assert line((used, early, 0), (held, late, -1)) == (
+        f"{read}2 subjects read; the first held-out one at 2026-11-20 09:17:00 UTC, by a refit."
     )
-    assert "1 held-out subject WERE READ BY THE SEARCH" in line((used, early, 0), (held, late, 2))
+    for fold in range(3):
+        assert line((used, early, 0), (held, late, fold)) == (
+            f"{read}2 subjects read. 1 held-out subject WERE READ BY THE SEARCH: its result is void."
+        )
 
 
 def test_a_changed_search_is_told_and_so_is_a_second_look(finished, tmp_path):
@@ -133,7 +138,8 @@ def test_a_page_of_several_objectives_has_the_front_and_names_the_first(finished
     trials = record.trials.assign(
         openbhb_score=record.trials["value"], **{COST: 100 - record.trials["number"]}
     )
-    about = record.about | {"sweep": record.about["sweep"] | {"objectives": ["openbhb_score", COST]}}
+    sweep = record.about.sweep | {"objectives": ["openbhb_score", COST]}
+    about = record.about.model_copy(update={"sweep": sweep})
     page = render(RunRecord(**(vars(record) | {"about": about, "trials": trials})))
     assert 'id="figure-front"' in page
     assert "The Pareto front" in page

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs no network, no script and no other file."""
+"""The report of a run: one HTML file that works without network, scripts and other files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
@@ -57,6 +56,7 @@ from core.report.figures import (
 from core.report.figures.front import pareto_figure
 from core.report.figures.style import as_svg
 from core.report.html import load_page, write_page
+from core.run_description import CodeVersion, CohortOfRun
 
 FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "gains": ("Does the winner predict better?", subject_figures.gains),
@@ -89,7 +89,7 @@ class Drawing:
 
 
 def write_report(run: Path) -> Path:
-    """Write `run`/report.html from what the sweep in folder `run` has left, however little; return its path.
+    """Write `run`/report.html from whatever files the sweep in the folder `run` wrote; return its path.
 
     Raises:
         UserError: `run` is not the folder of a sweep, or the page cannot be written there.
@@ -105,7 +105,7 @@ def render(record: RunRecord) -> str:
     return load_page("report.html").render(
         name=record.folder.resolve().name,
         about=record.about,
-        synthetic=bool((record.about.get("cohort") or {}).get("synthetic")),
+        synthetic=record.is_synthetic,
         headline=headline(record),
         verdict=verdict_lines(record),
         missing=record.missing,
@@ -129,9 +129,9 @@ def render(record: RunRecord) -> str:
         cohort_facts=cohort_facts(record),
         sweep_facts=sweep_facts(record),
         roles=_roles(record),
-        versions=_pairs(record.about.get("versions") or {}),
+        versions=_pairs(dict(record.about.versions)),
         caveats=caveats(record),
-        settings=json.dumps(record.about.get("settings") or {}, indent=2, ensure_ascii=False),
+        settings=json.dumps(record.about.settings, indent=2, ensure_ascii=False),
         winner_settings=json.dumps(record.winner, indent=2, ensure_ascii=False) if record.winner else "",
     )
 
@@ -163,8 +163,8 @@ def _winner_in_words(record: RunRecord) -> str:
     return describe({name: row[name] for name in record.searched()})
 
 
-def _population(record: RunRecord) -> dict[str, Any]:
-    """What the page says of a population: the schedule it found, how far to trust it, and every exchange."""
+def _population(record: RunRecord) -> dict[str, object]:
+    """What the page says about a population: the schedule found, how far to trust it, and every exchange."""
     found = found_schedule(record)
     return {
         "found": found,
@@ -175,17 +175,17 @@ def _population(record: RunRecord) -> dict[str, Any]:
 
 
 def cohort_facts(record: RunRecord) -> list[tuple[str, str]]:
-    """What the run worked on, as (what, value) pairs."""
-    cohort = record.about.get("cohort") or {}
-    facts = {
-        "Cohort": cohort.get("name"),
-        "Subjects": cohort.get("n"),
-        "Channels": _joined(cohort.get("channels"), ", "),
-        "Grid": _joined(cohort.get("shape"), " × "),
-        "Spacing": f"{number(cohort['spacing'])} mm" if cohort.get("spacing") else None,
-        "Source": cohort.get("source"),
-        "Folder": cohort.get("path"),
-        "Hash": cohort.get("hash"),
+    """Facts about the cohort of the run, as (name, value) pairs."""
+    cohort = record.about.cohort or CohortOfRun()
+    facts: dict[str, object] = {
+        "Cohort": cohort.name,
+        "Subjects": cohort.n,
+        "Channels": _joined(cohort.channels, ", "),
+        "Grid": _joined(cohort.shape, " × "),
+        "Spacing": f"{number(cohort.spacing)} mm" if cohort.spacing else None,
+        "Source": cohort.source,
+        "Folder": cohort.path,
+        "Hash": cohort.hash,
     }
     ages = record.cohort["age"].dropna()
     if len(ages):
@@ -194,15 +194,15 @@ def cohort_facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def sweep_facts(record: RunRecord) -> list[tuple[str, str]]:
-    """How the run was made, as (what, value) pairs."""
-    about, sweep = record.about, record.about.get("sweep") or {}
-    code = about.get("code") or {}
-    changed = ", with uncommitted changes" if code.get("dirty") else ""
-    facts = {
-        "Started": about.get("created"),
-        "Finished": about.get("finished") or ("not finished" if about else None),
-        "Took": _duration(about.get("seconds")),
-        "Code": f"{code['commit']}{changed}" if code.get("commit") else None,
+    """Facts about how the run was made, as (name, value) pairs."""
+    about, sweep, holdout = record.about, record.about.sweep, record.about.sweep.get("holdout")
+    code = about.code or CodeVersion()
+    changed = ", with uncommitted changes" if code.dirty else ""
+    facts: dict[str, object] = {
+        "Started": about.created,
+        "Finished": about.finished or ("not finished" if about.created else None),
+        "Took": _duration(about.seconds),
+        "Code": f"{code.commit}{changed}" if code.commit else None,
         "Search space": sweep.get("space"),
         "Trials": sweep.get("trials"),
         "Folds": sweep.get("folds"),
@@ -210,11 +210,11 @@ def sweep_facts(record: RunRecord) -> list[tuple[str, str]]:
         "Refit seeds": sweep.get("refit_seeds"),
         "Search seed": sweep.get("search_seed"),
         "Objectives": _joined(sweep.get("objectives"), ", "),
-        "Ended early": about.get("ended"),
+        "Ended early": about.ended,
         "Sampler": sweep.get("sampler"),
         "Scheduler": sweep.get("scheduler"),
         "Pruner": sweep.get("pruner"),
-        "Held out": f"{100 * sweep['holdout']:.0f} % of subjects" if sweep.get("holdout") else None,
+        "Held out": f"{100 * holdout:.0f} % of subjects" if isinstance(holdout, float) else None,
         "Slots": sweep.get("slots"),
         "Workers per slot": sweep.get("workers_per_slot"),
         "Time budget": _duration(sweep.get("time_budget")),
@@ -224,15 +224,15 @@ def sweep_facts(record: RunRecord) -> list[tuple[str, str]]:
     return _pairs(facts)
 
 
-def _pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _pairs(facts: dict[str, object]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value is not None and value != ""]
 
 
-def _joined(values: Any, by: str) -> str | None:
+def _joined(values: object, by: str) -> object:
     return by.join(map(str, values)) if isinstance(values, list | tuple) else values
 
 
-def _duration(seconds: Any) -> str | None:
+def _duration(seconds: object) -> str | None:
     if not isinstance(seconds, int | float):
         return None
     minutes, rest = divmod(round(seconds), 60)
@@ -260,7 +260,7 @@ def _roles(record: RunRecord) -> list[dict[str, str]]:
 
 
 def _winner_cells(record: RunRecord) -> list[dict[str, str]]:
-    """What the best trial scored in every cell, beside the median predictor on the same subjects."""
+    """Scores of the best trial in every cell, beside those of the median predictor on the same subjects."""
     cells = record.cells[record.cells["number"] == record.best].sort_values(["fold", "seed"])
     return [
         {
@@ -271,9 +271,9 @@ def _winner_cells(record: RunRecord) -> list[dict[str, str]]:
             "r2": mean_and_sd(row["r2"], float("nan")),
             "n": ABSENT if is_absent(row["n"]) else number(row["n"]),
         }
-        for row in _rows(cells)
+        for row in cells.to_dict(orient="records")
     ]
 
 
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+def _rows(table: pd.DataFrame) -> list[dict[str, object]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict(orient="records")]

@@ -25,6 +25,7 @@ from rich.console import Console
 from core.errors import UserError
 from core.files.places import download, exists, is_url, list_files, remove, shown, upload_file
 from core.files.writing import replacing
+from core.run_names import RUN_JSON
 from distributed.run.lock import HeldError, claim
 
 SCRATCH = "BRAINSWEEP_SCRATCH"
@@ -158,7 +159,7 @@ def bring_run(run: Path, console: Console) -> None:
     if place is None:
         return
     try:
-        if not exists(place[0], "run.json"):
+        if not exists(place[0], RUN_JSON):
             raise UserError(f"{shown(place[0])} is not a run: it has no run.json")
         run.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(HeldError), claim(run, console):
@@ -239,5 +240,5 @@ if (
     __name__ == "__main__"
 ):  # for scripts: whether a run lies at an address; what is wrong with one, a sweep will say
     with contextlib.suppress(OSError, UserError):
-        sys.exit(0 if exists(sys.argv[1], "run.json") else 1)
+        sys.exit(0 if exists(sys.argv[1], RUN_JSON) else 1)
     sys.exit(1)

@@ -11,7 +11,8 @@ from core.report.answer.population import has_population, is_member, population_
 from core.report.answer.record import NothingToShow, RunRecord
 from core.report.answer.subjects import held_out
 from core.report.answer.tables import count, mean_and_sd
-from core.report.answer.verdict import MEDIAN, WINNER, beating_the_median, comparisons, verdict
+from core.report.answer.verdict import beating_the_median, comparisons, verdict
+from core.run_names import MEDIAN, WINNER
 
 
 def headline(record: RunRecord) -> str:
@@ -90,7 +91,7 @@ def caveats(record: RunRecord) -> list[str]:
 
 
 def _synthetic(record: RunRecord) -> str:
-    if not (record.about.get("cohort") or {}).get("synthetic"):
+    if not record.is_synthetic:
         return ""
     return (
         "These brains are synthetic. Age was put into them by a known recipe, so the errors say whether the "
@@ -145,7 +146,7 @@ def _one_look(record: RunRecord) -> str:
 
 def _looks(record: RunRecord) -> str:
     """How often the hold-out was used: once, and again after each change of a search that had used it."""
-    before = sum(bool(change.get("holdout_seen")) for change in record.about.get("changes") or [])
+    before = sum(change.holdout_seen for change in record.about.changes)
     return "once" if not before else f"{before + 1} times"
 
 

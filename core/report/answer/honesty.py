@@ -10,7 +10,7 @@ from core.objectives import Metrics, measure
 from core.report.answer.population import found_schedule, is_member
 from core.report.answer.record import RunRecord
 from core.report.answer.tables import ABSENT, count, mean_and_sd
-from core.report.answer.verdict import PUBLISHED, WINNER
+from core.run_names import PUBLISHED, WINNER
 
 
 def measured_again(record: RunRecord) -> pd.DataFrame:
@@ -134,14 +134,12 @@ def access_line(record: RunRecord) -> str:
 def change_lines(record: RunRecord) -> list[str]:
     """Every change of the search while it ran, from run.json."""
     lines = []
-    for change in record.about.get("changes") or []:
-        looked = " The held-out subjects had been looked at before." if change.get("holdout_seen") else ""
-        outside = change.get("outside") or []
-        aside = (
-            f" {count(len(outside), 'trial')} lay outside from then on and could not win." if outside else ""
-        )
+    for change in record.about.changes:
+        looked = " The held-out subjects had been looked at before." if change.holdout_seen else ""
+        outside = count(len(change.outside), "trial")
+        aside = f" {outside} lay outside from then on and could not win." if change.outside else ""
         lines.append(
-            f"The search was changed at {change['when']} after {count(change['after_trials'], 'trial')}: "
-            f"{'; '.join(change['what'])}.{aside}{looked}"
+            f"The search was changed at {change.when} after {count(change.after_trials, 'trial')}: "
+            f"{'; '.join(change.what)}.{aside}{looked}"
         )
     return lines

@@ -12,18 +12,8 @@ from optuna.trial import FrozenTrial
 
 from core.report.answer.describe import describe, is_absent, number
 from core.report.answer.record import RunRecord
+from core.run_names import EXCHANGED, FOUND, FOUND_BY, LABEL, LINEAGE, MEMBER, SETTINGS
 from core.schedules import as_schedule, with_epochs
-
-MEMBER = "member of the population"
-"""The label of a member's trial."""
-FOUND = "schedule found"
-"""The label of the trial that follows the best member's schedule on all cells."""
-FOUND_BY = "found_by"
-"""The user attribute of that trial with the best member's number."""
-LINEAGE = "lineage"
-"""The user attribute with the changes behind a member's weights: [{"epoch", "donor", "changed"}]."""
-EXCHANGED = "exchanged"
-"""The user attribute with every time that a member itself took a donor's weights, in the same form."""
 
 FOLLOWED = {
     "optimiser.learning_rate": "learning rate",
@@ -81,7 +71,7 @@ class FoundSchedule:
 def found_schedule(record: RunRecord) -> FoundSchedule | None:
     """The schedule that the run's population found; None where there was none, or its study is gone."""
     for trial in _trials(record, FOUND):
-        settings = trial.user_attrs.get("settings")
+        settings = trial.user_attrs.get(SETTINGS)
         if settings is not None and FOUND_BY in trial.user_attrs:
             member, lineage = trial.user_attrs[FOUND_BY], trial.user_attrs.get(LINEAGE, [])
             return FoundSchedule(trial.number, int(member), json.loads(settings), lineage)
@@ -187,7 +177,7 @@ def _trials(record: RunRecord, label: str) -> list[FrozenTrial]:
     if record.study is None:
         return []
     every = record.study.get_trials(deepcopy=False)
-    return [trial for trial in every if trial.user_attrs.get("label") == label]
+    return [trial for trial in every if trial.user_attrs.get(LABEL) == label]
 
 
 def population_in_words(record: RunRecord) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,25 @@ import optuna
 import pandas as pd
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
+from pydantic import ValidationError
 
 from core.errors import UserError
 from core.objectives import OBJECTIVES, Objective
-from core.report.answer.verdict import MEDIAN
+from core.run_description import RunDescription, find_cohort
+from core.run_names import (
+    CELLS_DONE,
+    JOURNAL,
+    LABEL,
+    MEDIAN,
+    OUTSIDE,
+    PUBLISHED,
+    REASON,
+    RUN_JSON,
+    SD,
+    SECONDS,
+    VALUE_AT,
+)
 
-STUDY_NAME = "brainsweep"
-"""The study of a run whose space was never changed; run.json names the present one."""
-OUTSIDE = "outside the space"
-"""The label of a trial that a change of the space has left outside; it has a value, but cannot win."""
-VALUE_AT = "value at epoch "
-"""Before the epochs done: the user attribute for what Optuna refuses to keep of trials with several objectives."""
 TRIAL_COLUMNS = ("number", "label", "state", "value", "sd", "n", "epochs", "seconds", "reason")
 MEASURED_COLUMNS = ("outside", *OBJECTIVES)
 """What a trials table may say besides: whether the space was changed since, and means over the cells."""
@@ -82,12 +91,12 @@ def _empty(name: str) -> pd.DataFrame:
 class RunRecord:
     """What a sweep left in its folder. A table that is absent is empty, with its columns.
 
-    `about` is run.json, `winner` is best/settings.json, `cohort` is the manifest of the cohort the run used
-    (subject, age in years, site), `missing` has one line for every thing that is not there.
+    `about` is run.json, with defaults where it is absent, `winner` is best/settings.json, `cohort` is the manifest of
+    the cohort that the run used (subject, age in years, site), `missing` has one line for each thing that is absent.
     """
 
     folder: Path
-    about: dict[str, Any] = field(default_factory=dict)
+    about: RunDescription = field(default_factory=RunDescription)
     trials: pd.DataFrame = field(default_factory=lambda: _empty("trials"))
     splits: pd.DataFrame = field(default_factory=lambda: _empty("splits"))
     cells: pd.DataFrame = field(default_factory=lambda: _empty("cells"))
@@ -112,14 +121,19 @@ class RunRecord:
         return None if ordered.empty else int(ordered["number"].iloc[0])
 
     @property
+    def is_synthetic(self) -> bool:
+        """Whether the brains were made up."""
+        return self.about.cohort is not None and self.about.cohort.synthetic
+
+    @property
     def objectives(self) -> list[str]:
         """What the search minimised; the first is the trials' value."""
-        return list((self.about.get("sweep") or {}).get("objectives") or ["mae"])
+        return self.about.objectives
 
     @property
     def published(self) -> int | None:
         """The number of the trial with the published configuration, or None when there is none."""
-        labelled = self.trials.loc[self.trials["label"] == "published", "number"]
+        labelled = self.trials.loc[self.trials["label"] == PUBLISHED, "number"]
         return None if labelled.empty else int(labelled.iloc[0])
 
     @property
@@ -152,15 +166,13 @@ def read_run(run: Path) -> RunRecord:
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"no run at '{run}': there is no such folder; give the folder a sweep has written")
-    if not any(
-        (run / name).exists() for name in ("run.json", "study.journal", "trials.csv", "trials.parquet")
-    ):
+    if not any((run / name).exists() for name in (RUN_JSON, JOURNAL, "trials.csv", "trials.parquet")):
         raise UserError(f"'{run}' is not a run: it has none of run.json, study.journal, trials.csv")
     missing: list[str] = []
-    about = _read_json(run / "run.json", "how the run was made", missing)
-    if about.get("kind", "sweep") != "sweep":
-        raise UserError(f"'{run}' is a '{about['kind']}' run; a report is made of sweeps")
-    study = _read_study(run / "study.journal", about.get("study") or STUDY_NAME, missing)
+    about = _read_description(run, missing)
+    if about.kind != "sweep":
+        raise UserError(f"'{run}' is a '{about.kind}' run; a report is made of sweeps")
+    study = _read_study(run / JOURNAL, about.study, missing)
     tables = {name: _read_table(run, name, missing) for name in TABLES}
     tables |= {name: _read_optional(run / f"{name}.csv", name, missing) for name in OPTIONAL_TABLES}
     if tables["trials"].empty and study is not None:
@@ -176,6 +188,17 @@ def read_run(run: Path) -> RunRecord:
         missing=tuple(missing),
         **tables,
     )
+
+
+def _read_description(run: Path, missing: list[str]) -> RunDescription:
+    content = _read_json(run / RUN_JSON, "how the run was made", missing)
+    try:
+        return RunDescription.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        missing.append(f"{RUN_JSON} cannot be read ({where}: {first['msg']}): how the run was made")
+        return RunDescription()
 
 
 def _read_json(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
@@ -258,43 +281,46 @@ def reported(trial: FrozenTrial) -> dict[int, float]:
     return several or trial.intermediate_values
 
 
+def trial_row(trial: FrozenTrial, epochs: int | None) -> dict[str, Any]:
+    """One row of the trials table: `TRIAL_COLUMNS`, `MEASURED_COLUMNS`, then what the trial searched.
+
+    Args:
+        trial: of the study.
+        epochs: that it has done, over all cells.
+    """
+    attributes, values = trial.user_attrs, reported(trial)
+    last = values[max(values)] if values else math.nan
+    return {
+        "number": trial.number,
+        "label": attributes.get(LABEL),
+        "state": trial.state.name,
+        "value": trial.values[0] if trial.values else last,
+        "sd": attributes.get(SD),
+        "n": attributes.get(CELLS_DONE),
+        "epochs": epochs,
+        "seconds": attributes.get(SECONDS),
+        "reason": attributes.get(REASON),
+        "outside": OUTSIDE in attributes,
+        **{name: attributes.get(name, math.nan) for name in OBJECTIVES},
+        **(trial.params or attributes.get(OUTSIDE, {})),
+    }
+
+
 def _trials_of(study: optuna.Study) -> pd.DataFrame:
     """The trials table, from the study alone: what a sweep that was killed has left."""
-    rows = [
-        {
-            "number": trial.number,
-            "label": trial.user_attrs.get("label"),
-            "state": trial.state.name,
-            "value": trial.values[0] if trial.values else None,
-            "sd": trial.user_attrs.get("sd"),
-            "n": trial.user_attrs.get("n"),
-            "epochs": max(reported(trial), default=None),
-            "seconds": trial.user_attrs.get("seconds"),
-            "reason": trial.user_attrs.get("reason"),
-            **trial.params,
-        }
-        for trial in study.get_trials(deepcopy=False)
-    ]
+    trials = study.get_trials(deepcopy=False)
+    rows = [trial_row(trial, max(reported(trial), default=None)) for trial in trials]
     return pd.DataFrame(rows) if rows else _empty("trials")
 
 
-def _read_cohort(run: Path, about: dict[str, Any], missing: list[str]) -> pd.DataFrame:
-    """The manifest of the run's cohort: from its path as recorded, or as seen from the run's folder."""
-    given = (about.get("cohort") or {}).get("path")
-    for folder in (Path(given), run / given, run.parent / given) if given else ():
-        manifest = folder / "manifest.parquet"
-        if manifest.exists():
-            try:
-                return pd.read_parquet(manifest, columns=["subject", "age", "site"])
-            except (OSError, ValueError) as error:
-                missing.append(
-                    f"the cohort's manifest cannot be read ({_first_line(error)}): its ages and sites"
-                )
-                break
-    else:
-        where = f"at '{given}'" if given else "where the run says (it does not say)"
-        missing.append(f"the cohort is not {where}: its ages and sites")
-    return pd.DataFrame(columns=["subject", "age", "site"])
+def _read_cohort(run: Path, about: RunDescription, missing: list[str]) -> pd.DataFrame:
+    """Subject, age and site of every scan of the run's cohort."""
+    columns = ["subject", "age", "site"]
+    try:
+        return find_cohort(run, about.cohort).manifest[columns]
+    except UserError as error:
+        missing.append(f"{_first_line(error)}: its ages and sites")
+        return pd.DataFrame(columns=columns)
 
 
 def _with_median(predictions: pd.DataFrame, splits: pd.DataFrame, cohort: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from core.report.answer.record import NothingToShow, RunRecord
-from core.report.answer.verdict import WINNER
+from core.run_names import WINNER
 
 MOST_SITES = 8
 LONGEST_NAME = 18

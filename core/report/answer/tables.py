@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from core.report.answer.describe import describe, is_absent, number
-from core.report.answer.population import FOUND, MEMBER, found_in_words, found_schedule, values_of
+from core.report.answer.population import found_in_words, found_schedule, values_of
 from core.report.answer.record import NO_SETTINGS, RunRecord, read_run
-from core.report.answer.verdict import METHODS, comparisons, verdict
+from core.report.answer.verdict import comparisons, verdict
+from core.run_names import FOUND, MEMBER, METHODS, PUBLISHED
 
 __all__ = [
     "RunRecord",
@@ -53,9 +54,9 @@ def leaderboard(trials: pd.DataFrame, top: int = 10, found: str = "") -> pd.Data
     pruned = trials[trials["state"] == "PRUNED"].sort_values(["value", "number"], kind="stable")
     ordered = [(str(rank), row) for rank, (_, row) in enumerate(ranked.iterrows(), start=1)]
     ordered += [(ABSENT, row) for _, row in pruned.iterrows()]
-    failed = trials[(trials["state"] == "FAIL") & (trials["label"] == "published")]
+    failed = trials[(trials["state"] == "FAIL") & (trials["label"] == PUBLISHED)]
     ordered += [(ABSENT, row) for _, row in failed.iterrows()]
-    shown = [entry for place, entry in enumerate(ordered) if place < top or entry[1]["label"] == "published"]
+    shown = [entry for place, entry in enumerate(ordered) if place < top or entry[1]["label"] == PUBLISHED]
     columns = ["rank", "trial", "what", "validation MAE", "n", "state"]
     return pd.DataFrame(
         [_leaderboard_row(rank, row, settings, found) for rank, row in shown], columns=columns
@@ -77,7 +78,7 @@ def _what(row: pd.Series, settings: list[str], found: str) -> str:
     if row["label"] == FOUND:
         return f"{FOUND}: {found}"
     what = describe(_settings_of(row, settings), most=SHOWN_SETTINGS)
-    before = {"published": "published: ", MEMBER: "member, began with: "}.get(row["label"], "")
+    before = {PUBLISHED: f"{PUBLISHED}: ", MEMBER: "member, began with: "}.get(row["label"], "")
     return before + what
 
 

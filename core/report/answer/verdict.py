@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
-WINNER, PUBLISHED, L1, MEDIAN = "search winner", "published", "L1 baseline", "training median"
-METHODS = (WINNER, PUBLISHED, L1, MEDIAN)
+from core.run_names import L1, MEDIAN, PUBLISHED, WINNER
+
 IN_WORDS = {
     WINNER: "the search winner",
     PUBLISHED: "the published configuration",
