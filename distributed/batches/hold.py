@@ -7,10 +7,9 @@ All ways give the same batches in the same order; they differ in speed and in wh
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, get_args
+from typing import get_args
 
 import ray
 import torch
@@ -19,11 +18,10 @@ from core.errors import UserError
 from core.lookup import look_up
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Direct, Stored, Volumes, bytes_of_a_volume
+from distributed.batches.mode import Mode
 from distributed.batches.plan import Plan, Rows
 from distributed.batches.resident import Resident, scan
 from distributed.batches.streaming import Streaming
-
-Mode = Literal["auto", "resident", "streaming", "direct"]
 
 Batches = Generator[torch.Tensor, None, None]
 """Tensors (n, C, X, Y, Z) in the stored type on the device. One may be overwritten once the one after it was
@@ -108,9 +106,6 @@ def _in_turn(volumes: Volumes, parts: Iterable[Rows], pinned: bool) -> Iterator[
             yield fresh
         else:
             yield volumes.read(rows, out=buffers[turn % 2][: len(rows)])
-
-
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to a batch
 
 
 def _ahead(source: Iterator[Stored], device: torch.device) -> Batches:

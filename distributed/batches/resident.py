@@ -22,7 +22,7 @@ from distributed.batches.plan import Rows, chunks
 BLOCK_BYTES = 4 * 2**20
 """Smaller objects cost more calls, and below 100 kB Ray keeps them in the memory of one process."""
 
-_BLOCKS: dict[ray.ObjectRef, Stored] = {}
+_BLOCKS: dict[ray.ObjectRef[Stored], Stored] = {}
 """The blocks that this process has mapped: held, so that they are never evicted under it."""
 
 
@@ -33,7 +33,7 @@ class Resident:
     A block that is lost with its node, or evicted, is read again by its task when somebody asks for it.
     """
 
-    references: tuple[ray.ObjectRef, ...]
+    references: tuple[ray.ObjectRef[Stored], ...]
     rows_per_block: int
     known: Moments
     """Moments (rows, C, 3) of the whole cohort."""
@@ -81,11 +81,11 @@ def scan(cohort: Cohort) -> Moments:
     return np.concatenate(_outcome([_scan_block.remote(cohort.address, rows) for rows in blocks]))
 
 
-def _read_blocks(address: str, blocks: list[Rows]) -> list[list[ray.ObjectRef]]:
+def _read_blocks(address: str, blocks: list[Rows]) -> list[list[ray.ObjectRef[Stored]]]:
     """(block, moments) of every block, two tasks at a time for each CPU."""
     at_once = max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    pairs: list[list[ray.ObjectRef]] = []
-    reading: list[ray.ObjectRef] = []
+    pairs: list[list[ray.ObjectRef[Stored]]] = []
+    reading: list[ray.ObjectRef[Stored]] = []
     for rows in blocks:
         if len(reading) == at_once:
             _, reading = ray.wait(reading, num_returns=1)
@@ -106,7 +106,7 @@ def _scan_block(address: str, rows: Rows) -> Moments:
     return read_with_moments(opened(address), rows)[1]
 
 
-def _outcome(references: list[ray.ObjectRef]) -> list[Moments]:
+def _outcome(references: list[ray.ObjectRef[Stored]]) -> list[Moments]:
     """What the tasks return; a UserError from one of them as it was raised."""
     try:
         return ray.get(references)

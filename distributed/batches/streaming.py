@@ -10,13 +10,13 @@ is opened once for many volumes and a block is never cut or joined: the worker m
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
@@ -35,8 +35,6 @@ PLAN_BLOCKS = 50
 """Objects that the epochs are cut into; Ray keeps them until the garbage is collected."""
 READS_AHEAD = 3
 """Reads, running or ready, that a stream may hold in the object store."""
-
-logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of every execution
 
 _BUFFERS: dict[tuple[str, str], Stored] = {}
 
@@ -103,10 +101,11 @@ def _read(line: pa.Table, address: str) -> pa.Table:
     What is wrong with a volume is handed on in words: Ray Data wraps an exception and loses its cause.
     """
     rows, damage = line["rows"][0].as_py(), None
+    volumes: npt.NDArray[np.generic]
     try:
         volumes = opened(address).read_stored(rows, out=_buffer(opened(address), len(rows)))
     except UserError as error:
-        volumes, damage = np.empty(0), str(error)
+        volumes, damage = np.empty(0, np.float32), str(error)
     bounds = np.array([0, volumes.nbytes])
     buffers = [None, pa.py_buffer(bounds), pa.py_buffer(volumes)]
     line = line.append_column("volumes", pa.Array.from_buffers(pa.large_binary(), 1, buffers))

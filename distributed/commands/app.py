@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,15 +17,14 @@ from core.errors import UserError
 from distributed.commands.cohorts import data
 from distributed.commands.options import (
     Address,
-    Changes,
     CohortFolder,
-    DataMode,
     RunArgument,
+    asks,
     console,
     place,
     readable,
-    wrong_option,
 )
+from distributed.sweeps.request import ResumeRequest, SweepRequest, TrainRequest
 
 app = typer.Typer(
     name="brainsweep",
@@ -38,34 +38,41 @@ app = typer.Typer(
 app.add_typer(data)
 
 
+def show_version(wanted: bool) -> None:
+    """Print the installed version, or where brainsweep runs from without being installed, and end."""
+    if not wanted:
+        return
+    try:
+        typer.echo(f"brainsweep {importlib.metadata.version('brainsweep')}")
+    except importlib.metadata.PackageNotFoundError:
+        typer.echo(f"brainsweep, not installed, from {Path(__file__).parents[2]}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="print the version and exit"),
+    ] = False,
+) -> None:
+    """What may be given before a command."""
+
+
 @app.command(
     epilog="Example: brainsweep train cohorts/phantom --set training.epochs=10 --set model.width=0.25"
 )
+@asks(TrainRequest)
 def train(
     cohort: CohortFolder,
-    settings: Annotated[
-        Path | None,
-        typer.Option(help="YAML file of settings, such as RUN/schedule.yaml; published if absent"),
-    ] = None,
-    changes: Changes = None,
+    request: TrainRequest,
     out: Annotated[Path | None, typer.Option(help="run folder; runs/DATE-train if absent")] = None,
-    folds: Annotated[int, typer.Option(min=2, help="cross-validation folds")] = 5,
-    fold: Annotated[int, typer.Option(min=0, help="the fold to validate on")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="seed of initialisation, order and views")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="data-parallel workers; more than 1 starts Ray")] = 1,
-    data_mode: DataMode = "auto",
     address: Address = None,
 ) -> None:
     """Train one configuration on one fold: the published one, with your changes. The hold-out is not touched."""
-    from core.config import parse_changes
-    from distributed.batches.hold import checked_mode
     from distributed.sweeps.train_one import train_one
 
-    folder = train_one(
-        cohort, out or _new_run("train"), parse_changes(changes or []),
-        folds=folds, fold=fold, seed=seed, workers=workers, address=address, console=console,
-        data_mode=checked_mode(data_mode), settings_file=settings,
-    )  # fmt: skip
+    folder = train_one(cohort, request, out or _new_run("train"), address, console)
     _show_cells(folder.path)
     console.print(f"\nNext:\n  brainsweep predict {folder.path} VOLUME.nii.gz", highlight=False)
 
@@ -73,70 +80,14 @@ def train(
 @app.command(
     epilog="Example: brainsweep sweep cohorts/phantom --trials 30 --folds 3 --set training.epochs=10"
 )
+@asks(SweepRequest)
 def sweep(
     cohort: CohortFolder,
-    space: Annotated[str, typer.Option(help="NAME of a space, or FILE.py:FUNCTION")] = "brain_age",
-    trials: Annotated[int, typer.Option(min=1, help="configurations to try, the published one first")] = 20,
-    folds: Annotated[int, typer.Option(help="cross-validation folds of every trial")] = 5,
-    seeds: Annotated[int, typer.Option(min=1, help="repeats of every fold")] = 1,
-    refit_seeds: Annotated[
-        int, typer.Option(min=1, help="refits of winner and baselines for the hold-out")
-    ] = 1,
-    holdout: Annotated[float, typer.Option(help="share of subjects the search never sees")] = 0.2,
-    slots: Annotated[
-        int | None, typer.Option(min=1, help="trials at a time; as many as fit if absent")
-    ] = None,
-    workers_per_slot: Annotated[int, typer.Option(min=1, help="data-parallel workers of a trial")] = 1,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="1 where there are GPUs, if absent; fractions share one")
-    ] = None,
-    objectives: Annotated[
-        str,
-        typer.Option(
-            help="what to minimise, the first stops trials and chooses the winner: "
-            "mae, site_balanced_accuracy, openbhb_score, accelerator_seconds; comma-separated"
-        ),
-    ] = "mae",
-    scheduler: Annotated[
-        str,
-        typer.Option(
-            help="what stops bad trials early: asha, hyperband, median, none; "
-            "or a population that changes while it trains: pbt, pb2"
-        ),
-    ] = "asha",
-    pruner: Annotated[
-        str,
-        typer.Option(
-            help="beside the scheduler: none, or wilcoxon[=P] against the best trial, cell by cell (P 0.1)"
-        ),
-    ] = "none",
-    sampler: Annotated[
-        str, typer.Option(help="what proposes trials: tpe, gp, cmaes, nsga2, qmc, random, grid")
-    ] = "tpe",
-    grid_points: Annotated[
-        int | None, typer.Option(min=2, help="values of every continuous setting, for --sampler grid")
-    ] = None,
+    request: SweepRequest,
     enqueue: Annotated[
         Path | None,
         typer.Option(metavar="FILE.yaml", help="list of your configurations, tried after the published one"),
     ] = None,
-    data_mode: DataMode = "auto",
-    time_budget: Annotated[float | None, typer.Option(help="seconds of search, refits not counted")] = None,
-    accelerator_hours: Annotated[
-        float | None,
-        typer.Option(help="GPU-hours (CPU-core-hours without GPUs) of all trials, refits not counted"),
-    ] = None,
-    stop_when: Annotated[
-        str,
-        typer.Option(
-            help="also end when improvement is unlikely: regret or emmr (from 20 completed trials), never"
-        ),
-    ] = "never",
-    confirm_seeds: Annotated[
-        int,
-        typer.Option(min=0, help="repeat winner and published on the same folds with so many fresh seeds"),
-    ] = 0,
-    search_seed: Annotated[int, typer.Option(min=0, help="seed of splits and sampler")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -146,63 +97,20 @@ def sweep(
         ),
     ] = None,
     address: Address = None,
-    changes: Changes = None,
 ) -> None:
     """Search for the best configuration, refit it, and look at the held-out subjects once."""
-    from pydantic import ValidationError
+    from distributed.sweeps.sweep import run_sweep
 
-    from core.config import parse_changes
-    from distributed.batches.hold import checked_mode
-    from distributed.sweeps.sweep import SweepRequest, run_sweep
-
-    try:
-        request = SweepRequest(
-            space=space, trials=trials, folds=folds, seeds=seeds, refit_seeds=refit_seeds, holdout=holdout,
-            slots=slots, workers_per_slot=workers_per_slot, gpus_per_worker=gpus_per_worker, scheduler=scheduler,
-            sampler=sampler, time_budget=time_budget, search_seed=search_seed, changes=parse_changes(changes or []),
-            data_mode=checked_mode(data_mode),
-            objectives=tuple(name.strip() for name in objectives.split(",")), pruner=pruner, grid_points=grid_points,
-            accelerator_hours=accelerator_hours, stop_when=stop_when, confirm_seeds=confirm_seeds,
-        )  # fmt: skip
-    except ValidationError as error:
-        raise wrong_option(error) from None
     run_sweep(cohort, request, out or _new_run("sweep"), address, console, enqueue)
 
 
 @app.command(epilog="Example: brainsweep resume runs/demo")
-def resume(
-    run: RunArgument,
-    cohort: Annotated[
-        str | None, typer.Option(help="where the cohort lies now, if it was moved since the run began")
-    ] = None,
-    time_budget: Annotated[float | None, typer.Option(help="seconds of further search")] = None,
-    accelerator_hours: Annotated[
-        float | None, typer.Option(help="of the whole run, earlier sessions included")
-    ] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="of the whole run; needs --change-search")] = None,
-    space: Annotated[str | None, typer.Option(help="another space; needs --change-search")] = None,
-    changes: Changes = None,
-    change_search: Annotated[
-        bool,
-        typer.Option(
-            "--change-search", help="search another space, fix settings with --set, or try more trials"
-        ),
-    ] = False,
-    address: Address = None,
-) -> None:
+@asks(ResumeRequest)
+def resume(run: RunArgument, request: ResumeRequest, address: Address = None) -> None:
     """Continue an interrupted sweep: no finished trial is repeated, unfinished ones go on from their last epoch."""
-    from core.config import parse_changes
     from distributed.sweeps.resume import resume_sweep
 
-    resume_sweep(
-        run,
-        address,
-        console,
-        budgets={"time_budget": time_budget, "accelerator_hours": accelerator_hours},
-        search={"space": space, "changes": parse_changes(changes or []), "trials": trials},
-        change=change_search,
-        cohort=cohort,
-    )
+    resume_sweep(run, request, address, console)
 
 
 @app.command(epilog="Example: brainsweep report runs/demo")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import pickle
@@ -43,7 +42,6 @@ def in_parallel(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
     rows = [{"task": pickle.dumps(task)} for task in tasks]
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False  # the caller shows shards, not blocks
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would tell of each step
     with DataContext.current(context):
         outcomes = (
             ray.data.from_items(rows, override_num_blocks=len(rows))

@@ -1,15 +1,20 @@
-"""What all commands share: the console, arguments that recur, progress bars, and values as people read them."""
+"""What all commands share: the console, arguments that recur, options made of requests, and values in words."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -36,18 +41,6 @@ def place(text: str) -> Path:
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", parser=place, help="folder of a run, or s3://bucket/folder")
 ]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="NAME=VALUE", help="change any setting, e.g. training.epochs=20; repeatable"
-    ),
-]
-DataMode = Annotated[
-    str,
-    typer.Option(
-        help="where volumes wait: auto, resident (in shared memory), streaming (by Ray Data), direct (on disk)"
-    ),
-]
 Address = Annotated[
     str | None,
     typer.Option(help="HEAD:PORT of a running Ray cluster, or auto; this machine if absent"),
@@ -71,6 +64,89 @@ def names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
 
 
+def asks(request: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of `request` as options, and call it with the request that was typed.
+
+    The command has one parameter of the type `request`. A field is an option of its name; its default, its bounds
+    and its description are shown by --help. A tuple is typed comma-separated; a dictionary is `--set NAME=VALUE`,
+    repeatable. What is wrong with a value, the request says itself.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for own in inspect.signature(command, eval_str=True).parameters.values():
+            if own.annotation is request:
+                asked = own.name
+                parameters += [_option(name, field) for name, field in request.model_fields.items()]
+            else:
+                parameters.append(own.replace(kind=own.KEYWORD_ONLY))
+
+        @functools.wraps(command)
+        def with_options(**given: object) -> None:
+            values = {name: given.pop(name) for name in request.model_fields}
+            command(**given, **{asked: _made(request, values)})
+
+        # Typer reads a command's options from its signature.
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return with_options
+
+    return decorate
+
+
+def _made(request: type[BaseModel], typed: Mapping[str, object]) -> BaseModel:
+    """The request of the values that were `typed`; UserError where it refuses one of them."""
+    values = dict(typed)
+    for name, field in request.model_fields.items():
+        value = typed[name]
+        if get_origin(field.annotation) is tuple:
+            values[name] = names(value if isinstance(value, str) else None)
+        elif get_origin(field.annotation) is dict:
+            from core.config import parse_changes
+
+            values[name] = parse_changes(list(value) if isinstance(value, list) else [])
+    try:
+        return request(**values)
+    except ValidationError as error:
+        raise wrong_option(error) from None
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The option of a request's field."""
+    default, kind = field.get_default(call_default_factory=True), field.annotation
+    spelled: tuple[str, ...] = ()
+    metavar = None
+    if get_origin(kind) is tuple:
+        default, kind = ",".join(default), str
+    elif get_origin(kind) is dict:
+        default, kind, spelled, metavar = None, list[str] | None, ("--set",), "NAME=VALUE"
+    elif get_origin(kind) is Literal:
+        kind, metavar = str, "|".join(get_args(kind))
+    elif kind is bool:
+        spelled = (f"--{name.replace('_', '-')}",)
+    words = " ".join(filter(None, [field.description, _bounds(field)]))
+    option = typer.Option(*spelled, help=words, metavar=metavar)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+def _bounds(field: FieldInfo) -> str:
+    """The bounds of a number, for its help; none where it is only not negative."""
+    signs: dict[type, tuple[str, str]] = {
+        Ge: ("ge", "at least"),
+        Gt: ("gt", "above"),
+        Le: ("le", "at most"),
+        Lt: ("lt", "below"),
+    }
+    found = [
+        f"{words} {getattr(each, key):g}"
+        for each in field.metadata
+        for kind, (key, words) in signs.items()
+        if isinstance(each, kind) and getattr(each, key) not in (0, 1)
+    ]
+    return f"({', '.join(found)})" if found else ""
+
+
 def wrong_option(error: ValidationError) -> UserError:
     """The first mistake, named by the option it was typed with."""
     first = error.errors()[0]
@@ -78,7 +154,7 @@ def wrong_option(error: ValidationError) -> UserError:
     return UserError(f"--{option}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}")
 
 
-def readable(value: Any) -> str:
+def readable(value: object) -> str:
     """A number, list or dict in a table's cell."""
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{value:.4g}"

@@ -12,6 +12,8 @@ import pandas as pd
 from core.errors import UserError
 from core.evaluation.regression import regression_metrics
 from core.inference import Predictor, load_predictor, prepare_files
+from core.run_description import CohortOfRun
+from core.run_names import RUN_JSON, SPLITS
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
 from distributed.run.folder import RunFolder, open_run
@@ -77,22 +79,29 @@ def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
     return Evaluation(table, metrics, notes, path)
 
 
+def _cohort_of(folder: RunFolder) -> CohortOfRun:
+    recorded = folder.about.cohort
+    if recorded is None:
+        raise UserError(f"{folder.path}/{RUN_JSON} does not say which cohort the run was made on")
+    return recorded
+
+
 def _preprocessing(folder: RunFolder) -> Preprocessing:
     """The pipeline of the run's cohort; phantoms are made on the grid, in MNI space, with raw intensities."""
-    cohort = folder.about["cohort"]
-    if cohort["synthetic"]:
-        return Preprocessing(
-            spacing=cohort["spacing"], shape=tuple(cohort["shape"]), intensity="raw", centre="world"
+    cohort = _cohort_of(folder)
+    if cohort.synthetic:
+        return Preprocessing.model_validate(
+            {"spacing": cohort.spacing, "shape": cohort.shape, "intensity": "raw", "centre": "world"}
         )
-    return Preprocessing.from_settings(cohort["preprocessing"])
+    return Preprocessing.from_settings(cohort.preprocessing)
 
 
 def _check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> None:
-    trained = folder.about["cohort"]
-    if cohort.description.spacing != trained["spacing"]:
+    trained = _cohort_of(folder)
+    if cohort.description.spacing != trained.spacing:
         raise UserError(
             f"cohort {cohort.location} has voxels of {cohort.description.spacing:g} mm, the model was trained at "
-            f"{trained['spacing']:g} mm; ingest it with --spacing {trained['spacing']:g}"
+            f"{trained.spacing:g} mm; ingest it with --spacing {trained.spacing:g}"
         )
     absent = [channel for channel in predictor.channels if channel not in cohort.description.channels]
     if absent:
@@ -104,8 +113,8 @@ def _check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> Non
 
 def _rows_to_judge(folder: RunFolder, cohort: Cohort) -> tuple[np.ndarray, tuple[str, ...]]:
     """All rows of another cohort; of the run's own, those the model was not trained on."""
-    roles = pd.read_csv(folder.path / "splits.csv", dtype=str).set_index("subject")["role"]
-    if cohort.description.hash == folder.about["cohort"]["hash"]:
+    roles = pd.read_csv(folder.path / SPLITS, dtype=str).set_index("subject")["role"]
+    if cohort.description.hash == _cohort_of(folder).hash:
         held_out = cohort.manifest["subject"].map(roles).eq("holdout").to_numpy()
         note = f"this is the run's own cohort: only its {held_out.sum()} held-out subjects are judged"
         return np.flatnonzero(held_out), (note,)

@@ -15,20 +15,22 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from sklearn.exceptions import ConvergenceWarning
 
 from core.errors import UserError
-from core.files.writing import replacing, writing_to
+from core.files.writing import write_text, writing_to
 from core.objectives import COST
-from core.report.answer.population import EXCHANGED, LINEAGE
 from core.report.answer.record import reported
-from distributed.run.assignment import CHECKPOINT, kept_checkpoint
+from core.run_names import CELLS_DONE, EXCHANGED, LINEAGE, MEMBER_VALUE, REASON, SECONDS, SETTINGS
+from distributed.run.assignment import CHECKPOINT, Answer, Assignment, kept_checkpoint
 from distributed.search.budget import Budget
 from distributed.search.population_methods import (
     CLOCK,
@@ -39,27 +41,32 @@ from distributed.search.population_methods import (
     exchange_interval,
     setting,
 )
-from distributed.search.schedulers import METRIC
+from distributed.search.schedulers import Result
 from distributed.search.study import report_value
 
-MEMBER_VALUE = "member_value"
-"""The user attribute with a member's last value, where it trained to the end."""
-TIME = "epochs"
+
+class Exchange(TypedDict):
+    """A member that went on from another one's weights."""
+
+    epoch: int
+    donor: str
+    changed: dict[str, float]
+    """The settings that were changed and could act, by dotted name."""
 
 
 @dataclass
 class Member:
     """What one member is doing: `changed` are the changeable settings as the method sees them."""
 
-    assignment: dict[str, Any]
+    assignment: Assignment
     changed: dict[str, float]
-    lineage: list[dict[str, Any]] = field(default_factory=list)
-    exchanged: list[dict[str, Any]] = field(default_factory=list)
+    lineage: list[Exchange] = field(default_factory=list)
+    exchanged: list[Exchange] = field(default_factory=list)
     epochs: int = 0
     spent: float = 0.0
 
 
-def begin_member(method: Method, ranges: Sequence[Range], assignment: dict[str, Any]) -> Member:
+def begin_member(method: Method, ranges: Sequence[Range], assignment: Assignment) -> Member:
     """A member before its first epoch. What its configuration does not have is given the middle, and not applied."""
     changed = {}
     for one in ranges:
@@ -81,7 +88,7 @@ class Population(TrialScheduler):
         self, name: str, ranges: Sequence[Range], epochs: int, seed: int, study: optuna.Study,
         budget: Budget, state: Path,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray left it untyped
         self.method, self.ranges, self.epochs, self.seed = POPULATIONS[name], ranges, epochs, seed
         self.study, self.budget, self.state = study, budget, state
         self.interval = exchange_interval(epochs)
@@ -98,23 +105,24 @@ class Population(TrialScheduler):
         self.exchange = self.method.scheduler(self.ranges, self.interval)
         self._record()
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         """Give Tune's trial its member's assignment."""
         name = trial.config["member"]
         self.names[trial.trial_id] = name
         self._give(trial, name)
         self.exchange.on_trial_add(tune_controller, trial)
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
         """Keep the value; after the last member's epoch before an exchange, exchange."""
         name = self.names[trial.trial_id]
         member = self.members[name]
-        member.epochs, member.spent = result[TIME], result["spent_seconds"]
+        answer = cast(Answer, result)
+        member.epochs, member.spent = answer["epochs"], answer["spent_seconds"]
         with self._storage():
-            self._report(name, result)
+            self._report(name, answer)
         return self._hand_on(tune_controller, trial, result)
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         """Ray's choice. Where the member that all others waited for has failed, Ray would wait for ever."""
         chosen = self.exchange.choose_trial_to_run(tune_controller)
         live = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]
@@ -123,28 +131,29 @@ class Population(TrialScheduler):
             chosen = self.exchange.choose_trial_to_run(tune_controller)
         return chosen
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+    def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
         """Tell the study how the member ended; an interrupted one has not."""
         self.exchange.on_trial_complete(tune_controller, trial, result)
-        if result.get("storage"):
-            self._stop_for(result["failed"])
-        elif result.get("failed"):
-            self._tell(trial, TrialState.FAIL, result["failed"])
-        elif result.get("finished"):
+        answer = cast(Answer, result)
+        if answer.get("storage"):
+            self._stop_for(answer["failed"])
+        elif answer.get("failed"):
+            self._tell(trial, TrialState.FAIL, answer["failed"])
+        elif answer.get("finished"):
             with self._storage():
                 name = self.names[trial.trial_id]
-                self._report(name, result)
-                self._trial(name).set_user_attr(MEMBER_VALUE, result[METRIC])
-                self.members[name].spent = result["spent_seconds"]
+                self._report(name, answer)
+                self._trial(name).set_user_attr(MEMBER_VALUE, answer["value"])
+                self.members[name].spent = answer["spent_seconds"]
             self._tell(trial, TrialState.PRUNED, "its cell was for finding a schedule")
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         """A member whose slot crashed too often has failed."""
         self.exchange.on_trial_error(tune_controller, trial)
         if not self.budget.interrupted:
             self._tell(trial, TrialState.FAIL, "its slot crashed; see error.txt under tune/")
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
         """An interrupted member stays as it is."""
         self.exchange.on_trial_remove(tune_controller, trial)
 
@@ -152,12 +161,12 @@ class Population(TrialScheduler):
         """For Tune's log."""
         return self.exchange.debug_string()
 
-    def _hand_on(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def _hand_on(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
         """Ray's decision; where it exchanged, the clones are made members again."""
         # Ray draws from the global generators, all at once in an exchange: so it draws alike in a resumed run.
         random.seed(f"{self.seed} {self.boundary}")
         np.random.seed([self.seed, self.boundary])
-        clocked = result | {CLOCK: result[TIME] - self.entered}
+        clocked = result | {CLOCK: cast(Answer, result)["epochs"] - self.entered}
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", ConvergenceWarning
@@ -177,7 +186,7 @@ class Population(TrialScheduler):
                     kept_checkpoint(Path(member.assignment["folder"]), before).unlink(missing_ok=True)
         return decision
 
-    def _clone(self, trial: Any, name: str, donor_name: str, epoch: int) -> None:
+    def _clone(self, trial: Trial, name: str, donor_name: str, epoch: int) -> None:
         """`name` goes on from what `donor_name` was after `epoch`, with the settings that Ray has changed."""
         member, donor = self.members[name], self.members[donor_name]
         drawn = trial.config["changed"]
@@ -185,37 +194,36 @@ class Population(TrialScheduler):
         moved = {one: value for one, value in meant.items() if drawn[one] != donor.changed[one]}
         settings, acted = change(donor.assignment["settings"], moved, epoch / self.epochs)
         inherited = donor.spent - donor.assignment["spent_before"]
-        member.assignment = member.assignment | {
-            "settings": settings,
-            "begin": str(kept_checkpoint(Path(donor.assignment["folder"]), epoch)),
-            "spent_before": member.spent - inherited,
-        }
+        member.assignment = member.assignment.copy()
+        member.assignment["settings"] = settings
+        member.assignment["begin"] = str(kept_checkpoint(Path(donor.assignment["folder"]), epoch))
+        member.assignment["spent_before"] = member.spent - inherited
         member.changed = {one.name: self.method.seen(one, meant[one.name]) for one in self.ranges}
-        exchange = {"epoch": epoch, "donor": donor_name, "changed": acted}
+        exchange = Exchange(epoch=epoch, donor=donor_name, changed=acted)
         member.lineage, member.exchanged = [*donor.lineage, exchange], [*member.exchanged, exchange]
         self._give(trial, name)
         with self._storage():
             own = self._trial(name)
-            own.set_user_attr("settings", json.dumps(settings))
+            own.set_user_attr(SETTINGS, json.dumps(settings))
             own.set_user_attr(LINEAGE, member.lineage)
             own.set_user_attr(EXCHANGED, member.exchanged)
 
-    def _give(self, trial: Any, name: str) -> None:
+    def _give(self, trial: Trial, name: str) -> None:
         member = self.members[name]
         trial.set_config({"member": name, "assignment": member.assignment, "changed": dict(member.changed)})
 
-    def _report(self, name: str, result: dict[str, Any]) -> None:
+    def _report(self, name: str, answer: Answer) -> None:
         """Keep the value, once: a resumed population repeats the epochs since its last exchange."""
         frozen = self.study.get_trials(deepcopy=False)[int(name)]
-        if math.isfinite(result[METRIC]) and result[TIME] not in reported(frozen):
-            report_value(self._trial(name), result[METRIC], result[TIME])
+        if math.isfinite(answer["value"]) and answer["epochs"] not in reported(frozen):
+            report_value(self._trial(name), answer["value"], answer["epochs"])
 
-    def _tell(self, trial: Any, state: TrialState, reason: str) -> None:
+    def _tell(self, trial: Trial, state: TrialState, reason: str) -> None:
         name = self.names[trial.trial_id]
         self.ended.add(name)
         with self._storage():
             own, member = self._trial(name), self.members[name]
-            described = {"reason": reason, "n": 1, "seconds": member.spent}
+            described = {REASON: reason, CELLS_DONE: 1, SECONDS: member.spent}
             for key, value in (described | {COST: member.spent * self.budget.devices}).items():
                 own.set_user_attr(key, value)
             self.study.tell(own, state=state)
@@ -230,8 +238,8 @@ class Population(TrialScheduler):
             "boundary": self.boundary,
             "members": {name: asdict(one) for name, one in self.members.items()},
         }
-        with writing_to(self.state.parent), replacing(self.state) as path:
-            path.write_text(json.dumps(content))
+        with writing_to(self.state.parent):
+            write_text(self.state, json.dumps(content))
 
     def _storage(self) -> _StopWhereStorageFails:
         return _StopWhereStorageFails(self)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import itertools
 import random
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import optuna
 from optuna.samplers import (
     BaseSampler,
     CmaEsSampler,
@@ -28,11 +26,7 @@ from optuna.samplers import (
 from core.errors import UserError
 from core.lookup import look_up
 from distributed.search.recent_history import RecentHistory
-from search_spaces import Space
-from search_spaces.points import Profile, grid_of
-
-# Most of the samplers are "experimental" since years.
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+from search_spaces.points import Profile, Space, grid_of
 
 STARTUP_TRIALS = 8
 MOST_GRID_POINTS = 10_000

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from ray import tune
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from scipy.stats import wilcoxon
 
@@ -22,12 +24,11 @@ from core.errors import UserError
 from core.lookup import look_up
 from core.objectives import measure
 from core.report.answer.record import reported
-from distributed.run.assignment import PRUNABLE_EPOCHS
+from core.run_names import CELL_VALUES
+from distributed.run.assignment import PRUNABLE_EPOCHS, Answer
 
 METRIC, TIME = "value", PRUNABLE_EPOCHS
 """The keys of a result that the scheduler compares: the first objective, and epochs done over all cells."""
-CELL_VALUES = "cell_values"
-"""The user attribute of a trial with its first objective in every finished cell, in the order of the cells."""
 HYPERBAND_REDUCTION = 3
 
 
@@ -37,10 +38,14 @@ def _asha(epochs: int, cells: int) -> TrialScheduler:
     return ASHAScheduler(TIME, METRIC, "min", max_t=epochs * cells, grace_period=grace, reduction_factor=2)
 
 
+Result = dict[str, object]
+"""What Tune hands on: an `Answer` of `distributed.run.assignment`, with fields of its own."""
+
+
 class MedianStopping(MedianStoppingRule):
     """Ray's rule, which expects `TIME` of the last result of every trial, and raises where there is none."""
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
+    def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
         """What reports no `TIME` is compared with nobody."""
         if TIME in result:
             super().on_trial_complete(tune_controller, trial, result)
@@ -70,7 +75,7 @@ class Hyperband(TrialScheduler):
     """
 
     def __init__(self, epochs: int, cells: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray left it untyped
         grace, longest, eta = max(1, epochs // 4), epochs * cells, HYPERBAND_REDUCTION
         last = int(math.log(longest / grace) / math.log(eta) + 1e-9)
         self.brackets = [
@@ -91,30 +96,30 @@ class Hyperband(TrialScheduler):
             dealt[chosen] += 1
         return chosen
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         """Put the trial into its bracket; what is no trial of the search never reports and may go anywhere."""
         name = trial.config["assignment"]["name"]
         number = int(name) if name.isdigit() else 0
         self.bracket_of[trial.trial_id] = self.brackets[self.bracket_number(number)]
         self.bracket_of[trial.trial_id].on_trial_add(tune_controller, trial)
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
         """Its bracket's decision."""
         return self.bracket_of[trial.trial_id].on_trial_result(tune_controller, trial, result)
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
+    def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
         """Its last value counts in its bracket."""
         self.bracket_of.pop(trial.trial_id).on_trial_complete(tune_controller, trial, result)
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         """What it reported stays in its bracket."""
         self.bracket_of.pop(trial.trial_id, None)
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
         """See `on_trial_error`."""
         self.bracket_of.pop(trial.trial_id, None)
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         """The first that waits."""
         return FIFOScheduler().choose_trial_to_run(tune_controller)
 
@@ -145,16 +150,18 @@ class _Replayed:
     """Stands for a finished trial before a scheduler, which knows trials by their `trial_id` and name."""
 
     trial_id: str
-    config: dict[str, Any]
+    config: dict[str, dict[str, str]]
 
 
 def replay(scheduler: TrialScheduler, finished: list[FrozenTrial]) -> None:
     """Show a new scheduler what earlier trials reported, so that a resumed search prunes as it would have."""
     for trial in finished:
-        stand_in: Any = _Replayed(f"replayed-{trial.number}", {"assignment": {"name": str(trial.number)}})
-        controller: Any = None  # asked only by schedulers that pause trials
+        named = _Replayed(f"replayed-{trial.number}", {"assignment": {"name": str(trial.number)}})
+        stand_in = cast(Trial, named)
+        # Asked only by schedulers that pause trials.
+        controller = cast(TuneController, None)
         scheduler.on_trial_add(controller, stand_in)
-        result: dict[str, Any] = {}
+        result: Result = {}
         for epochs, value in sorted(reported(trial).items()):
             result = {TIME: epochs, METRIC: value}
             scheduler.on_trial_result(controller, stand_in, result)
@@ -177,10 +184,11 @@ class Wilcoxon(tune.Stopper):
     cells: int
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: Result) -> bool:
         """Whether to stop the trial; the reason is kept in `reasons`."""
-        finished = result.get("cells") or []
-        if TIME not in result or result["done"] or not 2 <= len(finished) < self.cells:
+        answer = cast(Answer, result)
+        finished = answer.get("cells") or []
+        if TIME not in answer or answer["done"] or not 2 <= len(finished) < self.cells:
             return False
         p = self._p_value([measure(self.metric, cell) for cell in finished])
         if p >= self.threshold:

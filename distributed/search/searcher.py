@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.terminator import Terminator
@@ -22,11 +22,22 @@ from ray import tune
 
 from core.config import Settings, merge, resolve
 from core.objectives import COST, OBJECTIVES, mean_of, measure
-from distributed.run.assignment import forget_checkpoint, trial_name
+from core.run_names import (
+    CELL_VALUES,
+    CELLS_DONE,
+    IDLE_SECONDS,
+    LABEL,
+    PUBLISHED,
+    REASON,
+    SD,
+    SECONDS,
+    SETTINGS,
+)
+from distributed.run.assignment import Answer, Assignment, forget_checkpoint, trial_name
 from distributed.search.budget import Budget, judge_improvement
-from distributed.search.schedulers import CELL_VALUES, METRIC, Wilcoxon
-from distributed.search.study import PUBLISHED, report_cells, report_value
-from search_spaces import Space
+from distributed.search.schedulers import METRIC, Wilcoxon
+from distributed.search.study import report_cells, report_value
+from search_spaces.points import Space
 
 SLOT_CRASHES = 2
 """How often a trial may lose its slot and be given another, beside Tune's own restarts."""
@@ -40,9 +51,9 @@ class Proposals:
     space: Space
     base: Settings
     trials: int
-    assignment: Callable[[str, Settings, bool], dict[str, Any]]
+    assignment: Callable[[str, Settings, bool], Assignment]
     """(name, settings, prunable) -> assignment"""
-    refits: Callable[[optuna.Study], list[dict[str, Any]]]
+    refits: Callable[[optuna.Study], list[Assignment]]
     continued: list[FrozenTrial] = field(default_factory=list)
     secure: Callable[[], None] = lambda: None
     """Called when the study has learnt what must not be lost with this machine."""
@@ -71,14 +82,16 @@ class StudySearch(tune.search.Searcher):
         super().__init__(metric=METRIC, mode="min")
         self.proposals, self.budget, self.judgement = proposals, budget, judgement or Judgement()
         self.running: dict[str, optuna.Trial] = {}
-        self.refitting: dict[str, dict[str, Any]] = {}
+        self.refitting: dict[str, Assignment] = {}
         self.crashes: dict[str, int] = {}
         self.broken: str | None = None
         """Why the storage of the run or the cohort failed: then everything stops, and can be resumed."""
-        self.refits: list[dict[str, Any]] | None = None
+        self.refits: list[Assignment] | None = None
         self.started: dict[str, float] = {}
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, object], **spec: object
+    ) -> bool:
         """The metric is fixed."""
         return True
 
@@ -106,17 +119,18 @@ class StudySearch(tune.search.Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Keep the intermediate value, at the epochs done over all cells."""
-        if self.broken is None:  # else half a line may stand in the journal
+        # Of a storage that has failed, the journal may end in half a line.
+        if self.broken is None:
             with self._storage():
-                self._keep(trial_id, result)
+                self._keep(trial_id, cast(Answer, result))
 
-    def _keep(self, trial_id: str, result: dict[str, Any]) -> None:
+    def _keep(self, trial_id: str, answer: Answer) -> None:
         trial = self.running.get(trial_id)
-        if trial is not None and math.isfinite(result[METRIC]):
-            report_value(trial, result[METRIC], result["epochs"])
-        if trial is not None and result["epochs"] == 1 and result.get("previous_end_at"):
-            # from the end of the slot's last trial to the first step of this one
-            trial.set_user_attr("idle_seconds", result["started_at"] - result["previous_end_at"])
+        if trial is not None and math.isfinite(answer["value"]):
+            report_value(trial, answer["value"], answer["epochs"])
+        before = answer.get("previous_end_at")
+        if trial is not None and answer["epochs"] == 1 and before:
+            trial.set_user_attr(IDLE_SECONDS, answer["started_at"] - before)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -124,15 +138,14 @@ class StudySearch(tune.search.Searcher):
         """Tell the study how the trial ended."""
         if self.broken is None:
             with self._storage():
-                self._end(trial_id, result, error)
+                self._end(trial_id, cast(Answer, result or {}), error)
 
-    def _end(self, trial_id: str, result: dict[str, Any] | None, error: bool) -> None:
+    def _end(self, trial_id: str, answer: Answer, error: bool) -> None:
         trial = self.running.pop(trial_id, None)
         refit = self.refitting.pop(trial_id, None)
-        result = result or {}
-        if result.get("storage"):
-            self._stop_for(result["failed"])
-        if self.budget.interrupted and (error or "storage" in result):
+        if answer.get("storage"):
+            self._stop_for(answer["failed"])
+        if self.budget.interrupted and (error or "storage" in answer):
             return
         if error and refit is not None and self._may_begin_again(refit["name"]) and self.refits is not None:
             self.refits.append(refit)
@@ -141,18 +154,18 @@ class StudySearch(tune.search.Searcher):
         if error and self._may_begin_again(trial_name(trial.number)):
             self.proposals.continued.append(self.proposals.study.get_trials(deepcopy=False)[trial.number])
             return
-        failed = "its slot crashed; see error.txt under tune/" if error else result.get("failed")
-        if failed is None and result.get("finished"):
-            failed = self._undefined(result)
+        failed = "its slot crashed; see error.txt under tune/" if error else answer.get("failed")
+        if failed is None and answer.get("finished"):
+            failed = self._undefined(answer)
         elif failed is None and (self.budget.interrupted or self.budget.spent):
             return
-        self._describe(trial, trial_id, result)
+        self._describe(trial, trial_id, answer)
         if failed is not None:
             self._tell_failed(trial, failed)
-        elif result.get("finished"):
-            self._tell_completed(trial, result)
+        elif answer.get("finished"):
+            self._tell_completed(trial, answer)
         else:
-            self._tell_pruned(trial, trial_id, result)
+            self._tell_pruned(trial, trial_id, answer)
         self.proposals.secure()
         self._forget_checkpoint(trial)
 
@@ -181,16 +194,16 @@ class StudySearch(tune.search.Searcher):
         ]
         return proposals.study.ask() if len(asked) < proposals.trials else None
 
-    def _assignment(self, trial: optuna.Trial) -> dict[str, Any]:
+    def _assignment(self, trial: optuna.Trial) -> Assignment:
         """The trial's resolved settings, recorded with it before anything runs."""
-        recorded = trial.user_attrs.get("settings")
+        recorded = trial.user_attrs.get(SETTINGS)
         if recorded is None:
             proposed = self.proposals.space(trial)
             settings = resolve(merge(self.proposals.base, proposed)).model_dump(mode="json")
-            trial.set_user_attr("settings", json.dumps(settings))
+            trial.set_user_attr(SETTINGS, json.dumps(settings))
         else:
             settings = json.loads(recorded)
-        prunable = trial.user_attrs.get("label") != PUBLISHED
+        prunable = trial.user_attrs.get(LABEL) != PUBLISHED
         return self.proposals.assignment(trial_name(trial.number), settings, prunable)
 
     @contextlib.contextmanager
@@ -212,24 +225,24 @@ class StudySearch(tune.search.Searcher):
         self.crashes[name] = self.crashes.get(name, 0) + 1
         return self.crashes[name] <= SLOT_CRASHES
 
-    def _undefined(self, result: dict[str, Any]) -> str | None:
+    def _undefined(self, answer: Answer) -> str | None:
         """The reason why a finished trial has no value, if it has none."""
         for name in self.judgement.objectives:
-            if OBJECTIVES[name].of is not None and not math.isfinite(mean_of(name, result["cells"])):
+            if OBJECTIVES[name].of is not None and not math.isfinite(mean_of(name, answer["cells"])):
                 return f"'{name}' is undefined in a cell: fewer than two sites among its subjects"
         return None
 
-    def _describe(self, trial: optuna.Trial, trial_id: str, result: dict[str, Any]) -> None:
+    def _describe(self, trial: optuna.Trial, trial_id: str, answer: Answer) -> None:
         """What the tables say of a trial, however it ended."""
-        cells = result.get("cells") or []
-        cost = result.get("spent_seconds", 0.0) * self.budget.devices
+        cells = answer.get("cells") or []
+        cost = answer.get("spent_seconds", 0.0) * self.budget.devices
         measured = {
             name: mean_of(name, cells) for name, objective in OBJECTIVES.items() if objective.of and cells
         }
         described = {
-            "sd": result.get("sd"),
-            "n": result.get("n"),
-            "seconds": time.time() - self.started.pop(trial_id),
+            SD: answer.get("sd"),
+            CELLS_DONE: answer.get("n"),
+            SECONDS: time.time() - self.started.pop(trial_id),
             COST: cost,
             CELL_VALUES: [measure(self.judgement.objectives[0], cell) for cell in cells],
             **{name: value for name, value in measured.items() if math.isfinite(value)},
@@ -238,27 +251,25 @@ class StudySearch(tune.search.Searcher):
             trial.set_user_attr(name, value)
 
     def _tell_failed(self, trial: optuna.Trial, reason: str) -> None:
-        trial.set_user_attr("reason", reason)
+        trial.set_user_attr(REASON, reason)
         self.proposals.study.tell(trial, state=TrialState.FAIL)
 
-    def _tell_completed(self, trial: optuna.Trial, result: dict[str, Any]) -> None:
+    def _tell_completed(self, trial: optuna.Trial, answer: Answer) -> None:
         first, *others = self.judgement.objectives
-        values = [result[METRIC]]
+        values = [answer["value"]]
         for name in others:
             is_cost = name == COST
-            values.append(trial.user_attrs[COST] if is_cost else mean_of(name, result["cells"]))
-        report_cells(trial, [measure(first, cell) for cell in result["cells"]])
+            values.append(trial.user_attrs[COST] if is_cost else mean_of(name, answer["cells"]))
+        report_cells(trial, [measure(first, cell) for cell in answer["cells"]])
         self.proposals.study.tell(trial, values)
         if judge_improvement(self.judgement.terminator, self.proposals.study):
             self.budget.unlikely = True
 
-    def _tell_pruned(self, trial: optuna.Trial, trial_id: str, result: dict[str, Any]) -> None:
-        if math.isfinite(result[METRIC]):
-            report_value(trial, result[METRIC], result["epochs"])
+    def _tell_pruned(self, trial: optuna.Trial, trial_id: str, answer: Answer) -> None:
+        if math.isfinite(answer["value"]):
+            report_value(trial, answer["value"], answer["epochs"])
         by_pruner = self.judgement.pruner.reasons.pop(trial_id, None) if self.judgement.pruner else None
-        trial.set_user_attr(
-            "reason", by_pruner or f"{self.judgement.scheduler} after epoch {result['epochs']}"
-        )
+        trial.set_user_attr(REASON, by_pruner or f"{self.judgement.scheduler} after epoch {answer['epochs']}")
         self.proposals.study.tell(trial, state=TrialState.PRUNED)
 
     def _forget_checkpoint(self, trial: optuna.Trial) -> None:

@@ -20,24 +20,17 @@ from core.config import Settings, flatten, merge, resolve, with_absent
 from core.errors import UserError
 from core.lookup import look_up
 from core.objectives import OBJECTIVES
-from core.report.answer.record import OUTSIDE, STUDY_NAME, VALUE_AT
+from core.run_names import LABEL, OUTSIDE, OUTSIDE_LABEL, REASON, STUDY, VALUE_AT
 from core.tasks import TASKS
 from distributed.search.samplers import make_sampler
-from search_spaces import Space
-from search_spaces.points import Asked, OutsideSpaceError, Profile, point_of, profile_of
+from search_spaces.points import Asked, OutsideSpaceError, Profile, Space, point_of, profile_of
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-PUBLISHED = "published"
-"""The label of the first trial. It is never stopped early, so that every other can be compared with it."""
-ENQUEUED = "enqueued"
-"""The label of trials that the user gave."""
 KEPT_SYSTEM_ATTRIBUTES = ("terminator:cv_scores", "fixed_params")
 """What of Optuna's own notes on a trial means the same in another space."""
 
 
 def open_study(
-    journal: Path, sampler: str, seed: int, objectives: Sequence[str] = ("mae",), name: str = STUDY_NAME
+    journal: Path, sampler: str, seed: int, objectives: Sequence[str] = ("mae",), name: str = STUDY
 ) -> optuna.Study:
     """The study `name` in `journal`, made if absent; every objective is minimised."""
     study = optuna.create_study(
@@ -131,7 +124,7 @@ def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]], label: str
     ]
     fresh = [dict(point) for point in points if dict(point) not in known]
     for point in fresh:
-        study.enqueue_trial(point, user_attrs={"label": label} if label else None)
+        study.enqueue_trial(point, user_attrs={LABEL: label} if label else None)
     return len(fresh)
 
 
@@ -184,7 +177,7 @@ def carry_over(
             else:
                 dropped += 1
         elif (
-            "outside" not in trial.user_attrs
+            OUTSIDE not in trial.user_attrs
             and (within := _within(space, trial.params, fixed or {})) is not None
         ):
             new.add_trial(_copied(trial, within, space))
@@ -217,13 +210,13 @@ def _copied(trial: FrozenTrial, within: dict[str, Any], space: Space) -> FrozenT
 def _set_aside(trial: FrozenTrial) -> FrozenTrial:
     """`trial` without parameters; they are kept as an attribute, for the tables."""
     aside = _without_notes(trial)
-    if "outside" not in trial.user_attrs:
-        aside.user_attrs = trial.user_attrs | {"outside": trial.params}
-    aside.user_attrs.setdefault("label", OUTSIDE)
+    if OUTSIDE not in trial.user_attrs:
+        aside.user_attrs = trial.user_attrs | {OUTSIDE: trial.params}
+    aside.user_attrs.setdefault(LABEL, OUTSIDE_LABEL)
     aside.params, aside.distributions = {}, {}
     if trial.state == TrialState.RUNNING:
         aside.state, aside.datetime_complete = TrialState.PRUNED, trial.datetime_start
-        aside.user_attrs["reason"] = "the space was changed, and this lies outside"
+        aside.user_attrs[REASON] = "the space was changed, and this lies outside"
     return aside
 
 
@@ -241,5 +234,5 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
     Of several objectives the later ones break ties, so that the winner is on the Pareto front.
     """
     completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    within = [trial for trial in completed if "outside" not in trial.user_attrs]
+    within = [trial for trial in completed if OUTSIDE not in trial.user_attrs]
     return min(within, key=lambda trial: (trial.values, trial.number), default=None)

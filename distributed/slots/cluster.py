@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from core.errors import UserError
+from distributed.run.quiet import quiet
 from distributed.run.working_copy import address_of
 from distributed.slots.slot import Workers
 
@@ -29,6 +30,8 @@ QUIET = {
     "RAY_worker_maximum_startup_concurrency": "8",
 }
 ANSWER_TIMEOUT_S = 10
+PACKAGES_FOLDER = Path(__file__).parents[2]
+"""The folder in which `core`, `distributed` and `search_spaces` lie."""
 PATIENCE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Set (by cluster.yaml) where nodes come with the work: the seconds that this may take."""
 
@@ -36,6 +39,7 @@ PATIENCE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 @contextlib.contextmanager
 def connect(address: str | None, console: Console) -> Iterator[None]:
     """Ray for the length of a command: the cluster at `address` or in RAY_ADDRESS, else this machine."""
+    quiet()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -49,12 +53,18 @@ def connect(address: str | None, console: Console) -> Iterator[None]:
         _check_answers(where)
     with console.status("starting Ray …" if where is None else f"connecting to Ray at {where} …"):
         try:
-            if where is None:
-                ray.init(
-                    address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-                )
-            else:
-                ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+            # Ray puts the folder in which the driver is at this moment first on the path of every worker. The
+            # user's own may hold a core.py. A submitted job has a folder of its own, which Ray prefers to this.
+            with contextlib.chdir(PACKAGES_FOLDER):
+                if where is None:
+                    ray.init(
+                        address="local",
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
+                else:
+                    ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster at {where}, or its token (RAY_AUTH_MODE, ~/.ray/auth_token) is not yours: "
@@ -77,7 +87,7 @@ def _check_answers(where: str) -> None:
         raise UserError(f"no Ray cluster at {where}: {error.strerror or error}") from None
 
 
-def plan_slots(
+def fit_slots(
     slots: int | None,
     workers: int,
     gpus_per_worker: float | None,

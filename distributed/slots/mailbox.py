@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import ray
 
-Order = dict[str, Any]
-"""What a worker group is to do next: {"serial": int, "assignment": {…}}; see `trial.Assignment`."""
-Answer = dict[str, Any]
-"""What came of it; see `trial.Trial.run_epoch`."""
+if TYPE_CHECKING:
+    from distributed.run.assignment import Answer, Assignment
+
+
+class Order(TypedDict):
+    """What a worker group is to do next: one epoch of an assignment."""
+
+    serial: int
+    assignment: Assignment
 
 
 @ray.remote(num_cpus=0)
@@ -27,12 +32,12 @@ class Mailbox:
         self._serial = 0
         self._closed = False
 
-    async def run(self, assignment: dict[str, Any]) -> Answer:
+    async def run(self, assignment: Assignment) -> Answer:
         """Order one epoch of `assignment` and wait for its answer."""
         async with self._changed:
             self._serial += 1
             serial = self._serial
-            self._order = {"serial": serial, "assignment": assignment}
+            self._order = Order(serial=serial, assignment=assignment)
             self._changed.notify_all()
             await self._changed.wait_for(lambda: serial in self._answers)
             return self._answers.pop(serial)

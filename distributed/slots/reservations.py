@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 import ray
@@ -25,22 +25,32 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from core.files.writing import write_text
 
-def holder(group: str) -> dict[str, Any]:
-    """This process, as nobody else is called (process id, time of its start, Ray's name of the node), and a name of
-    its worker group among those that it may have one after another."""
+
+class Holder(TypedDict):
+    """A process as no other is called, and a name of its worker group among those that it has one after another."""
+
+    process: int
+    began: float
+    """Seconds since 1970."""
+    node: str
+    """Ray's name of it."""
+    group: str
+
+
+def holder(group: str) -> Holder:
+    """This process as the holder of `group`."""
     node = ray.get_runtime_context().get_node_id()
-    return {"process": os.getpid(), "began": psutil.Process().create_time(), "node": node, "group": group}
+    return Holder(process=os.getpid(), began=psutil.Process().create_time(), node=node, group=group)
 
 
-def record(folder: Path, held_by: dict[str, Any]) -> None:
+def record(folder: Path, held_by: Holder) -> None:
     """Note the placement group that the calling worker runs in, for the slot `held_by` (see `holder`)."""
     group = get_current_placement_group()
     if group is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        half = folder / f"{group.id.hex()}.tmp"  # its writer may be killed at any moment
-        half.write_text(json.dumps(held_by))
-        half.replace(half.with_suffix(".json"))
+        write_text(folder / f"{group.id.hex()}.json", json.dumps(held_by))
 
 
 def release_left(folder: Path) -> int:
@@ -59,7 +69,7 @@ def release_left(folder: Path) -> int:
     return released
 
 
-def release(folder: Path, held_by: dict[str, Any]) -> None:
+def release(folder: Path, held_by: Holder) -> None:
     """Remove what `held_by` has reserved, should it still be: its workers have ended."""
     for file in folder.glob("*.json"):
         with contextlib.suppress(FileNotFoundError):  # another slot has just dealt with it
@@ -78,10 +88,10 @@ def somebody_waits() -> bool:
     return any(group["state"] in ("PENDING", "RESCHEDULING") for group in groups)
 
 
-def _lives(held_by: dict[str, Any]) -> bool:
+def _lives(held_by: Holder) -> bool:
     try:
         process = psutil.Process(held_by["process"])
-        began = process.create_time()
+        began: float = process.create_time()
         return process.status() != psutil.STATUS_ZOMBIE and abs(began - held_by["began"]) < 1
     except psutil.NoSuchProcess:
         return False

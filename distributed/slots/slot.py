@@ -29,8 +29,9 @@ from ray import train, tune
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distributed.slots.mailbox import Answer, Mailbox
-from distributed.slots.reservations import holder, record, release, release_left, somebody_waits
+from distributed.run.assignment import Answer, Assignment, failed
+from distributed.slots.mailbox import Mailbox
+from distributed.slots.reservations import Holder, holder, record, release, release_left, somebody_waits
 
 WORKER_START_TIMEOUT_S = "900"  # autoscaled GPU nodes take minutes; Train's default gives up after 60 s
 WORKER_RESTARTS = 2
@@ -57,19 +58,23 @@ class Workers:
         )
 
 
+Runner = Callable[[Assignment], Answer]
+"""What a worker runs epochs with; it holds what outlives a trial."""
+
+
 @dataclass(frozen=True)
 class PackedRunner:
     """How the workers of a slot make their runner, unpacked by nobody else (see `pack`)."""
 
-    contents: ray.ObjectRef
+    contents: ray.ObjectRef[tuple[Callable[..., Runner], dict[str, object]]]
 
-    def unpack(self) -> Callable[[dict[str, Any]], Answer]:
+    def unpack(self) -> Runner:
         """The runner, made anew."""
         make_runner, arguments = ray.get(self.contents)
         return make_runner(**arguments)
 
 
-def pack(make_runner: Callable[..., Callable[[dict[str, Any]], Answer]], **arguments: Any) -> PackedRunner:
+def pack(make_runner: Callable[..., Runner], **arguments: object) -> PackedRunner:
     """`make_runner(**arguments) -> Callable[[assignment], Answer]`, to be called once in every worker.
 
     What it makes holds what outlives a trial. In the object store it is bytes: the slot and Train's controller pass
@@ -115,7 +120,7 @@ class WorkerGroup:
     mailbox: Any = None
     failure: BaseException | None = None
     reserved: Path = field(init=False)
-    held_by: dict[str, Any] = field(init=False)
+    held_by: Holder = field(init=False)
     thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
@@ -130,14 +135,15 @@ class WorkerGroup:
         self.thread = threading.Thread(target=self._fit, name="slot-workers", daemon=True)
         self.thread.start()
 
-    def run(self, assignment: dict[str, Any]) -> Answer:
+    def run(self, assignment: Assignment) -> Answer:
         """One epoch of `assignment`; WorkersEndedError when the group, or its mailbox, is no more."""
         pending = self.mailbox.run.remote(assignment)
         while True:
             ready, _ = ray.wait([pending], timeout=POLL_S)
             if ready:
                 try:
-                    return ray.get(pending)
+                    answer: Answer = ray.get(pending)
+                    return answer
                 except ray.exceptions.RayActorError:
                     raise WorkersEndedError("the slot's mailbox died") from None
             if not self.thread.is_alive():
@@ -187,18 +193,18 @@ class Slot(tune.Trainable):
         storage: str,
     ) -> None:
         """Start the workers; Tune calls this once per slot."""
-        self.make_group = lambda: WorkerGroup(workers, runner, storage)
+        self.make_group: Callable[[], WorkerGroup] = lambda: WorkerGroup(workers, runner, storage)
         self.group: WorkerGroup | None = None
         self.in_use, self.closed = threading.Lock(), threading.Event()
         self.idle_since = math.inf
         self._begin_group()
         threading.Thread(target=self._give_way, name="slot-idle", daemon=True).start()
 
-    def step(self) -> Answer:
+    def step(self) -> dict[str, object]:
         """One epoch. A group that Train gave up is replaced; a trial that ends that one too has failed."""
         with self.in_use:
             try:
-                return self._step()
+                return {**self._step()}
             finally:
                 self.idle_since = time.monotonic()
 
@@ -211,7 +217,7 @@ class Slot(tune.Trainable):
                 reason = str(ended)
                 group.stop()
                 self.group = None
-        return {"value": math.nan, "failed": f"its workers ended: {reason}", "finished": False, "done": True}
+        return failed(f"its workers ended: {reason}")
 
     def _begin_group(self) -> WorkerGroup:
         self.group = self.make_group()

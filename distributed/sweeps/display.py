@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from ray import tune
+from ray.tune.experiment import Trial
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from core.config import flatten
 from core.objectives import OBJECTIVES
 from core.report.answer.describe import describe
-from distributed.run.assignment import HOLDOUT
+from distributed.run.assignment import HOLDOUT, Answer, Assignment, is_refit
 from distributed.search.budget import Budget
 
 VALUE_NAMES = {
@@ -28,6 +29,15 @@ VALUE_NAMES = {
 }
 """How the display calls a trial's value, and its unit."""
 SCALARS = ("value", "mae", "loss", "learning_rate", "temperature", "width", "neighbours")
+
+
+@dataclass(frozen=True)
+class _Busy:
+    """What a slot is doing."""
+
+    assignment: Assignment
+    answer: Answer = field(default_factory=Answer)
+    """The last one; empty before the first."""
 
 
 class Display(tune.Callback):
@@ -43,7 +53,7 @@ class Display(tune.Callback):
         self.value_name, self.unit = VALUE_NAMES.get(objective, (OBJECTIVES[objective].words, ""))
         self.done = 0
         self.best: tuple[float, str] | None = None
-        self.slots: dict[str, dict[str, Any]] = {}
+        self.slots: dict[str, _Busy] = {}
         self.overall = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[best]}"), console=console,
@@ -56,7 +66,7 @@ class Display(tune.Callback):
         self.done, self.best = finished, best
         self.overall.update(self.task, completed=finished, best=self._best())
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Tune pickles its callbacks for a restore that we do not use; a terminal does not travel."""
         return {}
 
@@ -69,56 +79,44 @@ class Display(tune.Callback):
         if self.live.is_started:
             self.live.stop()
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """A slot took a trial."""
-        self.slots[trial.trial_id] = {
-            "assignment": trial.config["assignment"],
-            "result": {},
-            "since": time.time(),
-        }
+        self.slots[trial.trial_id] = _Busy(trial.config["assignment"])
 
     def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, object], **info: object
     ) -> None:
         """An epoch ended."""
-        self.slots.setdefault(
-            trial.trial_id, {"assignment": trial.config["assignment"], "since": time.time()}
-        )
-        self.slots[trial.trial_id]["result"] = result
+        self.slots[trial.trial_id] = _Busy(trial.config["assignment"], cast(Answer, result))
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """A trial ended, at its end or early."""
         self._end(trial, "stopped early")
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """A trial's workers crashed for good."""
         self._end(trial, "crashed")
 
-    def _end(self, trial: Any, otherwise: str) -> None:
+    def _end(self, trial: Trial, otherwise: str) -> None:
         slot = self.slots.pop(trial.trial_id, None)
         if slot is None:
             return
-        name, result = slot["assignment"]["name"], slot.get("result") or {}
+        assignment, answer = slot.assignment, slot.answer
+        name, value = assignment["name"], answer.get("value", math.nan)
         is_trial = name.isdigit()
-        how = "finished" if result.get("finished") else otherwise
-        if "failed" in result:
-            how = f"failed: {result['failed']}"
-        value = result.get("value", math.nan)
-        is_member = slot["assignment"].get("keep_every") is not None  # of a population: one cell only
+        how = "finished" if answer.get("finished") else otherwise
+        if "failed" in answer:
+            how = f"failed: {answer['failed']}"
+        # A member of a population has one cell only.
+        is_member = assignment.get("keep_every") is not None
         if how == "finished" and is_trial and not is_member and (self.best is None or value < self.best[0]):
             self.best = (value, name)
         if is_trial:
             self.done += 1
             self.overall.update(self.task, completed=self.done, best=self._best())
         if not self.console.is_terminal:
-            shown = (
-                "trial"
-                if is_trial
-                else "refit"
-                if slot["assignment"]["cells"][0]["fold"] == HOLDOUT
-                else "repeated"
-            )
-            ended = f"{shown} {name} {how} after {self._epochs(result)} epochs, {self._value(value)}"
+            shown = "trial" if is_trial else "refit" if is_refit(assignment) else "repeated"
+            ended = f"{shown} {name} {how} after {answer.get('epochs', 0)} epochs, {self._value(value)}"
             self.console.print(
                 "  ".join(filter(None, [ended, self._best(), self._left()])), highlight=False, soft_wrap=True
             )
@@ -148,20 +146,16 @@ class Display(tune.Callback):
             table.add_row("[dim]further improvement is unlikely: no new trials[/dim]")
         return table
 
-    def _slot_line(self, slot: dict[str, Any]) -> str:
-        assignment, result = slot["assignment"], slot.get("result") or {}
-        what = describe({"objective.name": assignment["settings"]["objective"]["name"]})
-        if not result:
+    def _slot_line(self, slot: _Busy) -> str:
+        assignment, answer = slot.assignment, slot.answer
+        what = describe({"objective.name": flatten(assignment["settings"])["objective.name"]})
+        if not answer:
             return f"  {assignment['name']}  {what}  [dim]first epoch …[/dim]"
-        where = "refit" if result["fold"] == HOLDOUT else f"fold {result['fold']}"
-        value = result.get("value", math.nan)
+        where = "refit" if answer["fold"] == HOLDOUT else f"fold {answer['fold']}"
+        value = answer.get("value", math.nan)
         shown = "" if math.isnan(value) else f"  {self._value(value)}"
-        epoch = f"seed {result['seed']}, epoch {result['epoch']}/{self.epochs}"
+        epoch = f"seed {answer['seed']}, epoch {answer['epoch']}/{self.epochs}"
         return f"  {assignment['name']}  {what}  {where}, {epoch}{shown}"
-
-    @staticmethod
-    def _epochs(result: dict[str, Any]) -> int:
-        return result.get("epochs", 0)
 
 
 class TensorBoard(tune.Callback):
@@ -175,24 +169,26 @@ class TensorBoard(tune.Callback):
         self.writers: dict[str, SummaryWriter] = {}
         self.values: dict[str, list[float]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """See `Display.__getstate__`."""
         return {}
 
     def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, object], **info: object
     ) -> None:
         """Write the epoch's scalars."""
-        writer = self._writer(trial)
-        step = result.get("epochs", 0)  # a slot whose workers ended answers without
+        writer, answer = self._writer(trial), cast(Answer, result)
+        # A slot whose workers ended answers without epochs.
+        step = answer.get("epochs", 0)
         for name in SCALARS:
-            value = result.get(name)
-            if isinstance(value, int | float) and math.isfinite(value):
-                writer.add_scalar(name, value, step)
-        if math.isfinite(result.get("value", math.nan)):
-            self.values.setdefault(trial.trial_id, []).append(result["value"])
+            number = result.get(name)
+            if isinstance(number, int | float) and math.isfinite(number):
+                writer.add_scalar(name, number, step)
+        value = answer.get("value", math.nan)
+        if math.isfinite(value):
+            self.values.setdefault(trial.trial_id, []).append(value)
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Write the settings, the last and the best value, and close."""
         writer, values = self._writer(trial), self.values.pop(trial.trial_id, [])
         settings = flatten(trial.config["assignment"]["settings"])
@@ -204,11 +200,11 @@ class TensorBoard(tune.Callback):
         writer.close()
         self.writers.pop(trial.trial_id, None)
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """A crashed trial has its settings written like any other."""
         self.on_trial_complete(iteration, trials, trial)
 
-    def _writer(self, trial: Any) -> SummaryWriter:
+    def _writer(self, trial: Trial) -> SummaryWriter:
         if trial.trial_id not in self.writers:
             name = trial.config["assignment"]["name"]
             self.writers[trial.trial_id] = SummaryWriter(str(self.folder / name))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import ray
@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from core.config import merge, resolve
 from core.files.writing import writing_to
-from core.report.answer.population import FOUND, FOUND_BY, LINEAGE, MEMBER
+from core.run_names import FOUND, FOUND_BY, LABEL, LINEAGE, MEMBER, PUBLISHED, SETTINGS
 from distributed.run.assignment import assign, kept_checkpoint, trial_name
 from distributed.run.folder import RunFolder
 from distributed.search.budget import Budget
@@ -29,60 +29,110 @@ from distributed.search.population import (
     read_members,
 )
 from distributed.search.population_methods import POPULATIONS, changeable_ranges, exchange_interval
-from distributed.search.study import PUBLISHED, enqueue, published_parameters
-from distributed.sweeps.request import SearchPlan, SweepRequest
+from distributed.search.study import enqueue, published_parameters
+from distributed.sweeps.executor import HEAD, Executor
+from distributed.sweeps.request import SweepRequest
+from distributed.sweeps.resolve import ResolvedSearch
 
 SCHEDULE = "schedule.yaml"
 STATE = "population.json"
-EVOLVED = "evolved"
-"""The field of run.json that says that the population is through, and what it found is enqueued."""
 
 
-def evolve(
-    folder: RunFolder, request: SweepRequest, plan: SearchPlan, study: optuna.Study, budget: Budget,
-    trainable: Any, slots: int, run: dict[str, Any],
-) -> str | None:  # fmt: skip
-    """Evolve the population of a run, and have the study try the published configuration and what was found next.
+@dataclass(frozen=True)
+class Evolution:
+    """The population of a run: its members are the first trials of the study.
 
-    Args:
-        folder: of the run; what an earlier session left is continued from its last exchange.
-        request: what is asked.
-        plan: the same, with its space and base settings.
-        study: whose first trials are the members.
-        budget: what may end the evolution early; then nothing is tried next.
-        trainable: the slot.
-        slots: how many members train at a time; the others wait their turn.
-        run: further arguments of Tune's RunConfig.
-
-    Returns:
-        Why the storage of the run or the cohort failed; None where it did not.
+    What an earlier session left is continued from its last exchange.
     """
-    members, boundary = _members(folder, request, plan, study)
-    if members:
-        epochs = plan.base["training"]["epochs"]
-        population = Population(
-            request.scheduler, changeable_ranges(plan.profile), epochs, request.search_seed, study,
-            budget, folder.path / STATE,
-        )  # fmt: skip
-        population.enter(members, boundary)
-        # Tune's limit on concurrent trials counts those that wait, too: here a slot's share of the head is the limit.
-        share = math.floor(9_900 / slots) / 10_000
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, {"CPU": 0, "node:__internal_head__": share}),
-            param_space={"member": tune.grid_search(sorted(members))},
-            tune_config=tune.TuneConfig(
-                search_alg=_Members(population), scheduler=population, reuse_actors=True
-            ),
-            run_config=tune.RunConfig(name="population", stop=budget, **run),
-        )
-        tuner.fit()
-        _release_slots()
-        if population.broken is not None:
-            return population.broken
-    if not budget.is_over:
-        with writing_to(folder.path):
-            _try_next(folder, plan, study)
-    return None
+
+    folder: RunFolder
+    request: SweepRequest
+    search: ResolvedSearch
+    study: optuna.Study
+
+    def run(self, budget: Budget, executor: Executor) -> str | None:
+        """Evolve the population, and have the study try the published configuration and what was found next.
+
+        Args:
+            budget: what may end the evolution early; then nothing is tried next.
+            executor: its slots; members that find none free wait their turn.
+
+        Returns:
+            Why the storage of the run or the cohort failed; None where it did not.
+        """
+        members, boundary = self._members()
+        if members:
+            request = self.request
+            population = Population(
+                request.scheduler, changeable_ranges(self.search.profile), self.search.epochs, request.search_seed,
+                self.study, budget, self.folder.path / STATE,
+            )  # fmt: skip
+            population.enter(members, boundary)
+            # Tune's limit on concurrent trials counts those that wait, too: a slot's share of the head is the limit.
+            share = math.floor(9_900 / executor.slots) / 10_000
+            tuner = tune.Tuner(
+                tune.with_resources(executor.trainable, {"CPU": 0, HEAD: share}),
+                param_space={"member": tune.grid_search(sorted(members))},
+                tune_config=tune.TuneConfig(
+                    search_alg=_Members(population), scheduler=population, reuse_actors=True
+                ),
+                run_config=executor.options("population", budget),
+            )
+            tuner.fit()
+            _release_slots()
+            if population.broken is not None:
+                return population.broken
+        if not budget.is_over:
+            with writing_to(self.folder.path):
+                self._try_next()
+        return None
+
+    def _members(self) -> tuple[dict[str, Member], int]:
+        """The members that have not ended, and the epoch of their last exchange; asked from the study at first."""
+        folder, request, search, study = self.folder, self.request, self.search, self.study
+        state = folder.path / STATE
+        if state.exists():
+            return read_members(state, {trial_name(trial.number) for trial in _running(study)})
+        asked = {trial.number: optuna.Trial(study, trial._trial_id) for trial in _running(study)}
+        others = 1 + (published_parameters(search.space, search.base) is not None)
+        while len(_running(study)) < request.trials - others:
+            trial = study.ask()
+            asked[trial.number] = trial
+        method, ranges = POPULATIONS[request.scheduler], changeable_ranges(search.profile)
+        members = {}
+        for number, trial in asked.items():
+            settings = resolve(merge(search.base, search.space(trial))).model_dump(mode="json")
+            trial.set_user_attr(SETTINGS, json.dumps(settings))
+            trial.set_user_attr(LABEL, MEMBER)
+            assignment = assign(
+                folder.trial(trial_name(number)),
+                settings,
+                request.cells[:1],
+                prunable=False,
+                metric=request.objectives[0],
+                keep_every=exchange_interval(search.epochs),
+            )
+            members[trial_name(number)] = begin_member(method, ranges, assignment)
+        return members, 0
+
+    def _try_next(self) -> None:
+        """Enqueue the published configuration and the best member's schedule, once, and write the schedule down."""
+        folder, search, study = self.folder, self.search, self.study
+        labels = {trial.user_attrs.get(LABEL) for trial in study.get_trials(deepcopy=False)}
+        published = published_parameters(search.space, search.base)
+        if published is not None and PUBLISHED not in labels:
+            enqueue(study, [published], PUBLISHED)
+        best = best_member(study)
+        if best is not None and FOUND not in labels:
+            write_schedule(folder.path / SCHEDULE, best)
+            noted = {name: best.user_attrs[name] for name in (SETTINGS, LINEAGE) if name in best.user_attrs}
+            study.enqueue_trial({}, user_attrs=noted | {LABEL: FOUND, FOUND_BY: best.number})
+        for trial in study.get_trials(deepcopy=False):
+            if trial.user_attrs.get(LABEL) == MEMBER:
+                kept = folder.trial(trial_name(trial.number))
+                for path in kept.glob(kept_checkpoint(kept, 0).name.replace("0", "*")):
+                    path.unlink()
+        folder.update(evolved=True)
 
 
 class _Members(BasicVariantGenerator):
@@ -113,59 +163,9 @@ def _release_slots() -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
-def _members(
-    folder: RunFolder, request: SweepRequest, plan: SearchPlan, study: optuna.Study
-) -> tuple[dict[str, Member], int]:
-    """The members that have not ended, and the epoch of their last exchange; asked from the study at first."""
-    state = folder.path / STATE
-    if state.exists():
-        return read_members(state, {trial_name(trial.number) for trial in _running(study)})
-    asked = {trial.number: optuna.Trial(study, trial._trial_id) for trial in _running(study)}
-    others = 1 + (published_parameters(plan.space, plan.base) is not None)
-    while len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))) < request.trials - others:
-        trial = study.ask()
-        asked[trial.number] = trial
-    method, ranges = POPULATIONS[request.scheduler], changeable_ranges(plan.profile)
-    every = exchange_interval(plan.base["training"]["epochs"])
-    members = {}
-    for number, trial in asked.items():
-        settings = resolve(merge(plan.base, plan.space(trial))).model_dump(mode="json")
-        trial.set_user_attr("settings", json.dumps(settings))
-        trial.set_user_attr("label", MEMBER)
-        assignment = assign(
-            folder.trial(trial_name(number)),
-            settings,
-            request.cells[:1],
-            prunable=False,
-            metric=request.objectives[0],
-            keep_every=every,
-        )
-        members[trial_name(number)] = begin_member(method, ranges, assignment)
-    return members, 0
-
-
 def _running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Trials that have begun and not ended, before the population has: all of them are members."""
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-
-def _try_next(folder: RunFolder, plan: SearchPlan, study: optuna.Study) -> None:
-    """Enqueue the published configuration and the best member's schedule, once, and write the schedule down."""
-    labels = {trial.user_attrs.get("label") for trial in study.get_trials(deepcopy=False)}
-    published = published_parameters(plan.space, plan.base)
-    if published is not None and PUBLISHED not in labels:
-        enqueue(study, [published], PUBLISHED)
-    best = best_member(study)
-    if best is not None and FOUND not in labels:
-        write_schedule(folder.path / SCHEDULE, best)
-        noted = {name: best.user_attrs[name] for name in ("settings", LINEAGE) if name in best.user_attrs}
-        study.enqueue_trial({}, user_attrs=noted | {"label": FOUND, FOUND_BY: best.number})
-    for trial in study.get_trials(deepcopy=False):
-        if trial.user_attrs.get("label") == MEMBER:
-            kept = folder.trial(trial_name(trial.number))
-            for path in kept.glob(kept_checkpoint(kept, 0).name.replace("0", "*")):
-                path.unlink()
-    folder.update(**{EVOLVED: True})
 
 
 def write_schedule(path: Path, best: optuna.trial.FrozenTrial) -> None:
@@ -178,4 +178,4 @@ def write_schedule(path: Path, best: optuna.trial.FrozenTrial) -> None:
         for each in best.user_attrs.get(LINEAGE, [])
     ]
     told = "".join(f"# {line}\n" for line in [f"what the weights of member {best.number} followed", *came])
-    path.write_text(told + yaml.safe_dump(json.loads(best.user_attrs["settings"]), sort_keys=False))
+    path.write_text(told + yaml.safe_dump(json.loads(best.user_attrs[SETTINGS]), sort_keys=False))

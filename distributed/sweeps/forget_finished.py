@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ray import tune
+from ray.tune.experiment import Trial
 
 
 class ForgetFinished(tune.Callback):
@@ -16,7 +15,7 @@ class ForgetFinished(tune.Callback):
     Tune's design has it (ray-project/ray#64231).
     """
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Forget; Tune calls this after the search and the scheduler, and the other callbacks come first."""
         trial.metric_analysis.clear()
         trial.metric_n_steps.clear()

@@ -1,65 +1,74 @@
-"""What a user asks of a sweep, and whether it can work: everything is refused here, before anything is started."""
+"""What a user asks of a sweep, of its continuation, or of one training run: the options of the command line.
+
+Every option's name, default, bounds and help stand here once. Nothing heavy is imported: `brainsweep --help` needs
+these, too.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from core.config import Settings, merge, resolve
-from core.errors import UserError
-from core.objectives import check_objectives
-from core.volumes.cohort.reader import Cohort
-from distributed.batches.hold import Mode
+from distributed.batches.mode import Mode
 from distributed.run.assignment import HOLDOUT
-from distributed.search.budget import make_terminator
-from distributed.search.population_methods import POPULATIONS, check_population
-from distributed.search.samplers import GRID, check_sampler
-from distributed.search.schedulers import make_scheduler, pruner_threshold
-from distributed.search.study import check_space
-from search_spaces import Space, load_space, pin
-from search_spaces.points import Profile
+
+Changes = dict[str, JsonValue]
+"""Settings by dotted name, as `--set` gives them."""
+CHANGES = "change any setting, e.g. training.epochs=20; repeatable"
+DATA_MODE = "where volumes wait: auto, resident (in shared memory), streaming (by Ray Data), direct (on disk)"
 
 
-class SweepRequest(BaseModel):
-    """What a user asks of a sweep; recorded in run.json, so that `resume` asks the same."""
-
+class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+class SweepRequest(_Request):
+    """What a user asks of a sweep; recorded in run.json, so that `resume` asks the same."""
+
     space: str = Field("brain_age", description="NAME of a space, or FILE.py:FUNCTION")
-    trials: int = Field(20, ge=1)
-    folds: int = Field(5, ge=2, description="cross-validation folds among the development subjects")
-    seeds: int = Field(1, ge=1, description="repeats of every fold with another seed")
-    refit_seeds: int = Field(
-        1, ge=1, description="refits of the winner and the baselines, each with its own seed"
-    )
-    confirm_seeds: int = Field(
-        0, ge=0, description="repeats of winner and published on the search's folds with fresh seeds"
-    )
-    holdout: float = Field(0.2, gt=0, lt=1, description="share of the subjects that the search never sees")
-    slots: int | None = Field(
-        None, ge=1, description="trials at a time; as many as the cluster holds if absent"
-    )
-    workers_per_slot: int = Field(1, ge=1)
-    gpus_per_worker: float | None = Field(None, ge=0, description="1 where there are GPUs, if absent")
-    data_mode: Mode = Field(
-        "auto", description="resident in the object store, streaming by Ray Data, or direct from the shards"
+    trials: int = Field(20, ge=1, description="configurations to try, the published one first")
+    folds: int = Field(5, ge=2, description="cross-validation folds of every trial")
+    seeds: int = Field(1, ge=1, description="repeats of every fold, each with another seed")
+    refit_seeds: int = Field(1, ge=1, description="refits of winner and baselines for the hold-out")
+    holdout: float = Field(0.2, gt=0, lt=1, description="share of subjects that the search never sees")
+    slots: int | None = Field(None, ge=1, description="trials at a time; as many as fit if absent")
+    workers_per_slot: int = Field(1, ge=1, description="data-parallel workers of a trial")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="1 where there are GPUs, if absent; fractions share one"
     )
     objectives: tuple[str, ...] = Field(
-        ("mae",), description="what to minimise; trials are stopped, and the winner is chosen, by the first"
+        ("mae",),
+        description="what to minimise, the first stops trials and chooses the winner: "
+        "mae, site_balanced_accuracy, openbhb_score, accelerator_seconds; comma-separated",
     )
-    scheduler: str = "asha"
-    pruner: str = Field("none", description="none, wilcoxon, or wilcoxon=P; beside any scheduler")
-    sampler: str = "tpe"
-    grid_points: int | None = Field(None, ge=2, description="values of each continuous setting in a grid")
-    time_budget: float | None = Field(None, gt=0, description="seconds, refits not counted")
+    scheduler: str = Field(
+        "asha",
+        description="what stops bad trials early: asha, hyperband, median, none; "
+        "or a population that changes while it trains: pbt, pb2",
+    )
+    pruner: str = Field(
+        "none",
+        description="beside the scheduler: none, or wilcoxon[=P] against the best trial, cell by cell (P 0.1)",
+    )
+    sampler: str = Field("tpe", description="what proposes trials: tpe, gp, cmaes, nsga2, qmc, random, grid")
+    grid_points: int | None = Field(
+        None, ge=2, description="values of every continuous setting, for --sampler grid"
+    )
+    data_mode: Mode = Field("auto", description=DATA_MODE)
+    time_budget: float | None = Field(None, gt=0, description="seconds of search, refits not counted")
     accelerator_hours: float | None = Field(
-        None, gt=0, description="GPU-hours, CPU-core-hours without GPUs, of all trials; refits not counted"
+        None, gt=0, description="GPU-hours (CPU-core-hours without GPUs) of all trials, refits not counted"
     )
-    stop_when: str = Field("never", description="never, regret or emmr: when improvement is unlikely")
+    stop_when: str = Field(
+        "never",
+        description="also end when improvement is unlikely: regret or emmr (from 20 completed trials), never",
+    )
+    confirm_seeds: int = Field(
+        0, ge=0, description="repeat winner and published on the same folds with so many fresh seeds"
+    )
     search_seed: int = Field(0, ge=0, description="seed of splits and sampler")
-    changes: dict[str, Any] = Field({}, description="settings fixed by the user, by dotted name")
+    changes: Changes = Field({}, description=CHANGES)
 
     @property
     def cells(self) -> list[dict[str, int]]:
@@ -78,47 +87,33 @@ class SweepRequest(BaseModel):
         return [{"fold": HOLDOUT, "seed": self.seeds + index} for index in range(self.refit_seeds)]
 
 
-@dataclass(frozen=True)
-class SearchPlan:
-    """A request that can work: its space without what the user fixed, and the settings it starts from."""
+class ResumeRequest(_Request):
+    """What a user asks when a sweep is continued; what is None stays as it was."""
 
-    space: Space
-    base: Settings
-    profile: Profile
+    cohort: str | None = Field(
+        None, description="where the cohort lies now, if it was moved since the run began"
+    )
+    time_budget: float | None = Field(None, gt=0, description="seconds of further search")
+    accelerator_hours: float | None = Field(
+        None, gt=0, description="of the whole run, earlier sessions included"
+    )
+    trials: int | None = Field(None, ge=1, description="of the whole run; needs --change-search")
+    space: str | None = Field(None, description="another space; needs --change-search")
+    changes: Changes = Field({}, description=CHANGES)
+    change_search: bool = Field(
+        False, description="search another space, fix settings with --set, or try more trials"
+    )
 
 
-def plan_search(request: SweepRequest, cohort: Cohort, base: Settings | None = None) -> SearchPlan:
-    """Resolve a request and try every choice in it.
+class TrainRequest(_Request):
+    """What a user asks of one training run; recorded in run.json."""
 
-    Args:
-        request: what is asked.
-        cohort: what it is asked of.
-        base: the settings that the run began with, when it is resumed.
-
-    Raises:
-        UserError: the first thing that cannot work, or not together, and why.
-    """
-    space, settings = load_space(request.space)
-    space = pin(space, request.changes)
-    if base is None:
-        base = resolve(merge(settings, request.changes)).model_dump(mode="json")
-    profile = check_space(space, base)
-    sites = cohort.manifest["site"].replace("", None).dropna().nunique()
-    check_objectives(request.objectives, int(sites))
-    check_sampler(request.sampler, profile, len(request.objectives))
-    if request.grid_points and request.sampler != GRID:
-        raise UserError(
-            f"--grid-points {request.grid_points} acts with --sampler grid only, not {request.sampler}"
-        )
-    make_scheduler(request.scheduler, base["training"]["epochs"], len(request.cells))
-    if request.scheduler in POPULATIONS:
-        beside = {
-            "sampler": GRID if request.sampler == GRID else "",
-            "pruner": "" if request.pruner == "none" else request.pruner,
-            "stop-when": "" if request.stop_when == "never" else request.stop_when,
-            "objectives": ",".join(request.objectives) if len(request.objectives) > 1 else "",
-        }
-        check_population(request.scheduler, profile, base["training"]["epochs"], request.trials, beside)
-    pruner_threshold(request.pruner, len(request.cells))
-    make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always))
-    return SearchPlan(space, base, profile)
+    settings: Path | None = Field(
+        None, description="YAML file of settings, such as RUN/schedule.yaml; published if absent"
+    )
+    changes: Changes = Field({}, description=CHANGES)
+    folds: int = Field(5, ge=2, description="cross-validation folds")
+    fold: int = Field(0, ge=0, description="the fold to validate on")
+    seed: int = Field(0, ge=0, description="seed of initialisation, order and views")
+    workers: int = Field(1, ge=1, description="data-parallel workers; more than 1 starts Ray")
+    data_mode: Mode = Field("auto", description=DATA_MODE)

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import datetime
-import math
 import time
-from typing import Any
 
 import optuna
 import pandas as pd
 
 from core.evaluation.regression import regression_metrics
 from core.evaluation.splits import Splits
-from core.objectives import COST, OBJECTIVES
-from core.report.answer.record import reported
+from core.objectives import COST
+from core.report.answer.record import trial_row
+from core.run_description import BestTrial
+from core.run_names import MEDIAN, REFITTED
 from core.volumes.cohort.reader import Cohort
 from distributed.run.access import read_access
-from distributed.run.assignment import trial_name
-from distributed.run.folder import RunFolder, _now, read_progress
+from distributed.run.assignment import read_progress, trial_name
+from distributed.run.folder import RunFolder, now
 from distributed.search.study import best_trial
-
-METHODS = {"winner": "search winner", "published": "published", "l1": "L1 baseline"}
-"""The folders under `refits/`, and what their rows are called in the tables."""
-MEDIAN = "training median"
 
 
 def write_tables(folder: RunFolder, study: optuna.Study) -> None:
-    """(Re)make the tables of a run from its study and its trials' progress files."""
+    """Make the tables of a run's trials (again) from its study and its trials' progress files."""
     trials = study.get_trials(deepcopy=False)
     progress = {trial.number: read_progress(folder.trial(trial_name(trial.number))) for trial in trials}
-    table = pd.DataFrame([_trial_row(trial, progress[trial.number]) for trial in trials])
+    table = pd.DataFrame([trial_row(trial, len(progress[trial.number]["history"])) for trial in trials])
     table.to_csv(folder.path / "trials.csv", index=False)
     table.astype({"reason": str, "label": str}).to_parquet(folder.path / "trials.parquet", index=False)
-    for name, key in (("cells", "cells"), ("history", "history")):
-        rows = [{"number": number} | row for number, made in progress.items() for row in made[key]]
-        pd.DataFrame(rows).to_csv(folder.path / f"{name}.csv", index=False)
+    cells = [{"number": number, **row} for number, made in progress.items() for row in made["cells"]]
+    pd.DataFrame(cells).to_csv(folder.path / "cells.csv", index=False)
+    history = [{"number": number, **row} for number, made in progress.items() for row in made["history"]]
+    pd.DataFrame(history).to_csv(folder.path / "history.csv", index=False)
 
 
 def accelerator_seconds(folder: RunFolder, study: optuna.Study, devices: float) -> dict[str, float]:
@@ -60,9 +57,9 @@ def write_access(folder: RunFolder, cohort: Cohort) -> None:
 def write_confirmed(folder: RunFolder) -> None:
     """confirmed.csv: winner and published on the search's folds again, with seeds that it never used."""
     rows = [
-        {"method": METHODS[method]} | cell
-        for method in METHODS
-        for cell in read_progress(folder.confirmed(method))["cells"]
+        {"method": method, **cell}
+        for name, method in REFITTED.items()
+        for cell in read_progress(folder.confirmed(name))["cells"]
     ]
     if rows:
         pd.DataFrame(rows).to_csv(folder.path / "confirmed.csv", index=False)
@@ -70,22 +67,24 @@ def write_confirmed(folder: RunFolder) -> None:
 
 def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
     """holdout.csv and predictions.csv from the refits that are there, with the median predictor beside them."""
-    made = {method: read_progress(folder.refit(method))["cells"] for method in METHODS}
+    made = {name: read_progress(folder.refit(name))["cells"] for name in REFITTED}
     if not any(made.values()):
         return
     sizes = {"n_train": len(splits.development), "n_holdout": len(splits.holdout)}
     median = _median_predictions(cohort, splits)
     metrics = regression_metrics(median["predicted"].to_numpy(), median["age"].to_numpy())
-    rows = [{"method": MEDIAN, "seed": 0, "mae": metrics["mae"], "r2": metrics["r2"], **sizes}]
+    rows: list[dict[str, object]] = [
+        {"method": MEDIAN, "seed": 0, "mae": metrics["mae"], "r2": metrics["r2"], **sizes}
+    ]
     predictions = [median.assign(method=MEDIAN, seed=0)]
-    for method, cells in made.items():
+    for name, cells in made.items():
         for cell in cells:
             measured = {key: cell[key] for key in ("seed", "mae", "r2", "site_balanced_accuracy")}
-            rows.append({"method": METHODS[method], **measured, **sizes})
+            rows.append({"method": REFITTED[name], **measured, **sizes})
             table = pd.read_csv(
-                folder.refit(method) / f"predictions-{cell['seed']}.csv", dtype={"subject": str}
+                folder.refit(name) / f"predictions-{cell['seed']}.csv", dtype={"subject": str}
             )
-            predictions.append(table.assign(method=METHODS[method], seed=cell["seed"]))
+            predictions.append(table.assign(method=REFITTED[name], seed=cell["seed"]))
     pd.DataFrame(rows).to_csv(folder.path / "holdout.csv", index=False)
     pd.concat(predictions).to_csv(folder.path / "predictions.csv", index=False)
 
@@ -98,35 +97,11 @@ def _median_predictions(cohort: Cohort, splits: Splits) -> pd.DataFrame:
 
 def finish(folder: RunFolder, study: optuna.Study | None = None, ended: str | None = None) -> None:
     """Close run.json: when, how long, which trial was best, and why the search `ended` before its last trial."""
-    about = folder.about
     best = best_trial(study) if study else None
-    started = datetime.datetime.fromisoformat(about["created"]).timestamp()
+    started = datetime.datetime.fromisoformat(folder.about.created).timestamp()
     folder.update(
-        finished=_now(),
+        finished=now(),
         seconds=time.time() - started,
-        best={"number": best.number, "value": best.values[0]} if best else None,
+        best=BestTrial(number=best.number, value=best.values[0]) if best else None,
         ended=ended,
     )
-
-
-def _trial_row(trial: optuna.trial.FrozenTrial, progress: dict[str, Any]) -> dict[str, Any]:
-    attributes = trial.user_attrs
-    history = progress["history"]
-    return {
-        "number": trial.number,
-        "label": attributes.get("label"),
-        "state": trial.state.name,
-        "value": trial.values[0] if trial.values else _last(reported(trial)),
-        "sd": attributes.get("sd"),
-        "n": attributes.get("n"),
-        "epochs": len(history),
-        "seconds": attributes.get("seconds"),
-        "reason": attributes.get("reason"),
-        "outside": "outside" in attributes,
-        **{name: attributes.get(name, math.nan) for name in OBJECTIVES},
-        **(trial.params or attributes.get("outside", {})),
-    }
-
-
-def _last(values: dict[int, float]) -> float:
-    return values[max(values)] if values else math.nan

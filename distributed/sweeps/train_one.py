@@ -2,86 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from core.config import merge, read_settings, resolve
+from core.config import RunSettings, merge, read_settings, resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits, make_splits
 from core.files.writing import writing_to
 from core.tasks import TASKS
 from core.volumes.cohort.reader import Cohort
-from distributed.batches.hold import Mode, hold
+from distributed.batches.hold import hold
 from distributed.batches.in_process import InMemory
-from distributed.run import folder as run_folder
-from distributed.run.assignment import assign
-from distributed.run.folder import RunFolder
-from distributed.slots.cluster import connect, plan_slots
+from distributed.run.assignment import Answer, Assignment, assign, read_progress
+from distributed.run.folder import RunFolder, create_run, keep_best, write_splits
+from distributed.run.quiet import quiet
+from distributed.slots.cluster import connect, fit_slots
 from distributed.slots.slot import WorkerGroup, pack
-from distributed.sweeps import tables
+from distributed.sweeps.request import TrainRequest
+from distributed.sweeps.tables import finish
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner, make_runner
 from search_spaces import DEFAULT, load_space
 
 NAME = "0000"
 
+RunEpoch = Callable[[Assignment], Answer]
+
 
 def train_one(
-    cohort: str | Path,
-    out: Path,
-    changes: dict[str, Any],
-    *,
-    folds: int,
-    fold: int,
-    seed: int,
-    workers: int,
-    address: str | None,
-    console: Console,
-    data_mode: Mode = "auto",
-    settings_file: Path | None = None,
+    cohort: str | Path, request: TrainRequest, out: Path, address: str | None, console: Console
 ) -> RunFolder:
     """Train one configuration on one fold's training subjects, judge it on that fold's validation subjects.
 
-    It is the published one, or that of `settings_file` (YAML, such as a run's schedule.yaml), with `changes`.
+    It is the published one, or that of `request.settings`, with `request.changes`. The hold-out is not touched.
+    With one worker, no `address` and no data mode Ray is not started, so a debugger works; the cohort is held in
+    memory then.
 
-    The hold-out is not touched. With one worker, no `address` and no `data_mode` Ray is not started, so a
-    debugger works; the cohort is held in memory then.
+    Args:
+        cohort: its folder or URL.
+        request: what is asked.
+        out: the run's folder, made here.
+        address: of a Ray cluster.
+        console: where to say how it goes.
+
+    Raises:
+        UserError: for anything in the request that cannot work, and where training failed.
     """
+    quiet()
     opened = Cohort.open(cohort)
-    base = load_space(DEFAULT)[1] if settings_file is None else read_settings(settings_file)
-    chosen = resolve(merge(base, changes))
-    TASKS[chosen.task].check(chosen)
-    settings = chosen.model_dump(mode="json")
-    splits = make_splits(opened.manifest, folds)
-    if not 0 <= fold < folds:
-        raise UserError(f"--fold {fold} does not exist; with --folds {folds} it is 0 to {folds - 1}")
-    request = {"folds": folds, "fold": fold, "seed": seed, "workers": workers, "changes": changes}
-    folder = run_folder.create_run(out, "train", request, settings, opened)
-    run_folder.write_splits(folder, splits, opened)
-    assignment = assign(folder.trial(NAME), settings, [{"fold": fold, "seed": seed}], keep_model=True)
-    if workers == 1 and address is None and data_mode == "auto":
-        subjects = Subjects.of(opened, splits, InMemory.of(opened))
-        answer = _run(Runner(subjects), assignment, settings, console)
-    else:
-        answer = _run_on_ray(
-            opened, splits, workers, address, assignment, settings, folder, console, data_mode
+    base = load_space(DEFAULT)[1] if request.settings is None else read_settings(request.settings)
+    settings = resolve(merge(base, request.changes))
+    TASKS[settings.task].check(settings)
+    splits = make_splits(opened.manifest, request.folds)
+    if request.fold >= request.folds:
+        raise UserError(
+            f"--fold {request.fold} does not exist; with --folds {request.folds} it is 0 to {request.folds - 1}"
         )
+    asked, resolved = request.model_dump(mode="json"), settings.model_dump(mode="json")
+    folder = create_run(out, "train", asked, resolved, opened)
+    write_splits(folder, splits, opened)
+    cell = {"fold": request.fold, "seed": request.seed}
+    assignment = assign(folder.trial(NAME), resolved, [cell], keep_model=True)
+    if request.workers == 1 and address is None and request.data_mode == "auto":
+        runner = Runner(Subjects.of(opened, splits, InMemory.of(opened)))
+        answer = _run(runner, assignment, settings, console)
+    else:
+        with connect(address, console):
+            group = _worker_group(request, opened, splits, folder)
+            group.start()
+            try:
+                answer = _run(group.run, assignment, settings, console)
+            finally:
+                group.stop()
     if "failed" in answer:
         raise UserError(f"training failed: {answer['failed']}")
     with writing_to(folder.path):
-        run_folder.keep_best(folder, folder.trial(NAME) / f"model-{seed}")
-        tables.finish(folder)
+        keep_best(folder, folder.trial(NAME) / f"model-{request.seed}")
+        finish(folder)
         _write_history(folder)
     return folder
 
 
-def _run(
-    run_epoch: Any, assignment: dict[str, Any], settings: dict[str, Any], console: Console
-) -> dict[str, Any]:
+def _run(run_epoch: RunEpoch, assignment: Assignment, settings: RunSettings, console: Console) -> Answer:
     """Epoch after epoch, with a progress bar; returns the last answer."""
     columns = (
         TextColumn("training"),
@@ -91,7 +97,7 @@ def _run(
         TextColumn("{task.fields[now]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("epochs", total=settings["training"]["epochs"], now="")
+        task = progress.add_task("epochs", total=settings.training.epochs, now="")
         while True:
             answer = run_epoch(assignment)
             now = f"loss {answer.get('loss', float('nan')):.3f}  validation MAE {answer['value']:.2f} y"
@@ -100,22 +106,14 @@ def _run(
                 return answer
 
 
-def _run_on_ray(
-    cohort: Cohort, splits: Splits, workers: int, address: str | None, assignment: dict[str, Any],
-    settings: dict[str, Any], folder: RunFolder, console: Console, data_mode: Mode,
-) -> dict[str, Any]:  # fmt: skip
-    with connect(address, console):
-        size, _ = plan_slots(slots=1, workers=workers, gpus_per_worker=None, trials=1)
-        runner = pack(make_runner, subjects=Subjects.of(cohort, splits, hold(cohort, data_mode)))
-        group = WorkerGroup(size, runner, str(folder.path / "tune"))
-        group.start()
-        try:
-            return _run(group.run, assignment, settings, console)
-        finally:
-            group.stop()
+def _worker_group(request: TrainRequest, cohort: Cohort, splits: Splits, folder: RunFolder) -> WorkerGroup:
+    """The workers of one slot, who hold the cohort."""
+    size, _ = fit_slots(slots=1, workers=request.workers, gpus_per_worker=None, trials=1)
+    subjects = Subjects.of(cohort, splits, hold(cohort, request.data_mode))
+    return WorkerGroup(size, pack(make_runner, subjects=subjects), str(folder.path / "tune"))
 
 
 def _write_history(folder: RunFolder) -> None:
-    progress = run_folder.read_progress(folder.trial(NAME))
+    progress = read_progress(folder.trial(NAME))
     pd.DataFrame(progress["history"]).assign(number=0).to_csv(folder.path / "history.csv", index=False)
     pd.DataFrame(progress["cells"]).assign(number=0).to_csv(folder.path / "cells.csv", index=False)

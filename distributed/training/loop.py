@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -27,12 +27,21 @@ from core.volumes.images.preprocess import IntensityStatistics, normalise
 from core.volumes.views import make_views
 from distributed.batches.hold import Batches, batches, read_ahead
 from distributed.batches.plan import Plan, Rows, chunks, share
-from distributed.run.assignment import Cell
+from distributed.run.assignment import Cell, EpochRow
 from distributed.training.subjects import Place, Subjects
 
 
 class DivergedError(RuntimeError):
     """Training produced numbers that are not finite; the message says where."""
+
+
+class TrainingState(TypedDict):
+    """What a cell in training is continued from."""
+
+    epoch: int
+    """Done in this cell."""
+    model: dict[str, torch.Tensor]
+    optimiser: dict[str, object]
 
 
 class CellTraining:
@@ -56,7 +65,7 @@ class CellTraining:
         self.epoch = 0
         self._reading: Batches | None = None
 
-    def run_epoch(self) -> dict[str, Any]:
+    def run_epoch(self) -> EpochRow:
         """Train one epoch; returns its row of the history."""
         started = time.time()
         self.epoch += 1
@@ -75,12 +84,12 @@ class CellTraining:
             raise DivergedError(
                 f"loss became {loss} in epoch {self.epoch} of fold {self.cell.fold}, seed {self.cell.seed}"
             )
-        return {
-            "fold": self.cell.fold, "seed": self.cell.seed, "epoch": self.epoch, "progress": progress, "loss": loss,
-            "learning_rate": rate, **self._schedules(progress),
-            "neighbours": float(torch.stack(neighbours).mean()), "first_step_at": started,
-            "seconds": time.time() - started,
-        }  # fmt: skip
+        return EpochRow(
+            fold=self.cell.fold, seed=self.cell.seed, epoch=self.epoch, progress=progress, loss=loss,
+            learning_rate=rate, temperature=self._temperature(progress), width=self._width(progress),
+            neighbours=float(torch.stack(neighbours).mean()), first_step_at=started,
+            seconds=time.time() - started,
+        )  # fmt: skip
 
     def judge(self, *, sites: bool = True) -> Outcome:
         """Probe fitted on the training subjects, measured on the evaluation subjects; `sites`: see the task."""
@@ -90,17 +99,16 @@ class CellTraining:
                 raise DivergedError(
                     f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}"
                 )
-        return self.task.judge(training, evaluation, sites=sites)
+        outcome: Outcome = self.task.judge(training, evaluation, sites=sites)
+        return outcome
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TrainingState:
         """Everything a continuation needs; tensors and plain numbers only."""
-        return {
-            "epoch": self.epoch,
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
+        return TrainingState(
+            epoch=self.epoch, model=self.model.state_dict(), optimiser=self.optimiser.state_dict()
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TrainingState) -> None:
         """Continue after `state["epoch"]`."""
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -143,7 +151,7 @@ class CellTraining:
         ages = torch.as_tensor(self.ages[rows], dtype=torch.float32, device=self.place.device)
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.settings, self.place.device):
-            loss = self.task.training_loss(self.trained, self.objective, views, ages, progress)
+            loss: torch.Tensor = self.task.training_loss(self.trained, self.objective, views, ages, progress)
         loss.backward()
         clip = self.settings.training.gradient_clip
         if clip is not None:
@@ -187,18 +195,15 @@ class CellTraining:
         self.subjects.note(self.training_rows, self.cell.fold)
         return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
 
-    def _schedules(self, progress: float) -> dict[str, float]:
-        """What the objective's temperature and kernel width stand at."""
+    def _temperature(self, progress: float) -> float:
+        """The objective's temperature; NaN where it has none."""
         parts = getattr(self.objective, "parts", None)
-        return {
-            "temperature": parts.temperature(progress) if parts else math.nan,
-            "width": parts.width(progress) if parts and self._has_width else math.nan,
-        }
+        return parts.temperature(progress) if parts else math.nan
 
-    @property
-    def _has_width(self) -> bool:
-        """Whether the objective's kernel has a width at all: equality has none."""
-        return hasattr(self.settings.objective, "width")
+    def _width(self, progress: float) -> float:
+        """The width of the objective's kernel; NaN where it has none, as for equality."""
+        parts = getattr(self.objective, "parts", None)
+        return parts.width(progress) if parts and hasattr(self.settings.objective, "width") else math.nan
 
 
 def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:

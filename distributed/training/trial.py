@@ -6,39 +6,59 @@ the same order, and says after every epoch how it stands.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
 import pickle
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
-import numpy as np
 import torch
 from ray import train
 from ray.train.torch import get_device
 
 from core.config import resolve
 from core.errors import UserError
-from core.files.writing import replacing, writing_to
-from core.objectives import OBJECTIVES, mean_of, measure
+from core.files.writing import replacing, write_text, writing_to
+from core.objectives import OBJECTIVES, measure
 from core.tasks.brain_age import Outcome
 from distributed.run.assignment import (
     CHECKPOINT,
     HOLDOUT,
     PROGRESS,
-    PRUNABLE_EPOCHS,
+    Answer,
     Assignment,
     Cell,
+    CellRow,
+    EpochRow,
+    Progress,
+    clock,
+    failed,
     forget_checkpoint,
+    is_refit,
     kept_checkpoint,
+    read_progress,
 )
+from distributed.run.quiet import quiet
+from distributed.run.standing import standing
 from distributed.run.working_copy import bring, send
-from distributed.training.loop import CellTraining, DivergedError
+from distributed.training.loop import CellTraining, DivergedError, TrainingState
 from distributed.training.out_of_memory import out_of_memory
 from distributed.training.subjects import Place, Subjects
+
+
+class Saved(TypedDict):
+    """A checkpoint: tensors and plain values only."""
+
+    cell: int
+    """How many cells were finished."""
+    state: TrainingState | None
+    """Of the cell in training; None between two cells."""
+    history: list[EpochRow]
+    finished: list[CellRow]
+    begin: str | None
+    """See `Assignment`: a checkpoint from before a trial began from another one is of no use to it."""
 
 
 class Runner:
@@ -49,27 +69,29 @@ class Runner:
         self.place = place or Place()
         self.trial: Trial | None = None
 
-    def __call__(self, assignment: dict[str, Any]) -> dict[str, Any]:
-        """One epoch of `assignment` (see `Assignment`); what fails by its own doing is answered."""
+    def __call__(self, assignment: Assignment) -> Answer:
+        """One epoch of `assignment`; what fails by its own doing is answered."""
         try:
-            if self.trial is None or dataclasses.asdict(self.trial.assignment) != assignment:
-                self._drop_trial()  # free the last trial's memory first
-                self.trial = Trial(Assignment(**assignment), self.subjects, self.place)
+            if self.trial is None or self.trial.assignment != assignment:
+                # Free the last trial's memory first.
+                self._drop_trial()
+                self.trial = Trial(assignment, self.subjects, self.place)
             return self.trial.run_epoch()
         except (DivergedError, UserError) as failure:
             answer = self._give_up(str(failure))
-            # no trial is to blame for its storage, and the next one would fail alike
-            return answer | ({"storage": True} if isinstance(failure.__cause__, OSError) else {})
+            if isinstance(failure.__cause__, OSError):
+                answer["storage"] = True
+            return answer
         except (MemoryError, RuntimeError) as failure:
             reason = out_of_memory(failure)
             if reason is None or self.place.workers > 1:
                 raise  # the other workers wait for this one in a collective: only its end wakes them
             return self._give_up(reason)
 
-    def _give_up(self, reason: str) -> dict[str, Any]:
-        clock = self.trial.clock if self.trial else {"epochs": 0}
+    def _give_up(self, reason: str) -> Answer:
+        done = clock(self.trial.assignment, self.trial.epochs) if self.trial else Answer(epochs=0)
         self._drop_trial()
-        return clock | failed(reason)
+        return done | failed(reason)
 
     def _drop_trial(self) -> None:
         if self.trial is not None:
@@ -77,13 +99,9 @@ class Runner:
         self.trial = None
 
 
-def failed(reason: str) -> dict[str, Any]:
-    """The answer of a trial that cannot go on."""
-    return {"value": math.nan, "failed": reason, "finished": False, "done": True}
-
-
 def make_runner(subjects: Subjects) -> Runner:
     """The runner of a slot's worker, placed where Ray Train put it."""
+    quiet()
     context = train.get_context()
     return Runner(subjects, Place(get_device(), context.get_world_rank(), context.get_world_size()))
 
@@ -93,12 +111,12 @@ class Trial:
 
     def __init__(self, assignment: Assignment, subjects: Subjects, place: Place) -> None:
         self.assignment, self.subjects, self.place = assignment, subjects, place
-        self.settings = resolve(assignment.settings)
-        self.cells = [Cell(**cell) for cell in assignment.cells]
-        self.folder = Path(assignment.folder)
-        self.history: list[dict[str, Any]] = []
-        self.finished: list[dict[str, Any]] = []
-        self.answer: dict[str, Any] | None = None
+        self.settings = resolve(assignment["settings"])
+        self.cells = [Cell(**cell) for cell in assignment["cells"]]
+        self.folder = Path(assignment["folder"])
+        self.history: list[EpochRow] = []
+        self.finished: list[CellRow] = []
+        self.answer: Answer | None = None
         self.training: CellTraining | None = None
         self._restore()
 
@@ -107,7 +125,7 @@ class Trial:
         """Epochs done, over all cells."""
         return len(self.history)
 
-    def run_epoch(self) -> dict[str, Any]:
+    def run_epoch(self) -> Answer:
         """Train one epoch of the current cell, judge it where that is due, save, and say how it stands."""
         if self.answer is not None:  # finished before; the one who asked did not live to hear it
             return self.answer
@@ -115,46 +133,25 @@ class Trial:
         training = self._current_cell()
         row = training.run_epoch()
         last_epoch = training.epoch == self.settings.training.epochs
-        sites = last_epoch or OBJECTIVES[self.assignment.metric].needs_sites
+        metric = self.assignment["metric"]
+        sites = last_epoch or OBJECTIVES[metric].needs_sites
         outcome = training.judge(sites=sites) if last_epoch or self._judges_every_epoch else None
         row["mae"] = outcome.metrics["mae"] if outcome else math.nan
-        value = measure(self.assignment.metric, outcome.metrics) if outcome else math.nan
+        value = measure(metric, outcome.metrics) if outcome else math.nan
         row["spent_seconds"] = time.perf_counter() - started
         self.history.append(row)
         if outcome and last_epoch:
             self._finish_cell(training, outcome)
-        answer = row | self.clock | self._standing(value)
+        answer = cast(Answer, row) | standing(self.assignment, self.history, self.finished, value)
         if answer["done"]:
             self.answer = answer
         self._save()
         return answer
 
     @property
-    def clock(self) -> dict[str, int]:
-        """Epochs done; said once more as `PRUNABLE_EPOCHS`, which schedulers look for, where a trial may be stopped."""
-        is_prunable = self.assignment.prunable and not self.assignment.is_refit
-        return {"epochs": self.epochs} | ({PRUNABLE_EPOCHS: self.epochs} if is_prunable else {})
-
-    @property
     def _judges_every_epoch(self) -> bool:
         """Pruning looks at every epoch of the first cell, then at whole cells; the hold-out is seen once."""
-        return not self.finished and not self.assignment.is_refit
-
-    def _standing(self, value: float) -> dict[str, Any]:
-        """The trial's value: of the epoch in its first cell, then the mean of its finished cells."""
-        metric = self.assignment.metric
-        values = [measure(metric, cell) for cell in self.finished]
-        finished = len(self.finished) == len(self.cells)
-        return {
-            "name": self.assignment.name,
-            "value": mean_of(metric, self.finished) if values else value,
-            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
-            "n": len(values),
-            "cells": list(self.finished),
-            "spent_seconds": self.assignment.spent_before + sum(row["spent_seconds"] for row in self.history),
-            "finished": finished,
-            "done": finished,
-        }
+        return not self.finished and not is_refit(self.assignment)
 
     def close(self) -> None:
         """Stop reading ahead, where the trial is left before its end."""
@@ -170,13 +167,13 @@ class Trial:
     def _finish_cell(self, training: CellTraining, outcome: Outcome) -> None:
         cell = training.cell
         self.finished.append(
-            {"fold": cell.fold, "seed": cell.seed, "n": len(training.evaluation_rows)} | outcome.metrics
+            {"fold": cell.fold, "seed": cell.seed, "n": len(training.evaluation_rows), **outcome.metrics}
         )
         if self.place.rank == 0:
             with writing_to(self.folder):
                 if cell.fold == HOLDOUT:
                     training.write_predictions(outcome, self.folder / f"predictions-{cell.seed}.csv")
-                if self.assignment.keep_model:
+                if self.assignment["keep_model"]:
                     training.write_model(outcome, self.folder / f"model-{cell.seed}")
         training.close()
         self.training = None
@@ -191,22 +188,18 @@ class Trial:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.answer is None:
             state = self.training.state_dict() if self.training else None
-            saved = {
-                "cell": len(self.finished),
-                "state": state,
-                "history": self.history,
-                "finished": self.finished,
-                "begin": self.assignment.begin,
-            }
+            saved = Saved(
+                cell=len(self.finished), state=state, history=self.history, finished=self.finished,
+                begin=self.assignment["begin"],
+            )  # fmt: skip
             content = _serialised(saved)
             with replacing(self.folder / CHECKPOINT) as path:
                 path.write_bytes(content)
-            if self.assignment.keep_every and self.epochs % self.assignment.keep_every == 0:
+            if self.assignment["keep_every"] and self.epochs % self.assignment["keep_every"] == 0:
                 with replacing(kept_checkpoint(self.folder, self.epochs)) as path:
                     path.write_bytes(content)
-        progress = {"history": self.history, "cells": self.finished, "answer": self.answer}
-        with replacing(self.folder / PROGRESS) as path:
-            path.write_text(json.dumps(progress))
+        progress = Progress(history=self.history, cells=self.finished, answer=self.answer)
+        write_text(self.folder / PROGRESS, json.dumps(progress))
         send(self.folder)
         if self.answer is not None:
             forget_checkpoint(self.folder)
@@ -216,41 +209,41 @@ class Trial:
             bring(self.folder)
         except OSError as error:
             raise UserError(str(error)) from error
-        progress = self.folder / PROGRESS
-        if progress.exists():
-            self.answer = json.loads(progress.read_text())["answer"]
+        self.answer = read_progress(self.folder)["answer"]
         if self.answer is not None:
             return
         saved = self._own_checkpoint()
-        if saved is None and self.assignment.begin is not None:
-            saved = _read_checkpoint(Path(self.assignment.begin))
+        if saved is None and self.assignment["begin"] is not None:
+            saved = _read_checkpoint(Path(self.assignment["begin"]))
         if saved is None:
             return
         self.history, self.finished = saved["history"], saved["finished"]
         if saved["state"] is not None:
             self._current_cell().load_state_dict(saved["state"])
 
-    def _own_checkpoint(self) -> dict[str, Any] | None:
+    def _own_checkpoint(self) -> Saved | None:
         """What this trial saved last; None where that was before it was to begin from something else."""
         checkpoint = self.folder / CHECKPOINT
         if not checkpoint.exists():
             return None
         saved = _read_checkpoint(checkpoint)
-        return saved if saved.get("begin") == self.assignment.begin else None
+        return saved if saved.get("begin") == self.assignment["begin"] else None
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def _read_checkpoint(path: Path) -> Saved:
     """What `_write` saved; UserError where it is damaged, or holds more than tensors and plain values."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # runs no pickled code
+        # With weights_only no pickled code is run.
+        saved: Saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path} to begin from") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         first = str(error).strip().partition("\n")[0][:160]
         raise UserError(f"checkpoint {path} is damaged or was not written by a sweep: {first}") from None
+    return saved
 
 
-def _serialised(saved: dict[str, Any]) -> bytes:
+def _serialised(saved: Saved) -> bytes:
     """As torch.save writes it; onto a full disk torch itself raises what says nothing of the disk."""
     buffer = io.BytesIO()
     torch.save(saved, buffer)

@@ -1,0 +1,56 @@
+"""Ray Tune as the executor of a search: slots that run what a searcher proposes, with one set of options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+
+from distributed.search.searcher import StudySearch
+from distributed.sweeps.forget_finished import ForgetFinished
+
+TRIAL_RESTARTS = 2
+# Tune's per-trial driver must hold something; the head's marker resource costs no CPU of the slots.
+HEAD = "node:__internal_head__"
+DRIVER_RESOURCES = {"CPU": 0, HEAD: 0.001}
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Slots, and where Tune keeps its files. Every use of Tune in a run takes its options from here."""
+
+    trainable: type[tune.Trainable]
+    """`Slot` with its parameters."""
+    slots: int
+    """How many trials run at a time."""
+    storage: Path
+    callbacks: Sequence[tune.Callback] = ()
+
+    def search(self, search: StudySearch, scheduler: TrialScheduler, stopper: tune.Stopper) -> tune.Tuner:
+        """Trials come from `search` and are stopped by `scheduler`, `slots` at a time."""
+        return tune.Tuner(
+            tune.with_resources(self.trainable, DRIVER_RESOURCES),
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                scheduler=scheduler,
+                num_samples=-1,
+                max_concurrent_trials=self.slots,
+                reuse_actors=True,
+            ),
+            run_config=self.options("sweep", stopper),
+        )
+
+    def options(self, name: str, stopper: tune.Stopper) -> tune.RunConfig:
+        """Where Tune keeps its files, and when it gives a trial up."""
+        return tune.RunConfig(
+            name=name,
+            stop=stopper,
+            storage_path=str(self.storage),
+            failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            callbacks=[*self.callbacks, ForgetFinished()],
+            verbose=0,
+        )

@@ -1,0 +1,70 @@
+"""What follows a search in the same slots: the winner measured again, and refits judged on the hold-out."""
+
+from __future__ import annotations
+
+import json
+
+import optuna
+
+from core.config import merge, resolve
+from core.run_names import LABEL, PUBLISHED, SETTINGS
+from distributed.run.assignment import Assignment, assign
+from distributed.run.folder import RunFolder
+from distributed.run.working_copy import bring, forget, send
+from distributed.search.study import best_trial
+from distributed.sweeps.request import SweepRequest
+
+
+def after_search(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[Assignment]:
+    """Every assignment that follows the last trial, in order."""
+    return repetitions(folder, request, study) + refits(folder, request, study)
+
+
+def repetitions(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[Assignment]:
+    """Winner and published on the search's own folds again, with fresh seeds: what was luck does not repeat."""
+    best = best_trial(study)
+    if best is None or not request.confirm_cells:
+        return []
+    _set_aside_former_winner(folder, best.number)
+    chosen = {"winner": json.loads(best.user_attrs[SETTINGS])}
+    if best.user_attrs.get(LABEL) != PUBLISHED:
+        chosen["published"] = folder.about.settings
+    made = []
+    for method, settings in chosen.items():
+        assignment = assign(
+            folder.confirmed(method), settings, request.confirm_cells, prunable=False,
+            metric=request.objectives[0],
+        )  # fmt: skip
+        assignment["name"] = f"{method}-repeated"
+        made.append(assignment)
+    return made
+
+
+def refits(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[Assignment]:
+    """The winner, the published configuration and the L1 baseline, each on all development subjects."""
+    base = folder.about.settings
+    chosen = {
+        "published": base,
+        "l1": resolve(merge(base, {"objective.name": "l1"})).model_dump(mode="json"),
+    }
+    best = best_trial(study)
+    if best is not None:
+        _set_aside_former_winner(folder, best.number)
+        chosen = {"winner": json.loads(best.user_attrs[SETTINGS])} | chosen
+    return [
+        assign(folder.refit(method), settings, request.refit_cells, keep_model=True)
+        for method, settings in chosen.items()
+    ]
+
+
+def _set_aside_former_winner(folder: RunFolder, number: int) -> None:
+    """A search that went on after its refits may have another winner: the old one's refits must not stand for it."""
+    former = folder.about.refitted
+    if former not in (None, number):
+        for made in (folder.refit("winner"), folder.confirmed("winner")):
+            bring(made)
+            if made.exists():
+                aside = made.rename(made.with_name(f"winner-was-{former}"))
+                send(aside)
+                forget(made)
+    folder.update(refitted=number)
