@@ -13,26 +13,28 @@ from typing import Any
 
 from ray import tune
 
+from distributed.run.assignment import Answer, Assignment
+
 POLL_S = 0.05
 
 
-def answer(assignment: dict[str, Any], epoch: int, epochs: int) -> dict[str, Any]:
+def answer(assignment: Assignment, epoch: int, epochs: int) -> Answer:
     """What `trial.Trial` says after `epoch` of `epochs` in its only cell; the value follows from the settings."""
-    rate = assignment["settings"]["optimiser"]["learning_rate"]
+    # Not resolved: that would import torch.
+    rate = float(assignment["settings"]["optimiser"]["learning_rate"])  # type: ignore[index]
     value = 5.0 + abs(math.log10(rate) + 3.5) + 5.0 / epoch
     cell = {"fold": 0, "seed": 0, "n": 1, "mae": value, "r2": 0.0, "site_balanced_accuracy": 0.5}
-    finished = epoch == epochs
-    return {
-        "name": assignment["name"], "fold": 0, "seed": 0, "epoch": epoch, "progress": epoch / epochs,
-        "epochs": epoch, "prunable_epochs": epoch, "loss": value, "mae": value, "value": value,
-        "learning_rate": rate, "temperature": 0.1, "width": 2.0, "neighbours": 1.0,
-        "first_step_at": time.time(), "seconds": 0.0, "spent_seconds": 0.0,
-        "sd": math.nan, "n": int(finished), "cells": [cell] if finished else [],
-        "finished": finished, "done": finished,
-    }  # fmt: skip
+    is_over = epoch == epochs
+    # Not `standing`, whose metrics would import scikit-learn.
+    return Answer(
+        name=assignment["name"], fold=0, seed=0, epoch=epoch, progress=epoch / epochs, epochs=epoch,
+        prunable_epochs=epoch, loss=value, mae=value, value=value, learning_rate=rate, temperature=0.1, width=2.0,
+        neighbours=1.0, first_step_at=time.time(), seconds=0.0, spent_seconds=0.0, sd=math.nan, n=int(is_over),
+        cells=[cell] if is_over else [], finished=is_over, done=is_over,
+    )  # fmt: skip
 
 
-def make_runner() -> Callable[[dict[str, Any]], dict[str, Any]]:
+def make_runner() -> Callable[[Assignment], Answer]:
     """A slot's runner whose trials have one epoch, over at once."""
     return lambda assignment: answer(assignment, epoch=1, epochs=1)
 

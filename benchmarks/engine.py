@@ -43,7 +43,7 @@ from distributed.search.study import open_study
 from distributed.slots.cluster import connect
 from distributed.slots.slot import Slot, Workers, pack
 from distributed.sweeps.display import Display, TensorBoard
-from distributed.sweeps.sweep import make_tuner, run_options
+from distributed.sweeps.executor import Executor
 from search_spaces import DEFAULT, load_space
 
 HUNDRED = 100
@@ -166,7 +166,7 @@ def run_search(
         display = Display(Console(file=nowhere), search.proposals.trials, epochs, budget)
         callbacks = [display, TensorBoard(folder / "tensorboard", ["optimiser.learning_rate"]), watch]
         scheduler = make_scheduler(search.judgement.scheduler, epochs, len(CELLS))
-        make_tuner(trainable, search, scheduler, budget, slots, run_options(folder, callbacks)).fit()
+        Executor(trainable, slots, folder / "tune", callbacks).search(search, scheduler, budget).fit()
     return watch, time.time() - began
 
 

@@ -42,12 +42,13 @@ from rich.table import Table
 
 from core.config import merge, parse_changes, resolve
 from core.evaluation.splits import make_splits
-from core.report.answer.record import STUDY_NAME
+from core.run_names import STUDY
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import Cell
 from distributed.search.study import published_parameters
-from distributed.sweeps.request import SearchPlan, SweepRequest, plan_search
+from distributed.sweeps.request import SweepRequest
+from distributed.sweeps.resolve import ResolvedSearch, resolve_search
 from distributed.training.loop import CellTraining, DivergedError
 from distributed.training.subjects import Place, Subjects
 
@@ -104,13 +105,13 @@ class Search:
 class CellObjective:
     """What plain Optuna minimises: the mean MAE over the cells, cell after cell, as a slot's trial does it."""
 
-    def __init__(self, plan: SearchPlan, subjects: Subjects, cells: list[dict[str, int]]) -> None:
-        self.plan, self.subjects, self.cells = plan, subjects, cells
+    def __init__(self, search: ResolvedSearch, subjects: Subjects, cells: list[dict[str, int]]) -> None:
+        self.search, self.subjects, self.cells = search, subjects, cells
         self.first_step: float | None = None
 
     def __call__(self, trial: optuna.Trial) -> float:
         """The trial's value, in years; TrialPruned where the study's pruner says so."""
-        settings = resolve(merge(self.plan.base, self.plan.space(trial)))
+        settings = resolve(merge(self.search.base, self.search.space(trial)))
         values: list[float] = []
         for index, cell in enumerate(self.cells):
             training = CellTraining(settings, self.subjects, Cell(**cell), Place())
@@ -149,12 +150,12 @@ def in_one_process(
     """A search without Ray, on `asked.slots` threads."""
     began = time.time()
     opened, request = Cohort.open(cohort), asked.request(seed)
-    plan = plan_search(request, opened)
+    search = resolve_search(request, opened)
     splits = make_splits(opened.manifest, request.folds, request.holdout, request.search_seed)
-    objective = CellObjective(plan, Subjects.of(opened, splits, InMemory.of(opened)), request.cells)
+    objective = CellObjective(search, Subjects.of(opened, splits, InMemory.of(opened)), request.cells)
     threads = use_fastest_threads(objective, asked.slots)
     study = optuna.create_study(sampler=sampler(seed), pruner=pruner)
-    published = published_parameters(plan.space, plan.base)
+    published = published_parameters(search.space, search.base)
     if published is not None:
         study.enqueue_trial(published)
     study.optimize(objective, timeout=asked.seconds, catch=(DivergedError,))
@@ -188,7 +189,7 @@ def as_sweep(method: str, seed: int, asked: Asked, cohort: Path, out: Path) -> S
     words += [word for change in asked.changes for word in ("--set", change)]
     _run_command(["sweep", str(cohort), *words])
     storage = JournalStorage(JournalFileBackend(str(run / "study.journal")))
-    study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+    study = optuna.load_study(study_name=STUDY, storage=storage)
     histories = [json.loads(file.read_text())["history"] for file in run.glob("trials/*/progress.json")]
     first_step = min(rows[0]["first_step_at"] for rows in histories if rows)
     return _search(method, seed, asked, study, first_step, began, asked.slots)

@@ -34,7 +34,7 @@ from benchmarks.engine import run_search, search_for
 from core.models import build
 from distributed.slots.cluster import connect
 from distributed.slots.slot import Slot, Workers, pack
-from distributed.sweeps.sweep import DRIVER_RESOURCES
+from distributed.sweeps.executor import DRIVER_RESOURCES
 
 SLOT, NESTED = "slot", "TorchTrainer per trial"
 

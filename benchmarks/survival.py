@@ -28,7 +28,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
-from core.report.answer.record import STUDY_NAME
+from core.run_names import STUDY
 from core.volumes.cohort.writer import CohortWriter
 
 TRIALS, FOLDS, EPOCHS, SLOTS = 10, 2, 10, 2
@@ -137,7 +137,7 @@ def _command(run: Path) -> list[str]:
 
 def _study(run: Path) -> optuna.Study:
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(run / "study.journal")))
-    return optuna.load_study(study_name=STUDY_NAME, storage=storage)
+    return optuna.load_study(study_name=STUDY, storage=storage)
 
 
 def _trials(run: Path) -> list[optuna.trial.FrozenTrial]:

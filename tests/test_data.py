@@ -20,7 +20,7 @@ from distributed.batches.in_process import Direct, InMemory, bytes_of_a_volume
 from distributed.batches.plan import Plan
 from distributed.batches.resident import Resident
 from distributed.batches.streaming import Streaming
-from distributed.slots.cluster import connect, plan_slots
+from distributed.slots.cluster import connect, fit_slots
 
 ROWS = np.array([7, 0, 23, 7])
 CPU = torch.device("cpu")
@@ -158,10 +158,10 @@ def test_a_resident_cohort_in_other_processes_and_what_fits(cohort, tmp_path, mo
 
         cpus = int(ray.cluster_resources()["CPU"])
         with pytest.raises(UserError, match=f"at most {cpus} do"):
-            plan_slots(slots=cpus + 1, workers=1, gpus_per_worker=None, trials=9)
+            fit_slots(slots=cpus + 1, workers=1, gpus_per_worker=None, trials=9)
         with pytest.raises(UserError, match="NCCL needs a whole GPU"):
-            plan_slots(slots=1, workers=2, gpus_per_worker=0.5, trials=9)
-        assert plan_slots(slots=None, workers=1, gpus_per_worker=None, trials=1)[1] == 1
+            fit_slots(slots=1, workers=2, gpus_per_worker=0.5, trials=9)
+        assert fit_slots(slots=None, workers=1, gpus_per_worker=None, trials=1)[1] == 1
 
 
 def test_an_address_where_no_cluster_is():

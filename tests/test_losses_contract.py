@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -143,7 +145,7 @@ def test_nothing_in_a_loss_waits_for_the_device(name):
     variants += [{"bin_width": 2.0}] if name == "supcon" else []
     for settings in variants:
         build(name, **settings)(embeddings, labels, 1.0).backward()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
         embeddings.sum().item()
 
 
@@ -218,7 +220,7 @@ def test_settings_survive_json_and_build_the_same_loss():
         assert again == settings
         plain = settings.model_dump(mode="json", exclude={"name"})
         assert repr(build(name, **plain)) == repr(settings.build())
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError, match=r"simclr\.kernel\n  Extra inputs are not permitted "):
         adapter.validate_python({"name": "simclr", "kernel": "rbf"})
 
 
@@ -234,9 +236,28 @@ def test_the_length_of_the_run_is_filled_in():
 
 
 def test_repr_shows_every_part():
-    text = repr(build("exponential", neighbours={"end": 4, "shape": "linear", "metric": "manhattan"}))
-    assert "temperature=" in text
-    assert "manhattan" in text
+    loss = build(
+        "exponential",
+        temperature={"shape": "linear", "start": 1.0, "end": 0.1},
+        kernel="cauchy",
+        width=3.5,
+        normalise="total",
+        chunk_rows=64,
+        neighbours={"end": 4, "shape": "linear", "metric": "manhattan"},
+    )
+    text = repr(loss)
+    assert text.startswith("PairwiseLoss(exponential, Parts(")
+    # the name of every part, as the first word of what a comma or bracket begins
+    assert {part.name for part in fields(loss.parts)} <= set(re.findall(r"[(, ](\w+)=", text))
+    for shown in (
+        "temperature=Linear(shape='linear', start=1.0, end=0.1)",
+        "kernel=<function cauchy ",
+        "width=Constant(shape='constant', value=3.5)",
+        "neighbours=Neighbours(start=None, end=4, shape='linear', metric='manhattan', ",
+        "normalise='total'",
+        "chunk_rows=64",
+    ):
+        assert shown in text
 
 
 def test_regression_baselines():

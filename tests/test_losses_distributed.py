@@ -67,7 +67,7 @@ def one_rank(rank: int, ranks: int, port: int, results) -> None:
         loss.backward()
         results[rank, case] = (loss.item(), [parameter.grad.tolist() for parameter in model.parameters()])
     try:
-        build("simclr")(torch.randn(2, 2, 3 + rank), None, 0.0)
+        build("simclr")(torch.ones(2, 2, 3 + rank), None, 0.0)
     except UserError as error:
         results[rank, "mismatch"] = str(error)
     dist.barrier()  # nobody leaves while another is still talking to it

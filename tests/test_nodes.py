@@ -14,8 +14,9 @@ from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
-from distributed.run.folder import code_version, create_run
-from distributed.slots.cluster import check_shared, connect, plan_slots
+from distributed.run.code import code_version
+from distributed.run.folder import create_run
+from distributed.slots.cluster import check_shared, connect, fit_slots
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 MEMORY = 80_000_000
@@ -53,17 +54,17 @@ def test_a_worker_is_no_larger_than_the_node_it_must_fit_on(cluster):
         (2, 1, 0.5): (1, 0.5),  # both on the GPU node
     }
     for (slots, workers, gpus), (cpus, gpus_each) in cases.items():
-        planned, count = plan_slots(slots, workers, gpus, trials=9)
+        planned, count = fit_slots(slots, workers, gpus, trials=9)
         assert (count, planned.count, planned.cpus, planned.gpus) == (slots, workers, cpus, gpus_each)
-    assert plan_slots(None, 1, 0, trials=9)[1] == 5
-    assert plan_slots(None, 1, None, trials=9)[1] == 1
+    assert fit_slots(None, 1, 0, trials=9)[1] == 5
+    assert fit_slots(None, 1, None, trials=9)[1] == 1
     with pytest.raises(UserError, match="at most 1 do"):
-        plan_slots(2, 1, 1, trials=9)
+        fit_slots(2, 1, 1, trials=9)
 
 
 def test_what_is_planned_can_be_scheduled(cluster):
     for slots, workers, gpus in ((1, 1, None), (2, 1, 0), (1, 2, 0), (2, 1, 0.5)):
-        planned, _ = plan_slots(slots, workers, gpus, trials=9)
+        planned, _ = fit_slots(slots, workers, gpus, trials=9)
         group = ray.util.placement_group([{"CPU": planned.cpus, "GPU": planned.gpus}] * (slots * workers))
         assert group.wait(20), (slots, workers, gpus)
         ray.util.remove_placement_group(group)
@@ -77,11 +78,11 @@ def test_a_folder_that_another_node_does_not_see_is_refused(cluster, tmp_path):
 
 def test_nodes_that_come_with_the_work_are_awaited(cluster, monkeypatch):
     with pytest.raises(UserError, match="at most 1 do"):
-        plan_slots(2, 1, 1, trials=9)
+        fit_slots(2, 1, 1, trials=9)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "40")
 
     with ThreadPoolExecutor() as pool:  # Ray's test cluster adds nodes from the main thread only
-        planning = pool.submit(plan_slots, 2, 1, 1, trials=9)
+        planning = pool.submit(fit_slots, 2, 1, 1, trials=9)
         time.sleep(3)
         assert not planning.done()
         cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=MEMORY)  # as the autoscaler would
@@ -108,14 +109,14 @@ def test_addresses_and_folders_that_cannot_work_are_refused(tmp_path):
 
 
 def test_a_copy_without_git_still_says_which_sources_it_runs(tmp_path):
-    here = code_version()["sources"]
+    here = code_version().sources
     copied = tmp_path / "copy"
     for package in ("core", "distributed", "search_spaces"):
         shutil.copytree(ROOT / package, copied / package)
     asking = [
         sys.executable,
         "-c",
-        "from distributed.run.folder import code_version as v; print(v()['sources'])",
+        "from distributed.run.code import code_version as v; print(v().sources)",
     ]
 
     def asked():

@@ -158,7 +158,14 @@ def test_alone_there_is_nobody_to_take_from():
     corrupt(brains(1)[:, None], [0], 0, 0, PatchSettings(swap=0))
 
 
-@pytest.mark.parametrize("wrong", [{"drop": 1.0}, {"smallest": 0.3}, {"noise": "other"}])
-def test_settings_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(ValidationError):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"drop": 1.0}, "drop\n  Input should be less than 1 "),
+        ({"smallest": 0.3}, "smallest must not exceed largest, got 0.3 and 0.25"),
+        ({"noise": "other"}, "noise\n  Input should be 'matched' or 'unit' "),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong, message):
+    with pytest.raises(ValidationError, match=message):
         PatchSettings(**wrong)

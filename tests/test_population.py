@@ -19,13 +19,14 @@ from small_cohort import SMALL, write_small_cohort
 from core.config import merge, read_settings, resolve
 from core.errors import UserError
 from core.evaluation.splits import make_splits
-from core.report.answer.population import LINEAGE, MEMBER, exchange_table, found_schedule, members
+from core.report.answer.population import exchange_table, found_schedule, members
 from core.report.answer.record import read_run
 from core.report.figures.population import followed_values
+from core.run_names import LINEAGE, MEMBER, MEMBER_VALUE
 from core.schedules import as_schedule, then
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import assign, kept_checkpoint
-from distributed.search.population import MEMBER_VALUE, begin_member
+from distributed.search.population import begin_member
 from distributed.search.population_methods import (
     POPULATIONS,
     Range,

@@ -280,8 +280,12 @@ def test_settings_round_trip_and_equal_voxels_have_equal_hashes():
     )
     others = [{"mask": None}, {"registration": None}, {"intensity": "window:ct_brain"}]
     assert len({settings.hash, *(settings.model_copy(update=each).hash for each in others)}) == 4
-    for wrong in ({"registration": "rigid"}, {"mask": "otsu"}, {"registration": "affine", "centre": "brain"}):
-        with pytest.raises(ValidationError):
+    for wrong, message in (
+        ({"registration": "rigid"}, "registration\n  Input should be 'affine' "),
+        ({"mask": "otsu"}, "mask\n  Input should be 'file' "),
+        ({"registration": "affine", "centre": "brain"}, "centre 'brain' cannot act with registration"),
+    ):
+        with pytest.raises(ValidationError, match=message):
             Preprocessing(**wrong)
     with pytest.raises(ValidationError, match="did you mean 'window'"):
         Preprocessing(intensity="windw:ct")

@@ -85,14 +85,14 @@ def test_settings_and_hash():
     assert len({first, Preprocessing.from_settings(first.settings)}) == 1
     with pytest.raises(UserError, match="version 99"):
         Preprocessing.from_settings({**first.settings, "version": 99})
-    for wrong in (
-        {"spacing": 0},
-        {"shape": (0, 5, 5)},
-        {"shape": (5, 5)},
-        {"intensity": "log"},
-        {"spcing": 4},
+    for wrong, message in (
+        ({"spacing": 0}, "spacing\n  Input should be greater than or equal to 0.5 "),
+        ({"shape": (0, 5, 5)}, r"shape\.0\n  Input should be greater than or equal to 1 "),
+        ({"shape": (5, 5)}, r"shape\.2\n  Field required "),
+        ({"intensity": "log"}, "unknown intensity 'log'; known: percentile, raw, window, zscore"),
+        ({"spcing": 4}, "spcing\n  Extra inputs are not permitted "),
     ):
-        with pytest.raises(ValidationError):
+        with pytest.raises(ValidationError, match=message):
             Preprocessing(**wrong)
 
 

@@ -159,12 +159,14 @@ def test_the_page_is_whole_offline_and_says_what_was_found(page):
     parsed.feed(page)
     assert parsed.open == []
     assert len(parsed.ids) == len(set(parsed.ids))
+    assert parsed.links
     assert all(link[1:] in parsed.ids for link in parsed.links)
     assert len(parsed.sources) == SCANS
     assert all(source.startswith("data:image/jpeg;base64,") for source in parsed.sources)
     assert "<script" not in page
     assert not re.search(r'(?:src|href)="https?:|url\(http|@import', page)
     framed = page.count('class="card odd"')
+    assert 0 < framed < 14
     assert f"{framed} of 14 scans stand out in at least one of 6 measures" in parsed.text
     assert "1 was left out at ingest" in parsed.text
     assert "is <empty>: every voxel is 0" in parsed.text

@@ -12,8 +12,9 @@ from small_cohort import write_small_cohort
 from core.errors import UserError
 from distributed.run.folder import RunFolder
 from distributed.sweeps.interruption import resumable
-from distributed.sweeps.request import SweepRequest, plan_search
-from distributed.sweeps.resume import _asked, _what_changed
+from distributed.sweeps.request import ResumeRequest, SweepRequest
+from distributed.sweeps.resolve import resolve_search
+from distributed.sweeps.resume import _combined, _what_changed
 from distributed.sweeps.sweep import run_sweep
 
 SPACE = """
@@ -61,14 +62,14 @@ def request(place, function="continuous", **asked):
 )
 def test_what_cannot_work_is_refused(place, cohort, asked, message):
     with pytest.raises(UserError, match=message) as caught:
-        plan_search(request(place, **asked), cohort)
+        resolve_search(request(place, **asked), cohort)
     assert "\n" not in str(caught.value)
 
 
 def test_sites_are_needed_by_what_measures_them(place, cohort):
     cohort.manifest["site"] = "only"
     with pytest.raises(UserError, match="two sites or more; this cohort has 1"):
-        plan_search(request(place, objectives=("site_balanced_accuracy",)), cohort)
+        resolve_search(request(place, objectives=("site_balanced_accuracy",)), cohort)
 
 
 def test_a_grid_is_run_whole_or_not_at_all(place, tmp_path):
@@ -97,15 +98,14 @@ def test_cells_of_the_search_its_confirmation_and_the_refits_share_no_seed():
 
 def test_whatever_changes_the_search_is_named_and_budgets_do_not(place, cohort):
     recorded = request(place)
-    plan = plan_search(recorded, cohort)
-    about = {"searched": plan.profile.as_json()}
+    searched = resolve_search(recorded, cohort).profile.as_json()
 
-    def changed(budgets=None, **search):
-        now = _asked(recorded, budgets or {}, search)
-        return _what_changed(recorded, now, about, plan_search(now, cohort))
+    def changed(**asked):
+        now = _combined(recorded, ResumeRequest(**asked))
+        return _what_changed(recorded, now, searched, resolve_search(now, cohort).profile.as_json())
 
     assert changed() == []
-    assert changed({"time_budget": 5.0, "accelerator_hours": 2.0}) == []
+    assert changed(time_budget=5.0, accelerator_hours=2.0) == []
     assert changed(trials=30) == ["20 trials become 30"]
     assert changed(changes={"views.noise": 0.1}) == [
         "views.noise is fixed at 0.1",

@@ -9,6 +9,7 @@ from small_cohort import write_small_cohort
 
 from core.errors import UserError
 from distributed.run.folder import cohort_of, create_run, open_run
+from distributed.sweeps.request import ResumeRequest
 from distributed.sweeps.resume import resume_sweep
 
 
@@ -71,4 +72,4 @@ def test_a_run_in_an_object_store_is_refused_before_anything_is_made(study, tmp_
 
 def test_a_sweep_killed_before_its_study_was_filled_is_not_resumed_as_another(study):
     with pytest.raises(UserError, match="stopped before its first trial"):
-        resume_sweep(study / "runs" / "mine", None, Console(quiet=True))
+        resume_sweep(study / "runs" / "mine", ResumeRequest(), None, Console(quiet=True))

@@ -11,7 +11,9 @@ from test_schedulers import Trial
 
 from core.config import resolve
 from core.errors import UserError
-from core.objectives import COST, check_objectives, mean_of
+from core.objectives import COST, check_objectives, mean_of, measure
+from distributed.run.assignment import EpochRow, assign
+from distributed.run.standing import standing
 from distributed.search.budget import Budget
 from distributed.search.samplers import (
     SAMPLERS,
@@ -20,7 +22,7 @@ from distributed.search.samplers import (
     make_sampler,
     sampler_note,
 )
-from distributed.search.schedulers import METRIC, SCHEDULERS, TIME, make_scheduler
+from distributed.search.schedulers import SCHEDULERS, make_scheduler
 from distributed.search.searcher import Judgement, Proposals, StudySearch
 from distributed.search.study import check_space, enqueue, open_study
 from search_spaces import load_space, published
@@ -28,6 +30,7 @@ from search_spaces.points import grid_of
 
 EPOCHS, FOLDS = 4, 3
 OBJECTIVES = [("mae",), ("openbhb_score", "mae", COST)]
+CELLS = [{"fold": fold, "seed": 0} for fold in range(FOLDS)]
 REFUSED = {("cmaes", 3)}
 
 
@@ -55,11 +58,11 @@ def drive(search, scheduler):
             trial = Trial(suggested["assignment"]["name"])
             trial.trial_id, began = name, began + 1
             scheduler.on_trial_add(None, trial)
-            live[name] = (trial, suggested["assignment"], [])
+            live[name] = (trial, suggested["assignment"], [], [])
         if not live:
             return began
-        for name, (trial, assignment, cells) in list(live.items()):
-            result = one_epoch(assignment, cells)
+        for name, (trial, assignment, history, cells) in list(live.items()):
+            result = one_epoch(assignment, history, cells)
             decision = (
                 TrialScheduler.STOP if result["done"] else scheduler.on_trial_result(None, trial, result)
             )
@@ -71,21 +74,15 @@ def drive(search, scheduler):
             del live[name]
 
 
-def one_epoch(assignment, cells):
+def one_epoch(assignment, history, cells):
     """A trial without training: its error depends on its settings, falls with epochs, and differs between folds."""
-    assignment["epochs"] = assignment.get("epochs", 0) + 1
-    epoch, rate = assignment["epochs"], assignment["settings"]["optimiser"]["learning_rate"]
+    epoch, rate = len(history) + 1, assignment["settings"]["optimiser"]["learning_rate"]
     mae = 5 + abs(math.log10(rate / 1e-3)) + 3 * math.exp(-epoch) + 0.1 * len(cells)
     cell = {"mae": mae, "site_balanced_accuracy": 0.5 + 50 * rate}
     if epoch % EPOCHS == 0:
         cells.append(cell)
-    finished = len(cells) == FOLDS
-    metric = assignment["metric"]
-    return {
-        METRIC: mean_of(metric, cells or [cell]), TIME: epoch, "epochs": epoch, "fold": len(cells), "n": len(cells),
-        "sd": 0.1, "cells": list(cells), "spent_seconds": epoch * 1.5, "finished": finished, "done": finished,
-        "name": assignment["name"],
-    }  # fmt: skip
+    history.append(EpochRow(fold=len(cells), spent_seconds=1.5))
+    return history[-1] | standing(assignment, history, cells, measure(assignment["metric"], cell))
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +109,9 @@ def test_every_combination_works_or_is_refused_with_the_reason(sampler, objectiv
             assert trials == 3 * 3 * (1 + 2)
         proposals = Proposals(
             study=study, space=space, base=BASE, trials=trials,
-            assignment=lambda name, settings, prunable: {
-                "name": name, "folder": str(tmp_path / name), "settings": settings, "metric": objectives[0],
-            },
+            assignment=lambda name, settings, prunable: assign(
+                tmp_path / name, settings, CELLS, prunable=prunable, metric=objectives[0]
+            ),
             refits=lambda study: [],
         )  # fmt: skip
         search = StudySearch(proposals, Budget(), Judgement(objectives, scheduler))
@@ -125,6 +122,7 @@ def test_every_combination_works_or_is_refused_with_the_reason(sampler, objectiv
         found = study.get_trials(deepcopy=False)
         assert {trial.state for trial in found} <= {TrialState.COMPLETE, TrialState.PRUNED}
         completed = [trial for trial in found if trial.state == TrialState.COMPLETE]
+        assert completed
         assert all(len(trial.values) == len(objectives) for trial in completed)
         assert scheduler != "none" or len(completed) == trials
         assert len({str(sorted(trial.params.items(), key=str)) for trial in found}) > trials // 2

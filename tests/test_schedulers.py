@@ -10,8 +10,8 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from core.errors import UserError
+from core.run_names import CELL_VALUES
 from distributed.search.schedulers import (
-    CELL_VALUES,
     METRIC,
     SCHEDULERS,
     TIME,
@@ -76,6 +76,14 @@ def test_asha_stops_the_worse_half_and_never_a_refit():
     assert decisions == ["CONTINUE", "STOP", "STOP", "CONTINUE"]
 
 
+@pytest.mark.parametrize(("best_until", "stopped"), [(0, 2), (2, 4), (4, 8), (8, 16)])
+def test_asha_compares_at_a_quarter_and_a_half_of_the_first_cell_then_at_doublings(best_until, stopped):
+    scheduler = make_scheduler("asha", epochs=8, cells=3)
+    assert run(scheduler, 0, [5.0] * 24) == 24
+    curve = [4.0] * best_until + [6.0] * (24 - best_until)
+    assert run(scheduler, 1, curve) == stopped
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_what_reports_no_time_is_never_stopped(name):
     scheduler = make_scheduler(name, epochs=4, cells=2)
@@ -121,6 +129,7 @@ def test_hyperband_has_a_bracket_that_stops_nobody_early():
     last = len(scheduler.brackets) - 1
     patient = [number for number in range(60) if scheduler.bracket_number(number) == last]
     grace = 3**last
+    assert (grace, len(patient) > 2) == (9, True)
     assert all(run(scheduler, number, [float(number)] * 12) >= grace for number in patient)
 
 

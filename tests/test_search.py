@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,10 @@ from ray.tune.search import Searcher
 from core.config import resolve
 from core.errors import UserError
 from core.report.answer.record import reported
+from core.run_names import CELL_VALUES
+from distributed.run.assignment import Answer, assign
 from distributed.search.budget import FEWEST_TRIALS, Budget
-from distributed.search.schedulers import CELL_VALUES, Wilcoxon
+from distributed.search.schedulers import Wilcoxon
 from distributed.search.searcher import SLOT_CRASHES, Judgement, Proposals, StudySearch
 from distributed.search.study import check_space, open_study, published_parameters
 from search_spaces import load_space, pin, published
@@ -35,12 +38,9 @@ def searcher(study, trials=3, budget=None, refits=(), continued=(), judgement=No
         space=space,
         base=resolve(published("brain_age")).model_dump(mode="json"),
         trials=trials,
-        assignment=lambda name, settings, prunable: {
-            "name": name,
-            "folder": f"nowhere/{name}",
-            "settings": settings,
-            "prunable": prunable,
-        },
+        assignment=lambda name, settings, prunable: assign(
+            Path("nowhere") / name, settings, [{"fold": 0, "seed": 0}], prunable=prunable
+        ),
         refits=lambda study: list(refits),
         continued=list(continued),
     )
@@ -49,9 +49,7 @@ def searcher(study, trials=3, budget=None, refits=(), continued=(), judgement=No
 
 def result(value, epochs, **more):
     cells = [cell(value)] * more.get("n", 0)
-    return {
-        "value": value, "epochs": epochs, "fold": 0, "finished": False, "done": False, "cells": cells,
-    } | more  # fmt: skip
+    return Answer(value=value, epochs=epochs, fold=0, finished=False, done=False, cells=cells) | more
 
 
 def cell(mae, site=0.5):

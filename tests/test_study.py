@@ -138,6 +138,25 @@ def test_narrowing_keeps_every_number_and_value_and_learns_from_what_lies_inside
         fresh.tell(trial, 5.0)
 
 
+def test_the_winner_is_the_best_completed_trial_inside_the_space():
+    study = optuna.create_study()
+    for state, value in [
+        ("PRUNED", 1.0),
+        ("FAIL", 2.0),
+        ("COMPLETE", 5.0),
+        ("COMPLETE", 3.0),
+        ("RUNNING", 2.5),
+    ]:
+        trial = study.ask()
+        report_value(trial, value, 1)
+        if state != "RUNNING":
+            study.tell(trial, value if state == "COMPLETE" else None, state=TrialState[state])
+    assert study.get_trials()[0].value == 1.0  # Optuna gives a pruned trial its last reported value
+    assert best_trial(study).number == 3
+    study.add_trial(optuna.trial.create_trial(value=2.0, user_attrs={"outside": {}}))
+    assert best_trial(study).number == 3
+
+
 def test_widening_a_choice_is_another_study_where_optuna_would_refuse(old, tmp_path):
     def wide(trial):
         trial.suggest_float("optimiser.learning_rate", 1e-5, 1e-1, log=True)

@@ -23,7 +23,7 @@ from core.config import merge, resolve
 from core.evaluation.splits import make_splits
 from distributed.batches.hold import hold
 from distributed.run.assignment import assign
-from distributed.slots.cluster import connect, plan_slots
+from distributed.slots.cluster import connect, fit_slots
 from distributed.slots.slot import WorkerGroup, pack
 from distributed.training.subjects import Subjects
 from distributed.training.trial import make_runner
@@ -101,7 +101,7 @@ def said(folder, name):
 def test_one_trial_trains_on_two_nodes(cluster, tmp_path):
     cohort = write_small_cohort(tmp_path / "cohort", subjects=24)
     with connect(cluster.address, Console(quiet=True)):
-        both, slots = plan_slots(1, 2, 0, trials=4)
+        both, slots = fit_slots(1, 2, 0, trials=4)
         assert (both.count, both.cpus, slots) == (2, 1, 1)
         group = WorkerGroup(both, pack(make_witness, folder=str(tmp_path)), str(tmp_path / "tune"))
         group.start()

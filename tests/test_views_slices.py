@@ -127,8 +127,17 @@ def test_the_anatomical_loss_takes_views_and_partitions_as_they_come():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"corner": (0.1, 0.2)}, {"window": 0.5, "corner": (0.4, 0.2)}, {"window": 0}, {"contrast": 1}]
+    ("wrong", "message"),
+    [
+        ({"corner": (0.1, 0.2)}, "corner acts only with window, got none"),
+        (
+            {"window": 0.5, "corner": (0.4, 0.2)},
+            r"fractions in \[0, 1\) in ascending order, got \(0.4, 0.2\)",
+        ),
+        ({"window": 0}, "window\n  Input should be greater than 0 "),
+        ({"contrast": 1}, "contrast\n  Input should be less than 1 "),
+    ],
 )
-def test_settings_that_cannot_act_are_refused(wrong):
-    with pytest.raises(ValidationError):
+def test_settings_that_cannot_act_are_refused(wrong, message):
+    with pytest.raises(ValidationError, match=message):
         SliceViewSettings(**wrong)

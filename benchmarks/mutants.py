@@ -1,0 +1,254 @@
+"""The promises of a search, broken on purpose one at a time: does a test notice?
+
+    python -m benchmarks.mutants
+
+Each mutant is one small change of the code that would make a result dishonest: subjects who leak, a winner who is
+chosen wrongly, an interval that is too narrow. The packages and the tests are copied to a temporary folder, the
+mutant's text is replaced there, and its tests run. A mutant whose tests still pass has survived: the tests do not
+hold the promise. Before the mutants, the same tests must pass on the code as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from core.errors import UserError
+
+TREE = Path(__file__).resolve().parent.parent
+COPIED = ("core", "distributed", "search_spaces", "tests", "pyproject.toml")
+"""What the tests need of the working tree."""
+PASSED, FAILED = 0, 1
+"""The exit codes of pytest that say how tests went; every other one says that they could not run."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One broken promise: in `file`, the text `old` becomes `new`, and one of `tests` must fail.
+
+    `old` stands exactly once in `file`; where the code has moved on, this list must be renewed.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "the access line ignores fold 0",
+        "core/report/answer/honesty.py",
+        ".astype(float) >= 0",
+        ".astype(float) >= 1",
+        ("tests/test_report_search.py::test_access_records_say_who_read_the_hold_out",),
+    ),
+    Mutant(
+        "ASHA compares after one epoch",
+        "distributed/search/schedulers.py",
+        "    grace = max(1, epochs // 4)",
+        "    grace = 1",
+        (
+            "tests/test_schedulers.py::test_asha_compares_at_a_quarter_and_a_half_of_the_first_cell_then_at_doublings",
+        ),
+    ),
+    Mutant(
+        "intensity statistics are fitted with the evaluation subjects",
+        "distributed/training/loop.py",
+        "moments(self.training_rows)",
+        "moments(np.concatenate([self.training_rows, self.evaluation_rows]))",
+        ("tests/test_leaks.py::test_the_intensity_statistics_are_those_of_the_training_voxels",),
+    ),
+    Mutant(
+        "the probe is fitted with the evaluation subjects",
+        "core/tasks/brain_age.py",
+        "fit_age_probe(training.embeddings, training.ages)",
+        "fit_age_probe(\n"
+        "            np.concatenate([training.embeddings, evaluation.embeddings]),\n"
+        "            np.concatenate([training.ages, evaluation.ages]),\n"
+        "        )",
+        ("tests/test_leaks.py::test_the_probe_and_its_penalty_depend_on_the_training_subjects_alone",),
+    ),
+    Mutant(
+        "the penalty of the probe is chosen with the evaluation subjects",
+        "core/tasks/brain_age.py",
+        "fit_age_probe(training.embeddings, training.ages)",
+        "fit_age_probe(\n"
+        "            training.embeddings,\n"
+        "            training.ages,\n"
+        "            (\n"
+        "                fit_age_probe(\n"
+        "                    np.concatenate([training.embeddings, evaluation.embeddings]),\n"
+        "                    np.concatenate([training.ages, evaluation.ages]),\n"
+        "                ).alpha,\n"
+        "            ),\n"
+        "        )",
+        ("tests/test_leaks.py::test_the_probe_and_its_penalty_depend_on_the_training_subjects_alone",),
+    ),
+    Mutant(
+        "a cell gives its evaluation subjects to the probe",
+        "distributed/training/loop.py",
+        "self._embed(self.training_rows)",
+        "self._embed(np.concatenate([self.training_rows, self.evaluation_rows]))",
+        ("tests/test_leaks.py::test_a_cell_judges_with_a_probe_of_its_training_subjects",),
+    ),
+    Mutant(
+        "an interval of 80 % is called 95 %",
+        "core/report/answer/verdict.py",
+        'method="percentile"',
+        'method="percentile", confidence_level=0.8',
+        ("tests/test_report.py::test_the_interval_leaves_out_two_and_a_half_percent_on_either_side",),
+    ),
+    Mutant(
+        "the winner may be a trial that was stopped early, in the study",
+        "distributed/search/study.py",
+        "states=(TrialState.COMPLETE,)",
+        "states=(TrialState.COMPLETE, TrialState.PRUNED)",
+        ("tests/test_study.py::test_the_winner_is_the_best_completed_trial_inside_the_space",),
+    ),
+    Mutant(
+        "the winner may be a trial that was stopped early, in the report",
+        "core/report/answer/record.py",
+        '(self.trials["state"] == "COMPLETE") & ',
+        "",
+        ("tests/test_report.py::test_the_winner_is_the_best_completed_trial_inside_the_space",),
+    ),
+    Mutant(
+        "the winner may lie outside the space",
+        "distributed/search/study.py",
+        "min(within, ",
+        "min(completed, ",
+        ("tests/test_study.py::test_the_winner_is_the_best_completed_trial_inside_the_space",),
+    ),
+    Mutant(
+        "a cell of the search trains on the hold-out",
+        "distributed/training/subjects.py",
+        "return self.splits.training(fold), ",
+        "return np.union1d(self.splits.training(fold), self.splits.holdout), ",
+        ("tests/test_leaks.py::test_no_cell_of_the_search_holds_a_held_out_subject",),
+    ),
+    Mutant(
+        "a refit repeats a seed of the search",
+        "distributed/sweeps/request.py",
+        '"seed": self.seeds + index',
+        '"seed": index',
+        ("tests/test_request.py::test_cells_of_the_search_its_confirmation_and_the_refits_share_no_seed",),
+    ),
+    Mutant(
+        "a trial that was stopped early is told as completed",
+        "distributed/search/searcher.py",
+        "tell(trial, state=TrialState.PRUNED)",
+        "tell(trial, result[METRIC])",
+        ("tests/test_search.py::test_stopped_early_is_pruned_with_all_its_intermediate_values",),
+    ),
+    Mutant(
+        "the published trial may be stopped early",
+        "distributed/search/searcher.py",
+        "(trial.number), settings, prunable)",
+        "(trial.number), settings, True)",
+        ("tests/test_search.py::test_only_the_published_trial_is_safe_from_pruning",),
+    ),
+    Mutant(
+        "a refit looks at the hold-out in every epoch",
+        "distributed/training/trial.py",
+        "return not self.finished and not ",
+        "return not self.finished or not ",
+        ("tests/test_trial.py::test_a_refit_looks_at_the_hold_out_at_its_end_only",),
+    ),
+    Mutant(
+        "bfloat16 is allowed on a CPU",
+        "distributed/training/loop.py",
+        'wanted == "bfloat16" and device.type == "cpu"',
+        'wanted == "bfloat16" and device.type == "mps"',
+        ("tests/test_trial.py::test_bfloat16_on_a_cpu_is_refused",),
+    ),
+)
+
+
+def mutated(mutant: Mutant, tree: Path = TREE) -> str:
+    """The text of the mutant's file in `tree` with its change; UserError unless the old text is there once."""
+    text = (tree / mutant.file).read_text(encoding="utf-8")
+    found = text.count(mutant.old)
+    if found != 1:
+        raise UserError(
+            f"mutant '{mutant.name}': {mutant.file} holds the text {mutant.old!r} {found} times, and it must be once; "
+            "renew the list in benchmarks/mutants.py"
+        )
+    return text.replace(mutant.old, mutant.new)
+
+
+def main() -> int:
+    """Run every mutant and print what became of it; 1 if one survived."""
+    changed = [mutated(mutant) for mutant in MUTANTS]
+    console = Console()
+    table = Table("mutant", Column("killed by", overflow="fold"), "seconds")
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        copy = _copied(Path(name))
+        failed = run_tests(copy, sorted({test for mutant in MUTANTS for test in mutant.tests}))
+        if failed is not None:
+            raise UserError(f"{failed} fails on the code as it is; mend that first")
+        for mutant, text in zip(MUTANTS, changed, strict=True):
+            began = time.perf_counter()
+            path = copy / mutant.file
+            intact = path.read_text(encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
+            killer = run_tests(copy, mutant.tests)
+            path.write_text(intact, encoding="utf-8")
+            survivors += killer is None
+            table.add_row(mutant.name, killer or "SURVIVED", f"{time.perf_counter() - began:.1f}")
+    console.print(table)
+    console.print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants killed")
+    return 1 if survivors else 0
+
+
+def run_tests(tree: Path, tests: Sequence[str]) -> str | None:
+    """Run `tests` of the packages in `tree`; the first that fails, or None where all pass.
+
+    Raises:
+        UserError: the tests could not run, as where a mutant is no valid Python.
+    """
+    # without compiled files, which Python takes for current where a change keeps size and second
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", *tests,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    failed = re.search(r"^FAILED (\S+)", done.stdout, flags=re.MULTILINE)
+    if done.returncode == PASSED:
+        return None
+    if done.returncode != FAILED or failed is None:
+        raise UserError(
+            f"the tests {', '.join(tests)} could not run: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return failed[1]
+
+
+def _copied(folder: Path) -> Path:
+    """`folder`, with the packages and tests of the working tree as they are now."""
+    for name in COPIED:
+        source = TREE / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

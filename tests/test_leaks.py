@@ -1,0 +1,90 @@
+"""Nothing that is fitted may see the subjects on which it is measured: intensity statistics, probe, penalty, model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import Ridge
+from small_cohort import SMALL, write_small_cohort
+
+from core.config import merge, resolve
+from core.evaluation.probes import fit_age_probe
+from core.evaluation.splits import Splits
+from core.tasks.brain_age import Embedded, judge
+from distributed.batches.in_process import InMemory
+from distributed.run.assignment import HOLDOUT, Cell
+from distributed.training.loop import CellTraining
+from distributed.training.subjects import Place, Subjects
+from search_spaces import published
+
+HELD_OUT = [2, 9, 16, 23]
+FIRST_FOLD = [1, 8, 15, 22]
+OTHERS = [0, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 17, 18, 19, 20, 21]
+SPLITS = Splits(np.array(HELD_OUT), (np.array(FIRST_FOLD), np.array(OTHERS)))
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_small_cohort(tmp_path_factory.mktemp("cohort") / "small")
+
+
+def cell_of(cohort, volumes=None, ages=None):
+    """The first cell of a trial, after one epoch; `volumes` and `ages` (24,) may replace those of the cohort."""
+    held = InMemory.of(cohort)
+    held = held if volumes is None else InMemory(volumes, held.scales)
+    manifest = cohort.manifest if ages is None else cohort.manifest.assign(age=ages)
+    settings = resolve(merge(published("brain_age"), SMALL))
+    cell = CellTraining(settings, Subjects(held, manifest, SPLITS, ("stiffness",)), Cell(0, 0), Place())
+    cell.run_epoch()
+    return cell
+
+
+def test_no_cell_of_the_search_holds_a_held_out_subject():
+    subjects = Subjects(None, pd.DataFrame(), SPLITS, ("stiffness",))
+    rows = [[part.tolist() for part in subjects.rows_of(fold)] for fold in (0, 1, HOLDOUT)]
+    assert rows == [[OTHERS, FIRST_FOLD], [FIRST_FOLD, OTHERS], [sorted(FIRST_FOLD + OTHERS), HELD_OUT]]
+
+
+def test_the_intensity_statistics_are_those_of_the_training_voxels(cohort):
+    volumes = InMemory.of(cohort).volumes.copy()
+    voxels = volumes[OTHERS][volumes[OTHERS] != 0].astype(np.float64)
+    (mean,), (sd,) = cell_of(cohort).statistics
+    assert (mean, sd) == pytest.approx((voxels.mean(), voxels.std()), rel=1e-9)
+    volumes[FIRST_FOLD] *= 3  # what is evaluated may look as it will
+    assert cell_of(cohort, volumes=volumes).statistics == ((mean,), (sd,))
+
+
+def test_a_cell_judges_with_a_probe_of_its_training_subjects(cohort):
+    """Nothing of the evaluation subjects, neither ages nor voxels, moves the model or the probe that judges them."""
+    cell = cell_of(cohort)
+    outcome = cell.judge()
+    assert outcome.probe.subjects == len(OTHERS)
+    ages = cohort.manifest["age"].to_numpy().copy()
+    ages[FIRST_FOLD] += 40
+    older = cell_of(cohort, ages=ages).judge()
+    assert older.probe == outcome.probe
+    np.testing.assert_array_equal(older.predicted, outcome.predicted)
+    volumes = InMemory.of(cohort).volumes.copy()
+    volumes[FIRST_FOLD] *= 3
+    brighter = cell_of(cohort, volumes=volumes).judge()
+    assert brighter.probe == outcome.probe
+    assert (brighter.predicted != outcome.predicted).all()
+
+
+def test_the_probe_and_its_penalty_depend_on_the_training_subjects_alone():
+    generator = np.random.default_rng(0)
+    noise, clean = generator.normal(size=(20, 6)), generator.normal(size=(80, 6))
+    training = Embedded(noise, generator.uniform(20, 80, 20), np.array(["a", "b"] * 10))
+    # the evaluation subjects' ages follow from their embeddings without noise, which asks for another penalty
+    evaluation = Embedded(clean, 50 + 10 * clean[:, 0], np.array(["a", "b"] * 40))
+    alone = fit_age_probe(noise, training.ages)
+    together = fit_age_probe(np.concatenate([noise, clean]), np.concatenate([training.ages, evaluation.ages]))
+    assert alone.alpha > 100 * together.alpha
+    outcome = judge(training, evaluation)
+    assert outcome.probe == alone
+    mean, sd = noise.mean(axis=0), noise.std(axis=0)
+    ridge = Ridge(alpha=alone.alpha).fit((noise - mean) / sd, training.ages)
+    np.testing.assert_allclose(outcome.predicted, ridge.predict((clean - mean) / sd), rtol=1e-9)
+    median_error = np.abs(evaluation.ages - np.median(training.ages)).mean()
+    assert outcome.metrics["median_mae"] == pytest.approx(median_error, rel=1e-12)
