@@ -1,10 +1,14 @@
-# `make sweep` and `make test` set everything up by themselves; the rest is for developers.
+# `make sweep` and `make test` set everything up by themselves; the rest is for developers. `make` alone only sets up.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO_COHORT ?= cohorts/phantom
 DEMO_RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: sweep test campaign lint types bench
+# What `make coverage` has a line for: every room, and the files beside them.
+ROOMS := $(patsubst %/__init__.py,%/*,$(sort $(wildcard core/*/__init__.py distributed/*/__init__.py))) \
+	core/*.py distributed/*.py search_spaces/*
+
+.PHONY: sweep test one coverage campaign lint fix types bench
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,9 +23,23 @@ sweep: .venv/.installed
 		--set model.width=0.25 --set training.epochs=12 --set training.batch_size=16 \
 		--set objective.neighbours.step=2
 
+# The default suite is measured; what its second processes and Ray's workers run is not counted.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not campaign and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not campaign and not gpu' --cov --cov-report=
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not campaign and not gpu'
+
+# Some tests, of any tier: make one TEST=tests/test_cli.py, make one TEST='tests/test_cli.py -k name'.
+one: .venv/.installed
+	$(if $(TEST),,$(error say which: make one TEST=tests/test_cli.py))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST)
+
+# How much of every room the default suite ran when `make test` was last called, in percent of the lines.
+coverage: .venv/.installed
+	@for files in $(foreach room,$(ROOMS),'$(room)'); do \
+		percent=$$($(BIN)/coverage report --format=total --include="$$files") || { echo "$$percent"; exit 1; }; \
+		printf '%-24s %3s %%\n' "$$files" "$$percent"; \
+	done
+	@printf '%-24s %3s %%\n' total $$($(BIN)/coverage report --format=total)
 
 # Survival and populations for real: drivers, workers, nodes and disks that fail. Minutes each, on a quiet machine.
 campaign: .venv/.installed
@@ -30,6 +48,11 @@ campaign: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# What of `make lint` can be put right without a person; it shows what is left.
+fix: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 types: .venv/.installed
 	$(BIN)/mypy
