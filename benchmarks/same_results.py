@@ -1,7 +1,7 @@
 """One sweep, killed twice and resumed, as three hashes: does a change of the code leave the results as they were?
 
-    git clone . /tmp/before && git -C /tmp/before checkout COMMIT
-    python -m benchmarks.same_results --tree /tmp/before
+    git clone . ../before && git -C ../before checkout COMMIT
+    python -m benchmarks.same_results --tree ../before
     python -m benchmarks.same_results
 
 The sweep has 24 trials of 2 folds in one slot, so the order of its results does not depend on the machine's load.

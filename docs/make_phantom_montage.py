@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from core.report.figures.montage import montage
-from core.volumes.phantom.cohort import PhantomSettings, phantom_brain, phantom_participants
+from core.volumes.phantom.cohort import phantom_brain, phantom_participants
+from core.volumes.phantom.settings import PhantomSettings
 from core.volumes.phantom.subject import PhantomBrain
 
 AGES = (22, 28, 34, 72, 78, 84)

@@ -12,7 +12,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from core.volumes.phantom.cohort import PhantomSettings, phantom_brain
+from core.volumes.phantom.cohort import phantom_brain
+from core.volumes.phantom.settings import PhantomSettings
 from core.volumes.views import ViewSettings, make_views
 from core.volumes.views.mirrored import mirrored_crops, quarter_turns
 from core.volumes.views.patches import PatchSettings, corrupt, drop_patches, swap_patches

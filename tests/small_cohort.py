@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from core.volumes.cohort.formats import Compression, Storage
 from core.volumes.cohort.reader import Cohort
-from core.volumes.cohort.shards import Compression, Storage
 from core.volumes.cohort.writer import CohortWriter
 
 SIDE = 12

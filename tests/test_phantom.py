@@ -16,12 +16,12 @@ from pydantic import ValidationError
 
 from core.errors import UserError
 from core.volumes.phantom.cohort import (
-    PhantomSettings,
     phantom_brain,
     phantom_participants,
     write_phantom_bids,
     write_phantom_cohort,
 )
+from core.volumes.phantom.settings import PhantomSettings
 from core.volumes.phantom.subject import Person, PhantomBrain, make_brain, smooth_field
 
 REGIONS = ("frontal", "temporal", "parietal", "occipital", "cerebellum", "thalamus", "caudate", "putamen",

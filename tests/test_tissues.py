@@ -16,7 +16,8 @@ from core.evaluation.tissues import (
     relative_volumes,
     tissue_volumes,
 )
-from core.volumes.phantom.cohort import PhantomSettings, phantom_brain, phantom_participants
+from core.volumes.phantom.cohort import phantom_brain, phantom_participants
+from core.volumes.phantom.settings import PhantomSettings
 
 
 def shares_and_ages(subjects: int = 80, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

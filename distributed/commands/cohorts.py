@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,9 +12,12 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from core.errors import UserError
+from core.volumes.cohort.formats import Compression, Storage, StoredType
+from core.volumes.phantom.settings import PhantomSettings
 from distributed.commands.options import (
     Address,
     CohortFolder,
+    asks,
     console,
     names,
     progress_bar,
@@ -30,69 +32,22 @@ if TYPE_CHECKING:
 data = typer.Typer()
 
 
-class Ages(StrEnum):
-    """How the ages of a phantom cohort are distributed."""
-
-    clusters = "clusters"
-    uniform = "uniform"
-
-
-class StoredAs(StrEnum):
-    """Number format of stored volumes."""
-
-    float16 = "float16"
-    float32 = "float32"
-    int16 = "int16"
-
-
-class StoredIn(StrEnum):
-    """File format of the shards."""
-
-    hdf5 = "hdf5"
-    parquet = "parquet"
-
-
-class Compressed(StrEnum):
-    """How shards are compressed."""
-
-    none = "none"
-    gzip = "gzip"
-    zstd = "zstd"
-    blosc = "blosc"
-
-
 @data.command(
     rich_help_panel="Cohorts", epilog="Example: brainsweep phantom cohorts/phantom --subjects 96 --spacing 4"
 )
+@asks(PhantomSettings)
 def phantom(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the new cohort")],
-    subjects: Annotated[int, typer.Option(help="how many brains")] = 96,
-    spacing: Annotated[float, typer.Option(help="voxel edge in mm: 2, 4 or 8")] = 4.0,
-    ages: Annotated[
-        Ages, typer.Option(help="young and old with few in between, or all ages alike")
-    ] = Ages.clusters,
-    sites: Annotated[int, typer.Option(help="scanner sites, with unequal ages")] = 3,
-    channels: Annotated[str, typer.Option(help="stiffness, t1w, or both as stiffness,t1w")] = "stiffness",
-    seed: Annotated[int, typer.Option(help="another seed gives other brains")] = 0,
+    settings: PhantomSettings,
     nifti: Annotated[
         bool, typer.Option("--nifti", help="write a BIDS-like tree of NIfTI files instead")
     ] = False,
 ) -> None:
     """Make synthetic brains with known ageing, from the ICBM152 anatomy. The same cohort already there is reused."""
-    from core.volumes.phantom.cohort import (
-        PhantomSettings,
-        write_phantom_bids,
-        write_phantom_cohort,
-    )
+    from core.volumes.phantom.cohort import write_phantom_bids, write_phantom_cohort
 
-    try:
-        settings = PhantomSettings(
-            subjects=subjects, spacing=spacing, ages=ages.value, sites=sites, seed=seed, channels=names(channels)
-        )  # fmt: skip
-    except ValidationError as error:
-        raise wrong_option(error) from None
     with progress_bar("making brains") as progress:
-        task = progress.add_task("", total=subjects)
+        task = progress.add_task("", total=settings.subjects)
 
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
@@ -101,10 +56,10 @@ def phantom(
             write_phantom_bids(out, settings, show)
         else:
             cohort = write_phantom_cohort(out, settings, show)
-        progress.update(task, completed=subjects)
+        progress.update(task, completed=settings.subjects)
     if nifti:
         console.print(
-            f"{subjects} subjects in {out}\n\nNext:\n  brainsweep ingest {out} COHORT --channels T1w"
+            f"{settings.subjects} subjects in {out}\n\nNext:\n  brainsweep ingest {out} COHORT --channels T1w"
         )
     else:
         console.print(f"{len(cohort)} phantom brains of {cohort.description.shape} voxels in {out}")
@@ -154,11 +109,9 @@ def ingest(
             help="zscore, raw, percentile:LOW,HIGH, window:LOW,HIGH or window:mri, ct, ct_brain, stiffness"
         ),
     ] = "zscore",
-    dtype: Annotated[StoredAs, typer.Option(help="how voxels are stored")] = StoredAs.float16,
-    storage: Annotated[StoredIn, typer.Option("--format", help="of the shards")] = StoredIn.hdf5,
-    compression: Annotated[
-        Compressed, typer.Option(help="smaller on disk, slower to read")
-    ] = Compressed.none,
+    dtype: Annotated[StoredType, typer.Option(help="how voxels are stored")] = "float16",
+    storage: Annotated[Storage, typer.Option("--format", help="of the shards")] = "hdf5",
+    compression: Annotated[Compression, typer.Option(help="smaller on disk, slower to read")] = "none",
     strict: Annotated[
         bool, typer.Option("--strict", help="stop at the first subject that cannot be used")
     ] = False,
@@ -189,8 +142,8 @@ def ingest(
     with _runner(listing, address) as run, progress_bar("ingesting") as progress:
         task = progress.add_task("", total=len(listing.scans))
         report = ingest_scans(
-            listing, out, preprocessing, strict=strict, dtype=dtype.value, storage=storage.value,
-            compression=compression.value, run=run,
+            listing, out, preprocessing, strict=strict, dtype=dtype, storage=storage,
+            compression=compression, run=run,
             on_progress=lambda done, total, _: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     _show_ingest(report, out, said=listing.notes)

@@ -151,7 +151,10 @@ def wrong_option(error: ValidationError) -> UserError:
     """The first mistake, named by the option it was typed with."""
     first = error.errors()[0]
     option = str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
-    return UserError(f"--{option}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}")
+    words = first["msg"].removeprefix("Value error, ")
+    # Our own checks name the value themselves.
+    given = "" if ", got " in words else f", got {first['input']!r}"
+    return UserError(f"--{option}: {words}{given}")
 
 
 def readable(value: object) -> str:

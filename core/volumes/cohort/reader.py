@@ -26,18 +26,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import UserError
 from core.files.places import beneath, is_url, list_files, open_file, shown, upload
+from core.volumes.cohort.formats import Compression, Storage, StoredType
 from core.volumes.cohort.shards import (
     LABELS,
     VOLUMES,
-    Compression,
     KeptDtype,
-    Storage,
     checksum,
     kept_as,
     read_compressed,
     read_pieces,
 )
-from core.volumes.cohort.stored import StoredDtype, StoredType, StoredVoxels, decode
+from core.volumes.cohort.stored import StoredDtype, StoredVoxels, decode
 
 FORMAT = 2
 DESCRIPTION, MANIFEST, SHARDS, REJECTS = "cohort.json", "manifest.parquet", "shards", "rejects.csv"

@@ -10,7 +10,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,8 @@ from core.files.places import OpenFile
 from core.files.writing import replacing
 from core.lookup import look_up
 from core.volumes.cohort import hdf5, parquet
-from core.volumes.cohort.stored import StoredType, StoredVoxels
-
-Storage = Literal["hdf5", "parquet"]
-Compression = Literal["none", "gzip", "zstd", "blosc"]
+from core.volumes.cohort.formats import Compression, Storage, StoredType
+from core.volumes.cohort.stored import StoredVoxels
 
 ENDINGS: dict[str, str] = {"hdf5": "h5", "parquet": "parquet"}
 COMPRESSIONS: dict[str, tuple[str, ...]] = {

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from core.errors import UserError
+from core.volumes.cohort.formats import StoredType
 from core.volumes.images.nifti import Volume
 
-StoredType = Literal["float16", "float32", "int16"]
 StoredVoxels = npt.NDArray[np.float16 | np.float32 | np.int16]
 """Voxels as they are stored: a volume (C, X, Y, Z), or a map of classes (X, Y, Z) in int16."""
 StoredDtype = np.dtype[np.float16 | np.float32 | np.int16]

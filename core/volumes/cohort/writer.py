@@ -19,6 +19,7 @@ import pandas as pd
 from core.errors import UserError
 from core.files.fingerprint import fingerprint
 from core.files.writing import replacing, writing_to
+from core.volumes.cohort.formats import Compression, Storage, StoredType
 from core.volumes.cohort.reader import (
     COLUMNS,
     DESCRIPTION,
@@ -29,16 +30,8 @@ from core.volumes.cohort.reader import (
     CohortDescription,
     scale_column,
 )
-from core.volumes.cohort.shards import (
-    ENDINGS,
-    Compression,
-    Fact,
-    Storage,
-    Written,
-    check_storage,
-    write_shard,
-)
-from core.volumes.cohort.stored import StoredType, StoredVoxels, encode, encode_label
+from core.volumes.cohort.shards import ENDINGS, Fact, Written, check_storage, write_shard
+from core.volumes.cohort.stored import StoredVoxels, encode, encode_label
 from core.volumes.images.nifti import Volume
 
 UNFINISHED = "unfinished"

@@ -23,9 +23,8 @@ from core.errors import UserError
 from core.files.fingerprint import fingerprint
 from core.files.places import is_url
 from core.files.writing import replacing, writing_to
+from core.volumes.cohort.formats import Compression, Storage, StoredType
 from core.volumes.cohort.reader import DESCRIPTION, REJECTS, SHARDS, Cohort, CohortDescription
-from core.volumes.cohort.shards import Compression, Storage
-from core.volumes.cohort.stored import StoredType
 from core.volumes.cohort.writer import (
     UNFINISHED,
     claim_folder,

@@ -26,9 +26,9 @@ from core.volumes.phantom.ageing import (
     median_grey_ml,
     median_ventricle_ml,
 )
+from core.volumes.phantom.settings import SPACINGS
 from core.volumes.phantom.templates import CROP_START, Floats, Kind, Mask, Templates, load_templates
 
-SPACINGS = {2.0: (91, 109, 91), 4.0: (46, 55, 46), 8.0: (23, 28, 23)}  # mm: voxels, the MNI field of view
 ORIGIN = (-90, -126, -72)  # mm, centre of the first voxel
 STAGE_AGES = np.array([0.0, 40.0, 62.0, 80.0, 95.0, 108.0])  # years, closer where ventricles grow faster
 WALL_SHIFTS_MM = np.arange(-3.0, 3.1, 1.0)  # at which the volume of the ventricles is tabulated

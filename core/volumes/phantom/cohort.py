@@ -12,69 +12,28 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from core.errors import UserError
 from core.files.fingerprint import fingerprint
 from core.files.writing import writing_to
 from core.volumes.cohort.reader import DESCRIPTION, Cohort
 from core.volumes.cohort.writer import CohortWriter
-from core.volumes.phantom.anatomy import SPACINGS
+from core.volumes.phantom.settings import SPACINGS, PhantomSettings
 from core.volumes.phantom.subject import PERSON, Person, PhantomBrain, make_brain, random_stream
 from core.volumes.phantom.templates import Floats
 
-VERSION = 1  # increase it when the same settings give other brains
 YOUNGEST, OLDEST = 18.0, 90.0  # years
 BIDS_FOLDER = {"stiffness": "mre", "t1w": "anat"}
 BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w"}
 
-Channel = Literal["stiffness", "t1w"]
 OnProgress = Callable[[int, int], None]
 """Called as on_progress(done, total) after each subject."""
-
-
-class PhantomSettings(BaseModel):
-    """Everything that a phantom cohort depends on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    subjects: int = Field(default=96, ge=1, le=9999)
-    spacing: float = Field(default=4.0, description="edge of a voxel in mm: 2, 4 or 8")
-    seed: int = Field(default=0, ge=0)
-    ages: Literal["clusters", "uniform"] = Field(
-        default="clusters", description="18 to 90 y: young and old with few in between, or all alike"
-    )
-    sites: int = Field(default=3, ge=1, le=20, description="the first has mostly young, the last mostly old")
-    channels: tuple[Channel, ...] = Field(
-        default=("stiffness",), description="stiffness in kPa and t1w in the arbitrary units of each scanner"
-    )
-    sex_effect: float = Field(
-        default=0.0, ge=-0.3, le=0.3, description="fraction by which women's brains are stiffer than men's"
-    )
-
-    @field_validator("spacing")
-    @classmethod
-    def _known_spacing(cls, spacing: float) -> float:
-        if spacing not in SPACINGS:
-            raise ValueError(f"spacing must be 2, 4 or 8 mm, got {spacing:g}")
-        return spacing
-
-    @field_validator("channels")
-    @classmethod
-    def _each_channel_once(cls, channels: tuple[Channel, ...]) -> tuple[Channel, ...]:
-        if not channels or len(set(channels)) < len(channels):
-            raise ValueError(f"channels must name stiffness, t1w or both once, got {channels}")
-        return channels
-
-    def identity(self) -> dict[str, object]:
-        """The settings as a cohort records them."""
-        return {"phantom": VERSION, **self.model_dump(mode="json")}
 
 
 class Participant(TypedDict):

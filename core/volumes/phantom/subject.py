@@ -25,7 +25,6 @@ from core.volumes.phantom.ageing import (
 )
 from core.volumes.phantom.anatomy import (
     ORIGIN,
-    SPACINGS,
     STAGE_AGES,
     WALL_SHIFTS_MM,
     Anatomy,
@@ -33,6 +32,7 @@ from core.volumes.phantom.anatomy import (
     along_axes,
     load_anatomy,
 )
+from core.volumes.phantom.settings import SPACINGS
 from core.volumes.phantom.templates import Floats, Kind
 
 # Streams of random numbers.

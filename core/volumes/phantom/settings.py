@@ -1,0 +1,57 @@
+"""What a phantom cohort depends on. Imports nothing heavy: the command line makes its options of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+VERSION = 1  # increase it when the same settings give other brains
+SPACINGS = {2.0: (91, 109, 91), 4.0: (46, 55, 46), 8.0: (23, 28, 23)}
+"""Voxel edge in mm, and the voxels of the MNI field of view."""
+
+Channel = Literal["stiffness", "t1w"]
+
+
+class PhantomSettings(BaseModel):
+    """Everything that a phantom cohort depends on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    subjects: int = Field(default=96, ge=1, le=9999, description="how many brains")
+    spacing: float = Field(default=4.0, description="voxel edge in mm: 2, 4 or 8")
+    seed: int = Field(default=0, ge=0, description="another seed gives other brains")
+    ages: Literal["clusters", "uniform"] = Field(
+        default="clusters", description="18 to 90 years: young and old with few in between, or all ages alike"
+    )
+    sites: int = Field(
+        default=3,
+        ge=1,
+        le=20,
+        description="scanner sites, from mostly young to mostly old people",
+    )
+    channels: tuple[Channel, ...] = Field(
+        default=("stiffness",),
+        description="stiffness (kPa), t1w (units of each scanner), or stiffness,t1w",
+    )
+    sex_effect: float = Field(
+        default=0.0, ge=-0.3, le=0.3, description="share by which women's brains are stiffer than men's"
+    )
+
+    @field_validator("spacing")
+    @classmethod
+    def _known_spacing(cls, spacing: float) -> float:
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing must be 2, 4 or 8 mm, got {spacing:g}")
+        return spacing
+
+    @field_validator("channels")
+    @classmethod
+    def _each_channel_once(cls, channels: tuple[Channel, ...]) -> tuple[Channel, ...]:
+        if not channels or len(set(channels)) < len(channels):
+            raise ValueError(f"channels must name stiffness, t1w or both once, got {channels}")
+        return channels
+
+    def identity(self) -> dict[str, object]:
+        """The settings as a cohort records them."""
+        return {"phantom": VERSION, **self.model_dump(mode="json")}
