@@ -1,1 +1,1 @@
-"""Measurements, each a ratio to a plain implementation of what was published."""
+"""Measurements; each is a ratio to a plain implementation of the published method."""

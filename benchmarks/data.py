@@ -1,12 +1,12 @@
-"""Volumes a second that reach a training loop: ours against h5py, torch's DataLoader and MONAI's CacheDataset.
+"""Volumes per second that reach a training loop: ours against h5py, the DataLoader of torch and MONAI's CacheDataset.
 
     python -m benchmarks.data
 
-Every contender gives the same thing: all volumes of a cohort (91 x 109 x 91 random voxels, float16, not
-compressed, in the page cache) in shuffled batches of 16, as torch tensors of the stored type, of which one value
-per memory page is looked at. "raw h5py" is the yardstick: volumes one by one, no batches. Ours hold every volume
-against its checksum (streaming and direct: at every read; resident: once); the others check nothing. Each
-contender runs `EPOCHS` epochs after one to warm up, all of them in turn, several times; the table has the medians.
+Every contender gives the same: all volumes of a cohort (91 x 109 x 91 random voxels, float16, not compressed, in the
+page cache) in shuffled batches of 16, as torch tensors of the stored type. One value per memory page is read. The
+yardstick is "raw h5py": single volumes without batches. Ours compare every volume with its checksum (streaming and
+direct: at every read; resident: once); the others check nothing. Each contender runs `EPOCHS` epochs after a warm-up
+epoch. The contenders take turns several times; the table has the medians.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ SHAPE = (91, 109, 91)
 BATCH = 16
 EPOCHS = 5
 TRIALS = 4
-VALUES_PER_PAGE = 2048  # of float16
+# Values of float16.
+VALUES_PER_PAGE = 2048
 
 Batches = Iterator[torch.Tensor]
 
 
 class Shards(Dataset):
-    """Volumes by row, from files that stay open: the usual way to give h5py to a DataLoader."""
+    """Volumes by row, from files that stay open: the usual way to use h5py in a DataLoader."""
 
     def __init__(self, cohort: Cohort) -> None:
         self.files = [cohort.folder / "shards" / shard for shard in cohort.manifest["shard"]]
@@ -86,7 +87,7 @@ def write_cohorts(folder: Path, volumes: int) -> dict[str, Cohort]:
 
 
 def h5py_alone(cohort: Cohort, rows: np.ndarray, epochs: int) -> Batches:
-    """Volumes one by one, in batches only for counting."""
+    """Single volumes; their batches are only for counting."""
     shards = Shards(cohort)
     for _ in range(epochs):
         for row in rows:
@@ -101,12 +102,12 @@ def loader(dataset: Dataset, workers: int, epochs: int) -> Batches:
 
 
 def ours(volumes: Volumes, rows: int, epochs: int) -> Batches:
-    """What a training worker gets."""
+    """The volumes as a training worker gets them."""
     return batches(volumes, Plan(np.arange(rows), BATCH, 0, range(1, epochs + 1)), torch.device("cpu"))
 
 
 def rate_of(reading: Batches, volumes: int) -> float:
-    """Volumes a second, the first epoch left out."""
+    """Volumes per second, without the first epoch."""
     seen, started = 0, 0.0
     for batch in reading:
         batch.view(-1)[::VALUES_PER_PAGE].sum()
@@ -117,7 +118,7 @@ def rate_of(reading: Batches, volumes: int) -> float:
 
 
 def contenders(cohorts: dict[str, Cohort], resident: Resident) -> dict[str, Callable[[], Batches]]:
-    """How each one is started, by name; the first is the yardstick."""
+    """The function that starts each contender, by name; the first one is the yardstick."""
     hdf5, parquet = cohorts["hdf5"], cohorts["parquet"]
     count, known, epochs = len(hdf5), resident.known, EPOCHS + 1
     shards = Shards(hdf5)
@@ -155,7 +156,7 @@ class Worker:
 
 
 def bytes_read() -> dict[tuple[int, float], int]:
-    """Bytes that each process of this session has read by system calls, those from the page cache included."""
+    """The bytes that each process of this session has read by system calls, including those from the page cache."""
     counts = {}
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -164,10 +165,11 @@ def bytes_read() -> dict[tuple[int, float], int]:
 
 
 def count_reads(cohort: Cohort, console: Console) -> Resident:
-    """Hold the cohort, run `TRIALS` trials on it, two at a time, and say how much was read for that."""
+    """Hold the cohort, run `TRIALS` trials on it, two at a time, and count the bytes that were read."""
     workers = [Worker.remote() for _ in range(2)]  # type: ignore[attr-defined]
     ray.get([worker.__ray_ready__.remote() for worker in workers])
-    Resident.of(cohort)  # the reading processes import what they need
+    # After this the reading processes have imported what they need.
+    Resident.of(cohort)
     before = bytes_read()
     resident = Resident.of(cohort)
     held = bytes_read()
@@ -217,7 +219,7 @@ def main() -> None:
 
 
 def print_table(rates: dict[str, list[float]], console: Console) -> None:
-    """Medians, and their ratios to the yardstick and to the best DataLoader."""
+    """Print the medians, and their ratios to the yardstick and to the best DataLoader."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
     raw = next(iter(medians.values()))
     best = max(median for name, median in medians.items() if name.startswith("DataLoader"))

@@ -1,6 +1,6 @@
-"""Trials that train nothing: what they answer looks like a trial's, so everything around training does its full work.
+"""Trials without training. They give the answers of real trials, so everything around the training does its full work.
 
-Imports little, because every simulated slot is a process that imports it.
+This module imports little, because every simulated slot is a process that imports it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ POLL_S = 0.05
 
 
 def answer(assignment: Assignment, epoch: int, epochs: int) -> Answer:
-    """What `trial.Trial` says after `epoch` of `epochs` in its only cell; the value follows from the settings."""
-    # Not resolved: that would import torch.
+    """The answer of `Trial` after `epoch` of `epochs` in its only cell; the value follows from the settings."""
+    # The settings are not resolved, because this would import torch.
     rate = float(assignment["settings"]["optimiser"]["learning_rate"])  # type: ignore[index]
     value = 5.0 + abs(math.log10(rate) + 3.5) + 5.0 / epoch
     cell = {"fold": 0, "seed": 0, "n": 1, "mae": value, "r2": 0.0, "site_balanced_accuracy": 0.5}
     is_over = epoch == epochs
-    # Not `standing`, whose metrics would import scikit-learn.
+    # `standing` is not used, because its metrics would import scikit-learn.
     return Answer(
         name=assignment["name"], fold=0, seed=0, epoch=epoch, progress=epoch / epochs, epochs=epoch,
         prunable_epochs=epoch, loss=value, mae=value, value=value, learning_rate=rate, temperature=0.1, width=2.0,
@@ -35,7 +35,7 @@ def answer(assignment: Assignment, epoch: int, epochs: int) -> Answer:
 
 
 def make_runner() -> Callable[[Assignment], Answer]:
-    """A slot's runner whose trials have one epoch, over at once."""
+    """The runner of a slot, whose trials have one epoch that ends at once."""
     return lambda assignment: answer(assignment, epoch=1, epochs=1)
 
 
@@ -48,13 +48,13 @@ class Sleeper(tune.Trainable):
     def setup(  # type: ignore[override]
         self, config: dict[str, Any], seconds: float, epochs: int, slots: int, gate: str
     ) -> None:
-        """Say that this slot is up."""
+        """Tell the other slots that this one has started."""
         self.seconds, self.epochs, self.slots, self.gate = seconds, epochs, slots, Path(gate)
         self.epoch = 0
         (self.gate / self.trial_id).touch()
 
     def step(self) -> dict[str, Any]:
-        """One epoch; the first one waits until all slots are up."""
+        """One epoch; the first one waits until all slots have started."""
         while len(list(self.gate.iterdir())) < self.slots:
             time.sleep(POLL_S)
         started = time.time()
@@ -69,8 +69,8 @@ class Sleeper(tune.Trainable):
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Nothing worth keeping."""
+        """Keep nothing."""
         return {}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Nothing: see `save_checkpoint`."""
+        """Do nothing: see `save_checkpoint`."""

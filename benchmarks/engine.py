@@ -1,14 +1,14 @@
-"""What a search costs beside training: per result, as trials become many, and as slots become many.
+"""The cost of a search without its training: per result, for many trials, and for many slots.
 
     python -m benchmarks.engine --trials 1000 --slots 64
 
-Results: dummy trials of one epoch, one after another in one slot, through everything a sweep has (study in a
-journal file, sampler, ASHA, Tune, mailbox, display, TensorBoard). The sampler's share is told apart from the
-rest, because what it does per trial is Optuna's and grows with the trials it learns from.
+Results: dummy trials of one epoch, one after another in one slot, with every part of a sweep (study in a journal file,
+sampler, ASHA, Tune, mailbox, display, TensorBoard). The time of the sampler is shown separately, because it is the time
+of Optuna and grows with the number of trials.
 
-Growth: simulated slots, each a process that sleeps where a trial would train, through the same search and Tune.
-What is left out runs beside the driver, on the nodes: mailboxes, worker groups, training. The slots begin
-together once all are up, so their results all arrive in the same moment, again and again.
+Growth: simulated slots with the same search and Tune; each slot is a process that sleeps instead of training. What is
+left out runs on the nodes and not in the driver: mailboxes, worker groups, training. The slots begin together when all
+of them have started, so their results always arrive at the same moment.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class TimedSampler(BaseSampler):
 
 
 class Watch(tune.Callback):
-    """Keeps of every result when it reached the driver, when it was trained, and how the driver was then."""
+    """Records for every result when it was trained, when it reached the driver, and the state of the driver then."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
@@ -121,7 +121,7 @@ class Watch(tune.Callback):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a search of dummy trials cost."""
+    """The cost of a search with dummy trials."""
 
     results: list[float]
     """Seconds since the result before; the first one's is that of bringing up, and left out."""
@@ -134,7 +134,7 @@ class Measured:
 
     @property
     def engine(self) -> list[float]:
-        """Seconds per result without the sampler's."""
+        """Seconds per result, without those of the sampler."""
         return [whole - sampler for whole, sampler in zip(self.results, self.sampling, strict=True)]
 
 
@@ -160,7 +160,7 @@ def search_for(folder: Path, sampler: str, trials: int, scheduler: str = "asha")
 def run_search(
     folder: Path, search: StudySearch, trainable: Any, epochs: int, slots: int = 1
 ) -> tuple[Watch, float]:
-    """Run `search` as a sweep does; returns what was watched, and the seconds from start to end."""
+    """Run `search` as a sweep does; returns the records, and the seconds from start to end."""
     watch, budget, began = Watch(), search.budget, time.time()
     with Path(os.devnull).open("w") as nowhere:
         display = Display(Console(file=nowhere), search.proposals.trials, epochs, budget)
@@ -185,13 +185,13 @@ def run_dummies(folder: Path, sampler: str, trials: int) -> Measured:
 
 
 def _steps(values: list[float]) -> list[float]:
-    """From each value to the next."""
+    """The differences between successive values."""
     return [after - before for before, after in itertools.pairwise(values)]
 
 
 @dataclass(frozen=True)
 class Growth:
-    """How many slots at a time were served, from the first step of all to the last."""
+    """The time for all results of many slots, from the first step to the last one."""
 
     used: float
     """Share of the slots' time that was slept through: trained, were they real."""
@@ -202,15 +202,15 @@ class Growth:
 
 
 def grow(folder: Path, sampler: str, slots: int, rounds: int, epochs: int, seconds: float) -> Growth:
-    """Serve simulated slots.
+    """Run a search with simulated slots.
 
     Args:
-        folder: where study and logs go.
-        sampler: what proposes the trials.
-        slots: how many sleep at a time.
+        folder: the folder for the study and the logs.
+        sampler: the name of the sampler.
+        slots: the number of slots.
         rounds: trials per slot.
-        epochs: of every trial; nothing is stopped early.
-        seconds: of every epoch.
+        epochs: epochs of every trial; no trial is stopped early.
+        seconds: the duration of every epoch.
     """
     gate = folder / "gate"
     gate.mkdir(parents=True)
@@ -227,7 +227,7 @@ def grow(folder: Path, sampler: str, slots: int, rounds: int, epochs: int, secon
 
 
 def cost_table(measured: dict[str, Measured]) -> Table:
-    """Milliseconds per result of the first and the last hundred, engine and sampler apart; the driver's memory."""
+    """Milliseconds per result in the first and the last hundred, for engine and sampler; the memory of the driver."""
     trials = len(next(iter(measured.values())).resident)
     some = min(HUNDRED, trials // 2)
     places = sorted({min(some, trials), trials // 2, trials})

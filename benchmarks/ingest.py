@@ -2,11 +2,11 @@
 
     python -m benchmarks.ingest [SCANS]
 
-All turn the same whole heads of 1 mm (made here: a smooth brain with noise, 176 x 208 x 176 voxels, gzip) into
-float16 volumes of 2 mm in HDF5, z-scored inside the brain. The loops are what one would write: load, canonical axes,
-`nibabel.processing.resample_from_to`, z-score, append; with nibabel's own defaults (cubic, no smoothing), and with
-the same work as ours (smoothed by the larger voxel, then linear). Ours also divides out the background at the edge,
-measures quality, writes checksums and digests, and can be killed at any moment.
+Ours and the loops turn the same whole heads of 1 mm (made here: a smooth brain with noise, 176 x 208 x 176 voxels,
+gzip) into float16 volumes of 2 mm in HDF5, with z-scores inside the brain. The loops are the usual code: load,
+canonical axes, `nibabel.processing.resample_from_to`, z-score, append. One loop uses the defaults of nibabel (cubic,
+no smoothing), the other does the same work as ours (smoothing by the larger voxel, then linear). Ours also removes the
+background at the edge, measures quality, writes checksums and digests, and can be killed at any moment.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS = Preprocessing(spacing=2, centre="brain", intensity="zscore")
 
 
 def make_study(folder: Path, scans: int) -> Listing:
-    """A BIDS folder of `scans` heads of 1 mm, of different noise."""
+    """A BIDS folder of `scans` heads of 1 mm, each with other noise."""
     generator = np.random.default_rng(0)
     grid = np.meshgrid(*(np.linspace(-1.2, 1.2, size, dtype=np.float32) for size in SHAPE), indexing="ij")
     inside = sum(axis**2 for axis in grid) < 1
@@ -61,7 +61,7 @@ def make_study(folder: Path, scans: int) -> Listing:
 
 
 def plain_loop(listing: Listing, out: Path, *, same_work: bool) -> None:
-    """What one writes in an afternoon, in one process; `same_work`: smoothed and linear, as ours."""
+    """The usual loop in one process; with `same_work` smoothed and linear, as ours."""
     grid = (SETTINGS.shape, SETTINGS.affine)
     fwhm = np.sqrt(SETTINGS.spacing**2 - 1)
     with h5py.File(out, "w") as file:

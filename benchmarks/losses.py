@@ -1,7 +1,7 @@
 """Time and memory of the objective family against plain published algorithms: `make bench`.
 
-Every comparison is a ratio measured in one process: ours and theirs take turns, forward and backward, and
-the median of the repeats counts. Peak memory is that of a fresh process, above what it held before.
+Every comparison is a ratio measured in one process: ours and theirs take turns, forward and backward, and the median of
+the repeats counts. Peak memory is measured in a new process, above its memory before the pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks import published_losses as published
 from core.losses import build
 
 Case = Callable[[], Tensor]
-"""One forward pass on inputs of its own; the caller runs backward."""
+"""One forward pass on its own inputs; the caller runs the backward pass."""
 
 EMBEDDING = 128
 GIBIBYTE = 2**30
@@ -124,7 +124,7 @@ def side_by_side(ours: Case, theirs: Case, repeats: int) -> tuple[float, float]:
 
 
 def peak_of(make: Callable[[int], tuple[Case, Case]], size: int, side: int) -> int:
-    """Bytes at the peak of one forward and backward pass, above those before, in a fresh process."""
+    """Bytes at the peak of one forward and backward pass, above those before it, in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as fresh:
         return fresh.apply(_peak_here, (make, size, side))
 
@@ -132,7 +132,8 @@ def peak_of(make: Callable[[int], tuple[Case, Case]], size: int, side: int) -> i
 def _peak_here(make: Callable[[int], tuple[Case, Case]], size: int, side: int) -> int:
     torch.set_num_threads(1)
     case = make(size)[side]
-    make(64)[side]().backward()  # what torch sets up once is not the loss's
+    # The memory that torch uses once does not belong to the loss.
+    make(64)[side]().backward()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     before = _status("VmRSS")
     case().backward()

@@ -1,8 +1,8 @@
 """Time and memory of training steps against the plain MONAI model in a plain loop: `make bench`.
 
-Every comparison is a ratio measured in one process: ours and theirs take turns, and the median of the pairs
-counts. Ours is the epoch of one batch as a sweep runs it, reading, normalising, views, objective, clipping
-and bookkeeping included; theirs is MONAI's model with everything it needs already in memory.
+Every comparison is a ratio measured in one process: ours and theirs take turns, and the median of the pairs counts.
+Ours is an epoch of one batch as in a sweep, with reading, normalising, views, objective, clipping and bookkeeping.
+Theirs is the model of MONAI with all its inputs already in memory.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from distributed.training.subjects import Place, Subjects
 
 Grid = tuple[int, int, int]
 Step = Callable[[], object]
-"""One optimiser step on a batch of its own."""
+"""One optimiser step on its own batch."""
 
-GRIDS: tuple[Grid, ...] = ((91, 109, 91), (46, 55, 46))  # the ICBM grid at 2 and 4 mm
+# The ICBM grid at 2 and 4 mm.
+GRIDS: tuple[Grid, ...] = ((91, 109, 91), (46, 55, 46))
 ENCODERS: tuple[tuple[str, dict[str, object]], ...] = (
     ("resnet18", {}),
     ("resnet50", {}),
@@ -56,7 +57,7 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class Variant:
-    """How a training step computes."""
+    """A way to compute a training step."""
 
     name: str
     dtype: torch.dtype = torch.float32
@@ -75,7 +76,7 @@ VARIANTS = (
 
 
 def random_volumes(volumes: int, grid: Grid) -> Tensor:
-    """(volumes, 1, X, Y, Z), the middle of each normal and the rest 0, as a brain in its background."""
+    """(volumes, 1, X, Y, Z): normal values in the middle and 0 around it, like a brain in its background."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(volumes, 1, *grid, generator=generator)
     inside = torch.zeros(grid)
@@ -102,7 +103,7 @@ def our_step(subjects: int, views: int, grid: Grid, device: torch.device) -> Ste
 
 
 def plain_step(subjects: int, views: int, grid: Grid, device: torch.device) -> Step:
-    """MONAI's ResNet-18 with a projection head and y-aware contrast, in the shortest loop."""
+    """The ResNet-18 of MONAI with a projection head and y-aware contrast, in the shortest loop."""
     encoder = resnet18(
         n_input_channels=1, conv1_t_stride=2, feed_forward=False, shortcut_type="B", bias_downsample=False
     )
@@ -113,14 +114,14 @@ def plain_step(subjects: int, views: int, grid: Grid, device: torch.device) -> S
 
 
 def our_views(subjects: int, grid: Grid) -> Step:
-    """Two views each: noise, cutout and crop of the reference's sizes."""
+    """Two views of each volume: noise, cutout and crop with the sizes of the reference."""
     settings = ViewSettings(count=2, crop=0.9, cutout=0.5, noise=0.05)
     volumes = random_volumes(subjects, grid)
     return lambda: make_views(volumes, range(subjects), 0, 0, settings)
 
 
 def monai_views(subjects: int, grid: Grid) -> Step:
-    """The same with MONAI's transforms, volume by volume."""
+    """The same views with the transforms of MONAI, one volume after another."""
     cube = round(0.35 * min(grid))
     view = Compose(
         [
@@ -173,14 +174,14 @@ def variant_step(variant: Variant, volumes: int, grid: Grid, device: torch.devic
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds of one step, on the wall and of the processor."""
+    """Seconds of one step: wall clock and processor time."""
 
     wall: float
     processor: float
 
 
 def time_of(step: Step, device: torch.device) -> Turn:
-    """One step, waiting for the device before and after."""
+    """The time of one step; it waits for the device before and after."""
     synchronise(device)
     processor, wall = time.process_time(), time.perf_counter()
     step()
@@ -189,13 +190,13 @@ def time_of(step: Step, device: torch.device) -> Turn:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for work under way on a GPU."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def take_turns(first: Step, second: Step, repeats: int, device: torch.device) -> list[tuple[Turn, Turn]]:
-    """Turns of both after an unmeasured one each; every other pair in the other order, so drift cancels."""
+    """Measure both in turns, after one unmeasured step each; every second pair is reversed, so drift cancels."""
     first(), second()
     pairs = []
     for repeat in range(repeats):
@@ -208,7 +209,7 @@ def take_turns(first: Step, second: Step, repeats: int, device: torch.device) ->
 
 
 def matrix_ceiling(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
-    """Operations a second in the product of two square matrices: the most a model could reach. Best of 5."""
+    """Operations per second in the product of two square matrices, the limit for a model. Best of 5."""
     side = side or (8192 if device.type == "cuda" else 2048)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     matrix @ matrix
@@ -216,21 +217,22 @@ def matrix_ceiling(device: torch.device, dtype: torch.dtype, side: int | None = 
 
 
 def operations(grid: Grid) -> float:
-    """Multiplications and additions of ResNet-18, forward and backward, for one volume."""
+    """The multiplications and additions of ResNet-18, forward and backward, for one volume."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build("resnet18")(torch.empty(2, 1, *grid)).sum().backward()
     return counter.get_total_flops() / 2
 
 
 def saved_bytes(model: nn.Module, volumes: Tensor) -> int:
-    """Bytes that the forward pass keeps for the backward pass, each memory once, parameters left out."""
+    """Bytes that the forward pass keeps for the backward pass; each memory counts once, and parameters do not count."""
     held = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in held:
-            kept[storage._cdata] = storage  # held on to, so that its address is not given to another
+            # Keep the storage, so that no other one gets its address.
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -239,9 +241,10 @@ def saved_bytes(model: nn.Module, volumes: Tensor) -> int:
 
 
 def peak_per_volume(make: Callable[[int, int, Grid, torch.device], Step], grid: Grid) -> float:
-    """Bytes that one volume more adds to the peak of a first step; each batch in a process of its own."""
+    """Bytes that one more volume adds to the peak of a first step; each batch has its own process."""
     peaks = []
-    for subjects in (4, 12):  # with fewer, gradients and Adam's moments decide the peak
+    # With fewer subjects the gradients and the moments of Adam determine the peak.
+    for subjects in (4, 12):
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
             peaks.append(fresh.apply(_peak_here, (make, subjects, grid, torch.get_num_threads())))
     return (peaks[1] - peaks[0]) / 8
@@ -260,7 +263,7 @@ def _peak_here(
 
 
 def largest(fits: Callable[[int], bool], limit: int = 65536) -> int:
-    """The largest count up to `limit` that fits, if all smaller ones do: doubling, then halving the gap."""
+    """The largest count up to `limit` that fits, if all smaller counts fit: by doubling, then by bisection."""
     if not fits(1):
         return 0
     low, high = 1, 2
@@ -274,7 +277,7 @@ def largest(fits: Callable[[int], bool], limit: int = 65536) -> int:
 
 
 def fits_on_gpu(variant: Variant, grid: Grid, device: torch.device, volumes: int) -> bool:
-    """Whether two steps on that many volumes stay within the memory of the GPU."""
+    """Whether two steps on so many volumes fit into the memory of the GPU."""
     try:
         step = variant_step(variant, volumes, grid, device)
         step(), step()  # Adam's moments appear in the first
@@ -288,7 +291,7 @@ def fits_on_gpu(variant: Variant, grid: Grid, device: torch.device, volumes: int
 
 
 def compare(console: Console, device: torch.device, repeats: dict[Grid, int], subjects: int) -> None:
-    """Our step against the plain one; 1 is as fast, above 1 faster."""
+    """Our step against the plain one: 1 is as fast, above 1 is faster."""
     table = Table("grid", "volumes", "ours s", "plain s", "wall: plain/ours", "processor: plain/ours", "of ceiling",
                   title=f"training step of ResNet-18, float32, {device.type}; asked: 0.97")  # fmt: skip
     ceiling = matrix_ceiling(device, torch.float32)
@@ -307,7 +310,7 @@ def compare(console: Console, device: torch.device, repeats: dict[Grid, int], su
 
 
 def views(console: Console, repeats: int) -> None:
-    """What augmentation costs on the CPU."""
+    """The cost of augmentation on the CPU."""
     title = "views: noise, cutout and crop, two of a volume, processor ms each"
     table = Table("grid", "ours", "MONAI", "times faster", title=title)
     for grid in GRIDS:
@@ -321,7 +324,7 @@ def views(console: Console, repeats: int) -> None:
 
 
 def memory(console: Console) -> None:
-    """What a volume costs: the peak of whole steps in fresh processes, and what each encoder keeps."""
+    """The memory for a volume: the peak of whole steps in new processes, and what each encoder keeps."""
     peaks = Table("grid", "ours MiB", "MONAI MiB", title="peak of a step of ResNet-18 per volume")
     for grid in GRIDS:
         of_each = [peak_per_volume(make, grid) / MEBIBYTE for make in (our_step, plain_step)]
@@ -331,7 +334,8 @@ def memory(console: Console) -> None:
         "encoder", "parameters", *map(shown, GRIDS), title="MiB kept for backward per volume, float32"
     )
     for name, settings in ENCODERS:
-        model = build(name, **settings).to("meta")  # shapes only: the largest encoder costs no memory
+        # Shapes only, so that the largest encoder needs no memory.
+        model = build(name, **settings).to("meta")
         of_grids = [saved_bytes(model, torch.empty(2, 1, *grid, device="meta")) / 2 for grid in GRIDS]
         label = name + (", checkpointing" if settings else "")
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -340,7 +344,7 @@ def memory(console: Console) -> None:
 
 
 def variants(console: Console, device: torch.device, grid: Grid, volumes: int, repeats: int) -> None:
-    """Precision, memory format and compilation, each in turns with float32."""
+    """Precision, memory format and compilation; each takes turns with float32."""
     table = Table("variant", "s a step", "volumes/s", "times float32", "of ceiling", "largest batch",
                   title=f"ResNet-18 and head, {shown(grid)}, {volumes} volumes, {device.type}")  # fmt: skip
     ceilings = {dtype: matrix_ceiling(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -353,7 +357,8 @@ def variants(console: Console, device: torch.device, grid: Grid, volumes: int, r
         pairs = take_turns(step, base, repeats, device)
         wall = statistics.median(mine.wall for mine, _ in pairs)
         faster = statistics.median(plain.wall / mine.wall for mine, plain in pairs)
-        del step, base  # their memory, before the largest batch is looked for
+        # Free their memory before the search for the largest batch.
+        del step, base
         batch = "skipped: no GPU"
         if device.type == "cuda":
             batch = str(largest(functools.partial(fits_on_gpu, variant, grid, device)))

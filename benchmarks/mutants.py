@@ -1,4 +1,4 @@
-"""The promises of a search, broken on purpose one at a time: does a test notice?
+"""Break the promises of a search on purpose, one at a time: does a test fail?
 
     python -m benchmarks.mutants
 
@@ -28,16 +28,16 @@ from core.errors import UserError
 
 TREE = Path(__file__).resolve().parent.parent
 COPIED = ("core", "distributed", "search_spaces", "tests", "pyproject.toml")
-"""What the tests need of the working tree."""
+"""The parts of the working tree that the tests need."""
 PASSED, FAILED = 0, 1
-"""The exit codes of pytest that say how tests went; every other one says that they could not run."""
+"""The exit codes of pytest for tests that ran; every other code means that they could not run."""
 
 
 @dataclass(frozen=True)
 class Mutant:
     """One broken promise: in `file`, the text `old` becomes `new`, and one of `tests` must fail.
 
-    `old` stands exactly once in `file`; where the code has moved on, this list must be renewed.
+    `file` contains `old` exactly once; after a change of the code this list must be renewed.
     """
 
     name: str
@@ -178,7 +178,7 @@ MUTANTS = (
 
 
 def mutated(mutant: Mutant, tree: Path = TREE) -> str:
-    """The text of the mutant's file in `tree` with its change; UserError unless the old text is there once."""
+    """The text of the file of a mutant in `tree`, with its change; UserError unless it has the old text once."""
     text = (tree / mutant.file).read_text(encoding="utf-8")
     found = text.count(mutant.old)
     if found != 1:
@@ -190,7 +190,7 @@ def mutated(mutant: Mutant, tree: Path = TREE) -> str:
 
 
 def main() -> int:
-    """Run every mutant and print what became of it; 1 if one survived."""
+    """Run every mutant and print the result; returns 1 if one survived."""
     changed = [mutated(mutant) for mutant in MUTANTS]
     console = Console()
     table = Table("mutant", Column("killed by", overflow="fold"), "seconds")
@@ -199,7 +199,7 @@ def main() -> int:
         copy = _copied(Path(name))
         failed = run_tests(copy, sorted({test for mutant in MUTANTS for test in mutant.tests}))
         if failed is not None:
-            raise UserError(f"{failed} fails on the code as it is; mend that first")
+            raise UserError(f"{failed} fails on the unchanged code; fix it first")
         for mutant, text in zip(MUTANTS, changed, strict=True):
             began = time.perf_counter()
             path = copy / mutant.file
@@ -215,12 +215,12 @@ def main() -> int:
 
 
 def run_tests(tree: Path, tests: Sequence[str]) -> str | None:
-    """Run `tests` of the packages in `tree`; the first that fails, or None where all pass.
+    """Run `tests` of the packages in `tree`; returns the first one that fails, or None if all pass.
 
     Raises:
-        UserError: the tests could not run, as where a mutant is no valid Python.
+        UserError: the tests could not run, for example because a mutant is not valid Python.
     """
-    # without compiled files, which Python takes for current where a change keeps size and second
+    # Without compiled files: Python would use an old one if a change keeps the size and the second of the file.
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", *tests,
@@ -237,7 +237,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> str | None:
 
 
 def _copied(folder: Path) -> Path:
-    """`folder`, with the packages and tests of the working tree as they are now."""
+    """Copy the packages and tests of the working tree to `folder`, and return it."""
     for name in COPIED:
         source = TREE / name
         if source.is_dir():

@@ -1,10 +1,9 @@
-"""What planning costs as cohorts grow: seconds and memory for the order of all batches of 200 epochs.
+"""The cost of plans for large cohorts: seconds and memory for the order of all batches of 200 epochs.
 
     python -m benchmarks.plan
 
-"batches" walks through every batch of the plan. "reads" makes the tables that a stream is fed with, one line
-for each read of up to 64 volumes. Nothing is kept of an epoch once it is over, so memory grows with the rows
-and not with the epochs.
+"batches" makes every batch of the plan. "reads" makes the tables for a stream, with one line for each read of up to 64
+volumes. A plan keeps nothing of an epoch that is over, so memory grows with the rows and not with the epochs.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def seconds_of(plan: Plan, *, as_reads: bool) -> float:
 
 
 def peak_of(plan: Plan) -> int:
-    """Most bytes that two epochs of `plan` need at a time."""
+    """The largest number of bytes that two epochs of `plan` need at a time."""
     tracemalloc.start()
     seconds_of(Plan(plan.rows, plan.batch_size, plan.seed, range(1, 3)), as_reads=True)
     peak = tracemalloc.get_traced_memory()[1]

@@ -1,6 +1,6 @@
-"""The published algorithms, plainly: what a reader of the papers and released codes would write.
+"""The published algorithms in plain form, as a reader of the papers and the released codes would write them.
 
-They are what benchmarks/losses.py measures against, so they keep the published shape of the computation
+benchmarks/losses.py compares our losses with them, so they keep the published form of the computation
 (the (N, N, N) comparison of threshold, the loop over positives of Rank-N-Contrast, the loop over images
 and anchors of constrained contrast). Rows are view-major, N = V·B; D is the embedding.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def rows(z_bvd: Tensor) -> Tensor:
-    """(N, D) unit rows, the first views of all subjects first."""
+    """Unit rows (N, D); the first views of all subjects come first."""
     return F.normalize(torch.cat(z_bvd.unbind(dim=1)), dim=1)
 
 
@@ -52,8 +52,9 @@ def threshold_as_released(
     logits_nn = z_nd @ z_nd.T / temperature
     logits_nn = logits_nn - logits_nn.max(dim=1, keepdim=True).values.detach()
     weight_nn = rbf_weights(labels_b, width, z_bvd.shape[1])
-    repeated_ijk = weight_nn[:, :, None].repeat(1, 1, n).permute(2, 0, 1)  # w_jk for every i
-    difference_ijk = weight_nn[:, :, None] - repeated_ijk  # w_ij − w_jk
+    # w_jk for every i, then w_ij − w_jk
+    repeated_ijk = weight_nn[:, :, None].repeat(1, 1, n).permute(2, 0, 1)
+    difference_ijk = weight_nn[:, :, None] - repeated_ijk
     less_similar_ijk = (difference_ijk > 0).to(z_nd.dtype)
     exp_ijk = (logits_nn.exp() * others_nn)[:, :, None].repeat(1, 1, n)
     sum_n = (exp_ijk * less_similar_ijk).sum(-1).sum(1, keepdim=True)

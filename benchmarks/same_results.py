@@ -1,14 +1,14 @@
-"""One sweep, killed twice and resumed, as three hashes: does a change of the code leave the results as they were?
+"""Three hashes of one sweep that is killed twice and resumed: does a change of the code keep the results?
 
     git clone . ../before && git -C ../before checkout COMMIT
     python -m benchmarks.same_results --tree ../before
     python -m benchmarks.same_results
 
-The sweep has 24 trials of 2 folds in one slot, so the order of its results does not depend on the machine's load.
-Every process of it is killed in the second fold of the first trial, and again in the first fold of a later one.
-The hashes are of the study (settings, values, intermediate values and what is noted of every trial), of the tables,
-and of what the winner predicts of held-out subjects and of three NIfTI files. Whatever is a time is left out, and
-so is the last value before each kill, which a kill may or may not leave in the study.
+The sweep has 24 trials of 2 folds in one slot, so the order of its results does not depend on the load of the machine.
+All its processes are killed in the second fold of the first trial, and again in the first fold of a later trial. There
+is one hash for the study (settings, values, intermediate values and attributes of every trial), one for the tables,
+and one for the predictions of the winner for held-out subjects and for three NIfTI files. Times are left out. The last
+value before each kill is left out, too, because it depends on the moment of the kill whether the study has it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def sweep_killed_twice(tree: Path, folder: Path) -> Path:
-    """The folder of a sweep by the code in `tree` that was killed in two places and has ended."""
+    """Run a sweep with the code in `tree`, kill it at two places, let it end, and return its folder."""
     run = folder / "run"
     brainsweep(tree, folder, "phantom", folder / "cohort", "--subjects", 48, "--spacing", 8)
     changes = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
@@ -78,13 +78,13 @@ def sweep_killed_twice(tree: Path, folder: Path) -> Path:
 
 
 def epochs_of(run: Path, number: int) -> int:
-    """Epochs that a trial has done, over all its folds."""
+    """The epochs that a trial has done in all its folds."""
     path = run / "trials" / f"{number:04d}" / "progress.json"
     return len(json.loads(path.read_text())["history"]) if path.exists() else 0
 
 
 def kill_when(tree: Path, folder: Path, condition: Callable[[], bool], *arguments: object) -> None:
-    """Start a command, and kill all its processes a moment after `condition` holds."""
+    """Start a command, and kill all its processes shortly after `condition` becomes true."""
     driver = subprocess.Popen(
         command(arguments), cwd=folder, env=environment(tree), stdout=subprocess.DEVNULL
     )
@@ -92,7 +92,8 @@ def kill_when(tree: Path, folder: Path, condition: Callable[[], bool], *argument
         if driver.poll() is not None:
             raise RuntimeError(f"ended before it could be killed: {' '.join(map(str, arguments))}")
         time.sleep(0.01)
-    time.sleep(0.05)  # the study is told of the epoch some milliseconds after it is on disk
+    # The study gets the epoch some milliseconds after the file is written.
+    time.sleep(0.05)
     main_process = psutil.Process(driver.pid)
     for process in [*main_process.children(recursive=True), main_process]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -101,7 +102,7 @@ def kill_when(tree: Path, folder: Path, condition: Callable[[], bool], *argument
 
 
 def brainsweep(tree: Path, folder: Path, *arguments: object) -> str:
-    """What a command prints; its errors are shown."""
+    """Run a command and return its output; its errors are shown."""
     done = subprocess.run(
         command(arguments), cwd=folder, env=environment(tree), stdout=subprocess.PIPE, text=True, check=True
     )
@@ -114,7 +115,7 @@ def command(arguments: tuple[object, ...]) -> list[str]:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """With the code of `tree` before all other, and as many threads everywhere."""
+    """The environment of a command: the code of `tree` first on the path, and a fixed number of threads."""
     return os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "2"}
 
 
@@ -144,7 +145,7 @@ def of_study(run: Path) -> str:
 
 
 def of_tables(run: Path) -> str:
-    """Every table without its columns of times, as JSON; columns by name, whatever their order."""
+    """Every table without its columns of times, as JSON; columns are sorted by name."""
     tables = {}
     for name in TABLES:
         table = pd.read_csv(run / f"{name}.csv", keep_default_na=False, dtype=str)
@@ -153,7 +154,7 @@ def of_tables(run: Path) -> str:
 
 
 def of_predictions(tree: Path, folder: Path) -> str:
-    """The winner's ages of three other brains, to the last digit of the table."""
+    """The ages that the winner predicts for three other brains, with all digits of the table."""
     brainsweep(
         tree, folder, "phantom", folder / "scans", "--subjects", 3, "--spacing", 8, "--seed", 7, "--nifti"
     )

@@ -1,4 +1,4 @@
-"""Time until a search has found as good a configuration as another one: sweeps, and what people do without.
+"""The time until a search has found a configuration as good as that of another search: sweeps against other methods.
 
     python -m benchmarks.search --seconds 180 --seeds 3 --out runs/search-benchmark
 
@@ -6,14 +6,14 @@ sweep     `brainsweep sweep` with its defaults (TPE, ASHA), one slot for each co
 plain     Optuna in one process with its own defaults (TPE, MedianPruner)
 random    random search in one process, every trial at full length
 
-All three search the same space on the same cells of the same phantom cohort, begin with the published
-configuration, and have the same seconds. The two others run the same training loop, without checkpoints, files
-and site accuracies, hold the cohort in memory, and use one thread or one for each core, whichever trained an
-epoch faster just before. The clock starts with the first training step of each; what comes before is shown apart.
+All three search the same space on the same cells of the same phantom cohort, begin with the published configuration,
+and have the same time. Plain and random run the same training loop, but without checkpoints, files and site accuracies.
+They keep the cohort in memory, and use one thread or one for each core, depending on which of the two trained an epoch
+faster just before. The clock starts with the first training step of each search; the time before is shown separately.
 
-Of every seed two values are raced for: the worst of the three final bests, which all three reach; and the final
-best of random search. Every search writes METHOD-SEED.json with the time and value of each completed trial:
-called again, only what is missing is run, and the tables are made anew.
+For every seed there are two targets: the worst of the three final bests, which all three reach, and the final best of
+random search. Every search writes METHOD-SEED.json with the time and the value of each completed trial. When the
+benchmark is called again, it runs only missing searches, and makes the tables again.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from distributed.training.subjects import Place, Subjects
 
 SMALL = ["model.width=0.25", "training.batch_size=16", "objective.neighbours.step=2"]
 MANY_TRIALS = 10_000
-"""More than any of the searches can do: the seconds end them."""
+"""More trials than a search can do, so that the time ends it."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What all searches have in common."""
+    """The options that all searches share."""
 
     seconds: float
     subjects: int
@@ -78,7 +78,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Search:
-    """What one search found, and when. Times are seconds from its first training step."""
+    """The result of one search. Times are seconds from its first training step."""
 
     method: str
     seed: int
@@ -94,23 +94,23 @@ class Search:
 
     @property
     def best(self) -> float:
-        """The best in the end; infinite where nothing was completed."""
+        """The final best value; infinite if no trial was completed."""
         return min((value for _, value in self.found), default=math.inf)
 
     def time_to(self, target: float) -> float:
-        """Seconds until a trial was completed that is as good as `target`; infinite if none was."""
+        """Seconds until a trial as good as `target` was completed; infinite if there was none."""
         return min((at for at, value in self.found if value <= target), default=math.inf)
 
 
 class CellObjective:
-    """What plain Optuna minimises: the mean MAE over the cells, cell after cell, as a slot's trial does it."""
+    """The objective for plain Optuna: the mean MAE over the cells, one cell after another, as in a trial of a slot."""
 
     def __init__(self, search: ResolvedSearch, subjects: Subjects, cells: list[dict[str, int]]) -> None:
         self.search, self.subjects, self.cells = search, subjects, cells
         self.first_step: float | None = None
 
     def __call__(self, trial: optuna.Trial) -> float:
-        """The trial's value, in years; TrialPruned where the study's pruner says so."""
+        """The value of the trial, in years; TrialPruned if the pruner of the study stops it."""
         settings = resolve(merge(self.search.base, self.search.space(trial)))
         values: list[float] = []
         for index, cell in enumerate(self.cells):
@@ -123,7 +123,7 @@ class CellObjective:
         return statistics.mean(values)
 
     def _train(self, trial: optuna.Trial, training: CellTraining, *, is_first: bool) -> float:
-        """One cell to its end; in the first one the pruner is asked after every epoch."""
+        """Train one cell to its end; in the first cell the pruner is asked after every epoch."""
         epochs = training.settings.training.epochs
         while training.epoch < epochs:
             row = training.run_epoch()
@@ -163,14 +163,15 @@ def in_one_process(
 
 
 def use_fastest_threads(objective: CellObjective, cores: int) -> int:
-    """Have torch use one thread, or one for each core: on small volumes more threads can be slower."""
+    """Let torch use one thread, or one for each core, because more threads can be slower on small volumes."""
     seconds = {}
     for threads in (1, cores):
         torch.set_num_threads(threads)
         training = CellTraining(
-            resolve(objective.plan.base), objective.subjects, Cell(**objective.cells[0]), Place()
+            resolve(objective.search.base), objective.subjects, Cell(**objective.cells[0]), Place()
         )
-        training.run_epoch()  # the first one warms up
+        # The first epoch is for warming up.
+        training.run_epoch()
         seconds[threads] = training.run_epoch()["seconds"]
         training.close()
     fastest = min(seconds, key=lambda threads: seconds[threads])
@@ -179,7 +180,7 @@ def use_fastest_threads(objective: CellObjective, cores: int) -> int:
 
 
 def as_sweep(method: str, seed: int, asked: Asked, cohort: Path, out: Path) -> Search:
-    """The command that users type, in a process of its own."""
+    """The command that users type, in its own process."""
     run, began = out / f"{method}-{seed}", time.time()
     options = {
         "--out": run, "--trials": MANY_TRIALS, "--folds": asked.folds, "--slots": asked.slots,
@@ -209,7 +210,7 @@ METHODS: dict[str, Callable[[str, int, Asked, Path, Path], Search]] = {
 def _search(
     method: str, seed: int, asked: Asked, study: optuna.Study, first_step: float, began: float, threads: int
 ) -> Search:
-    """What a study says of its search, up to the end of its seconds."""
+    """The search of a study, without trials that ended after its time."""
     ended = [
         (trial.datetime_complete.timestamp() - first_step, trial)
         for trial in study.get_trials(deepcopy=False)
@@ -230,7 +231,7 @@ def _run_command(words: list[str]) -> None:
 
 
 def all_searches(asked: Asked, seeds: int, methods: list[str], out: Path, console: Console) -> list[Search]:
-    """Every search of every seed, read from `out` where it is there already."""
+    """Every search of every seed; a search whose file is in `out` is read from it."""
     cohort = out / "cohort"
     _run_command(
         ["phantom", str(cohort), "--subjects", str(asked.subjects), "--spacing", f"{asked.spacing:g}"]
@@ -251,14 +252,14 @@ def all_searches(asked: Asked, seeds: int, methods: list[str], out: Path, consol
 
 
 def targets(searches: list[Search]) -> dict[str, float]:
-    """The values raced for among the searches of one seed, in years."""
+    """The targets for the searches of one seed, in years."""
     bests = {search.method: search.best for search in searches}
     values = {"worst final best": max(bests.values()), "random's final best": bests.get("random", math.inf)}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def print_tables(searches: list[Search], console: Console) -> None:
-    """Every search, then how long a sweep takes relative to the others."""
+    """Print every search, then the time of a sweep relative to the others."""
     by_seed = {seed: [each for each in searches if each.seed == seed] for seed in {s.seed for s in searches}}
     names = list(targets(searches))
     table = Table(
@@ -283,7 +284,7 @@ def print_tables(searches: list[Search], console: Console) -> None:
             )
             for name in names:
                 if each.method != "sweep" and ("sweep", name) in times:
-                    # who never got there would have needed more than all the seconds
+                    # A search that never reached the target would have needed more than the whole time.
                     ratio = times["sweep", name] / min(times[each.method, name], each.asked["seconds"])
                     ratios.setdefault((each.method, name), []).append(ratio)
     console.print(table)

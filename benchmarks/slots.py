@@ -1,13 +1,13 @@
-"""What a trial costs beside its training: slots, against a TorchTrainer per trial.
+"""The cost of a trial without its training: slots against one TorchTrainer per trial.
 
     python -m benchmarks.slots
 
-Both run equal one-epoch trials (a small encoder on random volumes), one after another, in one Ray session. The
-slot is driven by everything a sweep has (study in a journal file, TPE, ASHA, display, TensorBoard); the nesting
-by Tune's own grid, which costs next to nothing.
+Both run equal trials of one epoch (a small encoder on random volumes), one after another, in one Ray session. The slot
+runs with every part of a sweep (study in a journal file, TPE, ASHA, display, TensorBoard); the nested trainers run with
+the grid of Tune, which takes almost no time.
 
-"between trials" is all that passes from the end of one trial's training to the first step of the next. What
-comes before the first step of all, and after the last, is paid once; "all in" spreads it over the trials.
+"between trials" is the whole time from the end of the training of one trial to the first step of the next one. The time
+before the very first step, and after the last one, is spent once; "all in" distributes it over the trials.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SLOT, NESTED = "slot", "TorchTrainer per trial"
 
 @dataclass(frozen=True)
 class Overhead:
-    """Where the seconds of one pattern went that were not spent in training loops."""
+    """The seconds of one pattern that were not spent in training loops."""
 
     gaps: list[float]
     """From the end of each trial's loop to the next one's first step."""
@@ -52,12 +52,12 @@ class Overhead:
 
     @property
     def all_in(self) -> float:
-        """Seconds per trial, with what is paid once."""
+        """Seconds per trial, with the time that is spent once."""
         return (self.before + sum(self.gaps) + self.after) / (len(self.gaps) + 1)
 
 
 def train_one_epoch(config: dict[str, str]) -> None:
-    """A trial's whole work; notes in `config["log"]` when its first step began and its last one ended."""
+    """The whole work of a trial; it notes in `config["log"]` when its first step began and its last step ended."""
     began = time.time()
     model = build("resnet18", width=0.125)
     optimiser = torch.optim.Adam(model.parameters())
@@ -70,7 +70,7 @@ def train_one_epoch(config: dict[str, str]) -> None:
 
 
 def make_runner(log: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What a slot's worker runs."""
+    """The runner of a worker in a slot."""
 
     def run(assignment: dict[str, Any]) -> dict[str, Any]:
         train_one_epoch({"log": log})
@@ -80,7 +80,7 @@ def make_runner(log: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def nested(config: dict[str, Any], log: str, storage: str) -> None:
-    """The documented nesting: a function trainable that runs a TorchTrainer."""
+    """The pattern in the documentation of Ray: a function trainable that runs a TorchTrainer."""
     TorchTrainer(
         train_one_epoch,
         train_loop_config={"log": log},
@@ -101,7 +101,7 @@ def run_in_slot(folder: Path, log: Path, trials: int) -> None:
 
 
 def run_nested(folder: Path, log: Path, trials: int) -> None:
-    """All trials, each with a TorchTrainer of its own."""
+    """All trials, each with its own TorchTrainer."""
     trainable = tune.with_parameters(nested, log=str(log), storage=str(folder))
     tune.Tuner(
         tune.with_resources(trainable, DRIVER_RESOURCES),
@@ -112,7 +112,7 @@ def run_nested(folder: Path, log: Path, trials: int) -> None:
 
 
 def measure(run: Callable[[Path, Path, int], None], folder: Path, trials: int) -> Overhead:
-    """What `trials` trials cost beside their training."""
+    """The cost of `trials` trials without their training."""
     folder.mkdir()
     log, started = folder / "log.jsonl", time.time()
     run(folder, log, trials)

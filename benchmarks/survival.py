@@ -2,8 +2,9 @@
 
     python -m benchmarks.survival --kills 10
 
-A finished trial is lost or repeated if what the study says of it changes after a kill; a finished epoch, if its
-row in the trial's history does (each row carries the time of its first step, so a repeated epoch shows).
+A finished trial is lost or repeated if its record in the study changes after a kill. A finished epoch is lost or
+repeated if its row in the history of the trial changes; each row has the time of its first step, so a repeated epoch is
+visible.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ SMALL = {
     "objective.neighbours": "null",
 }  # fmt: skip
 STARTING_SHARE = 0.25
-"""Share of the kills that come while the driver starts, up to `STARTING_S` from its first instruction."""
+"""The share of kills during the start of the driver, up to `STARTING_S` seconds after its first instruction."""
 STARTING_S, TRAINING_S = 20.0, 5.0
-"""The others come up to `TRAINING_S` after the driver's first epoch is on disk: a trial lasts about as long."""
+"""The other kills come up to `TRAINING_S` seconds after the first epoch is on disk, about the duration of a trial."""
 
 History = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL of a driver, what stood at that moment, and what of it was different in the end."""
+    """One SIGKILL of a driver: the state at that moment, and the differences to the state at the end."""
 
     after_s: float
     """From the driver's start."""
@@ -59,7 +60,7 @@ class Kill:
 
 
 def write_cohort(folder: Path, subjects: int = 30) -> Path:
-    """Noise with a brightness that falls with age; what is learnt does not matter here."""
+    """A cohort of noise whose brightness falls with age; what the trials learn does not matter here."""
     generator = np.random.default_rng(0)
     writer = CohortWriter(
         folder, name="noise", channels=("stiffness",), shape=(12, 12, 12), spacing=8.0, affine=np.eye(4),
@@ -74,14 +75,14 @@ def write_cohort(folder: Path, subjects: int = 30) -> Path:
 
 
 def campaign(folder: Path, kills: int, seed: int, starting_share: float = STARTING_SHARE) -> list[Kill]:
-    """Start a sweep in `folder`/run, kill it `kills` times, let it end, and say of each kill what it cost.
+    """Start a sweep in `folder`/run, kill it `kills` times, let it end, and return the cost of each kill.
 
-    A resume follows its kill at once, while what Ray left of the killed driver is still ending.
+    The sweep is resumed directly after a kill, while the processes of the killed Ray session are still ending.
 
     Args:
-        folder: where cohort and run are written.
-        kills: how often; fewer happen if the sweep ends before.
-        seed: of the moments.
+        folder: the folder for the cohort and the run.
+        kills: the number of kills; there are fewer if the sweep ends before.
+        seed: the seed for the moments of the kills.
         starting_share: see `STARTING_SHARE`.
     """
     generator = random.Random(seed)
@@ -99,7 +100,8 @@ def campaign(folder: Path, kills: int, seed: int, starting_share: float = STARTI
                 time.sleep(0.05)
             time.sleep(generator.uniform(0, TRAINING_S))
         if driver.poll() is not None:
-            break  # it came to its end
+            # The sweep has ended by itself.
+            break
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         seen.append((time.time() - began, _finished(run), _histories(run), _unfinished(run)))
@@ -111,7 +113,7 @@ def campaign(folder: Path, kills: int, seed: int, starting_share: float = STARTI
 
 
 def complete(run: Path) -> dict[str, Any]:
-    """What a sweep killed or not must leave: trials as asked, each epoch of each fold once, in order."""
+    """Whether the run is complete: all trials, and each epoch of each fold once, in order."""
     wanted = [[fold, epoch] for fold in range(FOLDS) for epoch in range(1, EPOCHS + 1)]
     histories = _histories(run)
     visited = [[[row["fold"], row["epoch"]] for row in histories[f"{n:04d}"]] for n in range(TRIALS)]
@@ -125,7 +127,7 @@ def complete(run: Path) -> dict[str, Any]:
 
 
 def _command(run: Path) -> list[str]:
-    """Begin the sweep, or resume it as soon as there is something to resume."""
+    """The command that begins the sweep, or resumes it if it has begun."""
     brainsweep = [sys.executable, "-m", "distributed"]
     if (run / "splits.csv").exists():
         return [*brainsweep, "resume", str(run)]
@@ -143,7 +145,8 @@ def _study(run: Path) -> optuna.Study:
 def _trials(run: Path) -> list[optuna.trial.FrozenTrial]:
     try:
         return _study(run).get_trials() if (run / "study.journal").exists() else []
-    except KeyError:  # killed between the journal and the study in it
+    # The driver was killed after it made the journal, and before it made the study in it.
+    except KeyError:
         return []
 
 

@@ -1,7 +1,7 @@
-"""Views at 91 x 109 x 91 on one thread, volume by volume against MONAI's transforms: `python -m benchmarks.views`.
+"""Views at 91 x 109 x 91 on one thread, one volume after another, against MONAI: `python -m benchmarks.views`.
 
-Ours and theirs take turns in one process; the median of the repeats counts, as volumes per second of processor time,
-and the ratio of the two. A dash: MONAI has nothing of the kind.
+Ours and theirs take turns in one process. The table has the median of the repeats, as volumes per second of processor
+time, and the ratio of the two. A dash means that MONAI has no such transform.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Case = Callable[[], object]
 
 
 def brains() -> torch.Tensor:
-    """(B, 1, 91, 109, 91), zeros outside an ellipsoid with about a brain's share of the grid."""
+    """(B, 1, 91, 109, 91): zeros outside an ellipsoid that fills about as much of the grid as a brain."""
     squares = torch.meshgrid(*(torch.linspace(-1, 1, side) ** 2 for side in GRID), indexing="ij")
     inside = sum(squares) < 0.7
     return torch.randn(SUBJECTS, 1, *GRID, generator=torch.Generator().manual_seed(0)) * inside
@@ -54,13 +54,13 @@ def ours(volumes: torch.Tensor, **settings: object) -> Case:
 
 
 def theirs(volumes: torch.Tensor, *transforms: Callable[[torch.Tensor], torch.Tensor]) -> Case:
-    """The same with MONAI, and the results put together in one batch."""
+    """The same with MONAI; the results are stacked to one batch."""
     view = Compose(transforms)
     return lambda: torch.stack([view(volume) for volume in volumes])
 
 
 def comparisons(volumes: torch.Tensor) -> list[tuple[str, Case, Case | None]]:
-    """What is compared: its name, ours, MONAI's."""
+    """The comparisons: name, our view, the transform of MONAI."""
     cubes = torch.nn.functional.pad(volumes, (0, 5, 0, 0, 0, 5))[:, :, :, 6:102].contiguous()
     rows = range(len(volumes))
     radians = 15 / 180 * torch.pi
@@ -71,7 +71,7 @@ def comparisons(volumes: torch.Tensor) -> list[tuple[str, Case, Case | None]]:
         translate_range=[4] * 3,
         padding_mode="zeros",
     )
-    # as many holes as cover 15 % on average with sides of 5 to 25 %
+    # So many holes that they cover 15 % on average, with sides of 5 to 25 %.
     holes = RandCoarseDropout(
         holes=2, max_holes=95, spatial_size=[5] * 3, max_spatial_size=[23] * 3, fill_value=(0.0, 1.0), prob=1
     )
@@ -105,7 +105,7 @@ def comparisons(volumes: torch.Tensor) -> list[tuple[str, Case, Case | None]]:
 
 
 def seconds(case: Case) -> float:
-    """Processor time of one batch: on one thread that is its time on a machine with nothing else to do."""
+    """Processor time of one batch: on one thread it is the wall-clock time on an idle machine."""
     started = time.process_time()
     case()
     return time.process_time() - started

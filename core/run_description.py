@@ -1,7 +1,7 @@
-"""run.json: what a run was asked, with what, by which code and on which cohort; and where that cohort is now.
+"""run.json: the request of a run, its settings, its code and its cohort; and where this cohort is now.
 
-A field that a version did not write has a default, so runs of every version can be read. A field that this version
-does not know is kept as it is.
+A field that an older version did not write has a default, so runs of every version can be read. A field that this
+version does not know is kept unchanged.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class _Part(BaseModel):
 
 
 class CohortOfRun(_Part):
-    """The cohort that a run was made on."""
+    """The cohort of a run."""
 
     path: str = ""
-    """Its address when the run began; its new place once it was found there."""
+    """Its address when the run began; later its new place, if it was found at another one."""
     from_run: str | None = None
-    """Its place as seen from the run's folder, so that both can move together."""
+    """Its path relative to the folder of the run, so that both can be moved together."""
     n: int | None = None
-    """Scans."""
+    """The number of scans."""
     name: str = ""
     hash: str = ""
     synthetic: bool = False
@@ -48,7 +48,7 @@ class CodeVersion(_Part):
     """The source code of a run; two runs with the same `sources` were made by the same code."""
 
     commit: str = ""
-    """Twelve digits; empty where the code was not a checkout of its own."""
+    """Twelve digits; empty if the code was not a checkout of its own."""
     dirty: bool = False
     """Whether a checkout had changes that were not committed."""
     sources: str = ""
@@ -63,20 +63,20 @@ class BestTrial(_Part):
 
 
 class SearchChange(_Part):
-    """A change of what is searched, made on purpose by `resume --change-search`."""
+    """A change of the search, made by `resume --change-search`."""
 
     when: str
     what: tuple[str, ...]
     """One phrase for each thing that changed."""
     after_trials: int = 0
     holdout_seen: bool = False
-    """Whether the held-out subjects had been looked at before."""
+    """Whether the held-out subjects had been used before."""
     inside: int | None = None
-    """Earlier trials that lie inside the new space; None where the space did not change."""
+    """The number of earlier trials inside the new space; None if the space did not change."""
     outside: tuple[int, ...] = ()
-    """The numbers of those that do not."""
+    """The numbers of the earlier trials outside the new space."""
     dropped: int = 0
-    """Trials that waited to be run and that the new space does not have."""
+    """The number of enqueued trials that the new space does not contain."""
 
 
 class RunDescription(_Part):
@@ -85,7 +85,7 @@ class RunDescription(_Part):
     kind: str = "sweep"
     """sweep or train."""
     command: str = ""
-    """As it was typed."""
+    """The command as it was typed."""
     created: str = ""
     """ISO 8601, UTC."""
     begun: bool = True
@@ -96,35 +96,35 @@ class RunDescription(_Part):
     code: CodeVersion | None = None
     cohort: CohortOfRun | None = None
     settings: dict[str, object] = {}
-    """The published configuration with the user's changes: where every trial starts from."""
+    """The published configuration with the changes of the user, from which every trial starts."""
     sweep: dict[str, JsonValue] = {}
-    """The request, by the names of its options."""
+    """The request: values by the names of the options."""
     study: str = STUDY
     changes: tuple[SearchChange, ...] = ()
     best: BestTrial | None = None
     ended: str | None = None
     """Why the search ended before its last trial."""
     searched: dict[str, list[str]] | None = None
-    """Every searched setting, and the distributions that it has somewhere in the space."""
+    """Every searched setting, and the distributions that it has in parts of the space."""
     refitted: int | None = None
-    """The number of the trial whose settings the folder `refits/winner` holds."""
+    """The number of the trial whose refit is in the folder `refits/winner`."""
     evolved: bool = False
-    """Whether the population is through, and what it found is enqueued."""
+    """Whether the population has ended, and the schedule that it found is enqueued."""
 
     @property
     def objectives(self) -> list[str]:
-        """What the search minimises; the first is a trial's value."""
+        """The objectives, which the search minimises; the first one is the value of a trial."""
         recorded = self.sweep.get("objectives")
         return [str(name) for name in recorded] if isinstance(recorded, list) and recorded else ["mae"]
 
 
 def find_cohort(run: Path, recorded: CohortOfRun | None, given: str | Path | None = None) -> Cohort:
-    """The cohort of a run: at `given`, else where it was, else where it was as seen from the run's folder.
+    """Find the cohort of a run: at `given`; without `given` at its recorded place, or at its path relative to the run.
 
-    A run that was copied or mounted elsewhere with its cohort beside it finds it so.
+    So a run that was copied or mounted at another place, together with its cohort, finds the cohort.
 
     Raises:
-        UserError: the cohort is at none of these places, or what is there is another cohort.
+        UserError: the cohort is at none of these places, or another cohort is there.
     """
     recorded = recorded or CohortOfRun()
     beside = os.path.normpath(run / (recorded.from_run or recorded.path or "."))

@@ -18,7 +18,7 @@ AGES = (22, 28, 34, 72, 78, 84)
 
 
 def main() -> None:
-    """Draw the subjects of the default cohort who are nearest to AGES."""
+    """Draw the subjects of the default cohort whose ages are nearest to AGES."""
     settings = PhantomSettings(spacing=2.0, channels=("t1w", "stiffness"))
     ages = phantom_participants(settings)["age"]
     nearest = [int(np.argmin(abs(ages - age))) for age in AGES]

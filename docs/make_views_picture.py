@@ -1,7 +1,7 @@
 """Draw docs/views.png: a phantom brain, and one example of every kind of view.
 
-Run `python docs/make_views_picture.py` from the root of the repository (half a minute). A bright spot, added to
-the left half, shows which way round a brain is; of 24 epochs the one is drawn in which a view changes most.
+Run `python docs/make_views_picture.py` from the root of the repository (half a minute). A bright spot in the left half
+shows the orientation of the brain. Of 24 epochs the picture shows the one in which a view changes most.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ VIEWS: list[tuple[str, int, dict[str, object]]] = [
 
 
 def main() -> None:
-    """Draw every view of the first phantom, an epoch in which it shows."""
+    """Draw every view of the first phantom, in an epoch in which its effect is visible."""
     brains = torch.stack([phantom_t1w(index) for index in range(2)])
     panels = [
         (label, most_changed(brains[:1], axis, ViewSettings.model_validate({"count": 1, **settings})))

@@ -83,6 +83,10 @@ def test_the_commands_are_these_and_no_others():
         ),
         (["sweep", "COHORT", "--folds", "1"], "--folds: Input should be greater than or equal to 2, got 1"),
         (["sweep", "COHORT", "--holdout", "2"], "--holdout: Input should be less than 1, got 2.0"),
+        (
+            ["sweep", "COHORT", "--data-mode", "ram"],
+            "--data-mode: Input should be 'auto', 'resident', 'streaming' or 'direct', got 'ram'",
+        ),
         (["sweep", "COHORT", "--scheduler", "ashaa"], "did you mean 'asha'"),
         (["sweep", "COHORT", "--sampler", "tpee"], "did you mean 'tpe'"),
         (["sweep", "COHORT", "--set", "objective.widht=2"], "did you mean 'objective.width'"),

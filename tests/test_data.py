@@ -144,8 +144,6 @@ def test_a_resident_cohort_in_other_processes_and_what_fits(cohort, tmp_path, mo
         assert type(hold(cohort)) is Direct
         with pytest.raises(UserError, match="does not fit"):
             hold(cohort, "resident")
-        with pytest.raises(UserError, match="unknown data mode 'ram'"):
-            hold(cohort, "ram")
 
         damaged = write_small_cohort(tmp_path / "damaged")
         with h5py.File(next((damaged.folder / "shards").glob("*.h5")), "r+") as shard:

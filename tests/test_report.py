@@ -21,12 +21,11 @@ from core.report import page as page_module
 from core.report.answer.describe import describe
 from core.report.answer.findings import caveats, headline, importance_note
 from core.report.answer.importance import importances_of, unassessed_settings
-from core.report.answer.record import NothingToShow, RunRecord
+from core.report.answer.record import NothingToShow, RunRecord, read_run
 from core.report.answer.tables import (
     holdout_table,
     leaderboard,
     print_leaderboard,
-    read_run,
     winner_beside_published,
 )
 from core.report.answer.verdict import beating_the_median, compare, verdict

@@ -109,11 +109,11 @@ def test_whatever_changes_the_search_is_named_and_budgets_do_not(place, cohort):
     assert changed(trials=30) == ["20 trials become 30"]
     assert changed(changes={"views.noise": 0.1}) == [
         "views.noise is fixed at 0.1",
-        "searched otherwise or no longer: views.noise",
+        "searched differently or no longer: views.noise",
     ]
     (place / "mine.py").write_text(SPACE.replace("1e-2", "1e-1"))  # the file was edited meanwhile
     try:
-        assert changed() == ["searched otherwise or no longer: optimiser.learning_rate"]
+        assert changed() == ["searched differently or no longer: optimiser.learning_rate"]
     finally:
         (place / "mine.py").write_text(SPACE)
 

@@ -111,7 +111,7 @@ def test_another_space_on_purpose_then_the_hours_are_used_up(swept):
     assert "views.noise is fixed at 0.1; 6 trials become 60" in refused.stderr
     elsewhere = run("resume", "run", "--set", "training.epochs=3", "--change-search", cwd=folder.parent)
     assert elsewhere.returncode == 2
-    assert "training.epochs=3 is no setting that this run searches" in elsewhere.stderr
+    assert "training.epochs=3 is not a setting that this run searches" in elsewhere.stderr
 
     done = run("resume", "run", *narrower, "--change-search", cwd=folder.parent)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
-"""Sources of volumes that need no Ray: this process's memory, and the shards themselves.
+"""Volumes without Ray: from the memory of this process, or from the shards.
 
-All sources give the same bytes for the same rows; they differ in speed and in what they need.
+All implementations of `Volumes` give the same bytes for the same rows; they differ in speed and in what they need.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ Stored = npt.NDArray[Any]
 
 
 class Volumes(Protocol):
-    """A cohort's volumes, wherever they are."""
+    """The volumes of a cohort, wherever they are."""
 
     def read(self, rows: Rows, out: Stored | None = None) -> Stored:
-        """The stored volumes of `rows`, in the order asked; into `out` where it is given and that is faster.
+        """The stored volumes (n, C, X, Y, Z) of `rows`, in their order; in `out` if it is given and this is faster.
 
         Raises:
-            UserError: a volume is damaged; names shard, row and subject.
+            UserError: a volume is damaged; the message names the shard, the row and the subject.
         """
 
     def moments(self, rows: Rows) -> Moments:
-        """Moments (n, C, 3) of the real values of `rows`: what intensity statistics are fitted from."""
+        """Moments (n, C, 3) of the real values of `rows`, from which intensity statistics are computed."""
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A cohort held by this very process: for `train` without Ray, and for debugging."""
+    """A cohort in the memory of this process: for `train` without Ray, and for debugging."""
 
     volumes: Stored
     scales: npt.NDArray[np.float32]
 
     @classmethod
     def of(cls, cohort: Cohort) -> InMemory:
-        """Read the whole cohort, as it is stored."""
+        """Read the whole cohort in its stored type."""
         rows = np.arange(len(cohort))
         return cls(cohort.read_stored(rows), cohort.scales(rows))
 
@@ -59,7 +59,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Direct:
-    """A cohort that every worker reads from its shards by itself."""
+    """A cohort whose shards every worker reads itself."""
 
     address: str
     known: Moments
@@ -75,7 +75,7 @@ class Direct:
 
 
 def gather(volumes: Sequence[Stored], out: Stored | None = None) -> Stored:
-    """The `volumes` as one array (n, C, X, Y, Z), in `out` if given: fresh pages cost more than the copy."""
+    """The `volumes` as one array (n, C, X, Y, Z), in `out` if given: new memory pages cost more than the copy."""
     if out is None:
         return np.stack(volumes)
     for place, volume in enumerate(volumes):

@@ -1,4 +1,4 @@
-"""Where volumes may wait for the workers; see `hold`."""
+"""Where the volumes of a cohort are kept during a sweep; see `hold`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The plan: which rows an epoch visits in which order, and what each worker takes of them. No Ray, no voxels.
+"""The plan: which rows an epoch visits in which order, and which of them each worker takes. No Ray, no voxels.
 
-The order is a pure function of (seed, epoch, number of workers): one worker or eight see the same batches,
+The order is a pure function of (seed, epoch, number of workers). One worker or eight workers see the same batches,
 split among them, whether the volumes come from memory, from disk or from a stream.
 """
 
@@ -16,24 +16,24 @@ import pyarrow as pa
 Rows = npt.NDArray[np.int64]
 
 READS = pa.schema([("epoch", pa.int64()), ("rows", pa.list_(pa.int64())), ("sizes", pa.list_(pa.int64()))])
-"""One line per read: the rows of several batches one after the other, and how many rows each batch has."""
+"""One line per read: the rows of several consecutive batches, and the number of rows in each batch."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All batches that one worker takes of a cell's training. Costs nothing until an epoch is asked for.
+    """The part of one worker in all batches of a cell's training. It costs nothing until an epoch is asked for.
 
-    What it holds grows with the rows alone (8 bytes each), not with the epochs: an epoch's order is worked
-    out when it comes, in time and memory in proportion to the rows.
+    Its memory grows with the rows only (8 bytes each), not with the epochs. The order of an epoch is computed when the
+    epoch begins; this takes time and memory in proportion to the rows.
     """
 
     rows: Rows
-    """Rows of the manifest to train on: a fold is a selection of rows, no volume is copied for it."""
+    """Rows of the manifest to train on. A fold is a selection of rows; no volume is copied for it."""
     batch_size: int
     """Rows per step, over all workers."""
     seed: int
     epochs: range
-    """The epochs to run, counted from 1; one that continues starts later."""
+    """The epochs to run, counted from 1; a training that is continued starts later."""
     rank: int = 0
     workers: int = 1
     drop_last: bool = False
@@ -51,7 +51,7 @@ class Plan:
             yield from self.epoch(epoch)
 
     def reads(self, epoch: int, rows_per_read: int) -> pa.Table:
-        """The batches of `epoch`, one line per read (`READS`), as many batches to a read as fit `rows_per_read`."""
+        """The batches of `epoch`, one line per read (`READS`); as many batches per read as fit into `rows_per_read`."""
         batches = self.epoch(epoch)
         sizes = np.array([len(batch) for batch in batches])
         together = max(1, rows_per_read // int(sizes.max()))
@@ -68,10 +68,10 @@ class Plan:
 def epoch_batches(
     rows: Rows, batch_size: int, seed: int, epoch: int, workers: int = 1, *, drop_last: bool = False
 ) -> list[Rows]:
-    """The batches of one epoch: a permutation of `rows`, cut into `batch_size`.
+    """The batches of one epoch: a permutation of `rows`, cut into parts of `batch_size`.
 
-    The last batch is kept, as in the references, unless `drop_last` and there is a whole one. One that
-    would leave a worker fewer than two subjects (nothing to contrast, no batch statistics) joins the batch
+    An incomplete last batch is kept, as in the references; `drop_last` leaves it out if there is a complete batch. A
+    last batch that gives a worker fewer than two subjects (nothing to contrast, no batch statistics) joins the batch
     before it.
     """
     order = np.random.default_rng((seed, epoch)).permutation(np.asarray(rows))
@@ -91,7 +91,7 @@ def share(rows: Rows, rank: int, workers: int) -> Rows:
 
 
 def chunks(rows: Sequence[int] | Rows, size: int) -> Iterator[Rows]:
-    """`rows` in order, `size` at a time."""
+    """`rows` in their order, in parts of `size`."""
     rows = np.asarray(rows)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

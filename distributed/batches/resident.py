@@ -1,4 +1,4 @@
-"""A cohort in Ray's object store: read once per node, used by every trial on the node without a copy."""
+"""A cohort in Ray's object store: read once per node, and used by every trial on the node without a copy."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from distributed.batches.in_process import (
 from distributed.batches.plan import Rows, chunks
 
 BLOCK_BYTES = 4 * 2**20
-"""Smaller objects cost more calls, and below 100 kB Ray keeps them in the memory of one process."""
+"""Smaller objects cost more calls, and Ray keeps objects below 100 kB in the memory of one process."""
 
 _BLOCKS: dict[ray.ObjectRef[Stored], Stored] = {}
-"""The blocks that this process has mapped: held, so that they are never evicted under it."""
+"""The blocks that this process has mapped. It keeps them, so that Ray does not evict them while they are used."""
 
 
 @dataclass(frozen=True)
 class Resident:
-    """A cohort in the object store, in blocks of consecutive rows: workers on a node read the same memory.
+    """A cohort in the object store, in blocks of consecutive rows; all workers on a node read the same memory.
 
-    A block that is lost with its node, or evicted, is read again by its task when somebody asks for it.
+    If a block is lost with its node, or evicted, its task reads it again when a worker asks for it.
     """
 
     references: tuple[ray.ObjectRef[Stored], ...]
@@ -69,9 +69,9 @@ class Resident:
 
 
 def scan(cohort: Cohort) -> Moments:
-    """Moments (rows, C, 3) of a cohort that is not held: one pass over its shards, in parallel.
+    """Moments (rows, C, 3) of a cohort that does not stay in memory: one pass over its shards, in parallel.
 
-    Every volume is held against its checksum on the way, so damage shows before the first trial begins.
+    Every volume is compared with its checksum, so damage is found before the first trial begins.
 
     Raises:
         UserError: a shard is damaged.
@@ -94,8 +94,8 @@ def _read_blocks(address: str, blocks: list[Rows]) -> list[list[ray.ObjectRef[St
     return pairs
 
 
-# Ray rebuilds a lost block by running its task again, as often as it takes: on no CPU, because slots hold them all by
-# then, and whoever asked for the block would wait for ever.
+# Ray restores a lost block by running its task again, as often as needed. The task needs no CPU: the slots hold all
+# CPUs by then, so a worker that asks for the block would wait for ever.
 @ray.remote(num_cpus=0, num_returns=2, max_retries=-1, scheduling_strategy="SPREAD")
 def _read_block(address: str, rows: Rows) -> tuple[Stored, Moments]:
     return read_with_moments(opened(address), rows)
@@ -107,7 +107,7 @@ def _scan_block(address: str, rows: Rows) -> Moments:
 
 
 def _outcome(references: list[ray.ObjectRef[Stored]]) -> list[Moments]:
-    """What the tasks return; a UserError from one of them as it was raised."""
+    """The results of the tasks; the UserError of a task is raised again as it was."""
     try:
         return ray.get(references)
     except ray.exceptions.RayTaskError as error:

@@ -1,10 +1,10 @@
-"""A cohort too large to hold: one Ray Data execution reads ahead of a trial's training, in the plan's order.
+"""A cohort that is too large for memory: one Ray Data execution reads ahead of the training, in the plan's order.
 
     epochs ──▶ map_batches(plan: one line per read) ──▶ map_batches(read) ──▶ the worker that trains
 
-The tasks ask for no CPU, because the slots hold them all; how many run at a time is said instead, and how much
-they may have ready bounds the memory. Each line of the table is one read of several batches, so that a shard
-is opened once for many volumes and a block is never cut or joined: the worker maps it without a copy.
+The tasks ask for no CPU, because the slots hold all CPUs. Instead, the number of tasks at a time is set, and the
+amount of data that they may have ready limits the memory. Each line of the table is one read of several batches. So a
+shard is opened once for many volumes, and a block is never cut or joined: the worker maps it without a copy.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from distributed.batches.in_process import Direct, Stored, bytes_of_a_volume, op
 from distributed.batches.plan import Plan
 
 READ_BYTES = 128 * 2**20
-"""Aim of one read task: handing one to a process and its block back costs what reading 20 MB does."""
+"""The aim for one read task: starting it and returning its block takes as long as reading 20 MB."""
 PLAIN_READERS, OTHER_READERS = 1, 2
-"""Read tasks at a time for each worker that trains: plain local shards are read faster than they are handed over,
-and another process only takes turns with the first; shards to be fetched or unpacked are worth two."""
+"""Read tasks at a time for each worker that trains. Plain local shards are read faster than they are delivered, so a
+second process would only wait for the first; for shards that must be fetched or unpacked, two processes pay off."""
 PLAN_BLOCKS = 50
-"""Objects that the epochs are cut into; Ray keeps them until the garbage is collected."""
+"""The number of objects that the epochs are split into; Ray keeps them until Python collects its garbage."""
 READS_AHEAD = 3
-"""Reads, running or ready, that a stream may hold in the object store."""
+"""The number of reads, running or ready, that a stream may keep in the object store."""
 
 _BUFFERS: dict[tuple[str, str], Stored] = {}
 
 
 @dataclass(frozen=True)
 class Streaming(Direct):
-    """A cohort whose training batches are streamed; other passes are read by the worker itself."""
+    """A cohort whose training batches are streamed; for all other passes the worker reads the shards itself."""
 
     def stream(self, plan: Plan) -> Iterator[Stored]:
         """The volumes of every batch of `plan`, in order, as read-only views of shared memory.
 
-        A generator: closing it ends the execution and frees what was read ahead.
+        Closing this generator ends the execution and frees what was read ahead.
 
         Raises:
-            UserError: a volume is damaged; names shard, row and subject.
+            UserError: a volume is damaged; the message names the shard, the row and the subject.
         """
         cohort = opened(self.address)
         rows_per_read = max(1, READ_BYTES // bytes_of_a_volume(cohort))
         shape, dtype = cohort.volume_shape, np.dtype(cohort.description.dtype)
         with DataContext.current(_context(READS_AHEAD * rows_per_read * bytes_of_a_volume(cohort))):
             tables: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-            # Read where the volumes are needed.
+            # Read on the node where the volumes are needed.
             here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
             task: dict[str, Any] = tables | {"num_cpus": 0, "label_selector": here}
-            # Not from_arrow: it measures its tables in tasks that wait for a CPU.
+            # Not `from_arrow`: it measures its tables in tasks that would wait for a CPU.
             epochs = ray.data.from_items(
                 [{"epoch": epoch} for epoch in plan.epochs],
                 override_num_blocks=min(len(plan.epochs), PLAN_BLOCKS),
@@ -75,17 +75,19 @@ class Streaming(Direct):
                 **task,
             )
             lines: Any = iter(reads.iter_batches(**tables, prefetch_batches=1))
-        with contextlib.closing(lines):  # at once, not when the garbage is collected
+        # Close the stream at once, and not when Python collects its garbage.
+        with contextlib.closing(lines):
             for line in lines:
                 yield from _batches_of(line, shape, dtype)
 
 
 def _context(memory: int) -> DataContext:
-    """Ray Data told to keep the order, to leave blocks as they are, to hold at most `memory` bytes, to be quiet."""
+    """Options for Ray Data: keep the order, leave blocks as they are, use at most `memory` bytes, print nothing."""
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory)
-    context.target_max_block_size = 1  # every line of a table is a block of its own
+    # Every line of a table becomes a block of its own.
+    context.target_max_block_size = 1
     context.enable_progress_bars = False
     return context
 
@@ -96,9 +98,9 @@ def _plan_reads(epochs: pa.Table, plan: Plan, rows_per_read: int) -> Iterator[pa
 
 
 def _read(line: pa.Table, address: str) -> pa.Table:
-    """The line with its volumes, as bytes: no conversion, and one copy into the object store.
+    """The line with its volumes as bytes: no conversion, and one copy into the object store.
 
-    What is wrong with a volume is handed on in words: Ray Data wraps an exception and loses its cause.
+    A damaged volume is reported as text, because Ray Data wraps an exception and loses its cause.
     """
     rows, damage = line["rows"][0].as_py(), None
     volumes: npt.NDArray[np.generic]
@@ -113,9 +115,9 @@ def _read(line: pa.Table, address: str) -> pa.Table:
 
 
 def _buffer(cohort: Cohort, volumes: int) -> Stored:
-    """Memory to read into, the same in every task of this process: fresh pages take longer than the reading.
+    """Memory to read into, the same for every task of this process: new memory pages take longer than the reading.
 
-    A task begins when the block of the one before it lies in the object store, so nobody reads this any more.
+    A task begins when the block of the task before it is in the object store, so this memory is no longer read.
     """
     key = (cohort.address, cohort.description.hash)
     if key not in _BUFFERS or len(_BUFFERS[key]) < volumes:

@@ -3,12 +3,12 @@
 #
 #   sweep_or_resume.sh RUN COHORT [options of `brainsweep sweep`, without --out and --address]
 #
-# Batch systems start a job again after a node was lost or a time limit was reached: the same line does then.
-# The environment of brainsweep is in PATH, as for `ray`.
+# A batch system may start a job again after a node was lost or a time limit was reached: then the same line continues.
+# The environment of brainsweep must be in PATH, like `ray`.
 set -eu
 run=$1
 shift
-# -P: a core.py in the current folder is not ours.
+# -P: do not import a core.py from the current folder.
 case "$run" in
 *://*) begun() { python -P -m distributed.run.working_copy "$run"; } ;;
 *) begun() { [ -e "$run/run.json" ]; } ;;

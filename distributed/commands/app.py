@@ -39,7 +39,7 @@ app.add_typer(data)
 
 
 def show_version(wanted: bool) -> None:
-    """Print the installed version, or where brainsweep runs from without being installed, and end."""
+    """Print the installed version, or the folder of brainsweep if it is not installed, and end."""
     if not wanted:
         return
     try:
@@ -56,7 +56,7 @@ def options(
         typer.Option("--version", callback=show_version, is_eager=True, help="print the version and exit"),
     ] = False,
 ) -> None:
-    """What may be given before a command."""
+    """Options before a command."""
 
 
 @app.command(
@@ -86,7 +86,7 @@ def sweep(
     request: SweepRequest,
     enqueue: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="list of your configurations, tried after the published one"),
+        typer.Option(metavar="FILE.yaml", help="your own configurations, tried after the published one"),
     ] = None,
     out: Annotated[
         Path | None,
@@ -107,7 +107,7 @@ def sweep(
 @app.command(epilog="Example: brainsweep resume runs/demo")
 @asks(ResumeRequest)
 def resume(run: RunArgument, request: ResumeRequest, address: Address = None) -> None:
-    """Continue an interrupted sweep: no finished trial is repeated, unfinished ones go on from their last epoch."""
+    """Continue an interrupted sweep. Finished trials are not repeated; the others continue from their last epoch."""
     from distributed.sweeps.resume import resume_sweep
 
     resume_sweep(run, request, address, console)
@@ -115,8 +115,9 @@ def resume(run: RunArgument, request: ResumeRequest, address: Address = None) ->
 
 @app.command(epilog="Example: brainsweep report runs/demo")
 def report(run: RunArgument) -> None:
-    """Make the report and the leaderboard of a run again, whatever state the run is in."""
-    from core.report.answer.tables import print_leaderboard, read_run
+    """Make the report and the leaderboard of a run again; the run may be unfinished."""
+    from core.report.answer.record import read_run
+    from core.report.answer.tables import print_leaderboard
     from core.report.page import write_report
     from distributed.run.working_copy import bring_run, send_report
 
@@ -129,7 +130,7 @@ def report(run: RunArgument) -> None:
 
 @app.command(epilog="Example: brainsweep evaluate runs/demo cohorts/other")
 def evaluate(run: RunArgument, cohort: CohortFolder) -> None:
-    """Predict the ages of a cohort with a run's best model, and say how good that is."""
+    """Predict the ages of a cohort with the best model of a run, and measure the error."""
     from distributed.commands.predicting import evaluate_run
     from distributed.run.working_copy import bring_run
 
@@ -159,7 +160,7 @@ def predict(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="also write file and age to this CSV file")] = None,
 ) -> None:
-    """Predict the age of single NIfTI files with a run's best model."""
+    """Predict the age of single NIfTI files with the best model of a run."""
     from distributed.commands.predicting import predict_files
     from distributed.run.working_copy import bring_run
 
@@ -178,7 +179,7 @@ def predict(
 
 
 def main() -> None:
-    """Run the command line; what a person can mend is one line and exit code 2."""
+    """Run the command line. An error that the user can solve is one line and exit code 2."""
     try:
         app()
     except UserError as error:
@@ -188,7 +189,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         Console(stderr=True, soft_wrap=True).print(
-            f"[red]error:[/red] {error.strerror}; nothing finished is lost, and `brainsweep resume RUN` continues",
+            f"[red]error:[/red] {error.strerror}; finished epochs are kept, and `brainsweep resume RUN` continues",
             highlight=False,
         )
         sys.exit(2)

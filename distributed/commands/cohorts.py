@@ -1,4 +1,4 @@
-"""The commands about cohorts: make synthetic brains, ingest scans, describe, look at and verify a cohort."""
+"""The commands for cohorts: make synthetic brains, ingest scans, and describe, inspect and verify a cohort."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def phantom(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the new cohort")],
     settings: PhantomSettings,
     nifti: Annotated[
-        bool, typer.Option("--nifti", help="write a BIDS-like tree of NIfTI files instead")
+        bool, typer.Option("--nifti", help="write a BIDS-like tree of NIfTI files instead of a cohort")
     ] = False,
 ) -> None:
-    """Make synthetic brains with known ageing, from the ICBM152 anatomy. The same cohort already there is reused."""
+    """Make synthetic brains with known ageing, from the ICBM152 anatomy. An equal cohort in OUT is used again."""
     from core.volumes.phantom.cohort import write_phantom_bids, write_phantom_cohort
 
     with progress_bar("making brains") as progress:
@@ -94,14 +94,14 @@ def ingest(
     ] = None,
     mask: Annotated[str | None, typer.Option(help="brain mask that comes with each scan, e.g. mask")] = None,
     age_column: Annotated[
-        str, typer.Option(help="column with the age in years; none: ages are not wanted")
+        str, typer.Option(help="column with the age in years; none: ingest without ages")
     ] = "age",
     spacing: Annotated[float, typer.Option(help="voxel edge in mm")] = 4.0,
     shape: Annotated[
         str | None, typer.Option(help="voxels as X,Y,Z; the MNI field of view if absent")
     ] = None,
     registration: Annotated[
-        bool, typer.Option("--register", help="lay each brain over MNI152 by an affine transform")
+        bool, typer.Option("--register", help="align each brain with MNI152 by an affine transform")
     ] = False,
     intensity: Annotated[
         str,
@@ -110,14 +110,14 @@ def ingest(
         ),
     ] = "zscore",
     dtype: Annotated[StoredType, typer.Option(help="how voxels are stored")] = "float16",
-    storage: Annotated[Storage, typer.Option("--format", help="of the shards")] = "hdf5",
+    storage: Annotated[Storage, typer.Option("--format", help="format of the shards")] = "hdf5",
     compression: Annotated[Compression, typer.Option(help="smaller on disk, slower to read")] = "none",
     strict: Annotated[
         bool, typer.Option("--strict", help="stop at the first subject that cannot be used")
     ] = False,
     address: Address = None,
 ) -> None:
-    """Turn scans into a cohort. What cannot be used is listed, not fatal; the same command goes on after a break."""
+    """Turn scans into a cohort. Unusable scans are listed and left out; after an interruption repeat the command."""
     from core.volumes.images.preprocess import Preprocessing
     from core.volumes.ingest.cohort import ingest as ingest_scans
     from core.volumes.sources import list_scans
@@ -151,7 +151,7 @@ def ingest(
 
 @contextmanager
 def _runner(listing: Listing, address: str | None) -> Iterator[Runner]:
-    """What runs the shard tasks: this process if the scans are few, otherwise Ray."""
+    """The runner of the shard tasks: this process if there are few scans, otherwise Ray."""
     from core.volumes.ingest.cohort import one_after_another
     from distributed.commands.ingest_on_ray import in_parallel, pays
     from distributed.slots.cluster import connect
@@ -184,7 +184,7 @@ def _show_ingest(report: IngestReport, out: Path, said: Sequence[str]) -> None:
 
 @data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep describe cohorts/phantom")
 def describe(cohort: CohortFolder) -> None:
-    """Say what is in a cohort: subjects, ages, sites, grid, intensities, and the error any model must beat."""
+    """Describe a cohort: subjects, ages, sites, grid, intensities, and the error that a model must beat."""
     from core.volumes.cohort.describe import describe as facts_of
     from core.volumes.cohort.reader import Cohort
 
@@ -197,7 +197,7 @@ def describe(cohort: CohortFolder) -> None:
 @data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep quality cohorts/study")
 def quality(
     cohort: CohortFolder,
-    out: Annotated[Path | None, typer.Option(help="the page; COHORT/quality.html if absent")] = None,
+    out: Annotated[Path | None, typer.Option(help="file of the page; COHORT/quality.html if absent")] = None,
 ) -> None:
     """Make a page that shows every scan of a cohort at a glance, the unusual ones first."""
     from core.report.quality.page import write_quality_page

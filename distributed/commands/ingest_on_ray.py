@@ -18,13 +18,13 @@ from core.volumes.ingest.shards import ShardRecord, ShardTask, write_shard_of
 from core.volumes.sources import Listing, Scan, read_image_geometry
 
 PROCESS_BYTES = 500 * 2**20
-"""What a worker holds once it has imported everything."""
+"""The memory of a worker that has imported everything."""
 BYTES_PER_VOXEL = 24
-"""Peak of preparing one scan, per voxel of the larger of file and grid; 16 were measured at 1 mm."""
+"""Peak memory to prepare one scan, per voxel of the larger of file and grid; 16 bytes were measured at 1 mm."""
 SAMPLE = 64
-"""How many headers are looked at to learn how large scans are."""
+"""The number of headers that are read to estimate the size of the scans."""
 LARGE = 2 * 10**8
-"""Voxels that one core prepares in the ten seconds or so that Ray needs to start twice."""
+"""The number of voxels that one core prepares in about ten seconds, in which Ray could start twice."""
 
 Row = dict[str, Any]
 
@@ -32,16 +32,20 @@ Row = dict[str, Any]
 def in_parallel(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
     """A `Runner` for `core.volumes.ingest.ingest`; Ray must have been started.
 
-    Each task takes one core with one thread and the memory of `task_bytes`. A task whose worker dies is run
-    again. Raises the first task's UserError; shards that are being written meanwhile are finished or not
-    begun. Where the iterator is closed, no further task is started.
+    Each task uses one core with one thread and the memory of `task_bytes`. If the worker of a task dies, the task is
+    run again. When a task fails, the other tasks either finish their shard or do not begin it. After the iterator is
+    closed, no further task is started.
+
+    Raises:
+        UserError: of the first task that fails.
     """
     if not tasks:
         return
     memory = task_bytes(tasks)
     rows = [{"task": pickle.dumps(task)} for task in tasks]
     context = DataContext.get_current().copy()
-    context.enable_progress_bars = False  # the caller shows shards, not blocks
+    # The caller shows the progress in shards; Ray Data would show blocks.
+    context.enable_progress_bars = False
     with DataContext.current(context):
         outcomes = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -60,7 +64,7 @@ def in_parallel(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
 
 
 def pays(listing: Listing) -> bool:
-    """Whether a listing is so large that starting Ray for it is made up for; else ingest in this process."""
+    """Whether a listing is so large that Ray saves more time than its start takes."""
     voxels = [_voxels(scan) * len(scan.images) for scan in _sampled(listing.scans)]
     return sum(voxels) / max(len(voxels), 1) * len(listing.scans) > LARGE
 
@@ -82,14 +86,15 @@ def _voxels(scan: Scan) -> int:
     try:
         return math.prod(read_image_geometry(scan.images[0])[0])
     except UserError:
-        return 0  # it will be left out, with its reason
+        # Ingest will leave this scan out, with the reason.
+        return 0
 
 
 def at_a_time(memory: int, tasks: int) -> int:
-    """How many tasks run at once: one per core, as far as memory goes.
+    """The number of tasks at a time: one per core, if there is enough memory.
 
     Raises:
-        UserError: no machine has the memory for a single one.
+        UserError: no machine has the memory for one task.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     slots = [min(int(node.get("CPU", 0)), int(node.get("memory", 0) // memory)) for node in nodes]
@@ -103,7 +108,7 @@ def at_a_time(memory: int, tasks: int) -> int:
 
 
 def _write(row: Row) -> Row:
-    """Run one task; an error travels as text, because Ray Data would print a traceback of it."""
+    """Run one task. An error is returned as text, because Ray Data would print its traceback."""
     _use_one_thread()
     try:
         return {"record": pickle.dumps(write_shard_of(pickle.loads(row["task"]))), "error": ""}
@@ -112,7 +117,7 @@ def _write(row: Row) -> Row:
 
 
 def _use_one_thread() -> None:
-    """Tasks share the cores one each; threads of their own would only wait for one another."""
+    """Every task has one core, so several threads of a task would only wait for one another."""
     import SimpleITK
     import torch
 

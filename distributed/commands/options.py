@@ -1,4 +1,4 @@
-"""What all commands share: the console, arguments that recur, options made of requests, and values in words."""
+"""What all commands share: the console, common arguments, options made from requests, and values as text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from core.errors import UserError
 
-# A log file is no terminal of 80 columns: tables need more.
+# A log file has no width, and 80 columns are not enough for the tables.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
 
 CohortFolder = Annotated[
@@ -30,7 +30,7 @@ CohortFolder = Annotated[
 
 
 def place(text: str) -> Path:
-    """The folder of a run that lies at `text`, a path or an address."""
+    """The folder of the run at `text`, which is a path or an address."""
     if "://" not in text:
         return Path(text)
     from distributed.run.working_copy import place_of_run
@@ -48,7 +48,7 @@ Address = Annotated[
 
 
 def progress_bar(what: str) -> Progress:
-    """A bar that vanishes when it is done."""
+    """A progress bar that disappears when it is done."""
     return Progress(
         TextColumn(what),
         BarColumn(),
@@ -65,11 +65,11 @@ def names(text: str | None) -> tuple[str, ...]:
 
 
 def asks(request: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the fields of `request` as options, and call it with the request that was typed.
+    """Give a command the fields of `request` as options, and call it with the request that the user typed.
 
-    The command has one parameter of the type `request`. A field is an option of its name; its default, its bounds
-    and its description are shown by --help. A tuple is typed comma-separated; a dictionary is `--set NAME=VALUE`,
-    repeatable. What is wrong with a value, the request says itself.
+    The command has one parameter of the type `request`. A field becomes an option with its name; --help shows its
+    default, its bounds and its description. A tuple is typed with commas; a dictionary is `--set NAME=VALUE`, which may
+    be repeated. The request itself checks the values.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -86,7 +86,7 @@ def asks(request: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[.
             values = {name: given.pop(name) for name in request.model_fields}
             command(**given, **{asked: _made(request, values)})
 
-        # Typer reads a command's options from its signature.
+        # Typer reads the options of a command from its signature.
         with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return with_options
 
@@ -94,7 +94,7 @@ def asks(request: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[.
 
 
 def _made(request: type[BaseModel], typed: Mapping[str, object]) -> BaseModel:
-    """The request of the values that were `typed`; UserError where it refuses one of them."""
+    """The request with the values that were `typed`; UserError if it refuses one of them."""
     values = dict(typed)
     for name, field in request.model_fields.items():
         value = typed[name]
@@ -111,7 +111,7 @@ def _made(request: type[BaseModel], typed: Mapping[str, object]) -> BaseModel:
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
-    """The option of a request's field."""
+    """The option for a field of a request."""
     default, kind = field.get_default(call_default_factory=True), field.annotation
     spelled: tuple[str, ...] = ()
     metavar = None
@@ -131,7 +131,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """The bounds of a number, for its help; none where it is only not negative."""
+    """The bounds of a number, for its help; bounds of 0 and 1 are not shown."""
     signs: dict[type, tuple[str, str]] = {
         Ge: ("ge", "at least"),
         Gt: ("gt", "above"),
@@ -148,17 +148,17 @@ def _bounds(field: FieldInfo) -> str:
 
 
 def wrong_option(error: ValidationError) -> UserError:
-    """The first mistake, named by the option it was typed with."""
+    """The first mistake, with the name of its option."""
     first = error.errors()[0]
     option = str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
     words = first["msg"].removeprefix("Value error, ")
-    # Our own checks name the value themselves.
+    # The messages of our own checks contain the value already.
     given = "" if ", got " in words else f", got {first['input']!r}"
     return UserError(f"--{option}: {words}{given}")
 
 
 def readable(value: object) -> str:
-    """A number, list or dict in a table's cell."""
+    """A number, a list or a dictionary as the text of a table cell."""
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{value:.4g}"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A run's best model on new data: `predict` for files, `evaluate` for a cohort."""
+"""The best model of a run on new data: `predict` for files, `evaluate` for a cohort."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distributed.run.folder import RunFolder, open_run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions for a cohort, and what they amount to."""
+    """Predictions for a cohort, and their metrics."""
 
     predictions: pd.DataFrame
     metrics: dict[str, float]
@@ -30,12 +30,19 @@ class Evaluation:
 
 
 def predict_files(run: Path, files: Sequence[Path], masks: Sequence[Path] | None = None) -> pd.DataFrame:
-    """Columns file, predicted (age in years), note: NIfTI files prepared as the run's cohort was, then predicted.
+    """Predict the ages of NIfTI files, which are prepared like the cohort of the run.
 
-    `masks` are the files' brain masks, needed where the cohort was made with such.
+    Args:
+        run: folder of the run.
+        files: one NIfTI file per subject.
+        masks: the brain mask of each file, in their order; needed if the cohort was made with masks.
+
+    Returns:
+        Columns file, predicted (age in years), note (empty, or why the prediction may be wrong).
 
     Raises:
-        UserError: no model, a file that cannot be read, a mask too many or too few, or a model of several channels.
+        UserError: no model, a file that cannot be read, another number of masks than files, or a model of several
+            channels.
     """
     if masks is not None and len(masks) != len(files):
         raise UserError(f"{len(files)} volumes need as many brain masks, got {len(masks)}")
@@ -56,10 +63,10 @@ def predict_files(run: Path, files: Sequence[Path], masks: Sequence[Path] | None
 
 
 def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
-    """Predict a cohort's ages. On the run's own cohort only the held-out subjects are judged.
+    """Predict the ages of a cohort. In the cohort of the run itself only the held-out subjects are judged.
 
     Raises:
-        UserError: no model, or a cohort of another spacing or without the channels.
+        UserError: no model, or a cohort with another spacing or without the channels of the model.
     """
     folder = open_run(run)
     predictor = load_predictor(folder.path / "best")
@@ -87,7 +94,7 @@ def _cohort_of(folder: RunFolder) -> CohortOfRun:
 
 
 def _preprocessing(folder: RunFolder) -> Preprocessing:
-    """The pipeline of the run's cohort; phantoms are made on the grid, in MNI space, with raw intensities."""
+    """The preprocessing of the cohort of the run; phantoms are made on the grid, in MNI space, with raw intensities."""
     cohort = _cohort_of(folder)
     if cohort.synthetic:
         return Preprocessing.model_validate(
@@ -112,7 +119,7 @@ def _check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> Non
 
 
 def _rows_to_judge(folder: RunFolder, cohort: Cohort) -> tuple[np.ndarray, tuple[str, ...]]:
-    """All rows of another cohort; of the run's own, those the model was not trained on."""
+    """All rows of another cohort; in the cohort of the run itself the rows on which the model was not trained."""
     roles = pd.read_csv(folder.path / SPLITS, dtype=str).set_index("subject")["role"]
     if cohort.description.hash == _cohort_of(folder).hash:
         held_out = cohort.manifest["subject"].map(roles).eq("holdout").to_numpy()

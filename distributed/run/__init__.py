@@ -1,1 +1,1 @@
-"""A run's folder: what is in it, who writes to it, and where it lies."""
+"""The folder of a run: what it contains, which process writes to it, and where it lies."""

@@ -1,8 +1,8 @@
-"""Who read which subject first, and when: the record that shows that the search never saw the hold-out.
+"""Which cell used each subject first, and when: the record that shows that the search never saw the hold-out.
 
-Every worker notes the first time that a subject's voxels reach a model, or the statistics that normalise them,
-in a file of its own under RUN/access/. What comes before, reading whole shards into shared memory and against
-their checksums, is no use of a subject and is not noted.
+Every worker writes a file of its own under RUN/access/. It notes the first time that the voxels of a subject reach a
+model, or the statistics for normalisation. Reading whole shards into shared memory and comparing them with their
+checksums comes before; this is not a use of a subject and is not noted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ COLUMNS = ["time", "row", "fold"]
 
 @dataclass
 class AccessRecord:
-    """Notes first reads under `folder`; travels to every worker, which starts with nothing seen."""
+    """Notes the first use of every row in `folder`. Every worker receives a copy that has seen nothing yet."""
 
     folder: Path
     seen: set[int] = field(default_factory=set)
 
     def note(self, rows: Rows, fold: int) -> None:
-        """The cohort's `rows` are used now, by a cell of `fold`."""
+        """Note that a cell of `fold` uses these `rows` of the cohort now."""
         fresh = [row for row in map(int, rows) if row not in self.seen]
         if not fresh:
             return
@@ -45,7 +45,7 @@ class AccessRecord:
 
 
 def read_access(folder: Path) -> pd.DataFrame:
-    """The first use of every row by any process: columns time (seconds since 1970), row, fold; in order of time."""
+    """The first use of every row by any process, in order of time: columns time (seconds since 1970), row, fold."""
     parts = [pd.read_csv(path, names=COLUMNS) for path in sorted(folder.glob("*.csv"))]
     if not parts:
         return pd.DataFrame(columns=COLUMNS)

@@ -1,7 +1,7 @@
-"""A trial as it travels: what it is asked to do, where it lies, and what it answers after every epoch.
+"""A trial as processes pass it on: what it must do, where its folder is, and what it answers after every epoch.
 
-All of it is made of JSON values, so it survives restarts and machines, and a process that only passes it on needs
-nothing else.
+All of it consists of JSON values. So it survives restarts, any machine can read it, and a process that only passes it
+on imports nothing for it.
 """
 
 from __future__ import annotations
@@ -15,43 +15,45 @@ from typing import TYPE_CHECKING, TypedDict
 from distributed.run.working_copy import forget
 
 if TYPE_CHECKING:
-    # At run time it would bring networks and losses into processes that only pass an assignment on.
+    # At run time this would import networks and losses into processes that only pass an assignment on.
     from core.config import Settings
 
 CHECKPOINT = "checkpoint.pt"
 PROGRESS = "progress.json"
 PRUNABLE_EPOCHS = "prunable_epochs"
-"""The key of an answer that schedulers look for: an answer without it is never stopped early."""
+"""The key of an answer that schedulers look for: a trial whose answers do not have it is never stopped early."""
 HOLDOUT = -1
-"""The fold of a refit: trained on all development subjects, judged on the hold-out."""
+"""The fold of a refit, which is trained on all development subjects and judged on the hold-out."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One (fold, seed) of a trial; fold `HOLDOUT` is the refit."""
+    """One (fold, seed) of a trial; a refit has the fold `HOLDOUT`."""
 
     fold: int
     seed: int
 
 
 class Assignment(TypedDict):
-    """A trial as a slot hands it to its workers; made by `assign`."""
+    """A trial as a slot gives it to its workers; `assign` makes it."""
 
     name: str
     folder: str
     settings: Settings
     cells: list[dict[str, int]]
-    """`Cell` by `Cell`, in the order in which they are visited."""
+    """The fields of every `Cell`, in the order in which the cells are trained."""
     keep_model: bool
     prunable: bool
     metric: str
     """The objective that the trial's value is the mean of; see `core.objectives`."""
     begin: str | None
-    """The checkpoint of another trial (or an earlier one of its own) whose weights this one goes on from."""
+    """The checkpoint from which this trial continues: of another trial, or an earlier one of its own."""
     keep_every: int | None
-    """Every so many epochs the checkpoint is also kept, for others to begin from; see `kept_checkpoint`."""
+    """After every so many epochs the checkpoint is also kept, so that other trials can continue from it; see
+    `kept_checkpoint`."""
     spent_before: float
-    """Seconds that this trial spent on what it gave up, less those that others spent on what it began from."""
+    """Seconds that this trial spent on weights that it gave up, minus those that other trials spent on the weights with
+    which it continued."""
 
 
 class EpochRow(TypedDict, total=False):
@@ -72,30 +74,30 @@ class EpochRow(TypedDict, total=False):
     """Seconds since 1970."""
     seconds: float
     spent_seconds: float
-    """As `seconds`, with the judging."""
+    """`seconds`, and the time for judging."""
 
 
 CellRow = dict[str, float]
-"""A finished cell: `fold`, `seed`, `n` (evaluation subjects) and its metrics."""
+"""A finished cell: `fold`, `seed`, `n` (the number of evaluation subjects) and its metrics."""
 
 
 class Answer(EpochRow, total=False):
-    """What a trial says after an epoch: that epoch, and how the trial stands.
+    """What a trial answers after an epoch: the row of this epoch, and the state of the trial.
 
-    Made by `distributed.run.standing.standing`, or by `failed`.
+    `distributed.run.standing.standing` or `failed` makes it.
     """
 
     name: str
     value: float
-    """In the first cell, the metric after this epoch; later the mean over finished cells."""
+    """In the first cell the metric after this epoch; later the mean over the finished cells."""
     sd: float
     n: int
-    """Finished cells."""
+    """The number of finished cells."""
     cells: list[CellRow]
     epochs: int
-    """Done over all cells."""
+    """The epochs done in all cells."""
     prunable_epochs: int
-    """The same, where the trial may be stopped early; see `PRUNABLE_EPOCHS`."""
+    """The same number, present only if the trial may be stopped early; see `PRUNABLE_EPOCHS`."""
     finished: bool
     """Whether all cells are done."""
     done: bool
@@ -103,7 +105,7 @@ class Answer(EpochRow, total=False):
     failed: str
     """Why the trial cannot go on."""
     storage: bool
-    """Whether the storage of the run or the cohort is to blame, on which the next trial would fail alike."""
+    """Whether the storage of the run or of the cohort failed; the next trial would fail in the same way."""
     started_at: float
     previous_end_at: float | None
     """When the worker's last trial ended; seconds since 1970."""
@@ -115,7 +117,7 @@ class Progress(TypedDict):
     history: list[EpochRow]
     cells: list[CellRow]
     answer: Answer | None
-    """The last one, of a trial that has ended."""
+    """The last answer of a trial that has ended; None for all other trials."""
 
 
 def assign(
@@ -128,7 +130,7 @@ def assign(
     metric: str = "mae",
     keep_every: int | None = None,
 ) -> Assignment:
-    """An assignment; the trial is called like its folder."""
+    """An assignment; the trial has the name of its folder."""
     return Assignment(
         name=folder.name, folder=str(folder), settings=settings, cells=cells, keep_model=keep_model,
         prunable=prunable, metric=metric, begin=None, keep_every=keep_every, spent_before=0.0,
@@ -141,7 +143,7 @@ def is_refit(assignment: Assignment) -> bool:
 
 
 def clock(assignment: Assignment, epochs: int) -> Answer:
-    """The epochs done; said again as `PRUNABLE_EPOCHS` where the trial may be stopped early."""
+    """The epochs done; also as `PRUNABLE_EPOCHS` if the trial may be stopped early."""
     may_stop = assignment["prunable"] and not is_refit(assignment)
     return Answer(epochs=epochs, prunable_epochs=epochs) if may_stop else Answer(epochs=epochs)
 
@@ -152,7 +154,7 @@ def failed(reason: str) -> Answer:
 
 
 def read_progress(folder: Path) -> Progress:
-    """A trial's history, finished cells and last answer; empty before its first epoch."""
+    """The history, the finished cells and the last answer of a trial; empty before its first epoch."""
     try:
         content: Progress = json.loads((folder / PROGRESS).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -161,13 +163,13 @@ def read_progress(folder: Path) -> Progress:
 
 
 def forget_checkpoint(folder: Path) -> None:
-    """Delete the checkpoint of a trial that will not go on."""
+    """Delete the checkpoint of a trial that does not continue."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
     forget(folder / CHECKPOINT)
 
 
 def kept_checkpoint(folder: Path, epochs: int) -> Path:
-    """Where a trial keeps its checkpoint after so many epochs, for others to begin from."""
+    """Where a trial keeps its checkpoint after so many epochs, so that other trials can continue from it."""
     return folder / f"checkpoint-{epochs}.pt"
 
 

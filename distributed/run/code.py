@@ -16,9 +16,9 @@ def code_version() -> CodeVersion:
     """The commit and the sources of this brainsweep.
 
     An environment may lie inside the repository of another project, whose commit says nothing about this code. So a
-    commit is recorded only where the packages lie at the top of a git checkout that tracks them.
+    commit is recorded only if the packages lie at the top of a git checkout that tracks them.
 
-    Ray leaves .git out of what it uploads: inside a submitted job only `sources` tells two versions apart.
+    Ray does not upload .git: inside a submitted job only `sources` tells two versions apart.
     """
     digest = hashlib.sha256()
     for package in ("core", "distributed", "search_spaces"):

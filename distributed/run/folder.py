@@ -1,11 +1,11 @@
-"""What a run leaves on disk: made, opened, and what is written straight into it.
+"""The folder of a run: how it is made and opened, and the files that are written directly into it.
 
 RUN/run.json                       request, resolved settings, seeds, versions, the cohort's hash
     splits.csv                     subject, role
     study.journal                  the Optuna study: the one record of the search
     trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs
     refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
-    confirmed/METHOD/…             winner and published once more on the search's folds, with seeds it never used
+    confirmed/METHOD/…             winner and published again on the folds of the search, with seeds it never used
     trials.csv, trials.parquet, cells.csv, history.csv, access.csv, confirmed.csv, holdout.csv,
     predictions.csv                made from these
     tensorboard/  best/  report.html
@@ -41,7 +41,7 @@ VERSIONS_OF = ("brainsweep", "ray", "torch", "optuna", "monai", "numpy", "scikit
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder and the names in it."""
+    """The folder of a run, and the names in it."""
 
     path: Path
 
@@ -52,7 +52,7 @@ class RunFolder:
 
     @property
     def journal(self) -> Path:
-        """The study's journal file."""
+        """The journal file of the study."""
         return self.path / JOURNAL
 
     def trial(self, name: str) -> Path:
@@ -64,12 +64,12 @@ class RunFolder:
         return self.path / "refits" / method
 
     def confirmed(self, method: str) -> Path:
-        """The folder of a repetition on the search's own folds with fresh seeds."""
+        """The folder of a repetition on the folds of the search with fresh seeds."""
         return self.path / "confirmed" / method
 
     @property
     def access(self) -> Path:
-        """Where workers note whom they read first."""
+        """The folder in which workers note the first use of every subject."""
         return self.path / "access"
 
     def update(self, **changes: object) -> None:
@@ -84,7 +84,7 @@ def create_run(
     """A new run folder with its run.json.
 
     Raises:
-        UserError: the folder exists with something in it, or cannot be written.
+        UserError: the folder exists and is not empty, or cannot be written.
     """
     refuse_url(out)
     out = Path(out).resolve()
@@ -111,7 +111,8 @@ def open_run(path: Path) -> RunFolder:
     """An existing run; UserError where there is none."""
     folder = RunFolder(Path(path).resolve())
     try:
-        folder.about  # noqa: B018 - read to see that it can be
+        # Read it now, so that a file that cannot be read is found here.
+        folder.about  # noqa: B018
     except FileNotFoundError:
         raise UserError(f"{path} is not a run: it has no run.json") from None
     except (OSError, ValueError) as error:
@@ -121,10 +122,10 @@ def open_run(path: Path) -> RunFolder:
 
 
 def cohort_of(folder: RunFolder, given: Path | str | None = None) -> Cohort:
-    """The run's cohort, as `find_cohort` finds it; its new place is recorded.
+    """The cohort of a run, as `find_cohort` finds it; run.json then holds its new place.
 
     Raises:
-        UserError: it is nowhere, or what is there is another cohort.
+        UserError: the cohort is not found, or the cohort that is found is another one.
     """
     recorded = folder.about.cohort or CohortOfRun()
     cohort = find_cohort(folder.path, recorded, given)
@@ -134,12 +135,12 @@ def cohort_of(folder: RunFolder, given: Path | str | None = None) -> Cohort:
 
 
 def write_splits(folder: RunFolder, splits: Splits, cohort: Cohort) -> None:
-    """Record who is in which fold and who is held out."""
+    """Record which subjects are in which fold, and which are held out."""
     splits.to_frame(cohort.manifest).to_csv(folder.path / SPLITS, index=False)
 
 
 def keep_best(folder: RunFolder, model: Path) -> None:
-    """Copy a model's folder to best/, replacing what is there."""
+    """Copy the folder of a model to best/, and replace an earlier one."""
     best = folder.path / "best"
     shutil.rmtree(best, ignore_errors=True)
     shutil.copytree(model, best)
@@ -153,7 +154,8 @@ def _describe(
         kind=kind,
         command=" ".join(["brainsweep", *sys.argv[1:]]),
         created=now(),
-        begun=kind != "sweep",  # a sweep has, once its splits and its first points are written
+        # A sweep has begun as soon as its splits and its first points are written.
+        begun=kind != "sweep",
         versions={"python": platform.python_version()} | {name: _version(name) for name in VERSIONS_OF},
         code=code_version(),
         cohort=CohortOfRun(

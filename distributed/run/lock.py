@@ -1,4 +1,4 @@
-"""One writer at a time: who holds a run's folder, and what a writer that was killed left half written in it."""
+"""One process at a time writes to a run: the lock of its folder, and the half line that a killed process leaves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from core.files.writing import writing_to
 
 LOCK = "writer.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system answers that has no locks."""
+"""The errors of file systems that have no locks."""
 
 
 class HeldError(UserError):
@@ -28,14 +28,14 @@ class HeldError(UserError):
 
 @contextlib.contextmanager
 def claim(folder: Path, console: Console) -> Iterator[None]:
-    """Hold the run in `folder` for this process: two would continue the same trials, and both write the study.
+    """Lock the run in `folder` for this process: two processes would continue the same trials and write one study.
 
-    The lock is the kernel's (flock), so it ends with its process, however that ends, and nothing has to be
-    cleaned up. Other machines see it on NFS (Linux makes it a lock of the server there), on Lustre where that
-    is mounted with `-o flock`; on file systems without locks a note says that nobody watches.
+    The lock is a lock of the kernel (flock). It ends with its process, in whatever way the process ends, so there is
+    nothing to clean up. Other machines see it on NFS, where Linux makes it a lock of the server, and on Lustre if that
+    is mounted with `-o flock`. On a file system without locks a note asks the user to watch.
 
     Raises:
-        HeldError: another process holds the run (named with its machine).
+        HeldError: another process holds the run; the message names it and its machine.
         UserError: the folder cannot be written.
     """
     with writing_to(folder):
@@ -62,11 +62,12 @@ def claim(folder: Path, console: Console) -> Iterator[None]:
 
 
 def mend_journal(journal: Path) -> int:
-    """Clear away what a killed writer, or a full disk, left of an Optuna journal; returns the bytes cut off.
+    """Repair an Optuna journal after a killed process or a full disk; returns the number of bytes that were cut off.
 
-    Optuna (5.0, JournalFileBackend) skips half a line while it comes last, but appends to it, and then can read
-    no line after it. And it waits half a minute for the lock of a dead writer, for ever where the folder was
-    moved, since that lock is a link to the journal's old place. Call this only while the run is claimed.
+    Optuna (5.0, JournalFileBackend) skips a half line at the end of the file, but appends to it, and then it cannot
+    read any line after it. Optuna also waits half a minute for the lock of a process that has ended. If the folder was
+    moved it waits for ever, because this lock is a link to the old place of the journal. Call this only while the run
+    is claimed.
     """
     if not journal.exists():
         return 0
@@ -80,7 +81,7 @@ def mend_journal(journal: Path) -> int:
 
 
 def refuse_url(out: Path) -> None:
-    """UserError where a run is to be written straight to an object store: sweeps have working copies for that."""
+    """UserError if a run would be written directly to an object store: only sweeps have working copies for that."""
     if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(out)):
         raise UserError(
             f"--out {out} is a {found[1]} address; only sweeps can be written to one, this needs a folder on storage "

@@ -1,4 +1,4 @@
-"""What libraries say that a user can do nothing about."""
+"""Messages of libraries about which a user can do nothing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import warnings
 
 
 def quiet() -> None:
-    """Silence it in this process; every process that works on a run calls this once."""
-    # Imported here: what only needs a run's folder does not need Optuna.
+    """Silence them in this process; every process that works on a run calls this once."""
+    # Imported here, because modules that only need the folder of a run do not need Optuna.
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Most of Optuna's samplers have been "experimental" for years.
+    # Optuna has called most of its samplers experimental for years.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     # Batches are views of shared memory, and nothing writes to them.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    # Ray Data reports every execution, of which a sweep has one for every cell.
+    # Ray Data reports every execution, and a sweep has one for every cell.
     logging.getLogger("ray.data").setLevel(logging.ERROR)

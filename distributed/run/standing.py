@@ -1,4 +1,4 @@
-"""How a trial stands, from its epochs and its finished cells: the answer that everything is decided by."""
+"""The state of a trial, from its epochs and its finished cells: the search and the schedulers decide by this answer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from distributed.run.assignment import Answer, Assignment, CellRow, EpochRow, cl
 def standing(
     assignment: Assignment, history: Sequence[EpochRow], finished: Sequence[CellRow], value: float
 ) -> Answer:
-    """How a trial stands after an epoch.
+    """The state of a trial after an epoch.
 
     Args:
         assignment: of the trial.
         history: all its epochs.
         finished: its finished cells.
-        value: the metric after the last epoch, NaN where it was not measured; what counts until a cell is finished.
+        value: the metric after the last epoch, NaN if it was not measured; it is the value of the trial until a cell is
+            finished.
     """
     metric = assignment["metric"]
     values = [measure(metric, cell) for cell in finished]

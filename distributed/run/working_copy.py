@@ -1,12 +1,12 @@
-"""A run that lies in an object store, worked on in a folder of every machine that takes part in it.
+"""A run in an object store: every machine that takes part works on a copy of it in a local folder.
 
     s3://bucket/runs/demo  ◀── send ── /tmp/brainsweep-1000/s3%3A%2F%2Fbucket%2Fruns%2Fdemo ──▶ trials/0007/…
                            ─── bring ─▶        (the same path on every node)
 
-The path of a working copy spells its address, so whoever holds a path knows where the file belongs, on any node:
-`send` and `bring` do nothing for all other paths. What workers write (trials, refits) is sent by them after every
-epoch; what the driver writes is sent when a trial is handed out or has ended, and every few seconds. The address
-has the last word: what a machine knows better is overwritten.
+The path of a working copy contains the address, so any process on any node can tell from a path where the file
+belongs. For all other paths `send` and `bring` do nothing. Workers send what they write (trials, refits) after every
+epoch. The driver sends what it writes when a trial begins or ends, and every few seconds. The files at the address
+are the valid ones: `bring` replaces local files that differ from them.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from core.run_names import RUN_JSON
 from distributed.run.lock import HeldError, claim
 
 SCRATCH = "BRAINSWEEP_SCRATCH"
-"""Where working copies are made; a folder for temporary files if it is not set. The same on every node."""
+"""The folder for working copies, the same on every node; if it is not set, the folder for temporary files."""
 SIGN = quote("://", safe="")
 SEND_S = 10.0
 LEFT_OUT = ("tune", "writer.lock", "study.journal.lock")
-"""What of a run means something to the machine only that wrote it."""
+"""Files and folders of a run that are only of use to the machine that wrote them."""
 BY_WORKERS = ("trials", "refits", "confirmed", "access")
-"""Folders of a run in which workers write, on any node, and send what they have written."""
+"""Folders of a run in which workers on any node write; they send these files themselves."""
 CHECKPOINTS = "checkpoint"
 LAST = "progress.json"
-"""Sent after all else: it says what there is."""
+"""Sent last, because it says which other files there are."""
 
 _SENT: dict[Path, tuple[int, int]] = {}
-"""Size and time of every file as this process sent it."""
+"""Size and time of every file when this process sent it."""
 _ONE_AT_A_TIME = threading.Lock()
-"""Else an older state of the study, sent by the thread that keeps up, might arrive after a newer one."""
+"""Without this lock an older state of the study, sent by the thread of `kept_up`, could replace a newer one."""
 
 
 def place_of_run(text: str) -> Path:
     """The folder that RUN or --out means: itself, or the working copy of an address.
 
     Raises:
-        UserError: the address carries keys, which would be seen in paths and logs.
+        UserError: the address contains keys, which would be visible in paths and logs.
     """
     if not is_url(text):
         return Path(text)
@@ -63,7 +63,7 @@ def place_of_run(text: str) -> Path:
 
 
 def address_of(path: Path) -> tuple[str, str] | None:
-    """The address of the run that `path` is a working copy of, or lies in, and its name there; else None."""
+    """The address of the run whose working copy `path` is in, and the name of the file there; None for other paths."""
     for index, part in enumerate(path.parts):
         if SIGN in part:
             return unquote(part), "/".join(path.parts[index + 1 :])
@@ -82,8 +82,8 @@ def send(path: Path, leave_out: Collection[str] = ()) -> None:
     """Copy what has changed of a file or folder to its address, `LAST` last.
 
     Args:
-        path: a file or a folder; nothing happens where it is not in a working copy.
-        leave_out: names of entries of that folder.
+        path: a file or a folder; if it is not in a working copy, nothing happens.
+        leave_out: names of entries of this folder that are not sent.
 
     Raises:
         OSError: the store cannot be written.
@@ -98,9 +98,9 @@ def send(path: Path, leave_out: Collection[str] = ()) -> None:
 
 
 def _send_file(file: Path) -> None:
-    """Send `file` if this process has not yet sent it as it is now."""
+    """Send `file` unless this process has sent it since its last change."""
     place = address_of(file)
-    # It may be replaced or deleted at any moment.
+    # Another process may replace or delete the file at any moment.
     with _ONE_AT_A_TIME, contextlib.suppress(FileNotFoundError):
         about = file.stat()
         signature = (about.st_size, about.st_mtime_ns)
@@ -110,15 +110,15 @@ def _send_file(file: Path) -> None:
 
 
 def bring(path: Path, leave_out: Collection[str] = (), checkpoints: bool = True) -> None:
-    """Make a folder of a working copy what lies at its address; files that are not there are deleted.
+    """Make a folder of a working copy equal to the folder at its address; other local files in it are deleted.
 
     Args:
-        path: the folder; nothing happens where it is not in a working copy.
-        leave_out: names of entries of that folder that stay as they are.
-        checkpoints: whether those are fetched, too; else they stay as they are.
+        path: the folder; if it is not in a working copy, nothing happens.
+        leave_out: names of entries of this folder that stay as they are.
+        checkpoints: whether checkpoints are fetched, too; if not, they stay as they are.
 
     Raises:
-        OSError: the store cannot be read, or the folder not written.
+        OSError: the store cannot be read, or the folder cannot be written.
     """
     place = address_of(path)
     if place is None:
@@ -144,16 +144,16 @@ def _is_left_out(name: str, leave_out: Collection[str], checkpoints: bool) -> bo
 
 
 def bring_results(run: Path) -> None:
-    """What workers have written, on whatever node; without checkpoints, which only a trial that goes on needs."""
+    """Fetch what workers on all nodes have written, without checkpoints: only a trial that continues needs them."""
     for name in BY_WORKERS:
         bring(run / name, checkpoints=False)
 
 
 def bring_run(run: Path, console: Console) -> None:
-    """All that people and a resumed sweep need of a run; what a sweep on this machine writes now is left alone.
+    """Fetch all that people and a resumed sweep need of a run, unless a sweep on this machine writes to it now.
 
     Raises:
-        UserError: the address cannot be read, or there is no run.
+        UserError: the address cannot be read, or there is no run at it.
     """
     place = address_of(run)
     if place is None:
@@ -169,7 +169,7 @@ def bring_run(run: Path, console: Console) -> None:
 
 
 def refuse_taken(run: Path) -> None:
-    """UserError where something lies at the address of a new run already."""
+    """UserError if the address of a new run is not empty."""
     place = address_of(run)
     if place is not None and (first := next(list_files(place[0]), None)) is not None:
         address = shown(place[0])
@@ -180,7 +180,7 @@ def refuse_taken(run: Path) -> None:
 
 
 def send_report(page: Path) -> None:
-    """Send a report that was made again.
+    """Send a new version of the report.
 
     Raises:
         UserError: the address cannot be written.
@@ -192,16 +192,17 @@ def send_report(page: Path) -> None:
 
 
 def forget(path: Path) -> None:
-    """Delete a file or folder, which is deleted here, at its address, too."""
+    """Delete at its address a file or folder that is deleted on this machine."""
     if (place := address_of(path)) is not None:
         remove(*place)
 
 
 @contextlib.contextmanager
 def kept_up(run: Path, console: Console) -> Iterator[None]:
-    """Send what the driver writes every few seconds, and once more at the end.
+    """Send what the driver writes, every few seconds and once more at the end.
 
-    A store that does not answer for a while is tried again; what could not be sent in the end is a UserError.
+    If the store does not answer, the next attempt follows a few seconds later; if the last one fails, it is a
+    UserError.
     """
     if address_of(run) is None:
         yield
@@ -236,9 +237,9 @@ def send_driver(run: Path) -> None:
     send(run, (*LEFT_OUT, *BY_WORKERS))
 
 
-if (
-    __name__ == "__main__"
-):  # for scripts: whether a run lies at an address; what is wrong with one, a sweep will say
+# For scripts: exit code 0 if there is a run at an address. For an address that cannot be read the exit code is 1, and
+# the sweep that follows reports the error.
+if __name__ == "__main__":
     with contextlib.suppress(OSError, UserError):
         sys.exit(0 if exists(sys.argv[1], RUN_JSON) else 1)
     sys.exit(1)

@@ -1,1 +1,1 @@
-"""What is tried next, and what is stopped early: samplers, schedulers, budgets and the study."""
+"""Which configuration is tried next, and which trial is stopped early: samplers, schedulers, budgets and the study."""

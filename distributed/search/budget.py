@@ -1,4 +1,4 @@
-"""How much a search may use: trials are counted in search.py; here time, accelerators, and hope of improvement."""
+"""The limits of a search: time, accelerators, and an expected improvement. `searcher.py` counts the trials."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from core.lookup import look_up
 from distributed.run.assignment import HOLDOUT
 
 FEWEST_TRIALS = 20
-"""Completed trials before the end is judged: what Optuna takes."""
+"""The number of completed trials before a terminator is asked, as in Optuna."""
 
 
 def _regret(seed: int) -> Terminator:
-    """The bound on what the best could still gain is below the noise of its own cells (Makarova et al. 2022)."""
+    """End when the bound on the remaining improvement is below the noise of the best trial (Makarova et al. 2022)."""
     return Terminator(RegretBoundEvaluator(seed=seed), CrossValidationErrorEvaluator(), FEWEST_TRIALS)
 
 
 def _emmr(seed: int) -> Terminator:
-    """The expected minimum model regret has fallen far below what it was (Ishibashi et al. 2023)."""
+    """End when the expected minimum model regret is far below its earlier values (Ishibashi et al. 2023)."""
     evaluator = EMMREvaluator(seed=seed)
     return Terminator(evaluator, MedianErrorEvaluator(evaluator), FEWEST_TRIALS)
 
 
 STOP_WHEN: dict[str, Callable[[int], Terminator] | None] = {"never": None, "regret": _regret, "emmr": _emmr}
-"""Optuna's terminators. Both model only settings that every trial has; the conditional ones count as noise."""
+"""The terminators of Optuna. Both model only settings that every trial has; to them conditional settings are noise."""
 
 
 def make_terminator(name: str, seed: int, objectives: int, shared_settings: int) -> Terminator | None:
@@ -64,46 +64,46 @@ def make_terminator(name: str, seed: int, objectives: int, shared_settings: int)
 
 @dataclass
 class Budget(tune.Stopper):
-    """When to propose nothing more (`spent`, `unlikely`), and when to stop everything at once (`interrupted`).
+    """When to begin no further trial (`spent`, `unlikely`), and when to stop everything at once (`interrupted`).
 
-    The clock of `seconds` starts with the first result: bringing slots up is no searching. Accelerator-time is
-    that of the epochs, times the devices of a slot; what earlier sessions of the run used counts on. Neither
-    counts refits.
+    The clock of `seconds` starts with the first result, because the start of the slots is not search time. Accelerator
+    time is the time of the epochs, multiplied by the devices of a slot; it includes earlier sessions of the run. Refits
+    count for neither of them.
     """
 
     seconds: float | None = None
     accelerator_hours: float | None = None
     devices: float = 1.0
-    """GPUs of a slot; its CPUs where there are no GPUs."""
+    """The GPUs of a slot; its CPUs if it has no GPUs."""
     unit: str = "CPU"
     interrupted: bool = False
     unlikely: bool = False
     deadline: float | None = None
     used: dict[str, float] = field(default_factory=dict)
-    """Accelerator-seconds so far of each trial, by its name."""
+    """The accelerator-seconds that each trial has used so far, by its name."""
     beyond: set[str] = field(default_factory=set)
-    """Tune's names of what runs outside the budget: refits, and the winner's confirmation."""
+    """The ids in Tune of what is not part of the budget: refits, and the repetition of the winner."""
 
     @property
     def hours_used(self) -> float:
-        """Accelerator-hours of all trials of the run."""
+        """The accelerator-hours that all trials of the run have used."""
         return sum(self.used.values()) / 3600
 
     @property
     def spent(self) -> bool:
-        """Whether a budget is used up: what runs is stopped, and can be continued by `resume`."""
+        """Whether a budget is used up. Then running trials are stopped, and `resume` can continue them."""
         out_of_time = self.deadline is not None and time.time() > self.deadline
         out_of_hours = self.accelerator_hours is not None and self.hours_used >= self.accelerator_hours
         return out_of_time or out_of_hours
 
     @property
     def is_over(self) -> bool:
-        """Whether no further trial is begun."""
+        """Whether no further trial begins."""
         return self.spent or self.unlikely or self.interrupted
 
     @property
     def reason(self) -> str | None:
-        """Why the search ended before its last trial; None where it did not."""
+        """Why the search ended before its last trial; None if it did not."""
         if self.interrupted:
             return "interrupted"
         if self.unlikely:
@@ -113,7 +113,7 @@ class Budget(tune.Stopper):
         return f"the time budget of {self.seconds:g} s was used up" if self.spent else None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Stop a running trial of the search once the budget is spent; refits run to their end."""
+        """Whether to stop a running trial: the budget is spent. Refits run to their end."""
         if trial_id in self.beyond or result.get("fold") == HOLDOUT:
             return False
         if self.deadline is None and self.seconds is not None:
@@ -123,11 +123,11 @@ class Budget(tune.Stopper):
         return self.spent and not result["done"]
 
     def stop_all(self) -> bool:
-        """Asked by Tune between results."""
+        """Whether to stop everything; Tune asks this between results."""
         return self.interrupted
 
     def remaining(self) -> list[str]:
-        """What is left, in words, of each budget that was set."""
+        """The rest of each budget that was set, as text."""
         left = []
         if self.seconds is not None:
             seconds = self.seconds if self.deadline is None else max(0.0, self.deadline - time.time())
@@ -138,7 +138,7 @@ class Budget(tune.Stopper):
 
 
 def judge_improvement(terminator: Terminator | None, study: optuna.Study) -> bool:
-    """Whether the terminator expects nothing of further trials; asked after every completed one."""
+    """Whether the terminator expects no improvement from further trials; asked after every completed trial."""
     if (
         terminator is None
         or len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < FEWEST_TRIALS

@@ -1,9 +1,9 @@
-"""A population whose members copy each other and change settings while they train, and what the study is told.
+"""A population: its members copy each other and change settings while they train. What the study records of it.
 
-What a population finds is a schedule. It evolves in the first cell alone, where its members are no trials that could
-be compared with others; so they end as PRUNED. Then the settings that the best member's weights had followed, epoch
-by epoch, are one ordinary trial on all cells, and that is what is reported, refitted, and written to `schedule.yaml`.
-Everything random in a cell follows from its seeds, so that trial repeats the best member in the first cell exactly.
+A population finds a schedule. It evolves only in the first cell, so its members cannot be compared with other trials,
+and they end as PRUNED. Then the settings that the weights of the best member followed, epoch by epoch, become one
+ordinary trial on all cells. This trial is reported, refitted, and written to `schedule.yaml`. Everything random in a
+cell follows from its seeds, so in the first cell this trial repeats the best member exactly.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from distributed.search.study import report_value
 
 
 class Exchange(TypedDict):
-    """A member that went on from another one's weights."""
+    """A member continued with the weights of another member, its donor."""
 
     epoch: int
     donor: str
     changed: dict[str, float]
-    """The settings that were changed and could act, by dotted name."""
+    """The settings that were changed and could act: their new values, by dotted name."""
 
 
 @dataclass
 class Member:
-    """What one member is doing: `changed` are the changeable settings as the method sees them."""
+    """The state of one member; `changed` are the changeable settings as the method sees them."""
 
     assignment: Assignment
     changed: dict[str, float]
@@ -67,7 +67,7 @@ class Member:
 
 
 def begin_member(method: Method, ranges: Sequence[Range], assignment: Assignment) -> Member:
-    """A member before its first epoch. What its configuration does not have is given the middle, and not applied."""
+    """A member before its first epoch. A setting that it does not have is seen as the middle of the range."""
     changed = {}
     for one in ranges:
         value = setting(assignment["settings"], one.name)
@@ -77,11 +77,11 @@ def begin_member(method: Method, ranges: Sequence[Range], assignment: Assignment
 
 
 class Population(TrialScheduler):
-    """Ray's scheduler over members that are trials of the study, in their own folders and with their own checkpoints.
+    """The scheduler of Ray for members that are trials of the study, with their own folders and checkpoints.
 
-    Ray clones a trial by copying the donor's whole configuration. That is seen here at once, and made into the
-    member's own: its folder, the donor's kept checkpoint to begin from, and settings that are the donor's up to
-    this epoch and the changed ones after it.
+    Ray clones a trial by copying the whole configuration of the donor. This class notices it at once, and gives the
+    member an assignment of its own: its folder, the kept checkpoint of the donor to continue from, and the settings of
+    the donor until this epoch, followed by the changed ones.
     """
 
     def __init__(
@@ -96,24 +96,24 @@ class Population(TrialScheduler):
         self.ended: set[str] = set()
         self.names: dict[str, str] = {}
         self.boundary = self.entered = 0
-        """The epoch of the last exchange, and of the one that this session began from."""
+        """The epoch of the last exchange, and of the exchange at which this session began."""
         self.broken: str | None = None
 
     def enter(self, members: dict[str, Member], boundary: int) -> None:
-        """Take `members` as they stood at the exchange after epoch `boundary`."""
+        """Begin with `members` in their state at the exchange after epoch `boundary`."""
         self.members, self.boundary, self.entered = members, boundary, boundary
         self.exchange = self.method.scheduler(self.ranges, self.interval)
         self._record()
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Give Tune's trial its member's assignment."""
+        """Give a trial of Tune the assignment of its member."""
         name = trial.config["member"]
         self.names[trial.trial_id] = name
         self._give(trial, name)
         self.exchange.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
-        """Keep the value; after the last member's epoch before an exchange, exchange."""
+        """Record the value; exchange as soon as all members have reached the epoch of the next exchange."""
         name = self.names[trial.trial_id]
         member = self.members[name]
         answer = cast(Answer, result)
@@ -123,7 +123,7 @@ class Population(TrialScheduler):
         return self._hand_on(tune_controller, trial, result)
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
-        """Ray's choice. Where the member that all others waited for has failed, Ray would wait for ever."""
+        """The choice of Ray. If all members wait for one that has failed, exchange now: Ray would wait for ever."""
         chosen = self.exchange.choose_trial_to_run(tune_controller)
         live = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]
         if chosen is None and live and all(trial.status == "PAUSED" for trial in live):
@@ -132,7 +132,7 @@ class Population(TrialScheduler):
         return chosen
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
-        """Tell the study how the member ended; an interrupted one has not."""
+        """Tell the study how the member ended; an interrupted member has not ended."""
         self.exchange.on_trial_complete(tune_controller, trial, result)
         answer = cast(Answer, result)
         if answer.get("storage"):
@@ -148,13 +148,13 @@ class Population(TrialScheduler):
             self._tell(trial, TrialState.PRUNED, "its cell was for finding a schedule")
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
-        """A member whose slot crashed too often has failed."""
+        """A member has failed if its slot crashed too often."""
         self.exchange.on_trial_error(tune_controller, trial)
         if not self.budget.interrupted:
             self._tell(trial, TrialState.FAIL, "its slot crashed; see error.txt under tune/")
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
-        """An interrupted member stays as it is."""
+        """An interrupted member keeps its state."""
         self.exchange.on_trial_remove(tune_controller, trial)
 
     def debug_string(self) -> str:
@@ -162,15 +162,14 @@ class Population(TrialScheduler):
         return self.exchange.debug_string()
 
     def _hand_on(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
-        """Ray's decision; where it exchanged, the clones are made members again."""
-        # Ray draws from the global generators, all at once in an exchange: so it draws alike in a resumed run.
+        """The decision of Ray; after an exchange, give the clones their own assignments."""
+        # Ray draws from the global generators, and only in an exchange. With these seeds a resumed run draws the same.
         random.seed(f"{self.seed} {self.boundary}")
         np.random.seed([self.seed, self.boundary])
         clocked = result | {CLOCK: cast(Answer, result)["epochs"] - self.entered}
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ConvergenceWarning
-            )  # of PB2's Gaussian process, at the ends of its bounds
+            # The Gaussian process of PB2 warns at the ends of its bounds.
+            warnings.simplefilter("ignore", ConvergenceWarning)
             decision = self.exchange.on_trial_result(tune_controller, trial, clocked)
         live = [member for name, member in self.members.items() if name not in self.ended]
         due = self.boundary + self.interval
@@ -182,12 +181,13 @@ class Population(TrialScheduler):
             before, self.boundary = self.boundary, due
             with self._storage():
                 self._record()
-                for member in self.members.values():  # whoever began there has come further
+                # Members that began at the exchange before have a later checkpoint now.
+                for member in self.members.values():
                     kept_checkpoint(Path(member.assignment["folder"]), before).unlink(missing_ok=True)
         return decision
 
     def _clone(self, trial: Trial, name: str, donor_name: str, epoch: int) -> None:
-        """`name` goes on from what `donor_name` was after `epoch`, with the settings that Ray has changed."""
+        """Let `name` continue from the state of `donor_name` after `epoch`, with the settings that Ray has changed."""
         member, donor = self.members[name], self.members[donor_name]
         drawn = trial.config["changed"]
         meant = {one.name: self.method.meant(one, drawn[one.name]) for one in self.ranges}
@@ -213,7 +213,7 @@ class Population(TrialScheduler):
         trial.set_config({"member": name, "assignment": member.assignment, "changed": dict(member.changed)})
 
     def _report(self, name: str, answer: Answer) -> None:
-        """Keep the value, once: a resumed population repeats the epochs since its last exchange."""
+        """Record the value once, because a resumed population repeats the epochs since its last exchange."""
         frozen = self.study.get_trials(deepcopy=False)[int(name)]
         if math.isfinite(answer["value"]) and answer["epochs"] not in reported(frozen):
             report_value(self._trial(name), answer["value"], answer["epochs"])
@@ -233,7 +233,7 @@ class Population(TrialScheduler):
         return optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[int(name)]._trial_id)
 
     def _record(self) -> None:
-        """What `resume` continues from."""
+        """Write the state from which `resume` continues."""
         content = {
             "boundary": self.boundary,
             "members": {name: asdict(one) for name, one in self.members.items()},
@@ -250,7 +250,7 @@ class Population(TrialScheduler):
 
 @dataclass(frozen=True)
 class _StopWhereStorageFails:
-    """Stops everything where the run's folder cannot be written: it can be resumed from the last exchange."""
+    """Stops everything if the folder of the run cannot be written; the run can be resumed from the last exchange."""
 
     population: Population
 
@@ -267,9 +267,9 @@ class _StopWhereStorageFails:
 
 
 def read_members(state: Path, running: set[str]) -> tuple[dict[str, Member], int]:
-    """The members of an interrupted population that are still `running`, as they stood at its last exchange.
+    """The members of an interrupted population that are still `running`, in their state at its last exchange.
 
-    What they have done since is done again, with the same numbers: at most one interval each. So none has passed
+    They repeat the epochs since this exchange, with the same numbers: at most one interval each. So no member is past
     the next exchange before it takes place.
     """
     content = json.loads(state.read_text())
@@ -286,6 +286,6 @@ def read_members(state: Path, running: set[str]) -> tuple[dict[str, Member], int
 
 
 def best_member(study: optuna.Study) -> FrozenTrial | None:
-    """The member with the least last value; None where none trained to the end."""
+    """The member with the lowest last value; None if no member trained to the end."""
     ended = [trial for trial in study.get_trials(deepcopy=False) if MEMBER_VALUE in trial.user_attrs]
     return min(ended, key=lambda trial: (trial.user_attrs[MEMBER_VALUE], trial.number), default=None)

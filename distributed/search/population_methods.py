@@ -1,9 +1,10 @@
-"""What changes the settings of a population: the ranges they may move in, and Ray's two methods.
+"""How the settings of a population change: the ranges of the settings, and the two methods of Ray.
 
-Ray's PopulationBasedTraining (Jaderberg et al., arXiv 1711.09846) and PB2 (Parker-Holder et al., arXiv 2002.02518),
-both synchronous: every `interval` epochs all members are compared at the same epoch of the same cell, and the worst
-quarter goes on from the checkpoints of the best quarter, with settings changed by chance (pbt) or by a Gaussian
-process (pb2, which learns anew where a population is resumed). What becomes of their proposals is in `population.py`.
+The methods are PopulationBasedTraining (Jaderberg et al., arXiv 1711.09846) and PB2 (Parker-Holder et al., arXiv
+2002.02518), both synchronous. Every `interval` epochs all members are compared at the same epoch of the same cell. The
+worst quarter continues from the checkpoints of the best quarter, with settings that are changed at random (pbt) or by
+a Gaussian process (pb2, which starts to learn again when a population is resumed). `population.py` applies the
+changes.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ CHANGEABLE = (
     "objective.width",
     "objective.neighbours.end",
 )
-"""The settings that act on a model already in training, and that may be piecewise schedules."""
+"""The settings that can change during training, and that may be piecewise schedules."""
 CLOCK = "epochs_since_entering"
-"""Ray's time: epochs since the exchange that the population was continued from, else since its beginning."""
+"""The time of Ray: epochs since the beginning, or since the exchange at which the population was resumed."""
 FEWEST_MEMBERS = 4
 EXCHANGES = 8
 QUARTER = 0.25
@@ -41,7 +42,7 @@ QUARTER = 0.25
 
 @dataclass(frozen=True)
 class Range:
-    """A setting that members may change, as the space searches it."""
+    """A setting that members may change, with its range in the space."""
 
     name: str
     low: float
@@ -53,12 +54,12 @@ class Range:
         return min(max(value, self.low), self.high)
 
     def place(self, value: float) -> float:
-        """Where in the range `value` lies, from 0 to 1; over the logarithm where that is searched."""
+        """The position of `value` in the range, from 0 to 1; on the logarithm if the space searches on it."""
         low, high, value = self._scaled(self.low), self._scaled(self.high), self._scaled(self.clip(value))
         return (value - low) / (high - low)
 
     def at_place(self, place: float) -> float:
-        """The value at `place`; the inverse of `place`."""
+        """The value at a position in the range, from 0 to 1; the inverse of `place`."""
         low, high = self._scaled(self.low), self._scaled(self.high)
         value = low + place * (high - low)
         return self.clip(math.exp(value) if self.log else value)
@@ -68,7 +69,7 @@ class Range:
 
 
 def changeable_ranges(profile: Profile) -> list[Range]:
-    """What a population may change of the settings that a space searches."""
+    """The settings of a space that a population may change."""
     ranges = []
     for name in CHANGEABLE:
         match profile.settings.get(name, ()):
@@ -79,15 +80,15 @@ def changeable_ranges(profile: Profile) -> list[Range]:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to change settings, and how it sees them: as they are, or by their place in the range."""
+    """A way to change settings. It sees them as they are, or (`by_place`) as positions in their ranges."""
 
     make: Callable[[Sequence[Range], dict[str, Any]], PopulationBasedTraining]
     by_place: bool
 
     def scheduler(self, ranges: Sequence[Range], interval: int) -> PopulationBasedTraining:
-        """Ray's scheduler, which exchanges whenever all members are `interval` epochs of `CLOCK` further.
+        """The scheduler of Ray, which exchanges whenever all members have trained `interval` more epochs of `CLOCK`.
 
-        PB2 has no burn-in period, so a population that is continued starts the clock anew instead.
+        PB2 has no burn-in period, so the clock begins again when a population is resumed.
         """
         common = {
             "time_attr": CLOCK, "metric": METRIC, "mode": "min", "perturbation_interval": interval,
@@ -105,22 +106,22 @@ class Method:
 
 
 def _pbt(ranges: Sequence[Range], common: dict[str, Any]) -> PopulationBasedTraining:
-    """Times 0.8 or 1.2, or a fresh draw one time in four."""
+    """Multiply by 0.8 or 1.2; in one of four cases draw a new value."""
     drawn = {one.name: (tune.loguniform if one.log else tune.uniform)(one.low, one.high) for one in ranges}
     return PopulationBasedTraining(hyperparam_mutations={"changed": drawn}, **common)
 
 
 def _pb2(ranges: Sequence[Range], common: dict[str, Any]) -> PopulationBasedTraining:
-    """Where a Gaussian process over epoch, value and settings expects the largest gain; at first it only copies."""
+    """Go where a Gaussian process over epoch, value and settings expects the largest gain; at first only copy."""
     return PB2(hyperparam_bounds={"changed": {one.name: [0.0, 1.0] for one in ranges}}, **common)
 
 
-# PB2 models its bounds linearly, so it is shown places: a learning rate between 1e-5 and 1e-2 is searched by its log.
+# PB2 has a linear scale, so it sees positions: a learning rate between 1e-5 and 1e-2 is searched on its logarithm.
 POPULATIONS: dict[str, Method] = {"pbt": Method(_pbt, by_place=False), "pb2": Method(_pb2, by_place=True)}
 
 
 def exchange_interval(epochs: int) -> int:
-    """Epochs between two exchanges: eight in a run, where it has so many epochs."""
+    """Epochs between two exchanges: a run has eight exchanges if it has enough epochs."""
     return max(1, round(epochs / EXCHANGES))
 
 
@@ -130,11 +131,11 @@ def check_population(
     """Refuse a population that cannot work.
 
     Args:
-        name: of the method.
-        profile: what the space searches.
-        epochs: of a cell.
-        trials: asked for.
-        beside: other choices by option, each "" where it leaves a population alone.
+        name: the name of the method.
+        profile: the settings that the space searches.
+        epochs: the epochs of a cell.
+        trials: the number of trials that the user wants.
+        beside: the values of other options, by their names; "" if the option does not concern a population.
 
     Raises:
         UserError: the first reason.
@@ -159,7 +160,7 @@ def check_population(
 
 
 def setting(settings: Mapping[str, Any], name: str) -> Any:
-    """The setting called `name`; None where this configuration has none."""
+    """The setting `name`; None if this configuration does not have it."""
     value: Any = settings
     for key in name.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -169,9 +170,9 @@ def setting(settings: Mapping[str, Any], name: str) -> Any:
 def change(
     settings: Settings, wanted: Mapping[str, float], progress: float
 ) -> tuple[Settings, dict[str, float]]:
-    """`settings` in which `wanted` holds from `progress` on, and what of it could act.
+    """`settings` with the `wanted` values from `progress` on, and those of the values that could act.
 
-    A setting that this configuration does not have, or for which it has a schedule of its own, is left as it is.
+    A setting that this configuration does not have, or for which it has a schedule of its own, does not change.
     """
     made, acted = settings, {}
     for name, value in wanted.items():

@@ -1,4 +1,4 @@
-"""What a sampler that learns from every finished trial learns from when there are thousands of them."""
+"""A part of the finished trials for a sampler that would learn from all of them, when there are thousands."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 BEST = 25
-"""The good trials that Optuna's TPE has at most, out of however many: a tenth of 250."""
+"""The largest number of good trials in the TPE of Optuna, for any number of trials: a tenth of 250."""
 LATEST = 225
-"""Others: with the best just enough to be 250, so that 25 of what it is shown are the good ones still."""
+"""The number of other trials. With the best ones they are 250, so TPE still takes 25 of them as the good ones."""
 
 
 class RecentHistory(BaseSampler):
-    """TPE that is shown the 25 best finished trials, the latest 225 others, and all that run.
+    """TPE that sees the 25 best finished trials, the latest 225 other ones, and all running trials.
 
-    TPE goes through its whole history several times for every proposal, once for each group of settings that
-    occur together: with 1,000 trials that is five times the work of 100 (optuna/optuna#2172). Its density of good
-    trials is built from the 25 best of all, so that stays what it was. Its density of the others weighs a trial
-    the less the older it is; those whose weight has become small are left out.
+    For every proposal TPE reads its whole history several times, once for each group of settings that occur together:
+    with 1,000 trials this is five times the work of 100 (optuna/optuna#2172). TPE makes its density of good trials from
+    the 25 best of all, so this density does not change. In its density of the other trials an older trial has a smaller
+    weight; the trials with a small weight are left out.
 
-    With several objectives the history stays whole: which trials are good is then no matter of one number.
+    With several objectives TPE sees all trials, because one number does not decide which trials are good.
     """
 
     def __init__(self, sampler: BaseSampler) -> None:
@@ -37,7 +37,7 @@ class RecentHistory(BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """See `BaseSampler`; every trial begins with this, and sees the history as it is now."""
+        """See `BaseSampler`. Optuna calls this first for every trial, so the trial sees the present history."""
         self._view = None if len(study.directions) > 1 else _view_of(study, self.sampler)
         return self.sampler.infer_relative_search_space(self._view or study, trial)
 
@@ -74,9 +74,10 @@ def _view_of(study: optuna.Study, sampler: BaseSampler) -> optuna.Study:
 
 
 class _Shortened:
-    """A storage that shows part of the finished trials, as they are when one proposal begins; all else passes through.
+    """A storage that shows a part of the finished trials, in their state at the beginning of one proposal.
 
-    TPE asks for all trials once for every group of settings, and while it proposes nothing changes that it looks at.
+    TPE asks for all trials once for every group of settings, and nothing that it uses changes during a proposal. All
+    other calls go to the storage behind.
     """
 
     def __init__(self, storage: BaseStorage) -> None:
@@ -98,7 +99,7 @@ class _Shortened:
 
 
 def _forgotten(trials: Sequence[FrozenTrial]) -> set[int]:
-    """The numbers of the finished trials that are neither among the best nor among the latest."""
+    """The numbers of the finished trials that are not among the best and not among the latest."""
     ended = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     if len(ended) <= BEST + LATEST:
         return set()
@@ -108,7 +109,7 @@ def _forgotten(trials: Sequence[FrozenTrial]) -> set[int]:
 
 
 def _rank(trial: FrozenTrial) -> tuple[int, float, float]:
-    """TPE's own order: completed trials by their value, then pruned ones by how far they came, and how well."""
+    """The order of TPE: completed trials by their value, then pruned trials by their last epoch and its value."""
     if trial.state == TrialState.COMPLETE and trial.value is not None:
         return 0, trial.value, 0.0
     reported: Mapping[int, float] = trial.intermediate_values

@@ -1,7 +1,7 @@
-"""What proposes the next configuration, and what each of these can and cannot do.
+"""The samplers, which propose the next configuration, and what each of them can and cannot do.
 
-All but the grid are Optuna's. `check_sampler` refuses at start what would fail, or silently do something else,
-in the middle of a sweep; `sampler_note` says what is left to chance.
+All except the grid are samplers of Optuna. `check_sampler` refuses at the start what would fail in the middle of a
+sweep, or silently do something different; `sampler_note` says which settings are drawn without a model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GRID = "grid"
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to propose trials. `learns_from` are the settings it has a model of; the others are drawn alone."""
+    """A way to propose trials. It has a model of the settings `learns_from`, and draws each other setting by itself."""
 
     make: Callable[[int], BaseSampler]
     learns_from: Literal["all settings", "settings of every trial", "numbers of every trial"] = "all settings"
@@ -43,7 +43,7 @@ class Sampler:
 
 
 def _tpe(seed: int) -> BaseSampler:
-    """Parzen estimators over groups of settings that occur together; running trials count as bad ones."""
+    """Parzen estimators over groups of settings that occur together; running trials count as bad trials."""
     return RecentHistory(
         TPESampler(
             seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS
@@ -52,7 +52,7 @@ def _tpe(seed: int) -> BaseSampler:
 
 
 def _gp(seed: int) -> BaseSampler:
-    """A Gaussian process (expected improvement, hypervolume for several objectives), noise assumed."""
+    """A Gaussian process with noise (expected improvement; hypervolume for several objectives)."""
     return GPSampler(
         seed=seed,
         n_startup_trials=STARTUP_TRIALS,
@@ -62,7 +62,7 @@ def _gp(seed: int) -> BaseSampler:
 
 
 def _cmaes(seed: int) -> BaseSampler:
-    """CMA-ES; whole and stepped numbers by its margin (Hamano et al. 2022), choices by univariate TPE."""
+    """CMA-ES; with margin for whole and stepped numbers (Hamano et al. 2022), and univariate TPE for choices."""
     return CmaEsSampler(
         seed=seed,
         with_margin=True,
@@ -72,12 +72,12 @@ def _cmaes(seed: int) -> BaseSampler:
 
 
 def _nsga2(seed: int) -> BaseSampler:
-    """A genetic algorithm with a population small enough to have generations within a sweep."""
+    """A genetic algorithm; its population is so small that a sweep has several generations."""
     return NSGAIISampler(seed=seed, population_size=16)
 
 
 def _qmc(seed: int) -> BaseSampler:
-    """A scrambled Sobol sequence: fills the space more evenly than chance."""
+    """A scrambled Sobol sequence, which fills the space more evenly than random points."""
     return QMCSampler(
         seed=seed,
         scramble=True,
@@ -93,16 +93,16 @@ SAMPLERS: dict[str, Sampler] = {
     "nsga2": Sampler(_nsga2, learns_from="settings of every trial"),
     "qmc": Sampler(_qmc, learns_from="settings of every trial"),
     "random": Sampler(lambda seed: RandomSampler(seed=seed)),
-    # Every point is enqueued when the study is made (`grid_points`), so nothing is left to sample.
+    # All points are enqueued when the study is made (`grid_points`), so the sampler has nothing to do.
     GRID: Sampler(lambda seed: RandomSampler(seed=seed)),
 }
 
 
 def make_sampler(name: str, seed: int, begun: int = 0) -> BaseSampler:
-    """The Optuna sampler `name` of a study in which `begun` trials were begun by earlier processes.
+    """The Optuna sampler `name` for a study in which earlier processes have begun `begun` trials.
 
-    A sampler made anew with the same seed would draw again what it drew at the beginning. Only the Sobol sequence
-    counts on by itself: its position stands in the study, under its seed.
+    A new sampler with the same seed would draw the first configurations again, so its seed depends on `begun`. Only the
+    Sobol sequence continues by itself: the study holds its position, under its seed.
     """
     if begun and name != "qmc":
         seed = int(np.random.SeedSequence((seed, begun)).generate_state(1)[0])
@@ -110,10 +110,10 @@ def make_sampler(name: str, seed: int, begun: int = 0) -> BaseSampler:
 
 
 def check_sampler(name: str, profile: Profile, objectives: int) -> None:
-    """Refuse a sampler that cannot search this space for so many objectives.
+    """Refuse a sampler that cannot search this space, or cannot take so many objectives.
 
     Raises:
-        UserError: with the reason, and what would do.
+        UserError: the message gives the reason, and a sampler that can.
     """
     sampler = look_up(SAMPLERS, name, "sampler")
     if sampler.most_objectives is not None and objectives > sampler.most_objectives:
@@ -129,7 +129,7 @@ def check_sampler(name: str, profile: Profile, objectives: int) -> None:
 
 
 def sampler_note(name: str, profile: Profile) -> str:
-    """What of this space the sampler does not model, in one line; empty where it models all of it."""
+    """The settings that the sampler does not model, in one line; empty if it models all of them."""
     sampler = SAMPLERS[name]
     known = {
         "all settings": set(profile.settings),
@@ -145,7 +145,7 @@ def sampler_note(name: str, profile: Profile) -> str:
 
 
 def grid_points(space: Space, per_setting: int | None, seed: int) -> list[dict[str, Any]]:
-    """Every point of the space's grid, in a random order, so that a search cut short has covered all of it evenly.
+    """Every point of the grid of a space, in a random order, so that a search that ends early has covered it evenly.
 
     Raises:
         UserError: a setting is continuous and `per_setting` is None, or there are too many points.

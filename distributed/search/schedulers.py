@@ -1,7 +1,7 @@
-"""What stops a trial early, on what it has reported: Ray Tune's schedulers, fed and made to resume like ours.
+"""The schedulers of Ray Tune, which stop a trial early by its reported values, and how they continue in a resumed run.
 
-All of them compare `METRIC` (the first objective) at `TIME` (epochs done over all cells), and leave alone what
-reports no `TIME`: the published trial and the refits.
+All of them compare `METRIC` (the first objective) at `TIME` (the epochs done in all cells). They never stop a trial
+that reports no `TIME`: the published trial and the refits.
 """
 
 from __future__ import annotations
@@ -28,50 +28,51 @@ from core.run_names import CELL_VALUES
 from distributed.run.assignment import PRUNABLE_EPOCHS, Answer
 
 METRIC, TIME = "value", PRUNABLE_EPOCHS
-"""The keys of a result that the scheduler compares: the first objective, and epochs done over all cells."""
+"""The keys of a result that a scheduler uses: the first objective, and the epochs done in all cells."""
 HYPERBAND_REDUCTION = 3
 
 
 def _asha(epochs: int, cells: int) -> TrialScheduler:
-    """Halving at 1/4 and 1/2 of the first cell, at its end, and at every doubling of whole cells."""
+    """Compare at 1/4 and 1/2 of the first cell, at its end, and at every doubling of whole cells."""
     grace = max(1, epochs // 4)
     return ASHAScheduler(TIME, METRIC, "min", max_t=epochs * cells, grace_period=grace, reduction_factor=2)
 
 
 Result = dict[str, object]
-"""What Tune hands on: an `Answer` of `distributed.run.assignment`, with fields of its own."""
+"""A result as Tune passes it on: an `Answer` of `distributed.run.assignment`, with additional fields of Tune."""
 
 
 class MedianStopping(MedianStoppingRule):
-    """Ray's rule, which expects `TIME` of the last result of every trial, and raises where there is none."""
+    """The rule of Ray, which expects `TIME` in the last result of every trial, and raises an error without it."""
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
-        """What reports no `TIME` is compared with nobody."""
+        """Compare the trial only if it reports `TIME`."""
         if TIME in result:
             super().on_trial_complete(tune_controller, trial, result)
 
 
 def _median(epochs: int, cells: int) -> TrialScheduler:
-    """Stop what is worse than the median of the others' running means, from half of the first cell on."""
+    """From half of the first cell on, stop a trial that is worse than the median of the running means of the others."""
     return MedianStopping(
         TIME,
         METRIC,
         "min",
         grace_period=max(1, epochs // 2),
         min_samples_required=3,
-        min_time_slice=float("inf"),  # type: ignore[arg-type]  # never pause a trial to give others its slot
+        # Never pause a trial to give its slot to another one.
+        min_time_slice=float("inf"),  # type: ignore[arg-type]
     )
 
 
 class Hyperband(TrialScheduler):
-    """Hyperband in its asynchronous form: brackets of ASHA, from the most eager to none, side by side.
+    """Asynchronous Hyperband: several brackets of ASHA side by side, from early stopping to no stopping.
 
-    Bracket s lets its trials run r·eta^s epochs before it first compares them, and gets trials in proportion to
-    eta^s'/(s'+1), s' counted from the last bracket, as Hyperband deals them (Li et al., JMLR 18, 2018, algorithm 1).
-    Nothing waits for a rung to fill: Ray's synchronous HyperBandScheduler pauses trials for that, and says of
-    half of those that ran to their end that they were stopped. Ray's AsyncHyperBandScheduler(brackets=k) draws
-    the bracket of a trial from the global random state, so a resumed search would deal otherwise; here it
-    follows from the trial's number.
+    Bracket s first compares its trials after r·eta^s epochs. It gets trials in proportion to eta^s'/(s'+1), where s'
+    is counted from the last bracket, as in Hyperband (Li et al., JMLR 18, 2018, algorithm 1). No trial waits until a
+    rung is full: the synchronous HyperBandScheduler of Ray pauses trials for this, and reports half of the trials that
+    ran to their end as stopped. AsyncHyperBandScheduler(brackets=k) of Ray draws the bracket of a trial from the
+    global random state, so a resumed search would choose other brackets; here the bracket follows from the number of
+    the trial.
     """
 
     def __init__(self, epochs: int, cells: int) -> None:
@@ -88,7 +89,7 @@ class Hyperband(TrialScheduler):
         self.bracket_of: dict[str, ASHAScheduler] = {}
 
     def bracket_number(self, number: int) -> int:
-        """The bracket of the trial called `number`: dealt one by one to the one furthest behind its share."""
+        """The bracket of trial `number`: each trial in turn goes to the bracket that is furthest below its share."""
         dealt = [0] * len(self.brackets)
         for _ in range(number + 1):
             behind = [(count + 1) / share for count, share in zip(dealt, self.shares, strict=True)]
@@ -97,22 +98,22 @@ class Hyperband(TrialScheduler):
         return chosen
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Put the trial into its bracket; what is no trial of the search never reports and may go anywhere."""
+        """Put the trial into its bracket. A refit or a repetition reports no `TIME`, so its bracket does not matter."""
         name = trial.config["assignment"]["name"]
         number = int(name) if name.isdigit() else 0
         self.bracket_of[trial.trial_id] = self.brackets[self.bracket_number(number)]
         self.bracket_of[trial.trial_id].on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
-        """Its bracket's decision."""
+        """The decision of its bracket."""
         return self.bracket_of[trial.trial_id].on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
-        """Its last value counts in its bracket."""
+        """Tell its bracket the last value."""
         self.bracket_of.pop(trial.trial_id).on_trial_complete(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
-        """What it reported stays in its bracket."""
+        """Keep its reported values in its bracket."""
         self.bracket_of.pop(trial.trial_id, None)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -120,7 +121,7 @@ class Hyperband(TrialScheduler):
         self.bracket_of.pop(trial.trial_id, None)
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
-        """The first that waits."""
+        """The first trial that waits."""
         return FIFOScheduler().choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:
@@ -134,9 +135,9 @@ SCHEDULERS: dict[str, Callable[[int, int], TrialScheduler]] = {
     "median": _median,
     "none": lambda epochs, cells: FIFOScheduler(),
 }
-"""(epochs of a cell, cells) -> scheduler; what changes settings while training is in population_methods.py."""
+"""(epochs of a cell, cells) -> scheduler; `population_methods.py` has the methods that change settings in training."""
 POPULATION_SCHEDULERS = ("pbt", "pb2")
-"""What comes after a population has evolved is compared in full: nothing stops it early."""
+"""Trials that follow the evolution of a population are compared on all cells: no scheduler stops them early."""
 
 
 def make_scheduler(name: str, epochs: int, cells: int) -> TrialScheduler:
@@ -147,18 +148,18 @@ def make_scheduler(name: str, epochs: int, cells: int) -> TrialScheduler:
 
 @dataclass(frozen=True, eq=False)
 class _Replayed:
-    """Stands for a finished trial before a scheduler, which knows trials by their `trial_id` and name."""
+    """Represents a finished trial for a scheduler, which identifies trials by their `trial_id` and name."""
 
     trial_id: str
     config: dict[str, dict[str, str]]
 
 
 def replay(scheduler: TrialScheduler, finished: list[FrozenTrial]) -> None:
-    """Show a new scheduler what earlier trials reported, so that a resumed search prunes as it would have."""
+    """Show a new scheduler the values of earlier trials, so that a resumed search prunes as if never interrupted."""
     for trial in finished:
         named = _Replayed(f"replayed-{trial.number}", {"assignment": {"name": str(trial.number)}})
         stand_in = cast(Trial, named)
-        # Asked only by schedulers that pause trials.
+        # Only schedulers that pause trials use the controller.
         controller = cast(TuneController, None)
         scheduler.on_trial_add(controller, stand_in)
         result: Result = {}
@@ -171,11 +172,11 @@ def replay(scheduler: TrialScheduler, finished: list[FrozenTrial]) -> None:
 
 @dataclass
 class Wilcoxon(tune.Stopper):
-    """Stop a trial that is worse than the best one on the same cells, by the signed-rank test over pairs of cells.
+    """Stop a trial that is worse than the best trial on the same cells, by the signed-rank test over pairs of cells.
 
-    As Optuna's WilcoxonPruner: one-sided, zero differences split, and never while the trial's mean is the
-    better one. It asks after every finished cell. With n cells no p-value is below 1/2^n, so a threshold of
-    0.1 first acts after 4 cells, and 0.05 after 5.
+    As the WilcoxonPruner of Optuna: one-sided, zero differences split, and never while the mean of the trial is the
+    better one. The test is made after every finished cell. With n cells the p-value is at least 1/2^n, so a threshold
+    of 0.1 first acts after 4 cells, and a threshold of 0.05 after 5.
     """
 
     threshold: float
@@ -185,7 +186,7 @@ class Wilcoxon(tune.Stopper):
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, trial_id: str, result: Result) -> bool:
-        """Whether to stop the trial; the reason is kept in `reasons`."""
+        """Whether to stop the trial; `reasons` keeps the reason."""
         answer = cast(Answer, result)
         finished = answer.get("cells") or []
         if TIME not in answer or answer["done"] or not 2 <= len(finished) < self.cells:
@@ -201,7 +202,7 @@ class Wilcoxon(tune.Stopper):
         return False
 
     def _p_value(self, values: list[float]) -> float:
-        """Of the values being no greater than the best trial's in the same cells; 1 without such a trial."""
+        """The p-value against `values` being no greater than those of the best trial; 1 without a best trial."""
         completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         judged = [trial for trial in completed if CELL_VALUES in trial.user_attrs]
         if not judged:

@@ -1,7 +1,7 @@
-"""The story of a search: which configuration a slot tries next, and what is told to the study about it.
+"""The course of a search: which configuration a slot tries next, and what the study is told about it.
 
-The Optuna study in the run's journal file is the one record of the search. Ray Tune only executes: it asks
-`StudySearch` for the next assignment, hands results to the scheduler, and can be killed at any moment.
+The Optuna study in the journal file of the run is the only record of the search. Ray Tune only executes it: Tune asks
+`StudySearch` for the next assignment, passes results to the scheduler, and can be killed at any moment.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from core.run_names import (
 from distributed.run.assignment import Answer, Assignment, forget_checkpoint, trial_name
 from distributed.search.budget import Budget, judge_improvement
 from distributed.search.schedulers import METRIC, Wilcoxon
-from distributed.search.study import report_cells, report_value
+from distributed.search.study import report_cells, report_value, trials_begun
 from search_spaces.points import Space
 
 SLOT_CRASHES = 2
-"""How often a trial may lose its slot and be given another, beside Tune's own restarts."""
+"""How often a trial may lose its slot and get another one, in addition to the restarts of Tune."""
 
 
 @dataclass
 class Proposals:
-    """What a search draws its assignments from, and how many trials it may use."""
+    """The source of the assignments of a search, and the number of trials that it may use."""
 
     study: optuna.Study
     space: Space
@@ -56,12 +56,12 @@ class Proposals:
     refits: Callable[[optuna.Study], list[Assignment]]
     continued: list[FrozenTrial] = field(default_factory=list)
     secure: Callable[[], None] = lambda: None
-    """Called when the study has learnt what must not be lost with this machine."""
+    """Called when the study has changed in a way that must not be lost with this machine."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """How trials are judged: what is minimised, and what stops a trial or the whole search early."""
+    """How trials are judged: the objectives, and what stops a trial or the whole search early."""
 
     objectives: Sequence[str] = ("mae",)
     scheduler: str = "none"
@@ -70,11 +70,11 @@ class Judgement:
 
 
 class StudySearch(tune.search.Searcher):
-    """Ray Tune's searcher over an Optuna study, which it tells the truth.
+    """The searcher of Ray Tune for an Optuna study; it tells the study how each trial really ended.
 
-    Ray's own OptunaSearch tells COMPLETE for trials the scheduler stopped and only logs a NaN. Here an early
-    stop is PRUNED with its intermediate values and the reason, a diverged or crashed trial FAIL with the reason,
-    and an interrupted trial stays RUNNING until `resume` continues it. When the search is over, the refits
+    The OptunaSearch of Ray tells COMPLETE for trials that the scheduler stopped, and only logs a NaN. Here a trial
+    that is stopped early is PRUNED, with its intermediate values and the reason. A trial that diverged or crashed is
+    FAIL, with the reason. An interrupted trial stays RUNNING until `resume` continues it. After the search the refits
     follow in the same slots.
     """
 
@@ -85,25 +85,26 @@ class StudySearch(tune.search.Searcher):
         self.refitting: dict[str, Assignment] = {}
         self.crashes: dict[str, int] = {}
         self.broken: str | None = None
-        """Why the storage of the run or the cohort failed: then everything stops, and can be resumed."""
+        """Why the storage of the run or of the cohort failed. Then everything stops, and the run can be resumed."""
         self.refits: list[Assignment] | None = None
         self.started: dict[str, float] = {}
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, object], **spec: object
     ) -> bool:
-        """The metric is fixed."""
+        """Tell Tune that the metric is fixed."""
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """The next assignment; None while refits wait for the last trials; FINISHED in the end."""
+        """The next assignment; None while refits wait for the last trials; FINISHED at the end."""
         with self._storage():
             trial = self._next_trial()
             if trial is not None:
                 self.running[trial_id] = trial
                 self.started[trial_id] = time.time()
                 assignment = self._assignment(trial)
-                self.proposals.secure()  # else, begun again elsewhere, another trial might be given its folder
+                # Otherwise a sweep that is resumed on another machine could give this folder to another trial.
+                self.proposals.secure()
                 return {"assignment": assignment}
         if self.broken is not None:
             return tune.search.Searcher.FINISHED
@@ -111,15 +112,16 @@ class StudySearch(tune.search.Searcher):
             return None
         if self.refits is None:
             self.refits = self.proposals.refits(self.proposals.study)
-        if not self.refits:  # while one runs, its slot may crash, and it be due again
+        # While a refit runs its slot may crash, and then the refit must run again.
+        if not self.refits:
             return None if self.refitting else tune.search.Searcher.FINISHED
         self.budget.beyond.add(trial_id)
         self.refitting[trial_id] = self.refits.pop(0)
         return {"assignment": self.refitting[trial_id]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keep the intermediate value, at the epochs done over all cells."""
-        # Of a storage that has failed, the journal may end in half a line.
+        """Record the intermediate value, at the number of epochs done in all cells."""
+        # If the storage has failed, the journal may end with half a line.
         if self.broken is None:
             with self._storage():
                 self._keep(trial_id, cast(Answer, result))
@@ -170,16 +172,16 @@ class StudySearch(tune.search.Searcher):
         self._forget_checkpoint(trial)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk already."""
+        """Do nothing: the study is on disk already."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: see `save`."""
+        """Do nothing: see `save`."""
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing: see `save`."""
+        """Do nothing: see `save`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its searcher for a restore that we do not use; the study does not travel."""
+        """Tune pickles its searcher for a restore that we do not use; the study is not pickled."""
         return {}
 
     def _next_trial(self) -> optuna.Trial | None:
@@ -189,13 +191,10 @@ class StudySearch(tune.search.Searcher):
         if proposals.continued:
             unfinished = proposals.continued.pop(0)
             return optuna.Trial(proposals.study, unfinished._trial_id)
-        asked = [
-            trial for trial in proposals.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING
-        ]
-        return proposals.study.ask() if len(asked) < proposals.trials else None
+        return proposals.study.ask() if trials_begun(proposals.study) < proposals.trials else None
 
     def _assignment(self, trial: optuna.Trial) -> Assignment:
-        """The trial's resolved settings, recorded with it before anything runs."""
+        """The assignment of a trial. Its resolved settings are recorded before anything runs."""
         recorded = trial.user_attrs.get(SETTINGS)
         if recorded is None:
             proposed = self.proposals.space(trial)
@@ -208,7 +207,7 @@ class StudySearch(tune.search.Searcher):
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:
-        """Stop everything where the study's journal cannot be written."""
+        """Stop everything if the journal of the study cannot be written."""
         try:
             yield
         except OSError as error:
@@ -218,22 +217,22 @@ class StudySearch(tune.search.Searcher):
         self.broken, self.budget.interrupted = self.broken or reason.partition(";")[0], True
 
     def _may_begin_again(self, name: str) -> bool:
-        """Whether a trial whose slot crashed is handed to another one; it goes on from its last epoch.
+        """Whether a trial whose slot crashed gets another slot; it continues from its last epoch.
 
-        Tune restarts only trials that it takes for running, not one that the slot was just being given.
+        Tune restarts a running trial, but not a trial that the slot was just receiving.
         """
         self.crashes[name] = self.crashes.get(name, 0) + 1
         return self.crashes[name] <= SLOT_CRASHES
 
     def _undefined(self, answer: Answer) -> str | None:
-        """The reason why a finished trial has no value, if it has none."""
+        """Why a finished trial has no value; None if it has one."""
         for name in self.judgement.objectives:
             if OBJECTIVES[name].of is not None and not math.isfinite(mean_of(name, answer["cells"])):
                 return f"'{name}' is undefined in a cell: fewer than two sites among its subjects"
         return None
 
     def _describe(self, trial: optuna.Trial, trial_id: str, answer: Answer) -> None:
-        """What the tables say of a trial, however it ended."""
+        """Record what the tables show of a trial, whether it finished or not."""
         cells = answer.get("cells") or []
         cost = answer.get("spent_seconds", 0.0) * self.budget.devices
         measured = {

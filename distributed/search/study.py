@@ -1,4 +1,4 @@
-"""The Optuna study of a run: made, checked against its space, filled with points, and carried over to another space."""
+"""The Optuna study of a run: make it, check its space, enqueue points, and carry it over to another space."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from core.tasks import TASKS
 from distributed.search.samplers import make_sampler
 from search_spaces.points import Asked, OutsideSpaceError, Profile, Space, point_of, profile_of
 
+POINTS_TRIED = 30
 KEPT_SYSTEM_ATTRIBUTES = ("terminator:cv_scores", "fixed_params")
-"""What of Optuna's own notes on a trial means the same in another space."""
+"""The notes of Optuna on a trial that have the same meaning in another space."""
 
 
 def open_study(
@@ -39,30 +40,30 @@ def open_study(
         directions=["minimize"] * len(objectives),
         load_if_exists=True,
     )
-    study.sampler = make_sampler(sampler, seed, begun=len(_begun(study)))
+    study.sampler = make_sampler(sampler, seed, begun=trials_begun(study))
     if study.metric_names is None:
         study.set_metric_names([OBJECTIVES[objective].label for objective in objectives])
     return study
 
 
-def _begun(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that were ever asked for, which those that only wait are not."""
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+def trials_begun(study: optuna.Study) -> int:
+    """The number of trials that have begun; enqueued trials that still wait do not count."""
+    return sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
 
 
 def _storage(journal: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(journal)))
 
 
-def check_space(space: Space, base: Settings, samples: int = 30) -> Profile:
-    """Try `space` on random points before anything is started; returns what it searches.
+def check_space(space: Space, base: Settings) -> Profile:
+    """Try `space` at `POINTS_TRIED` random points before anything is started; returns what it searches.
 
     Raises:
         UserError: the first mistake.
     """
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     points = []
-    for _ in range(samples):
+    for _ in range(POINTS_TRIED):
         trial = study.ask()
         proposed = space(trial)
         points.append(trial.distributions)
@@ -74,7 +75,7 @@ def check_space(space: Space, base: Settings, samples: int = 30) -> Profile:
 
 
 def published_parameters(space: Space, base: Settings) -> dict[str, Any] | None:
-    """The point of `space` that is the published configuration `base`; None if it lies outside."""
+    """The point of `space` for the published configuration `base`; None if it lies outside the space."""
     every_setting = flatten(resolve(base).model_dump(mode="json"))
     try:
         return point_of(space, with_absent(every_setting), all_used=False)
@@ -86,7 +87,7 @@ def read_points(path: Path, space: Space) -> list[dict[str, Any]]:
     """The configurations in a YAML file, a list of {dotted name: value}, each a point of `space`.
 
     Raises:
-        UserError: not such a file; an entry (counted from 1) that is incomplete or outside the space.
+        UserError: the file is not such a list, or an entry (counted from 1) is incomplete or outside the space.
     """
     try:
         entries = yaml.safe_load(path.read_text())
@@ -98,7 +99,7 @@ def read_points(path: Path, space: Space) -> list[dict[str, Any]]:
     for place, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict):
             raise UserError(f"entry {place} of {path} must be a mapping of names to values, got {entry!r}")
-        # YAML 1.1 reads 1e-3 as text
+        # YAML 1.1 reads 1e-3 as text.
         settings = {name: _as_number(value) for name, value in flatten(entry).items()}
         try:
             points.append(point_of(space, settings))
@@ -115,9 +116,9 @@ def _as_number(value: Any) -> Any:
 
 
 def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]], label: str | None) -> int:
-    """Have `study` try `points` next, in their order, except those that it has already; returns how many.
+    """Let `study` try `points` next, in their order, except points that it has already; returns how many are new.
 
-    `label` names them in the tables.
+    `label` is their name in the tables.
     """
     known = [
         trial.params or trial.system_attrs.get("fixed_params") for trial in study.get_trials(deepcopy=False)
@@ -129,7 +130,7 @@ def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]], label: str
 
 
 def report_value(trial: optuna.Trial, value: float, epochs: int) -> None:
-    """Keep what a trial reported. Optuna refuses intermediate values of several objectives: they become attributes."""
+    """Record a value that a trial reported. With several objectives Optuna refuses it, so it becomes an attribute."""
     if len(trial.study.directions) == 1:
         trial.report(value, step=epochs)
     else:
@@ -137,22 +138,23 @@ def report_value(trial: optuna.Trial, value: float, epochs: int) -> None:
 
 
 def report_cells(trial: optuna.Trial, values: list[float]) -> None:
-    """Keep the first objective of every cell; Optuna's terminator takes the noise of the best from it."""
+    """Record the first objective of every cell; the terminator of Optuna estimates the noise from it."""
     if len(values) > 1:
-        with warnings.catch_warnings():  # Optuna 6 drops its terminator: nothing that a user can do about
+        # Optuna warns that version 6 will drop its terminator; a user can do nothing about it.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             report_cross_validation_scores(trial, values)
 
 
 @dataclass(frozen=True)
 class CarriedOver:
-    """What became of the trials of a study when its space was changed."""
+    """The result of `carry_over`: the new study, and how many of the old trials lie inside the new space."""
 
     study: optuna.Study
     inside: int = 0
     outside: list[int] = field(default_factory=list)
     dropped: int = 0
-    """Trials that waited to be run and that the new space does not have."""
+    """The number of enqueued trials that the new space does not contain."""
 
 
 def carry_over(
@@ -160,12 +162,12 @@ def carry_over(
 ) -> CarriedOver:
     """Copy the trials of `old` into `new`, an empty study for `space`, keeping their numbers.
 
-    `fixed` are settings that `space` does not search, by dotted name: a trial that had searched one of them and
-    taken this very value lies inside.
+    `fixed` are settings that `space` no longer searches, by dotted name. A trial with exactly these values lies inside
+    the space.
 
-    Optuna lets no study change the choices of a setting, so another space is another study. What lies outside
-    `space` keeps its value and its row in every table, but not its parameters: no sampler learns from it, and
-    it cannot win. A trial outside that was interrupted ends as PRUNED.
+    Optuna does not allow a study to change the choices of a setting, so another space needs another study. A trial
+    outside `space` keeps its value and its row in every table, but not its parameters: no sampler learns from it, and
+    it cannot win. If such a trial was interrupted, it ends as PRUNED.
     """
     inside, outside, dropped = 0, [], 0
     for trial in old.get_trials():
@@ -189,7 +191,7 @@ def carry_over(
 
 
 def _within(space: Space, point: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The parameters of `space` at `point`; None where it lies outside."""
+    """The parameters of `space` at `point`; None if the point lies outside."""
     if any(point[name] != fixed[name] for name in fixed.keys() & point.keys()):
         return None
     try:
@@ -208,7 +210,7 @@ def _copied(trial: FrozenTrial, within: dict[str, Any], space: Space) -> FrozenT
 
 
 def _set_aside(trial: FrozenTrial) -> FrozenTrial:
-    """`trial` without parameters; they are kept as an attribute, for the tables."""
+    """`trial` without parameters; an attribute keeps them for the tables."""
     aside = _without_notes(trial)
     if OUTSIDE not in trial.user_attrs:
         aside.user_attrs = trial.user_attrs | {OUTSIDE: trial.params}
@@ -229,9 +231,9 @@ def _without_notes(trial: FrozenTrial) -> FrozenTrial:
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The completed trial with the least first objective, inside the present space; None when there is none.
+    """The completed trial inside the present space with the lowest first objective; None if there is none.
 
-    Of several objectives the later ones break ties, so that the winner is on the Pareto front.
+    The other objectives break ties, so that the winner is on the Pareto front.
     """
     completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     within = [trial for trial in completed if OUTSIDE not in trial.user_attrs]

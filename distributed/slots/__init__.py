@@ -1,1 +1,1 @@
-"""Ray Train worker groups that outlive their trials, and the cluster that they are on."""
+"""Ray Train worker groups that outlive their trials, and the cluster on which they run."""

@@ -1,4 +1,4 @@
-"""Ray, here or elsewhere, and how many slots of what size fit on it."""
+"""Ray on this machine or on a cluster, and the number and size of the slots that fit on it."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own TensorBoard callback says more
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours tells an interruption from an early stop
+    # Our own TensorBoard callback writes more.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Our own handler distinguishes an interruption from an early stop.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    # Slots keep a handful of processes that take no CPU; Ray's warning counts them against the cores.
+    # Every slot has a few processes that use no CPU, but the warning of Ray compares their number with the cores.
     "RAY_worker_maximum_startup_concurrency": "8",
 }
 ANSWER_TIMEOUT_S = 10
 PACKAGES_FOLDER = Path(__file__).parents[2]
 """The folder in which `core`, `distributed` and `search_spaces` lie."""
 PATIENCE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-"""Set (by cluster.yaml) where nodes come with the work: the seconds that this may take."""
+"""The seconds that new nodes may take to start; cluster.yaml sets it, because its cluster grows on demand."""
 
 
 @contextlib.contextmanager
 def connect(address: str | None, console: Console) -> Iterator[None]:
-    """Ray for the length of a command: the cluster at `address` or in RAY_ADDRESS, else this machine."""
+    """Ray during a command: the cluster at `address` or in RAY_ADDRESS, or this machine if both are absent."""
     quiet()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     where = address or os.environ.get("RAY_ADDRESS")
     if where and where.startswith("ray://"):
-        # Ray Client pickles the whole Tuner to the head: study, display and interruption would stay behind.
+        # Ray Client sends the whole Tuner to the head, but study, display and interruption stay on this machine.
         raise UserError(
-            f"no sweep can be driven through {where}: use `ray job submit`, or HEAD_IP:PORT on one of its nodes"
+            f"a sweep cannot be run through {where}; use `ray job submit`, or HEAD_IP:PORT on one of the nodes"
         )
     if where:
         _check_answers(where)
     with console.status("starting Ray …" if where is None else f"connecting to Ray at {where} …"):
         try:
-            # Ray puts the folder in which the driver is at this moment first on the path of every worker. The
-            # user's own may hold a core.py. A submitted job has a folder of its own, which Ray prefers to this.
+            # Ray puts the current folder of the driver first on the path of every worker. The folder of the user may
+            # contain a core.py. A submitted job has a folder of its own, which Ray puts before this one.
             with contextlib.chdir(PACKAGES_FOLDER):
                 if where is None:
                     ray.init(
@@ -77,10 +79,11 @@ def connect(address: str | None, console: Console) -> Iterator[None]:
 
 
 def _check_answers(where: str) -> None:
-    """Ask HEAD_IP:PORT for a connection: Ray would try for minutes."""
+    """Try to connect to HEAD_IP:PORT, because Ray itself would try for minutes."""
     host, _, port = where.rpartition(":")
     if not (host and port.isdigit()):
-        return  # auto, local: Ray's to resolve
+        # Ray itself resolves `auto` and `local`.
+        return
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
     except OSError as error:
@@ -94,17 +97,20 @@ def fit_slots(
     trials: int,
     console: Console | None = None,
 ) -> tuple[Workers, int]:
-    """How many slots of what size; refuses what could never be scheduled (Ray would wait in silence).
+    """The number of slots and their size.
 
-    A worker lives on one node, so it is the nodes that count and not their sum: on a CPU head and two GPU
-    nodes, a share of all CPUs may be more than any GPU node has.
+    A worker runs on one node. So the resources of each node count, and not their sum: on a cluster of a CPU head and
+    two GPU nodes, an equal share of all CPUs may be more than a GPU node has.
 
     Args:
-        slots: how many are wanted; as many as fit, but no more than `trials`, if None.
+        slots: how many are wanted; None means as many as fit, but not more than `trials`.
         workers: workers of each slot.
-        gpus_per_worker: None means one where the cluster has any.
-        trials: how many trials there are to run.
-        console: where to say that nodes are awaited, on a cluster that grows (see `PATIENCE`).
+        gpus_per_worker: None means one if the cluster has GPUs.
+        trials: the number of trials.
+        console: where to print that new nodes are awaited, on a cluster that grows (see `PATIENCE`).
+
+    Raises:
+        UserError: the slots do not fit on the cluster; without this check Ray would wait without a message.
     """
     gpus = float(ray.cluster_resources().get("GPU", 0) > 0) if gpus_per_worker is None else gpus_per_worker
     if 0 < gpus < 1 < workers:
@@ -126,9 +132,10 @@ def fit_slots(
 
 
 def _workers_that_fit(cpus: float, gpus: float) -> int:
-    """How many workers of this size the nodes hold now, each on one node."""
+    """How many workers of this size fit on the nodes now, each on one node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    almost = 1e-6  # 0.7 / 0.1 is a little less than 7
+    # In floating point 0.7 / 0.1 is a little less than 7.
+    almost = 1e-6
     return sum(
         int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else float("inf")) + almost)
         for node in nodes
@@ -136,13 +143,13 @@ def _workers_that_fit(cpus: float, gpus: float) -> int:
 
 
 def _await_nodes(workers: int, gpus: float, console: Console | None) -> None:
-    """Have an autoscaling cluster grow to `workers`, at least one CPU each; no longer than `PATIENCE` allows."""
+    """Let an autoscaling cluster grow until `workers` fit, at least one CPU each; wait as long as `PATIENCE` allows."""
     patience = float(os.environ.get(PATIENCE, 0))
     if not patience:
         return
     if console is not None:
         console.print(f"waiting up to {patience:g} s for nodes with room for {workers} worker(s)")
-    # A placement group is a request that the autoscaler answers; removed, it leaves the nodes to the slots.
+    # The autoscaler starts nodes for a placement group. After the group is removed, the slots use these nodes.
     group = placement_group([{"CPU": 1.0} | ({"GPU": gpus} if gpus else {})] * workers)
     try:
         group.wait(timeout_seconds=patience)
@@ -151,10 +158,10 @@ def _await_nodes(workers: int, gpus: float, console: Console | None) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Refuse a run folder that some node cannot see: its workers would write to a disk of their own.
+    """Refuse a run folder that a node cannot see: the workers on this node would write to their own disk.
 
     Raises:
-        UserError: naming the node.
+        UserError: a node does not see the folder; the message names the node.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1 or address_of(folder):

@@ -1,4 +1,7 @@
-"""Orders from a slot to its workers, answers back. A process of its own, so it imports next to nothing."""
+"""The mailbox between a slot and its workers: orders go out, answers come back.
+
+It is a process of its own, so this module imports very little.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Order(TypedDict):
-    """What a worker group is to do next: one epoch of an assignment."""
+    """What a worker group must do next: one epoch of an assignment."""
 
     serial: int
     assignment: Assignment
@@ -20,9 +23,9 @@ class Order(TypedDict):
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Passes orders from a slot to its workers and the answer back; remembers what is unanswered.
+    """Passes orders from a slot to its workers and the answers back; remembers an order that is not answered yet.
 
-    A restarted worker group asks again and gets the same order, so no epoch is lost or run twice.
+    A restarted worker group asks again and gets the same order. So no epoch is lost or run twice.
     """
 
     def __init__(self) -> None:
@@ -43,7 +46,7 @@ class Mailbox:
             return self._answers.pop(serial)
 
     async def next_order(self, after: int) -> Order | None:
-        """The first order later than `after`, waiting for it; None once the slot is closed."""
+        """Wait for the first order after the one with the serial `after`; None when the slot is closed."""
         async with self._changed:
             await self._changed.wait_for(
                 lambda: self._closed or (self._order is not None and self._order["serial"] > after)
@@ -51,20 +54,20 @@ class Mailbox:
             return None if self._closed else self._order
 
     async def answer(self, serial: int, answer: Answer) -> None:
-        """Hand in the answer to order `serial`; an answer that nobody waits for any more is dropped."""
+        """Give the answer to the order `serial`; it is dropped if a later order has been given."""
         async with self._changed:
             if serial == self._serial:
                 self._answers[serial] = answer
                 self._changed.notify_all()
 
     async def unanswered(self) -> int:
-        """The serial after which a newly started worker has to begin."""
+        """The serial after which a newly started worker must begin."""
         async with self._changed:
             waiting = self._order is not None and self._serial not in self._answers
             return self._serial - 1 if waiting else self._serial
 
     async def close(self) -> None:
-        """Send every worker home."""
+        """Tell every worker to end."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,11 +1,12 @@
-"""CPUs and GPUs that a killed slot leaves reserved, and how the next slot gets them back.
+"""CPUs and GPUs that stay reserved after a slot is killed, and how the next slot gets them back.
 
-Ray Train reserves the workers of a slot as a placement group. When the slot's process is killed, its controller and
-its workers end with it, but Ray keeps the group for as long as the job lives, and the next slot waits for ever for
-what nobody uses. So it is when the machine runs out of memory: Ray ends several processes at once, among them one
-that the controller needs for giving back what it holds. Train starts an actor against that (PlacementGroupCleaner,
-ray-project/ray#58515), which asks the dashboard's State API and does nothing where that does not answer, as in a Ray
-without a dashboard (2.60). So every group is recorded in the run's folder with the process it belongs to.
+Ray Train reserves the resources of a slot as a placement group. When the process of the slot is killed, its controller
+and its workers end with it, but Ray keeps the group as long as the job lives. Then the next slot waits for ever for
+resources that are not used. This happens when the machine runs out of memory: Ray ends several processes at once,
+among them one that the controller needs to release its group. Train starts an actor for this case
+(PlacementGroupCleaner, ray-project/ray#58515). The actor asks the State API of the dashboard, and does nothing if the
+API does not answer, as in a Ray without a dashboard (2.60). So every group is recorded in the folder of the run, with
+the process it belongs to.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from core.files.writing import write_text
 
 
 class Holder(TypedDict):
-    """A process as no other is called, and a name of its worker group among those that it has one after another."""
+    """A process, identified on all machines, and one of the worker groups that it has one after another."""
 
     process: int
     began: float
     """Seconds since 1970."""
     node: str
-    """Ray's name of it."""
+    """The id that Ray gives the node."""
     group: str
 
 
@@ -46,7 +47,7 @@ def holder(group: str) -> Holder:
 
 
 def record(folder: Path, held_by: Holder) -> None:
-    """Note the placement group that the calling worker runs in, for the slot `held_by` (see `holder`)."""
+    """Record the placement group of the calling worker, for the slot `held_by` (see `holder`)."""
     group = get_current_placement_group()
     if group is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def record(folder: Path, held_by: Holder) -> None:
 
 
 def release_left(folder: Path) -> int:
-    """Remove the placement groups recorded in `folder` whose slot lived on this node and is dead; returns how many."""
+    """Remove the recorded placement groups whose slot was on this node and has ended; returns how many were removed."""
     released, there = 0, placement_group_table()
     here = ray.get_runtime_context().get_node_id()
     for file in sorted(folder.glob("*.json")):
@@ -70,9 +71,10 @@ def release_left(folder: Path) -> int:
 
 
 def release(folder: Path, held_by: Holder) -> None:
-    """Remove what `held_by` has reserved, should it still be: its workers have ended."""
+    """Remove the placement group of `held_by`, if it still exists; its workers have ended."""
     for file in folder.glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):  # another slot has just dealt with it
+        # Another slot may have removed the group and its file just now.
+        with contextlib.suppress(FileNotFoundError):
             if json.loads(file.read_text()) == held_by:
                 _remove(file)
                 file.unlink()
@@ -83,7 +85,7 @@ def _remove(file: Path) -> None:
 
 
 def somebody_waits() -> bool:
-    """Whether any placement group of this cluster, of this sweep or another's, waits for CPUs or GPUs."""
+    """Whether a placement group of this cluster, of this sweep or of another one, waits for CPUs or GPUs."""
     groups = placement_group_table().values()
     return any(group["state"] in ("PENDING", "RESCHEDULING") for group in groups)
 

@@ -3,13 +3,13 @@
     Tune ──step()──▶ Slot ──order──▶ Mailbox ◀──next_order()── workers (one TorchTrainer, never restarted)
                        ◀──────────── answer() ────────────────
 
-The documented nesting starts a driver, a controller, a worker group and a process group for every trial:
-seconds, for trials that ASHA may stop after one epoch. A slot pays that once. Checkpoints are files in the
-trial's own folder, written by rank 0, so a restarted worker, slot or sweep finds them by the trial's name
-and nothing has to travel through `ray.train.report` (which blocks for one controller poll).
+The pattern in the documentation of Ray starts a driver, a controller, a worker group and a process group for every
+trial. This takes seconds, for trials that ASHA may stop after one epoch; a slot does it once. Checkpoints are files in
+the folder of the trial, written by rank 0. So a restarted worker, slot or sweep finds them by the name of the trial,
+and nothing goes through `ray.train.report` (which blocks for one poll of the controller).
 
-A slot without a trial gives its workers up as soon as somebody waits for such. Else two sweeps that got half a
-cluster each would wait for ever, each with one slot that has nothing left to do and one that never began.
+A slot without a trial ends its workers when another slot waits for resources. Otherwise two sweeps that each have half
+of a cluster could wait for ever: each has one slot with nothing to do, and one slot that cannot begin.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from distributed.run.assignment import Answer, Assignment, failed
 from distributed.slots.mailbox import Mailbox
 from distributed.slots.reservations import Holder, holder, record, release, release_left, somebody_waits
 
-WORKER_START_TIMEOUT_S = "900"  # autoscaled GPU nodes take minutes; Train's default gives up after 60 s
+WORKER_START_TIMEOUT_S = "900"
+"""Autoscaled GPU nodes take minutes to start, and the default of Ray Train is 60 s."""
 WORKER_RESTARTS = 2
 GROUP_RESTARTS = 1
 POLL_S = 1.0
 IDLE_S = 5.0
-"""After so long without a trial a slot looks whether somebody waits for its workers."""
+"""Seconds without a trial after which a slot checks whether another slot waits for resources."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Workers:
 
     @property
     def scaling(self) -> train.ScalingConfig:
-        """The group as Ray Train wants it said; the controller itself takes no CPU."""
+        """The group in the form that Ray Train takes; the controller itself uses no CPU."""
         resources = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
         return train.ScalingConfig(
             num_workers=self.count, use_gpu=self.gpus > 0, resources_per_worker=resources
@@ -59,26 +60,26 @@ class Workers:
 
 
 Runner = Callable[[Assignment], Answer]
-"""What a worker runs epochs with; it holds what outlives a trial."""
+"""Runs one epoch of an assignment in a worker; it keeps everything that outlives a trial."""
 
 
 @dataclass(frozen=True)
 class PackedRunner:
-    """How the workers of a slot make their runner, unpacked by nobody else (see `pack`)."""
+    """How the workers of a slot make their runner. Only the workers unpack it (see `pack`)."""
 
     contents: ray.ObjectRef[tuple[Callable[..., Runner], dict[str, object]]]
 
     def unpack(self) -> Runner:
-        """The runner, made anew."""
+        """Make the runner."""
         make_runner, arguments = ray.get(self.contents)
         return make_runner(**arguments)
 
 
 def pack(make_runner: Callable[..., Runner], **arguments: object) -> PackedRunner:
-    """`make_runner(**arguments) -> Callable[[assignment], Answer]`, to be called once in every worker.
+    """Pack `make_runner(**arguments)`, which every worker calls once, for the way to the workers.
 
-    What it makes holds what outlives a trial. In the object store it is bytes: the slot and Train's controller pass
-    it on without importing what it needs (networks, losses, MONAI: seconds in each of them).
+    The runner keeps everything that outlives a trial. In the object store it is bytes. So the slot and the controller
+    of Train pass it on without importing what it needs (networks, losses, MONAI: seconds in each process).
     """
     return PackedRunner(ray.put((make_runner, arguments)))
 
@@ -91,7 +92,8 @@ def worker_loop(config: dict[str, Any]) -> None:
     """
     mailbox = config["mailbox"]
     rank = train.get_context().get_world_rank()
-    if rank == 0:  # first of all: what follows takes seconds, in which this process may be killed
+    if rank == 0:
+        # Before everything that takes seconds, because this process may be killed meanwhile.
         record(Path(config["reserved"]), config["held_by"])
     run_epoch = config["runner"].unpack()
     done = ray.get(mailbox.unanswered.remote())
@@ -107,12 +109,12 @@ def worker_loop(config: dict[str, Any]) -> None:
 
 
 class WorkersEndedError(RuntimeError):
-    """A worker group is gone for good; the message says why."""
+    """A worker group has ended and will not be restarted; the message says why."""
 
 
 @dataclass
 class WorkerGroup:
-    """A TorchTrainer running `worker_loop` in a thread, and the mailbox that feeds it."""
+    """A TorchTrainer that runs `worker_loop` in a thread, and the mailbox for its orders."""
 
     workers: Workers
     runner: PackedRunner
@@ -124,19 +126,19 @@ class WorkerGroup:
     thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
-        """Bring the workers up; returns at once, the first `run` waits for them."""
+        """Start the workers. This returns at once; the first `run` waits for them."""
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_TIMEOUT_S)
         self.reserved = Path(self.storage) / "reserved"
         release_left(self.reserved)
         self.held_by = holder(f"slot-{os.getpid()}-{time.time_ns()}")
-        # beside the slot: on another node it would be lost with that node, and the slot's trial begin its epoch again
+        # On the node of the slot: on another node the mailbox could be lost, and the trial would repeat its epoch.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self.thread = threading.Thread(target=self._fit, name="slot-workers", daemon=True)
         self.thread.start()
 
     def run(self, assignment: Assignment) -> Answer:
-        """One epoch of `assignment`; WorkersEndedError when the group, or its mailbox, is no more."""
+        """Run one epoch of `assignment`; WorkersEndedError if the group or its mailbox has ended."""
         pending = self.mailbox.run.remote(assignment)
         while True:
             ready, _ = ray.wait([pending], timeout=POLL_S)
@@ -150,8 +152,9 @@ class WorkerGroup:
                 raise WorkersEndedError(_reason(self.failure)) from self.failure
 
     def stop(self) -> None:
-        """Send the workers home and wait for the trainer to end."""
-        with contextlib.suppress(ray.exceptions.RayActorError):  # without a mailbox they go by themselves
+        """Tell the workers to end, and wait until the trainer has ended."""
+        # Without a mailbox the workers end by themselves.
+        with contextlib.suppress(ray.exceptions.RayActorError):
             ray.get(self.mailbox.close.remote())
         self.thread.join(timeout=60)
         release(self.reserved, self.held_by)
@@ -179,10 +182,10 @@ class WorkerGroup:
 
 
 class Slot(tune.Trainable):
-    """Tune's face of a worker group: one `step` is one epoch of the trial the slot currently holds.
+    """A worker group as a trainable of Tune: one `step` is one epoch of the current trial.
 
-    Made with `tune.with_parameters(Slot, workers=…, runner=pack(…), storage=…)` and `reuse_actors=True`. The workers
-    receive the trial's `config["assignment"]`.
+    It is made with `tune.with_parameters(Slot, workers=…, runner=pack(…), storage=…)` and `reuse_actors=True`. The
+    workers receive the trial's `config["assignment"]`.
     """
 
     def setup(  # type: ignore[override]
@@ -201,7 +204,7 @@ class Slot(tune.Trainable):
         threading.Thread(target=self._give_way, name="slot-idle", daemon=True).start()
 
     def step(self) -> dict[str, object]:
-        """One epoch. A group that Train gave up is replaced; a trial that ends that one too has failed."""
+        """Run one epoch. A worker group that has ended is replaced once; if that one ends too, the trial has failed."""
         with self.in_use:
             try:
                 return {**self._step()}
@@ -225,8 +228,10 @@ class Slot(tune.Trainable):
         return self.group
 
     def _give_way(self) -> None:
-        """End the workers of a slot that has had nothing to do for a while, if others wait; the next step brings them
-        back, and a trial in which that falls goes on from its last epoch."""
+        """End the workers of a slot that has had no trial for a while, if another slot waits for resources.
+
+        The next step starts them again; a trial that begins in between continues from its last epoch.
+        """
         while not self.closed.wait(IDLE_S):
             with self.in_use:
                 is_idle = time.monotonic() - self.idle_since > IDLE_S
@@ -235,13 +240,15 @@ class Slot(tune.Trainable):
                     self.group = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial: the workers learn of it with the next order."""
+        """Take the next trial; the workers receive it with the next order."""
         self.config = new_config
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """A note for Tune, which pauses and clones trials by their checkpoints: the state itself is in the folder
-        of the trial, and where to begin from is part of its assignment."""
+        """A name only, because Tune pauses and clones trials by their checkpoints.
+
+        The state itself is in the folder of the trial, and its assignment says from which checkpoint to continue.
+        """
         return {"name": self.config["assignment"]["name"]}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
@@ -256,7 +263,7 @@ class Slot(tune.Trainable):
 
 
 def _reason(failure: BaseException | None) -> str:
-    """The first worker's own last words, in one line."""
+    """The last line of the error of the first worker."""
     failures = getattr(failure, "worker_failures", None)
     cause = next(iter(failures.values())) if failures else failure
     lines = str(cause).strip().splitlines() or ["they returned"]

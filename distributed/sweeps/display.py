@@ -1,4 +1,4 @@
-"""What people see while a sweep runs: a live display in the terminal, and TensorBoard."""
+"""What the user sees while a sweep runs: a live display in the terminal, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VALUE_NAMES = {
     "site_balanced_accuracy": ("site accuracy", ""),
     "openbhb_score": ("score", ""),
 }
-"""How the display calls a trial's value, and its unit."""
+"""The name of the value of a trial in the display, and its unit."""
 SCALARS = ("value", "mae", "loss", "learning_rate", "temperature", "width", "neighbours")
 
 
@@ -37,13 +37,13 @@ class _Busy:
 
     assignment: Assignment
     answer: Answer = field(default_factory=Answer)
-    """The last one; empty before the first."""
+    """The last answer; empty before the first one."""
 
 
 class Display(tune.Callback):
-    """Progress of the search: how many trials are done, the best so far, and what every slot is doing.
+    """The progress of the search: the number of trials done, the best value so far, and the trial of every slot.
 
-    In a terminal the display is live; elsewhere one line is printed for every trial that ends.
+    In a terminal the display is live; in a log file it prints one line for every trial that ends.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Display(tune.Callback):
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def count_earlier(self, finished: int, best: tuple[float, str] | None) -> None:
-        """Begin with what earlier sessions of the run have finished, and their best (value, trial's name)."""
+        """Begin with the trials that earlier sessions have finished, and their best (value, name of the trial)."""
         self.done, self.best = finished, best
         self.overall.update(self.task, completed=finished, best=self._best())
 
     def __getstate__(self) -> dict[str, object]:
-        """Tune pickles its callbacks for a restore that we do not use; a terminal does not travel."""
+        """Tune pickles its callbacks for a restore that we do not use; a terminal cannot be pickled."""
         return {}
 
     def __enter__(self) -> Display:
@@ -80,7 +80,7 @@ class Display(tune.Callback):
             self.live.stop()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """A slot took a trial."""
+        """A slot begins a trial."""
         self.slots[trial.trial_id] = _Busy(trial.config["assignment"])
 
     def on_trial_result(
@@ -90,11 +90,11 @@ class Display(tune.Callback):
         self.slots[trial.trial_id] = _Busy(trial.config["assignment"], cast(Answer, result))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """A trial ended, at its end or early."""
+        """A trial has finished or was stopped early."""
         self._end(trial, "stopped early")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """A trial's workers crashed for good."""
+        """The workers of a trial crashed too often."""
         self._end(trial, "crashed")
 
     def _end(self, trial: Trial, otherwise: str) -> None:
@@ -128,7 +128,7 @@ class Display(tune.Callback):
         return f"{self.value_name} {value:.2f}{self.unit}"
 
     def _left(self) -> str:
-        """The remaining budget, of those that were set besides the number of trials."""
+        """The rest of the budgets, without the number of trials; empty if no budget was set."""
         left = self.budget.remaining()
         return f"left: {', '.join(left)}" if left else ""
 
@@ -159,9 +159,9 @@ class Display(tune.Callback):
 
 
 class TensorBoard(tune.Callback):
-    """Scalars of every trial, and at its end what was searched, with the last and the best value.
+    """Writes the scalars of every trial, and at its end the searched settings with the last and the best value.
 
-    Ray's own logger writes hyperparameters with the last result alone, and none for conditional settings.
+    The logger of Ray writes hyperparameters only with the last result, and does not write conditional settings.
     """
 
     def __init__(self, folder: Path, searched: Collection[str]) -> None:
@@ -178,7 +178,7 @@ class TensorBoard(tune.Callback):
     ) -> None:
         """Write the epoch's scalars."""
         writer, answer = self._writer(trial), cast(Answer, result)
-        # A slot whose workers ended answers without epochs.
+        # The answer of a slot whose workers ended has no epochs.
         step = answer.get("epochs", 0)
         for name in SCALARS:
             number = result.get(name)
@@ -189,10 +189,10 @@ class TensorBoard(tune.Callback):
             self.values.setdefault(trial.trial_id, []).append(value)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """Write the settings, the last and the best value, and close."""
+        """Write the settings, the last and the best value, and close the files of the trial."""
         writer, values = self._writer(trial), self.values.pop(trial.trial_id, [])
         settings = flatten(trial.config["assignment"]["settings"])
-        # What cannot act in this trial is left out: TensorBoard wants one type per setting.
+        # Settings that cannot act in this trial are left out, because TensorBoard needs one type per setting.
         shown = {name: settings[name] for name in self.searched if settings.get(name) is not None}
         if values:
             metrics = {"final_value": values[-1], "best_value": min(values)}
@@ -201,7 +201,7 @@ class TensorBoard(tune.Callback):
         self.writers.pop(trial.trial_id, None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """A crashed trial has its settings written like any other."""
+        """Write the settings of a crashed trial, too."""
         self.on_trial_complete(iteration, trials, trial)
 
     def _writer(self, trial: Trial) -> SummaryWriter:

@@ -1,4 +1,4 @@
-"""A population from beginning to end: members from the study, their evolution on slots, and the schedule they found."""
+"""A population from beginning to end: its members from the study, their evolution on slots, and the schedule found."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ STATE = "population.json"
 
 @dataclass(frozen=True)
 class Evolution:
-    """The population of a run: its members are the first trials of the study.
+    """The population of a run. Its members are the first trials of the study.
 
-    What an earlier session left is continued from its last exchange.
+    The population of an earlier session continues from its last exchange.
     """
 
     folder: RunFolder
@@ -51,14 +51,14 @@ class Evolution:
     study: optuna.Study
 
     def run(self, budget: Budget, executor: Executor) -> str | None:
-        """Evolve the population, and have the study try the published configuration and what was found next.
+        """Evolve the population; then enqueue the published configuration and the schedule that was found.
 
         Args:
-            budget: what may end the evolution early; then nothing is tried next.
-            executor: its slots; members that find none free wait their turn.
+            budget: it may end the evolution early; then nothing is enqueued.
+            executor: the slots; members wait until one is free.
 
         Returns:
-            Why the storage of the run or the cohort failed; None where it did not.
+            Why the storage of the run or of the cohort failed; None if it did not.
         """
         members, boundary = self._members()
         if members:
@@ -68,7 +68,7 @@ class Evolution:
                 self.study, budget, self.folder.path / STATE,
             )  # fmt: skip
             population.enter(members, boundary)
-            # Tune's limit on concurrent trials counts those that wait, too: a slot's share of the head is the limit.
+            # The limit of Tune on concurrent trials also counts waiting members. So a share of the head is the limit.
             share = math.floor(9_900 / executor.slots) / 10_000
             tuner = tune.Tuner(
                 tune.with_resources(executor.trainable, {"CPU": 0, HEAD: share}),
@@ -88,7 +88,7 @@ class Evolution:
         return None
 
     def _members(self) -> tuple[dict[str, Member], int]:
-        """The members that have not ended, and the epoch of their last exchange; asked from the study at first."""
+        """The members that have not ended, and the epoch of their last exchange; at first they come from the study."""
         folder, request, search, study = self.folder, self.request, self.search, self.study
         state = folder.path / STATE
         if state.exists():
@@ -116,7 +116,7 @@ class Evolution:
         return members, 0
 
     def _try_next(self) -> None:
-        """Enqueue the published configuration and the best member's schedule, once, and write the schedule down."""
+        """Enqueue the published configuration and the schedule of the best member, once; write `schedule.yaml`."""
         folder, search, study = self.folder, self.search, self.study
         labels = {trial.user_attrs.get(LABEL) for trial in study.get_trials(deepcopy=False)}
         published = published_parameters(search.space, search.base)
@@ -136,8 +136,8 @@ class Evolution:
 
 
 class _Members(BasicVariantGenerator):
-    """Gives Tune the members. Not finished while one of them trains: else Tune ends each slot whose member pauses,
-    although the next exchange needs it again."""
+    """Gives Tune the members. It is not finished while a member trains: otherwise Tune would end the slot of a member
+    that pauses, although the member needs a slot again after the next exchange."""
 
     def __init__(self, population: Population) -> None:
         super().__init__()
@@ -151,11 +151,11 @@ class _Members(BasicVariantGenerator):
 
 
 def _release_slots() -> None:
-    """Give back what the population's slots still reserve: no slot of this job is alive now.
+    """Release what the slots of the population still reserve; no slot of this job is alive now.
 
-    Tune kills slots that do not end at once, Ray keeps the placement groups of their workers as long as the job
-    lives (ray-project/ray#58515), and the slots of the search that follows would wait for them for ever. The id of a
-    group ends with that of its job, so no other sweep on the cluster is touched.
+    Tune kills slots that do not end at once. Ray keeps the placement groups of their workers as long as the job lives
+    (ray-project/ray#58515), and the slots of the following search would wait for them for ever. The id of a group ends
+    with the id of its job, so the groups of other sweeps on the cluster are not removed.
     """
     job = ray.get_runtime_context().get_job_id()
     for group, about in placement_group_table().items():
@@ -164,14 +164,14 @@ def _release_slots() -> None:
 
 
 def _running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Trials that have begun and not ended, before the population has: all of them are members."""
+    """The trials that have begun and not ended. Before the population has ended, all of them are members."""
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
 def write_schedule(path: Path, best: optuna.trial.FrozenTrial) -> None:
-    """The best member's settings, epoch by epoch, as a YAML file of settings that any run can take.
+    """Write the settings of the best member, epoch by epoch, as a YAML file of settings for any run.
 
-    One who followed a donor has the donor's settings up to there, and piecewise ones where a setting was changed.
+    A member that followed a donor has the settings of the donor until that epoch; a changed setting is piecewise.
     """
     came = [
         f"after epoch {each['epoch']}: from member {each['donor']}, changed {json.dumps(each['changed'])}"

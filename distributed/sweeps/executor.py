@@ -1,4 +1,4 @@
-"""Ray Tune as the executor of a search: slots that run what a searcher proposes, with one set of options."""
+"""Ray Tune as the executor of a search: its slots run the trials that a searcher proposes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from distributed.search.searcher import StudySearch
 from distributed.sweeps.forget_finished import ForgetFinished
 
 TRIAL_RESTARTS = 2
-# Tune's per-trial driver must hold something; the head's marker resource costs no CPU of the slots.
+# The driver of a trial in Tune needs a resource; the marker resource of the head uses no CPU of the slots.
 HEAD = "node:__internal_head__"
 DRIVER_RESOURCES = {"CPU": 0, HEAD: 0.001}
 
 
 @dataclass(frozen=True)
 class Executor:
-    """Slots, and where Tune keeps its files. Every use of Tune in a run takes its options from here."""
+    """The slots, and the folder for the files of Tune. Every use of Tune in a run takes its options from here."""
 
     trainable: type[tune.Trainable]
     """`Slot` with its parameters."""
     slots: int
-    """How many trials run at a time."""
+    """The number of trials at a time."""
     storage: Path
     callbacks: Sequence[tune.Callback] = ()
 
     def search(self, search: StudySearch, scheduler: TrialScheduler, stopper: tune.Stopper) -> tune.Tuner:
-        """Trials come from `search` and are stopped by `scheduler`, `slots` at a time."""
+        """A tuner for the trials of `search`, `slots` at a time; `scheduler` and `stopper` stop them."""
         return tune.Tuner(
             tune.with_resources(self.trainable, DRIVER_RESOURCES),
             tune_config=tune.TuneConfig(
@@ -44,7 +44,7 @@ class Executor:
         )
 
     def options(self, name: str, stopper: tune.Stopper) -> tune.RunConfig:
-        """Where Tune keeps its files, and when it gives a trial up."""
+        """Where Tune keeps its files, and how often it restarts a trial."""
         return tune.RunConfig(
             name=name,
             stop=stopper,

@@ -1,4 +1,4 @@
-"""What a long search lets go of: Tune's records of trials that have ended."""
+"""A long search deletes the records that Tune keeps of trials that have ended."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from ray.tune.experiment import Trial
 
 
 class ForgetFinished(tune.Callback):
-    """Drops what Tune keeps of a trial that has ended: statistics of every number of its results, its settings in
-    several shapes, its last result.
+    """Deletes what Tune keeps of a trial that has ended: statistics of every number in its results, its settings in
+    several forms, and its last result.
 
-    The study has what matters, and the search and the scheduler have been told. With thousands of trials this is most
-    of what the driver holds, and of what Tune writes down every few seconds; the record of each trial itself stays, as
-    Tune's design has it (ray-project/ray#64231).
+    The study holds the result, and the search and the scheduler know it. With thousands of trials these records are
+    most of the memory of the driver, and most of what Tune writes every few seconds. The object of each trial itself
+    stays, because Tune needs it (ray-project/ray#64231).
     """
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """Forget; Tune calls this after the search and the scheduler, and the other callbacks come first."""
+        """Delete the records. Tune calls this after the search, the scheduler and the other callbacks."""
         trial.metric_analysis.clear()
         trial.metric_n_steps.clear()
         trial.run_metadata.last_result = {}
         trial.run_metadata.invalidate_cache()
         trial.evaluated_params = {}
-        if (
-            "member" not in trial.config
-        ):  # of a population, which looks at all its members until the last has ended
-            trial.config.clear()  # in place: Tune keeps it under another name, too
+        # A population reads the configurations of all its members until the last one has ended.
+        if "member" not in trial.config:
+            # In place, because Tune has a second reference to it.
+            trial.config.clear()
         trial.invalidate_json_state()

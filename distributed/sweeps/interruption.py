@@ -1,4 +1,4 @@
-"""What stops a sweep from outside, Ctrl-C or a full disk, and what it says then."""
+"""What can stop a sweep from outside, Ctrl-C or a full disk, and the message in this case."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from distributed.run.working_copy import run_as_typed
 from distributed.search.budget import Budget
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""How a disk says that it is full."""
+"""The errors of a full disk."""
 
 
 @contextlib.contextmanager
 def resumable(folder: RunFolder) -> Iterator[None]:
-    """Tune, pandas and others write files, too: a disk that is full for them stops the sweep as it does for us."""
+    """Stop the sweep with one line when the disk is full, also when Tune, pandas or another library was writing."""
     try:
         yield
     except (OSError, UserError, TuneError) as error:
@@ -34,23 +34,23 @@ def resumable(folder: RunFolder) -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> Iterator[Any]:
-    """`error` and what led to it; Tune wraps what a callback raises."""
+    """`error` and its causes; Tune wraps the error of a callback."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def stopped(folder: RunFolder, reason: str | None) -> UserError:
-    """What a sweep says that was stopped for `reason`, and how it goes on."""
+    """The message of a sweep that was stopped for `reason`, and how to continue it."""
     return UserError(
-        f"the sweep stopped: {reason}. Nothing finished is lost; once that is mended: "
+        f"the sweep stopped: {reason}. Finished epochs are kept; when the cause is fixed, continue with: "
         f"brainsweep resume {run_as_typed(folder.path)}"
     )
 
 
 @contextlib.contextmanager
 def interruptible(budget: Budget, console: Console) -> Iterator[None]:
-    """Ctrl-C once stops gracefully, what runs stays resumable; twice stops at once."""
+    """The first Ctrl-C stops after the current epochs, and the run can be resumed; the second one stops at once."""
 
     def stop(signum: int, frame: Any) -> None:
         if budget.interrupted:

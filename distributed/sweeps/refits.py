@@ -1,4 +1,4 @@
-"""What follows a search in the same slots: the winner measured again, and refits judged on the hold-out."""
+"""What follows a search in the same slots: the winner is measured again, and refits are judged on the hold-out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from distributed.sweeps.request import SweepRequest
 
 
 def after_search(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[Assignment]:
-    """Every assignment that follows the last trial, in order."""
+    """The assignments that follow the last trial, in order."""
     return repetitions(folder, request, study) + refits(folder, request, study)
 
 
 def repetitions(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[Assignment]:
-    """Winner and published on the search's own folds again, with fresh seeds: what was luck does not repeat."""
+    """Winner and published again on the folds of the search, with fresh seeds: luck does not repeat itself."""
     best = best_trial(study)
     if best is None or not request.confirm_cells:
         return []
@@ -58,7 +58,7 @@ def refits(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> lis
 
 
 def _set_aside_former_winner(folder: RunFolder, number: int) -> None:
-    """A search that went on after its refits may have another winner: the old one's refits must not stand for it."""
+    """A search that continued after its refits may have another winner: rename the folders of the former winner."""
     former = folder.about.refitted
     if former not in (None, number):
         for made in (folder.refit("winner"), folder.confirmed("winner")):

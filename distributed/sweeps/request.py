@@ -1,7 +1,7 @@
 """What a user asks of a sweep, of its continuation, or of one training run: the options of the command line.
 
-Every option's name, default, bounds and help stand here once. Nothing heavy is imported: `brainsweep --help` needs
-these, too.
+This is the only place for the name, default, bounds and help of every option. It imports nothing that takes long,
+because `brainsweep --help` needs it, too.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class _Request(BaseModel):
 
 
 class SweepRequest(_Request):
-    """What a user asks of a sweep; recorded in run.json, so that `resume` asks the same."""
+    """What a user asks of a sweep. run.json records it, so that `resume` uses the same request."""
 
     space: str = Field("brain_age", description="NAME of a space, or FILE.py:FUNCTION")
     trials: int = Field(20, ge=1, description="configurations to try, the published one first")
     folds: int = Field(5, ge=2, description="cross-validation folds of every trial")
     seeds: int = Field(1, ge=1, description="repeats of every fold, each with another seed")
-    refit_seeds: int = Field(1, ge=1, description="refits of winner and baselines for the hold-out")
+    refit_seeds: int = Field(1, ge=1, description="refits of the winner and the baselines for the hold-out")
     holdout: float = Field(0.2, gt=0, lt=1, description="share of subjects that the search never sees")
     slots: int | None = Field(None, ge=1, description="trials at a time; as many as fit if absent")
     workers_per_slot: int = Field(1, ge=1, description="data-parallel workers of a trial")
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="1 where there are GPUs, if absent; fractions share one"
+        None, ge=0, description="GPUs of each worker, fractions share one; 1 if absent and there are GPUs"
     )
     objectives: tuple[str, ...] = Field(
         ("mae",),
-        description="what to minimise, the first stops trials and chooses the winner: "
+        description="what to minimise; the first one stops trials and chooses the winner: "
         "mae, site_balanced_accuracy, openbhb_score, accelerator_seconds; comma-separated",
     )
     scheduler: str = Field(
@@ -72,26 +72,26 @@ class SweepRequest(_Request):
 
     @property
     def cells(self) -> list[dict[str, int]]:
-        """The (fold, seed) cells of every trial, in the order all trials visit them."""
+        """The (fold, seed) cells of every trial, in the order in which all trials visit them."""
         return [{"fold": fold, "seed": seed} for seed in range(self.seeds) for fold in range(self.folds)]
 
     @property
     def confirm_cells(self) -> list[dict[str, int]]:
-        """The search's folds with seeds that it never used."""
+        """The folds of the search with seeds that it never used."""
         fresh = range(self.seeds, self.seeds + self.confirm_seeds)
         return [{"fold": fold, "seed": seed} for seed in fresh for fold in range(self.folds)]
 
     @property
     def refit_cells(self) -> list[dict[str, int]]:
-        """The cells of a refit, whose seeds the search never used."""
+        """The cells of a refit; the search never used their seeds."""
         return [{"fold": HOLDOUT, "seed": self.seeds + index} for index in range(self.refit_seeds)]
 
 
 class ResumeRequest(_Request):
-    """What a user asks when a sweep is continued; what is None stays as it was."""
+    """What a user asks when a sweep is continued; a field that is None does not change."""
 
     cohort: str | None = Field(
-        None, description="where the cohort lies now, if it was moved since the run began"
+        None, description="where the cohort is now, if it was moved since the run began"
     )
     time_budget: float | None = Field(None, gt=0, description="seconds of further search")
     accelerator_hours: float | None = Field(
@@ -106,10 +106,10 @@ class ResumeRequest(_Request):
 
 
 class TrainRequest(_Request):
-    """What a user asks of one training run; recorded in run.json."""
+    """What a user asks of one training run. run.json records it."""
 
     settings: Path | None = Field(
-        None, description="YAML file of settings, such as RUN/schedule.yaml; published if absent"
+        None, description="YAML file of settings, such as RUN/schedule.yaml; the published ones if absent"
     )
     changes: Changes = Field({}, description=CHANGES)
     folds: int = Field(5, ge=2, description="cross-validation folds")

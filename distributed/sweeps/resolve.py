@@ -1,4 +1,4 @@
-"""Whether what is asked of a sweep can work: everything is refused here, before anything is started."""
+"""Check whether a sweep can work as requested; a sweep that cannot is refused here, before anything starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from search_spaces.points import Profile, Space
 
 @dataclass(frozen=True)
 class ResolvedSearch:
-    """A request that can work: its space without what the user fixed, and the settings that it starts from."""
+    """A request that can work: its space without the settings that the user fixed, and the settings to start from."""
 
     space: Space
     base: Settings
@@ -28,7 +28,7 @@ class ResolvedSearch:
 
     @property
     def epochs(self) -> int:
-        """Of a cell."""
+        """The epochs of a cell."""
         return resolve(self.base).training.epochs
 
 
@@ -36,12 +36,12 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
     """Resolve a request and try every choice in it.
 
     Args:
-        request: what is asked.
-        cohort: what it is asked of.
-        base: the settings that the run began with, when it is resumed.
+        request: the request of the user.
+        cohort: the cohort of the sweep.
+        base: the settings with which the run began, when it is resumed.
 
     Raises:
-        UserError: the first thing that cannot work, or not together, and why.
+        UserError: the first choice, or combination of choices, that cannot work, and why.
     """
     space, published = load_space(request.space)
     space = pin(space, request.changes)

@@ -1,4 +1,4 @@
-"""Continue a sweep that was interrupted, or one that was not enough: with more trials, or another space."""
+"""Continue a sweep that was interrupted, or change it: more trials, or another space."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import optuna
 import pandas as pd
-from optuna.trial import TrialState
 from rich.console import Console
 
 from core.errors import UserError
@@ -22,7 +21,7 @@ from distributed.run.quiet import quiet
 from distributed.run.working_copy import bring_run, run_as_typed
 from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID
-from distributed.search.study import carry_over, open_study
+from distributed.search.study import carry_over, open_study, trials_begun
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.sweep import Sweep, held
@@ -31,20 +30,21 @@ from search_spaces import fixed_by
 CHANGE = "--change-search"
 
 Searched = dict[str, list[str]]
-"""Every searched setting, and the distributions that it has somewhere in the space; see `Profile.as_json`."""
+"""Every searched setting, and the distributions that it has in parts of the space; see `Profile.as_json`."""
 
 
 def resume_sweep(run: Path, asked: ResumeRequest, address: str | None, console: Console) -> RunFolder:
     """Continue a sweep: unfinished trials first, each from its last epoch.
 
     Args:
-        run: its folder.
-        asked: what is different from now on.
-        address: of a Ray cluster; this machine if None.
-        console: where to say how it goes.
+        run: the folder of the run.
+        asked: what changes from now on.
+        address: the address of a Ray cluster; this machine if None.
+        console: where to print the progress.
 
     Raises:
-        UserError: no sweep, another cohort, other splits, or a search that changed without `change_search`.
+        UserError: the run is not a sweep, the cohort or the splits are others, or the search changed without
+            `change_search`.
     """
     quiet()
     bring_run(run, console)
@@ -54,11 +54,11 @@ def resume_sweep(run: Path, asked: ResumeRequest, address: str | None, console: 
         raise UserError(f"{run} is not a sweep but a '{about.kind}' run; only sweeps are resumed")
     if not about.begun:
         raise UserError(
-            f"{run} was stopped before its first trial: there is nothing to resume. Delete it, start anew"
+            f"{run} was stopped before its first trial: there is nothing to resume; delete it, and start a new run"
         )
     recorded = SweepRequest.model_validate(about.sweep)
     request = _combined(recorded, asked)
-    # Held before the study is read: a running sweep has trials that look interrupted.
+    # Lock the folder before the study is read, because the trials of a running sweep look interrupted.
     with held(folder, console):
         mend_journal(folder.journal)
         cohort = cohort_of(folder, asked.cohort)
@@ -76,7 +76,7 @@ def resume_sweep(run: Path, asked: ResumeRequest, address: str | None, console: 
 
 
 def _go_on(sweep: Sweep) -> RunFolder:
-    """Run what is left of `sweep`; nothing, where all its trials are finished and shown."""
+    """Run the rest of `sweep`; do nothing if all trials are finished and the report is made."""
     folder, trials = sweep.folder, sweep.request.trials
     states = [trial.state for trial in sweep.study.get_trials(deepcopy=False)]
     if folder.about.finished and sum(state.is_finished() for state in states) >= trials:
@@ -92,19 +92,19 @@ def _go_on(sweep: Sweep) -> RunFolder:
 
 
 def _combined(recorded: SweepRequest, asked: ResumeRequest) -> SweepRequest:
-    """The recorded request with what is asked now. A time budget is for one session; it does not carry over."""
+    """The recorded request with the changes of this session. A time budget is only for one session."""
     given = asked.model_dump(include={"space", "trials", "accelerator_hours"}, exclude_none=True)
     fixed = {**recorded.changes, **asked.changes}
     return recorded.model_copy(update=given | {"time_budget": asked.time_budget, "changes": fixed})
 
 
 def _same_subjects(folder: RunFolder, request: SweepRequest, cohort: Cohort) -> Splits:
-    """The splits of the run; refused where cohort or splits are no longer what they were."""
+    """The splits of the run; UserError if the cohort or the splits have changed."""
     splits = make_splits(cohort.manifest, request.folds, request.holdout, request.search_seed)
     recorded = pd.read_csv(folder.path / SPLITS, dtype=str)
     if not splits.to_frame(cohort.manifest).astype(str).reset_index(drop=True).equals(recorded):
         raise UserError(
-            f"the splits recorded in {folder.path}/{SPLITS} are not those of this version; start anew"
+            f"the splits recorded in {folder.path}/{SPLITS} are not those of this version; start a new run"
         )
     return splits
 
@@ -112,7 +112,7 @@ def _same_subjects(folder: RunFolder, request: SweepRequest, cohort: Cohort) -> 
 def _what_changed(
     recorded: SweepRequest, request: SweepRequest, before: Searched | None, now: Searched
 ) -> list[str]:
-    """What is no longer searched as it was, in words; also where the file of the space was edited meanwhile."""
+    """What has changed in the search, as text; also if the file of the space was edited meanwhile."""
     changed = []
     if request.space != recorded.space:
         changed.append(f"space {recorded.space} becomes {request.space}")
@@ -125,24 +125,24 @@ def _what_changed(
         changed.append(f"{recorded.trials} trials become {request.trials}")
     if before is not None and before != now:
         differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        changed.append(f"searched otherwise or no longer: {', '.join(differing)}")
+        changed.append(f"searched differently or no longer: {', '.join(differing)}")
     return changed
 
 
 def _check_change(sweep: Sweep, recorded: SweepRequest, changed: list[str], *, is_meant: bool) -> None:
-    """UserError where the search may not be changed, or was not meant to be."""
+    """UserError if the search may not be changed, or if the user did not want to change it."""
     request, run = sweep.request, run_as_typed(sweep.folder.path)
     if not is_meant:
         raise UserError(
             f"this would change the search of {run}: {'; '.join(changed)}. Give {CHANGE} if "
-            "that is meant, or start a new run"
+            "you want this, or start a new run"
         )
     if request.scheduler in POPULATIONS:
         raise UserError(
             f"the search of a population cannot be changed while it evolves, or after: {run}; start a new run"
         )
     _check_comparable(sweep, recorded)
-    started = _started(sweep.study)
+    started = trials_begun(sweep.study)
     if request.trials < started:
         raise UserError(
             f"--trials {request.trials} is less than the {started} trials that this run has begun"
@@ -151,18 +151,14 @@ def _check_change(sweep: Sweep, recorded: SweepRequest, changed: list[str], *, i
         raise UserError("the grid of a run cannot be changed: start a new run")
 
 
-def _started(study: optuna.Study) -> int:
-    return sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
-
-
 def _change(sweep: Sweep, recorded: SweepRequest, changed: list[str]) -> Sweep:
-    """Record the change, and carry the trials over to a new study where the space is another one."""
+    """Record the change, and carry the trials over to a new study if the space is another one."""
     folder, request, search, study = sweep.folder, sweep.request, sweep.search, sweep.study
     about = folder.about
     change = SearchChange(
         when=now(),
         what=tuple(changed),
-        after_trials=_started(study),
+        after_trials=trials_begun(study),
         holdout_seen=folder.refit("published").exists(),
     )
     if about.searched != search.profile.as_json():
@@ -180,10 +176,10 @@ def _change(sweep: Sweep, recorded: SweepRequest, changed: list[str]) -> Sweep:
                 "dropped": carried.dropped,
             }
         )
-        # Opened again, now that it has trials: its sampler must not draw again what began the search.
+        # Open the study again, now that it has trials, so that its sampler does not draw the first points again.
         study = opened()
         sweep.console.print(
-            f"the search goes on in a changed space: {carried.inside} of its trials lie inside, "
+            f"the search continues in a changed space: {carried.inside} of its trials lie inside, "
             f"{len(carried.outside)} outside keep their rows but cannot win",
             highlight=False,
         )
@@ -197,7 +193,7 @@ def _change(sweep: Sweep, recorded: SweepRequest, changed: list[str]) -> Sweep:
 
 
 def _check_comparable(sweep: Sweep, recorded: SweepRequest) -> None:
-    """Fixing what was searched narrows the space; any other setting would make new trials another experiment."""
+    """Only searched settings may be fixed: after any other change, new and earlier trials could not be compared."""
     searched = sweep.folder.about.searched or {}
     blocks = {name.rpartition(".")[0] for name in searched}
     for name, value in sweep.request.changes.items():
@@ -205,6 +201,6 @@ def _check_comparable(sweep: Sweep, recorded: SweepRequest) -> None:
             name not in recorded.changes and name not in searched and name not in blocks
         ):
             raise UserError(
-                f"--set {name}={value} is no setting that this run searches: new trials could not be compared with "
-                "those there are; start a new run"
+                f"--set {name}={value} is not a setting that this run searches: new trials could not be compared "
+                "with the earlier ones; start a new run"
             )

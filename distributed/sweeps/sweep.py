@@ -1,4 +1,4 @@
-"""A sweep from beginning to end: splits, study, slots, search, refits, report. `resume.py` continues one."""
+"""A sweep from beginning to end: splits, study, slots, search, refits, report. `resume.py` continues a sweep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from rich.console import Console
 from core.errors import UserError
 from core.evaluation.splits import Splits, make_splits
 from core.files.writing import writing_to
-from core.report.answer.tables import print_leaderboard, read_run
+from core.report.answer.record import read_run
+from core.report.answer.tables import print_leaderboard
 from core.report.page import write_report
 from core.run_names import ENQUEUED, PUBLISHED, REASON
 from core.volumes.cohort.reader import Cohort
@@ -54,15 +55,15 @@ from distributed.training.subjects import Subjects
 from distributed.training.trial import make_runner
 
 Points = Sequence[Mapping[str, object]]
-"""Configurations as parameters of the space."""
+"""Configurations, each as the parameters of a point of the space."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep in progress: what was asked, of which cohort, and where it is written.
+    """A sweep in progress: the request, the cohort, and the folder of the run.
 
-    A new one begins with `begin`; `resume.py` makes one of a run that is there. `execute` runs what is left of it and
-    ends with `conclude`. The run's folder is held all the while (see `held`).
+    A new sweep starts with `begin`; `resume.py` makes a sweep from an existing run. `execute` runs what is left of it,
+    and ends with `conclude`. The folder of the run is locked during this time (see `held`).
     """
 
     folder: RunFolder
@@ -73,14 +74,14 @@ class Sweep:
     study: optuna.Study
     console: Console
     address: str | None = None
-    """Of a Ray cluster; this machine if None."""
+    """The address of a Ray cluster; this machine if None."""
 
     def begin(self, first: Mapping[str, Points], grid: Points) -> Sweep:
-        """Record who is held out and what is searched; have the study try `first` (points by label), then `grid`."""
+        """Record the splits and the searched settings; enqueue `first` (points by label), then `grid`."""
         self.folder.update(searched=self.search.profile.as_json())
         write_splits(self.folder, self.splits, self.cohort)
         for label, points in first.items():
-            # Where a population evolves, the published configuration is tried after it.
+            # If a population evolves, the published configuration is tried after it.
             if label != PUBLISHED or self.request.scheduler not in POPULATIONS:
                 enqueue(self.study, points, label)
         enqueue(self.study, grid, None)
@@ -91,7 +92,7 @@ class Sweep:
         return self
 
     def execute(self) -> RunFolder:
-        """Run what is left of the sweep on Ray, and write everything it leaves."""
+        """Run what is left of the sweep on Ray, and write its results."""
         budget = Budget(self.request.time_budget, self.request.accelerator_hours)
         with resumable(self.folder):
             searcher = self._searcher(budget)
@@ -102,7 +103,7 @@ class Sweep:
             return self.conclude(budget)
 
     def conclude(self, budget: Budget) -> RunFolder:
-        """Tables, the best model, the report, the leaderboard, and what to type next."""
+        """Write the tables, the best model and the report; print the leaderboard, and the next commands."""
         folder, study = self.folder, self.study
         with writing_to(folder.path):
             bring_results(folder.path)
@@ -126,11 +127,11 @@ class Sweep:
 
     @property
     def evolves(self) -> bool:
-        """Whether a population is to evolve first."""
+        """Whether a population must evolve first."""
         return self.request.scheduler in POPULATIONS and not self.folder.about.evolved
 
     def _searcher(self, budget: Budget) -> StudySearch:
-        """The searcher of this sweep's study, its refits included."""
+        """The searcher for the study of this sweep, with its refits."""
         request, study, first = self.request, self.study, self.request.objectives[0]
         threshold = pruner_threshold(request.pruner, len(request.cells))
         proposals = Proposals(
@@ -159,7 +160,7 @@ class Sweep:
         return StudySearch(proposals, budget, judgement)
 
     def _run(self, searcher: StudySearch, budget: Budget) -> None:
-        """Evolve where that is asked, then search, in slots."""
+        """Evolve the population if there is one, then search, in slots."""
         request = self.request
         scheduler = make_scheduler(request.scheduler, self.search.epochs, len(request.cells))
         replay(scheduler, self._finished())
@@ -187,7 +188,7 @@ class Sweep:
                 tuner.fit()
 
     def _slot(self, workers: Workers, storage: Path) -> type[tune.Trainable]:
-        """`Slot` whose workers hold this sweep's subjects."""
+        """The class `Slot` with the subjects of this sweep for its workers."""
         volumes = hold(self.cohort, self.request.data_mode)
         subjects = Subjects.of(self.cohort, self.splits, volumes, AccessRecord(self.folder.access))
         slot: type[tune.Trainable] = tune.with_parameters(
@@ -196,7 +197,7 @@ class Sweep:
         return slot
 
     def _display(self, budget: Budget) -> Display:
-        """The display, told what earlier sessions of the run have finished."""
+        """The display, with the trials that earlier sessions of the run have finished."""
         request, best = self.request, best_trial(self.study)
         display = Display(self.console, request.trials, self.search.epochs, budget, request.objectives[0])
         found = (best.values[0], trial_name(best.number)) if best else None
@@ -207,7 +208,7 @@ class Sweep:
         return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
     def _count_devices(self, budget: Budget, workers: Workers) -> None:
-        """Tell the budget what a slot holds, and what the trials of earlier sessions have used."""
+        """Tell the budget the devices of a slot, and what the trials of earlier sessions have used."""
         budget.unit = "GPU" if workers.gpus else "CPU"
         budget.devices = workers.count * (workers.gpus or workers.cpus)
         budget.used = tables.accelerator_seconds(self.folder, self.study, budget.devices)
@@ -242,15 +243,15 @@ def run_sweep(
     """Search, refit, look at the hold-out once, report. Returns the run's folder.
 
     Args:
-        cohort: its folder.
-        request: what is asked.
-        out: the run's folder, made here.
-        address: of a Ray cluster; this machine if None.
-        console: where to say how it goes.
+        cohort: the folder or the URL of the cohort.
+        request: the request of the user.
+        out: the folder of the run, made here.
+        address: the address of a Ray cluster; this machine if None.
+        console: where to print the progress.
         enqueued: a YAML file with configurations to try after the published one.
 
     Raises:
-        UserError: before anything is started, for anything in the request that cannot work.
+        UserError: a part of the request cannot work; this is raised before anything starts.
     """
     quiet()
     opened = Cohort.open(cohort)
@@ -276,13 +277,13 @@ def run_sweep(
 
 @contextmanager
 def held(folder: RunFolder, console: Console) -> Iterator[None]:
-    """Hold the run's folder against other writers, and keep its address up to date where it has one."""
+    """Lock the folder of the run against other writers; if the run has an address, keep its files up to date."""
     with claim(folder.path, console), kept_up(folder.path, console):
         yield
 
 
 def _first_points(search: ResolvedSearch, enqueued: Path | None, console: Console) -> dict[str, Points]:
-    """What is tried before the sampler is asked, by label: the published configuration, then the user's own."""
+    """The points to try before the sampler is asked, by label: the published configuration, then those of the user."""
     published = published_parameters(search.space, search.base)
     if published is None:
         console.print("note: the starting settings lie outside this space; they are refitted, not searched")
@@ -291,7 +292,7 @@ def _first_points(search: ResolvedSearch, enqueued: Path | None, console: Consol
 
 
 def _with_whole_grid(request: SweepRequest, first: Mapping[str, Points], grid: Points) -> SweepRequest:
-    """`request` with as many trials as the grid and what comes before it have; refused where they are not asked for."""
+    """`request` with one trial for each point of the grid and before it; UserError if it asks for fewer trials."""
     before = [point for points in first.values() for point in points if point not in grid]
     needed = len(grid) + len(before)
     if request.trials < needed:

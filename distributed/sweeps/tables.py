@@ -1,4 +1,4 @@
-"""The tables of a run, made from its study and what its trials have left; and how its run.json is closed."""
+"""The tables of a run, made from its study and the files of its trials; and the last entries of its run.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distributed.search.study import best_trial
 
 
 def write_tables(folder: RunFolder, study: optuna.Study) -> None:
-    """Make the tables of a run's trials (again) from its study and its trials' progress files."""
+    """Write the tables of the trials of a run, from its study and from the progress.json of each trial."""
     trials = study.get_trials(deepcopy=False)
     progress = {trial.number: read_progress(folder.trial(trial_name(trial.number))) for trial in trials}
     table = pd.DataFrame([trial_row(trial, len(progress[trial.number]["history"])) for trial in trials])
@@ -35,7 +35,7 @@ def write_tables(folder: RunFolder, study: optuna.Study) -> None:
 
 
 def accelerator_seconds(folder: RunFolder, study: optuna.Study, devices: float) -> dict[str, float]:
-    """What each trial of the run has used so far, by its name: as recorded at its end, else by its epochs."""
+    """The accelerator-seconds of each trial so far, by its name: as recorded at its end, or the sum of its epochs."""
     used = {}
     for trial in study.get_trials(deepcopy=False):
         name = trial_name(trial.number)
@@ -46,7 +46,7 @@ def accelerator_seconds(folder: RunFolder, study: optuna.Study, devices: float) 
 
 
 def write_access(folder: RunFolder, cohort: Cohort) -> None:
-    """access.csv: when the voxels of each subject were first used, and for which fold (-1: a refit)."""
+    """Write access.csv: when the voxels of each subject were first used, and for which fold (-1: a refit)."""
     first = read_access(folder.access)
     subjects = cohort.manifest["subject"].iloc[first["row"].astype(int)].to_numpy()
     when = pd.to_datetime(first["time"].astype(float), unit="s", utc=True)
@@ -55,7 +55,7 @@ def write_access(folder: RunFolder, cohort: Cohort) -> None:
 
 
 def write_confirmed(folder: RunFolder) -> None:
-    """confirmed.csv: winner and published on the search's folds again, with seeds that it never used."""
+    """Write confirmed.csv: winner and published again on the folds of the search, with seeds that it never used."""
     rows = [
         {"method": method, **cell}
         for name, method in REFITTED.items()
@@ -66,7 +66,7 @@ def write_confirmed(folder: RunFolder) -> None:
 
 
 def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
-    """holdout.csv and predictions.csv from the refits that are there, with the median predictor beside them."""
+    """Write holdout.csv and predictions.csv from the finished refits, and add the median predictor."""
     made = {name: read_progress(folder.refit(name))["cells"] for name in REFITTED}
     if not any(made.values()):
         return
@@ -90,13 +90,13 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
 
 
 def _median_predictions(cohort: Cohort, splits: Splits) -> pd.DataFrame:
-    """The held-out subjects, each predicted to be as old as the median development subject."""
+    """The held-out subjects; the predicted age is the median age of the development subjects."""
     held_out = cohort.manifest.iloc[splits.holdout][["subject", "age", "site"]]
     return held_out.assign(predicted=cohort.manifest["age"].iloc[splits.development].median())
 
 
 def finish(folder: RunFolder, study: optuna.Study | None = None, ended: str | None = None) -> None:
-    """Close run.json: when, how long, which trial was best, and why the search `ended` before its last trial."""
+    """Record in run.json the end, the duration (seconds), the best trial, and why the search `ended` early."""
     best = best_trial(study) if study else None
     started = datetime.datetime.fromisoformat(folder.about.created).timestamp()
     folder.update(

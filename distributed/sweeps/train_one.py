@@ -1,4 +1,4 @@
-"""One training run, without a search: in this very process, or on several workers of one slot."""
+"""One training run without a search: in this process, or on several workers of one slot."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ RunEpoch = Callable[[Assignment], Answer]
 def train_one(
     cohort: str | Path, request: TrainRequest, out: Path, address: str | None, console: Console
 ) -> RunFolder:
-    """Train one configuration on one fold's training subjects, judge it on that fold's validation subjects.
+    """Train one configuration on the training subjects of one fold, and judge it on the validation subjects.
 
-    It is the published one, or that of `request.settings`, with `request.changes`. The hold-out is not touched.
-    With one worker, no `address` and no data mode Ray is not started, so a debugger works; the cohort is held in
-    memory then.
+    The configuration is the published one, or that of `request.settings`, with `request.changes`. The hold-out is not
+    used. With one worker, no `address` and no data mode Ray is not started, so a debugger works; then the cohort is in
+    the memory of this process.
 
     Args:
-        cohort: its folder or URL.
-        request: what is asked.
-        out: the run's folder, made here.
-        address: of a Ray cluster.
-        console: where to say how it goes.
+        cohort: the folder or the URL of the cohort.
+        request: the request of the user.
+        out: the folder of the run, made here.
+        address: the address of a Ray cluster.
+        console: where to print the progress.
 
     Raises:
-        UserError: for anything in the request that cannot work, and where training failed.
+        UserError: a part of the request cannot work, or the training failed.
     """
     quiet()
     opened = Cohort.open(cohort)
@@ -88,7 +88,7 @@ def train_one(
 
 
 def _run(run_epoch: RunEpoch, assignment: Assignment, settings: RunSettings, console: Console) -> Answer:
-    """Epoch after epoch, with a progress bar; returns the last answer."""
+    """Run all epochs, with a progress bar; returns the last answer."""
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -107,7 +107,7 @@ def _run(run_epoch: RunEpoch, assignment: Assignment, settings: RunSettings, con
 
 
 def _worker_group(request: TrainRequest, cohort: Cohort, splits: Splits, folder: RunFolder) -> WorkerGroup:
-    """The workers of one slot, who hold the cohort."""
+    """The workers of one slot, with the cohort."""
     size, _ = fit_slots(slots=1, workers=request.workers, gpus_per_worker=None, trials=1)
     subjects = Subjects.of(cohort, splits, hold(cohort, request.data_mode))
     return WorkerGroup(size, pack(make_runner, subjects=subjects), str(folder.path / "tune"))

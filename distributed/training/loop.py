@@ -1,7 +1,7 @@
-"""The loop one worker runs: a model trained on one cell, epoch by epoch. Plain PyTorch, read from top to bottom.
+"""The loop of one worker: a model is trained on one cell, epoch by epoch. Plain PyTorch, to read from top to bottom.
 
-Everything random is a function of (seed, fold, epoch, subject), so a run that is interrupted and continued from
-its checkpoint ends with the same numbers.
+Everything random is a function of (seed, fold, epoch, subject). So a run that is interrupted and continued from its
+checkpoint ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from distributed.training.subjects import Place, Subjects
 
 
 class DivergedError(RuntimeError):
-    """Training produced numbers that are not finite; the message says where."""
+    """Training produced numbers that are not finite; the message says in which epoch and cell."""
 
 
 class TrainingState(TypedDict):
-    """What a cell in training is continued from."""
+    """The state from which the training of a cell is continued."""
 
     epoch: int
-    """Done in this cell."""
+    """The epochs done in this cell."""
     model: dict[str, torch.Tensor]
     optimiser: dict[str, object]
 
 
 class CellTraining:
-    """One model being trained on one cell."""
+    """The training of one model on one cell."""
 
     def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
         self.settings, self.subjects, self.cell, self.place = settings, subjects, cell, place
@@ -66,14 +66,15 @@ class CellTraining:
         self._reading: Batches | None = None
 
     def run_epoch(self) -> EpochRow:
-        """Train one epoch; returns its row of the history."""
+        """Train one epoch, and return its row of the history."""
         started = time.time()
         self.epoch += 1
         progress = self.epoch / self.settings.training.epochs
         rate = set_rates(self.settings, self.optimiser, self.epoch)
         torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}"))
         self.trained.train()
-        if self._reading is None:  # one reading for all epochs that are left
+        # One stream of batches for all epochs that are left.
+        if self._reading is None:
             self._reading = batches(self.subjects.volumes, self._plan, self.place.device)
         losses, neighbours = [], []
         for rows in self._plan.epoch(self.epoch):
@@ -92,7 +93,7 @@ class CellTraining:
         )  # fmt: skip
 
     def judge(self, *, sites: bool = True) -> Outcome:
-        """Probe fitted on the training subjects, measured on the evaluation subjects; `sites`: see the task."""
+        """Fit a probe on the training subjects, and measure it on the evaluation subjects; `sites`: see the task."""
         training, evaluation = self._embed(self.training_rows), self._embed(self.evaluation_rows)
         for embedded in (training, evaluation):
             if not np.isfinite(embedded.embeddings).all():
@@ -103,7 +104,7 @@ class CellTraining:
         return outcome
 
     def state_dict(self) -> TrainingState:
-        """Everything a continuation needs; tensors and plain numbers only."""
+        """Everything that is needed to continue; tensors and plain numbers only."""
         return TrainingState(
             epoch=self.epoch, model=self.model.state_dict(), optimiser=self.optimiser.state_dict()
         )
@@ -115,25 +116,25 @@ class CellTraining:
         self.epoch = state["epoch"]
 
     def write_model(self, outcome: Outcome, folder: Path) -> None:
-        """All that prediction needs; see `core.inference`."""
+        """Write everything that prediction needs; see `core.inference`."""
         channels = tuple(self.subjects.channels[index] for index in self.channels)
         save_predictor(folder, Predictor(self.settings, self.model, outcome.probe, channels, self.statistics))
 
     def write_predictions(self, outcome: Outcome, path: Path) -> None:
-        """One line per evaluation subject."""
+        """Write a table with one line per evaluation subject: subject, age (years), site, predicted (years)."""
         of_subject = self.subjects.manifest.iloc[self.evaluation_rows]
         path.parent.mkdir(parents=True, exist_ok=True)
         table = of_subject[["subject", "age", "site"]].assign(predicted=outcome.predicted)
         table.to_csv(path, index=False)
 
     def close(self) -> None:
-        """Stop reading ahead, where this cell is left before its last epoch."""
+        """Stop reading ahead, if the cell ends before its last epoch."""
         if self._reading is not None:
             self._reading.close()
 
     @property
     def _plan(self) -> Plan:
-        """What is left to train on, from the current epoch."""
+        """The plan of the epochs that are left, beginning with the current one."""
         return Plan(
             self.training_rows,
             self.settings.training.batch_size,
@@ -145,7 +146,7 @@ class CellTraining:
         )
 
     def _step(self, rows: Rows, stored: torch.Tensor, progress: float) -> torch.Tensor:
-        """One optimiser step on this worker's share of a batch; returns the loss, detached, on the device."""
+        """One optimiser step on the part of this worker in a batch; returns the loss, detached, on the device."""
         volumes = self._prepare(rows, stored)
         views = make_views(volumes, rows, self.epoch, self.cell.seed, self.settings.views)
         ages = torch.as_tensor(self.ages[rows], dtype=torch.float32, device=self.place.device)
@@ -160,7 +161,7 @@ class CellTraining:
         return loss.detach()
 
     def _prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
-        """Normalised volumes (n, C, X, Y, Z), float32, on the device, of the `stored` ones with all channels."""
+        """Normalised volumes (n, C, X, Y, Z), float32, on the device, from the `stored` volumes with all channels."""
         self.subjects.note(rows, self.cell.fold)
         volumes = stored[:, self.channels].to(self.place.device).float()
         if self.subjects.scales is not None:
@@ -170,7 +171,7 @@ class CellTraining:
 
     @torch.no_grad()
     def _embed(self, rows: Rows) -> Embedded:
-        """Embeddings of `rows` without augmentation, in evaluation mode, in parts over the workers."""
+        """Embeddings of `rows` without augmentation, in evaluation mode; every worker computes a part."""
         self.trained.eval()
         mine, predicted = [], []
         parts = list(
@@ -196,12 +197,12 @@ class CellTraining:
         return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
 
     def _temperature(self, progress: float) -> float:
-        """The objective's temperature; NaN where it has none."""
+        """The temperature of the objective; NaN if it has none."""
         parts = getattr(self.objective, "parts", None)
         return parts.temperature(progress) if parts else math.nan
 
     def _width(self, progress: float) -> float:
-        """The width of the objective's kernel; NaN where it has none, as for equality."""
+        """The width of the kernel of the objective; NaN if it has none, such as the kernel `equal`."""
         parts = getattr(self.objective, "parts", None)
         return parts.width(progress) if parts and hasattr(self.settings.objective, "width") else math.nan
 
@@ -211,18 +212,17 @@ def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Opti
     if isinstance(settings.optimiser, SgdSettings):
         optimiser: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
     else:
-        optimiser = torch.optim.Adam(
-            model.parameters(), fused=True
-        )  # one pass over the parameters, not a dozen
+        # One pass over the parameters instead of a dozen.
+        optimiser = torch.optim.Adam(model.parameters(), fused=True)
     set_rates(settings, optimiser, epoch=1)
     return optimiser
 
 
 def set_rates(settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: int) -> float:
-    """Set what the settings say for `epoch` (from 1); returns the learning rate.
+    """Set the learning rate, the weight decay and the momentum for `epoch` (from 1); returns the learning rate.
 
-    Everything that they say of the optimiser is set, every epoch: a restored optimiser brings its own values along,
-    which are those of another configuration where a member of a population goes on from another one's weights.
+    All of them are set in every epoch, because a restored optimiser has its own values: when a member of a population
+    continues with the weights of another member, these are the values of another configuration.
     """
     rate = learning_rate(settings, epoch)
     chosen = settings.optimiser
@@ -235,7 +235,7 @@ def set_rates(settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: in
 
 
 def learning_rate(settings: RunSettings, epoch: int) -> float:
-    """Learning rate in `epoch` (from 1): the warm-up rises in a line from 1 % of what the decay says."""
+    """The learning rate in `epoch` (from 1). The warm-up is linear, from 1 % of the rate of the decay schedule."""
     chosen, epochs = settings.optimiser, settings.training.epochs
     progress = epoch / epochs
     rate = at(chosen.learning_rate, progress) * with_epochs(chosen.decay, epochs)(progress)
@@ -250,7 +250,7 @@ def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
 
     Raises:
         UserError: bfloat16 on a CPU. There the weight gradient of small 3D convolutions is wrong, or NaN
-            (torch 2.13 with oneDNN, maps of 2 voxels a side, which is where ResNets end at 4 mm).
+            (torch 2.13 with oneDNN, maps with sides of 2 voxels, as in the last stage of a ResNet at 4 mm).
     """
     wanted = settings.training.precision
     if wanted == "bfloat16" and device.type == "cpu":
@@ -268,13 +268,13 @@ def _channel_indices(settings: RunSettings, available: tuple[str, ...]) -> list[
 
 
 def _derive_seed(cell: Cell, purpose: str) -> int:
-    """A seed for one purpose of one cell; different purposes get independent streams."""
+    """A seed for one purpose in one cell; different purposes have independent streams."""
     words = (cell.seed, cell.fold + 1, *purpose.encode())
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def _mean_over_workers(value: torch.Tensor, place: Place) -> float:
-    """The same number on every worker, so that all of them see a divergence."""
+    """The mean over workers: the same number on every worker, so that all of them notice a divergence."""
     if place.workers > 1:
         torch.distributed.all_reduce(value)
         value = value / place.workers
@@ -282,7 +282,7 @@ def _mean_over_workers(value: torch.Tensor, place: Place) -> float:
 
 
 def _gather(mine: np.ndarray, place: Place) -> np.ndarray:
-    """The workers' parts put together in order."""
+    """The parts of all workers, joined in their order."""
     if place.workers == 1:
         return mine
     parts: list[Any] = [None] * place.workers

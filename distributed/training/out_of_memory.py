@@ -1,16 +1,16 @@
-"""Telling from what torch and numpy raise that memory ran out."""
+"""Recognise from an error of torch or numpy that memory ran out."""
 
 from __future__ import annotations
 
 import torch
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"
-"""Torch has no exception of its own for the memory of the host: it names this in a RuntimeError."""
+"""Torch has no own exception for the memory of the host; it raises a RuntimeError that contains this name."""
 ADVICE = "smaller training.batch_size, model.width or views need less"
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """One line for people if `error` says that memory ran out, on a GPU or in the host; else None."""
+    """One line for the user if `error` says that memory ran out, on a GPU or in the host; None for other errors."""
     is_gpu = isinstance(error, torch.OutOfMemoryError)
     if not (is_gpu or isinstance(error, MemoryError) or CPU_ALLOCATOR in str(error)):
         return None

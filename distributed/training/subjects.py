@@ -1,4 +1,4 @@
-"""What a worker knows of the cohort, and where the worker runs."""
+"""What a worker knows about the cohort, and where the worker runs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from distributed.run.assignment import HOLDOUT
 
 @dataclass(frozen=True)
 class Subjects:
-    """What a worker knows of the cohort: volumes, labels, splits."""
+    """What a worker knows about the cohort: volumes, labels, splits."""
 
     volumes: Volumes
     manifest: pd.DataFrame
     splits: Splits
     channels: tuple[str, ...]
     scales: np.ndarray | None = None
-    """Factors (rows, C) from stored to real values; None where they are the same."""
+    """Factors (rows, C) from stored to real values; None if stored values are the real values."""
     access: AccessRecord | None = None
-    """Where it is noted who was read; nowhere if None."""
+    """Where the first use of every subject is noted; it is not noted if None."""
 
     @classmethod
     def of(
         cls, cohort: Cohort, splits: Splits, volumes: Volumes, access: AccessRecord | None = None
     ) -> Subjects:
-        """The subjects of `cohort`, whose volumes are held in `volumes`."""
+        """The subjects of `cohort`, whose volumes are read from `volumes`."""
         scales = cohort.scales(np.arange(len(cohort)))
         return cls(
             volumes,
@@ -45,12 +45,12 @@ class Subjects:
         )
 
     def note(self, rows: Rows, fold: int) -> None:
-        """These rows are used now; see `access`."""
+        """Note that a cell of `fold` uses these rows now; see `access`."""
         if self.access is not None:
             self.access.note(rows, fold)
 
     def rows_of(self, fold: int) -> tuple[Rows, Rows]:
-        """(training rows, evaluation rows) of a fold; the hold-out is read for `HOLDOUT` alone."""
+        """(training rows, evaluation rows) of a fold; only the fold `HOLDOUT` evaluates on the hold-out."""
         if fold == HOLDOUT:
             return self.splits.development, self.splits.holdout
         return self.splits.training(fold), self.splits.folds[fold]

@@ -1,7 +1,7 @@
-"""A trial: a configuration on its cells, continued from where it stands. Only `make_runner` asks Ray.
+"""A trial: a configuration on its cells, continued from its last epoch. Only `make_runner` uses Ray.
 
-A *cell* is one (fold, seed) that a configuration is trained and judged on. Every trial visits the same cells in
-the same order, and says after every epoch how it stands.
+A *cell* is one (fold, seed) on which a configuration is trained and judged. Every trial visits the same cells in the
+same order, and gives an answer after every epoch.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class Saved(TypedDict):
     """A checkpoint: tensors and plain values only."""
 
     cell: int
-    """How many cells were finished."""
+    """The number of finished cells."""
     state: TrainingState | None
-    """Of the cell in training; None between two cells."""
+    """The state of the cell in training; None between two cells."""
     history: list[EpochRow]
     finished: list[CellRow]
     begin: str | None
-    """See `Assignment`: a checkpoint from before a trial began from another one is of no use to it."""
+    """See `Assignment`. A checkpoint with another `begin` is older than the exchange, and the trial does not use it."""
 
 
 class Runner:
-    """Runs one epoch of whatever trial it is assigned; lives as long as its worker."""
+    """Runs one epoch of the trial that it is assigned; it lives as long as its worker."""
 
     def __init__(self, subjects: Subjects, place: Place | None = None) -> None:
         self.subjects = subjects
@@ -70,10 +70,10 @@ class Runner:
         self.trial: Trial | None = None
 
     def __call__(self, assignment: Assignment) -> Answer:
-        """One epoch of `assignment`; what fails by its own doing is answered."""
+        """Run one epoch of `assignment`; a failure that the trial itself caused becomes its answer."""
         try:
             if self.trial is None or self.trial.assignment != assignment:
-                # Free the last trial's memory first.
+                # Free the memory of the last trial first.
                 self._drop_trial()
                 self.trial = Trial(assignment, self.subjects, self.place)
             return self.trial.run_epoch()
@@ -85,7 +85,8 @@ class Runner:
         except (MemoryError, RuntimeError) as failure:
             reason = out_of_memory(failure)
             if reason is None or self.place.workers > 1:
-                raise  # the other workers wait for this one in a collective: only its end wakes them
+                # The other workers wait for this one in a collective operation, which only its end breaks off.
+                raise
             return self._give_up(reason)
 
     def _give_up(self, reason: str) -> Answer:
@@ -100,14 +101,14 @@ class Runner:
 
 
 def make_runner(subjects: Subjects) -> Runner:
-    """The runner of a slot's worker, placed where Ray Train put it."""
+    """The runner of a worker of a slot, on the device that Ray Train gave the worker."""
     quiet()
     context = train.get_context()
     return Runner(subjects, Place(get_device(), context.get_world_rank(), context.get_world_size()))
 
 
 class Trial:
-    """One configuration on its cells, continued from its folder's checkpoint where there is one."""
+    """One configuration on its cells, continued from the checkpoint in its folder if there is one."""
 
     def __init__(self, assignment: Assignment, subjects: Subjects, place: Place) -> None:
         self.assignment, self.subjects, self.place = assignment, subjects, place
@@ -126,8 +127,9 @@ class Trial:
         return len(self.history)
 
     def run_epoch(self) -> Answer:
-        """Train one epoch of the current cell, judge it where that is due, save, and say how it stands."""
-        if self.answer is not None:  # finished before; the one who asked did not live to hear it
+        """Train one epoch of the current cell, judge it if that is due, save, and answer."""
+        # The trial was finished before, but the process that asked for it ended before it got the answer.
+        if self.answer is not None:
             return self.answer
         started = time.perf_counter()
         training = self._current_cell()
@@ -150,11 +152,11 @@ class Trial:
 
     @property
     def _judges_every_epoch(self) -> bool:
-        """Pruning looks at every epoch of the first cell, then at whole cells; the hold-out is seen once."""
+        """Pruning uses every epoch of the first cell, and later whole cells; a refit looks at the hold-out once."""
         return not self.finished and not is_refit(self.assignment)
 
     def close(self) -> None:
-        """Stop reading ahead, where the trial is left before its end."""
+        """Stop reading ahead, if the trial stops before its end."""
         if self.training is not None:
             self.training.close()
 
@@ -179,7 +181,7 @@ class Trial:
         self.training = None
 
     def _save(self) -> None:
-        """Rank 0 writes the checkpoint, then what people and the driver read; each replaces its file whole."""
+        """Rank 0 writes the checkpoint, then the file for people and the driver; each is replaced in one step."""
         if self.place.rank == 0:
             with writing_to(self.folder):
                 self._write()
@@ -222,7 +224,7 @@ class Trial:
             self._current_cell().load_state_dict(saved["state"])
 
     def _own_checkpoint(self) -> Saved | None:
-        """What this trial saved last; None where that was before it was to begin from something else."""
+        """The last checkpoint of this trial; None if it is older than the one from which the trial must begin."""
         checkpoint = self.folder / CHECKPOINT
         if not checkpoint.exists():
             return None
@@ -231,9 +233,9 @@ class Trial:
 
 
 def _read_checkpoint(path: Path) -> Saved:
-    """What `_write` saved; UserError where it is damaged, or holds more than tensors and plain values."""
+    """The checkpoint that `_write` saved; UserError if it is damaged, or holds more than tensors and plain values."""
     try:
-        # With weights_only no pickled code is run.
+        # With `weights_only` no pickled code is executed.
         saved: Saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path} to begin from") from None
@@ -244,7 +246,7 @@ def _read_checkpoint(path: Path) -> Saved:
 
 
 def _serialised(saved: Saved) -> bytes:
-    """As torch.save writes it; onto a full disk torch itself raises what says nothing of the disk."""
+    """The bytes that torch.save writes; onto a full disk, torch.save raises an error that does not name the disk."""
     buffer = io.BytesIO()
     torch.save(saved, buffer)
     return buffer.getvalue()

@@ -1,1 +1,1 @@
-"""What a run found, computed and in words. Imports no figure."""
+"""The findings of a run, as numbers and in words. This package imports no figure."""

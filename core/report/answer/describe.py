@@ -1,4 +1,4 @@
-"""A configuration in few words, from its dotted settings: `exponential, cauchy, width 3.2 y, τ 0.08`."""
+"""A configuration in a few words, from its dotted settings: `exponential, cauchy, width 3.2 y, τ 0.08`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-# How a setting is written, by its dotted name; the order is the order of a description.
-# `{}` stands for the value. A setting that is not listed is written by its own name, after these.
+# The text for a setting, by its dotted name, in the order of a description; `{}` stands for the value. Settings that
+# are not listed follow, each with its own name.
 PHRASES: dict[str, str] = {
     "objective.name": "{}",
     "objective.kernel": "{}",
@@ -26,16 +26,16 @@ PHRASES: dict[str, str] = {
     "views.cutout": "cutout {}",
     "views.noise": "noise {}",
 }
-# Views that a 0 turns off, and that are then not worth a word.
+# Views that the value 0 turns off; then a description does not mention them.
 OFF_AT_ZERO = ("views.cutout", "views.noise")
-# The last word of a schedule's settings; what comes before names the quantity that is scheduled.
+# The last part of the name of a setting of a schedule; the part before it is the name of the scheduled quantity.
 SCHEDULE_KEYS = ("shape", "value", "start", "end", "rate", "step")
 
 
 def describe(settings: Mapping[str, Any], most: int | None = None) -> str:
-    """The configuration in words; settings without a value (NaN: they cannot act in it) are left out.
+    """The configuration in words. A setting without a value (NaN: it cannot act in this configuration) is left out.
 
-    At most `most` parts are given, the most telling ones first, and an ellipsis stands for the rest.
+    With `most`, only so many parts are given, the most important ones first, and an ellipsis stands for the rest.
     """
     acting = {name: value for name, value in settings.items() if not is_absent(value)}
     parts = _gather({name: value for name, value in acting.items() if name not in OFF_AT_ZERO or value != 0})
@@ -53,7 +53,7 @@ def is_absent(value: Any) -> bool:
 
 
 def number(value: Any) -> str:
-    """A setting's value as short text: 14.0 as 14, 0.0812 as 0.081, 0.000123 as 1.2e-4."""
+    """The value of a setting as short text: 14.0 as 14, 0.0812 as 0.081, 0.000123 as 1.2e-4."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if float(value).is_integer() and abs(value) < 1e6:
@@ -65,7 +65,7 @@ def number(value: Any) -> str:
 
 
 def _gather(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Dotted names to text, the settings of one schedule joined into one entry."""
+    """The text of each setting by its dotted name; the settings of one schedule become one entry."""
     parts: dict[str, str] = {}
     for name, value in settings.items():
         quantity, _, key = name.rpartition(".")
@@ -82,7 +82,7 @@ def _gather(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _share(block: Mapping[str, Any]) -> str:
-    """The schedule of the neighbours, whose ends are shares of the batch when they are at most 1."""
+    """The schedule of the neighbours; its ends are shares of the batch if they are at most 1."""
     ends = [block.get("start", 0), block.get("end", 0)]
     if not all(0 < each <= 1 for each in ends):
         return _schedule(block)

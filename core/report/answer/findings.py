@@ -1,4 +1,4 @@
-"""What a run found, in sentences: the answer, its limits, and each figure in words."""
+"""The findings of a run in sentences: the answer, its limits, and each figure in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from core.run_names import MEDIAN, WINNER
 
 
 def headline(record: RunRecord) -> str:
-    """The result in one sentence: held-out if there is one, else the best of the search, else why none."""
+    """The result in one sentence: on held-out subjects, or the best of the search, or why there is no result."""
     winner = record.holdout[record.holdout["method"] == WINNER]
     if not winner.empty:
         return _held_out_headline(record, winner)
@@ -42,7 +42,7 @@ def _held_out_headline(record: RunRecord, winner: pd.DataFrame) -> str:
 
 
 def states(record: RunRecord) -> str:
-    """How many trials ended how: `12 completed, 9 pruned, 3 failed`."""
+    """The number of trials by the way they ended: `12 completed, 9 pruned, 3 failed`."""
     words = {
         "COMPLETE": "completed",
         "PRUNED": "pruned",
@@ -58,7 +58,7 @@ def states(record: RunRecord) -> str:
 
 
 def verdict_lines(record: RunRecord) -> list[str]:
-    """The verdict on the winner, then each comparison with its numbers; empty before the hold-out is used."""
+    """The verdict on the winner, then each comparison with its numbers; empty if the hold-out was not used yet."""
     if record.holdout.empty:
         return []
     lines = [verdict(record.predictions), *(each.sentence() for each in comparisons(record.predictions))]
@@ -70,7 +70,7 @@ def verdict_lines(record: RunRecord) -> list[str]:
 
 
 def caveats(record: RunRecord) -> list[str]:
-    """What the numbers of this run do not show; the gravest first."""
+    """What the numbers of this run do not show; the most serious caveat first."""
     lines = [
         _synthetic(record),
         _no_signal(record),
@@ -84,8 +84,8 @@ def caveats(record: RunRecord) -> list[str]:
         _cells(record),
         _pruning(record),
         *change_lines(record),
-        "The brain-age gap shrinks to the middle: young people look older and old people younger wherever "
-        "the prediction is imperfect. A gap is not a finding about a person before that is corrected for.",
+        "Predicted ages are drawn to the middle: if the prediction is imperfect, young people look older and old "
+        "people younger. Without a correction for this, a brain-age gap is not a finding about a person.",
     ]
     return [line for line in lines if line]
 
@@ -94,8 +94,8 @@ def _synthetic(record: RunRecord) -> str:
     if not record.is_synthetic:
         return ""
     return (
-        "These brains are synthetic. Age was put into them by a known recipe, so the errors say whether the "
-        "software works, and nothing about real people."
+        "These brains are synthetic. Their age effects follow a known recipe, so the errors show whether the "
+        "software works, and say nothing about real people."
     )
 
 
@@ -113,8 +113,8 @@ def _few_subjects(record: RunRecord) -> str:
         return ""
     return (
         f"{count(subjects, 'held-out subject')}: a few other people in the hold-out would move every number "
-        "here. The intervals resample these subjects; they do not know of people unlike them, and they are "
-        "not adjusted for there being several comparisons."
+        "here. The intervals resample these subjects: they do not cover people who differ from them, and they "
+        "are not adjusted for several comparisons."
     )
 
 
@@ -140,12 +140,12 @@ def _one_look(record: RunRecord) -> str:
         return "The held-out subjects have not been used: no number here is an estimate for new people."
     return (
         f"The held-out subjects were looked at {_looks(record)}, after the search. {access_line(record)} "
-        "Whoever changes something because of this page and runs again has tuned on them."
+        "If you change something because of this page and run again, you have tuned on them."
     )
 
 
 def _looks(record: RunRecord) -> str:
-    """How often the hold-out was used: once, and again after each change of a search that had used it."""
+    """How often the hold-out was used: once, and once more after each change of a search that had used it."""
     before = sum(change.holdout_seen for change in record.about.changes)
     return "once" if not before else f"{before + 1} times"
 
@@ -153,9 +153,7 @@ def _looks(record: RunRecord) -> str:
 def _single_refit(record: RunRecord) -> str:
     refits = int((record.holdout["method"] == WINNER).sum())
     if refits == 1:
-        return (
-            "The winner was refitted with a single seed: how much the result depends on the seed is unknown."
-        )
+        return "The winner was refitted with a single seed: it is unknown how much the result depends on the seed."
     if refits:
         return (
             f"The ± behind held-out errors is the SD over {refits} refits with other seeds, on the same "
@@ -174,7 +172,7 @@ def _ages(record: RunRecord) -> str:
 def _sites(record: RunRecord) -> str:
     sites = record.cohort["site"].replace("", float("nan")).nunique()
     if sites == 1:
-        return "All subjects come from one site: what another scanner would do is unknown."
+        return "All subjects come from one site: the error on another scanner is unknown."
     if sites > 1:
         return (
             f"The held-out subjects come from the same {sites} sites as the training subjects: another "
@@ -203,12 +201,12 @@ def _pruning(record: RunRecord) -> str:
 
 
 def _pruned(record: RunRecord) -> int:
-    """How many trials were stopped early; members of a population end after one cell by design."""
+    """The number of trials that were stopped early, without members of a population: they always end after one cell."""
     return int(((record.trials["state"] == "PRUNED") & ~is_member(record.trials)).sum())
 
 
 def importance_note(record: RunRecord) -> str:
-    """How to read the importance of settings, and how far it can be trusted."""
+    """How to read the importance of settings, and whether it can be trusted."""
     completed = int((record.trials["state"] == "COMPLETE").sum())
     settings = len(record.searched())
     trials = count(completed, "completed trial")
@@ -219,7 +217,7 @@ def importance_note(record: RunRecord) -> str:
 
 
 def in_words(record: RunRecord) -> dict[str, str]:
-    """Every figure's content in a sentence with its numbers, for people who cannot see it."""
+    """The content of every figure in a sentence with its numbers, for people who cannot see it."""
     values = record.trials.loc[record.trials["state"] == "COMPLETE", "value"].dropna()
     span = f", from {values.min():.2f} to {values.max():.2f}" if len(values) else ""
     cells = record.cells.loc[record.cells["number"] == record.best, "mae"]

@@ -25,9 +25,9 @@ def completed_with_objectives(record: RunRecord) -> pd.DataFrame:
 
 
 def pareto_front(record: RunRecord) -> pd.DataFrame:
-    """The completed trials that no other beats: none is at least as good in every objective and better in one.
+    """The completed trials that no other trial beats, by being at least as good in every objective and better in one.
 
-    In the order of the first objective. Empty where the search had one objective.
+    In the order of the first objective. Empty if the search had one objective.
     """
     trials = completed_with_objectives(record)
     if len(record.objectives) < 2 or trials.empty:
@@ -40,7 +40,7 @@ def pareto_front(record: RunRecord) -> pd.DataFrame:
 
 
 def front_table(record: RunRecord) -> pd.DataFrame:
-    """The front for people: trial, one column per objective by its label, what (the configuration in few words)."""
+    """The front as a table: trial, one column per objective with its label, what (the configuration in a few words)."""
     settings = record.searched()
     rows: list[dict[str, Any]] = [
         {
@@ -54,7 +54,7 @@ def front_table(record: RunRecord) -> pd.DataFrame:
 
 
 def front_in_words(record: RunRecord) -> str:
-    """The figure for those who cannot see it."""
+    """The front in words, for people who cannot see the figure."""
     front = pareto_front(record)
     named = "; ".join(
         f"trial {int(row['number'])}: "

@@ -1,4 +1,4 @@
-"""What keeps a search honest: the winner measured again, who was read when, and how the search was changed."""
+"""Checks of a search: the winner is measured again, when each subject was read, and how the search was changed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from core.run_names import PUBLISHED, WINNER
 def measured_again(record: RunRecord) -> pd.DataFrame:
     """The winner and the published configuration in the search, on its folds with fresh seeds, and refitted.
 
-    The value that made a trial the winner is partly luck (the winner's curse); the others had no part in the
-    choice. Columns: measured (where), one per configuration as mean ± SD with n. Rows that were not made are
-    left out.
+    The value that made a trial the winner is partly luck (the winner's curse); the other values did not influence the
+    choice. Columns: measured (where), and one per configuration as mean ± SD with n. A row without measurements is left
+    out.
     """
     in_search = {WINNER: record.best, PUBLISHED: record.published}
     rows: list[dict[str, Any]] = [
@@ -40,7 +40,7 @@ def measured_again(record: RunRecord) -> pd.DataFrame:
 
 
 def optimism(record: RunRecord) -> str:
-    """How much of the winner's value did not repeat, in a sentence; empty where it was not measured again."""
+    """In one sentence, how much the value of the winner changed when it was measured again; empty if it was not."""
     if record.best is None:
         return ""
     again = _repeated_values(record, WINNER)
@@ -57,7 +57,7 @@ def optimism(record: RunRecord) -> str:
 
 
 def schedule_line(record: RunRecord) -> str:
-    """That the value of the schedule found is partly of the cell in which it was chosen; empty where none was found."""
+    """The caveat that the value of a schedule includes the cell in which it was chosen; empty if none was found."""
     found = found_schedule(record)
     if found is None or record.trial(found.trial)["state"] != "COMPLETE":
         return ""
@@ -116,7 +116,7 @@ def _spread(values: pd.Series) -> str:
 
 
 def access_line(record: RunRecord) -> str:
-    """When the first held-out subject was read, against the end of the search; empty without access records."""
+    """When the first held-out subject was read, and by which part of the run; empty without access records."""
     if record.access.empty or record.splits.empty:
         return ""
     held_out = set(record.splits.loc[record.splits["role"] == "holdout", "subject"])
@@ -132,7 +132,7 @@ def access_line(record: RunRecord) -> str:
 
 
 def change_lines(record: RunRecord) -> list[str]:
-    """Every change of the search while it ran, from run.json."""
+    """One line for every change of the search while it ran, from run.json."""
     lines = []
     for change in record.about.changes:
         looked = " The held-out subjects had been looked at before." if change.holdout_seen else ""

@@ -12,9 +12,10 @@ from core.report.answer.record import NothingToShow, RunRecord
 
 
 def importances_of(record: RunRecord) -> dict[str, float]:
-    """Importance of each setting that every completed trial has, greatest first.
+    """The importance of each setting that every completed trial has, the greatest first.
 
-    Raises NothingToShow where fANOVA (Hutter et al., ICML 2014) has nothing to work on.
+    Raises:
+        NothingToShow: there are not enough trials for fANOVA (Hutter et al., ICML 2014), or they do not differ.
     """
     if record.study is None:
         raise NothingToShow("the Optuna study is absent")
@@ -39,7 +40,7 @@ def importances_of(record: RunRecord) -> dict[str, float]:
 
 
 def unassessed_settings(record: RunRecord) -> list[str]:
-    """The searched settings that act in some trials only, which the importance leaves out."""
+    """The searched settings that act only in some trials; the importance leaves them out."""
     try:
         assessed = importances_of(record)
     except NothingToShow:

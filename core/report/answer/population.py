@@ -1,4 +1,4 @@
-"""What a population found, from its run's record: the schedule in words, its members, and who took whose weights."""
+"""The findings of a population, from the record of its run: the schedule in words, the members and their exchanges."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOLLOWED = {
     "objective.width": "kernel width",
     "objective.neighbours.end": "neighbours' end",
 }
-"""The settings that a population changes, by dotted name, and what people call them."""
+"""The settings that a population changes, by dotted name, and their names in the report."""
 SHOWN_VALUES = 3
 
 Course = list[tuple[int, float]]
@@ -31,7 +31,7 @@ Course = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class FoundSchedule:
-    """The trial with the schedule that a population found: its number, whose it was, and its settings."""
+    """The trial with the schedule that a population found: its number, the best member, and its settings."""
 
     trial: int
     member: int
@@ -40,15 +40,15 @@ class FoundSchedule:
 
     @property
     def epochs(self) -> int:
-        """Of a cell."""
+        """The epochs of a cell."""
         return int(self.settings["training"]["epochs"])
 
     def course(self, name: str) -> Course:
-        """What the setting `name` was from which epoch on; empty where it is absent or follows a shape of its own."""
+        """The values of the setting `name`, each with its first epoch; empty if absent or with its own schedule."""
         return _course(_at(self.settings, name), self.epochs)
 
     def every_epoch(self, name: str) -> list[float]:
-        """What the setting `name` was in epoch 1, 2, …; of its own shape where it has one, empty where it is absent."""
+        """The value of the setting `name` in epoch 1, 2, …, also if it has its own schedule; empty if it is absent."""
         value = _at(self.settings, name)
         if not isinstance(value, int | float | Mapping):
             return []
@@ -57,19 +57,19 @@ class FoundSchedule:
 
     @property
     def courses(self) -> dict[str, Course]:
-        """The course of every setting that a population changes, where this schedule has it."""
+        """The course of every setting that a population changes and that this schedule has."""
         every = {name: self.course(name) for name in FOLLOWED}
         return {name: course for name, course in every.items() if course}
 
     @property
     def followed(self) -> list[tuple[int, int]]:
-        """The members whose weights these were, in order, each with the last epoch that it trained them."""
+        """The members that trained these weights, in order, each with the last epoch in which it trained them."""
         donors = [(int(each["donor"]), int(each["epoch"])) for each in self.lineage]
         return [*donors, (self.member, self.epochs)]
 
 
 def found_schedule(record: RunRecord) -> FoundSchedule | None:
-    """The schedule that the run's population found; None where there was none, or its study is gone."""
+    """The schedule that the population of a run found; None if there is none, or if the study is absent."""
     for trial in _trials(record, FOUND):
         settings = trial.user_attrs.get(SETTINGS)
         if settings is not None and FOUND_BY in trial.user_attrs:
@@ -79,12 +79,12 @@ def found_schedule(record: RunRecord) -> FoundSchedule | None:
 
 
 def members(record: RunRecord) -> list[FrozenTrial]:
-    """The members of the run's population, in the order of their numbers."""
+    """The members of the population of a run, in the order of their numbers."""
     return _trials(record, MEMBER)
 
 
 def is_member(trials: pd.DataFrame) -> pd.Series:
-    """Which rows of a trials table are members that were not stopped, but trained in one cell by design."""
+    """Which rows of a trials table are members, which were not stopped early but always train in one cell."""
     return (trials["label"] == MEMBER) & (trials["state"] == "PRUNED")
 
 
@@ -94,7 +94,7 @@ def has_population(record: RunRecord) -> bool:
 
 
 def exchange_table(record: RunRecord) -> pd.DataFrame:
-    """Every exchange. Columns: after epoch, member, weights of, changed (settings and their values from then on)."""
+    """All exchanges. Columns: after epoch, member, weights of, changed (settings and their new values)."""
     rows = [
         {
             "after epoch": int(each["epoch"]),
@@ -112,8 +112,8 @@ def exchange_table(record: RunRecord) -> pd.DataFrame:
 def found_in_words(record: RunRecord, most: int | None = None) -> str:
     """The schedule, then the settings that it left alone: `temperature 0.1 → 0.07 (epoch 3), exponential, …`.
 
-    `(epoch 3)` is the first epoch with the value before it. With `most`, so many parts at most, and of a setting that
-    changed often the first and the last value.
+    `(epoch 3)` is the first epoch with the value before it. With `most`, there are only so many parts, and a setting
+    that changed often has only its first and its last value.
     """
     found = found_schedule(record)
     if found is None:
@@ -129,7 +129,7 @@ def found_in_words(record: RunRecord, most: int | None = None) -> str:
 
 
 def course_texts(found: FoundSchedule, short: bool = False) -> dict[str, str]:
-    """By dotted name, the settings that changed on the way: `0.1 → 0.07 (epoch 3) → 0.05 (epoch 6)`."""
+    """The settings that changed, by dotted name: `0.1 → 0.07 (epoch 3) → 0.05 (epoch 6)`."""
     return {name: _text(course, short) for name, course in found.courses.items() if len(course) > 1}
 
 
@@ -164,7 +164,7 @@ def _course(value: Any, epochs: int) -> Course:
 
 
 def _at(settings: Mapping[str, Any], name: str) -> Any:
-    """The setting `name`; None where there is none, or where it is a part of what is now piecewise."""
+    """The setting `name`; None if it is absent, or if it is a part of a setting that is now piecewise."""
     value: Any = settings
     for key in name.split("."):
         if not isinstance(value, Mapping) or value.get("shape") == "piecewise":
@@ -181,7 +181,7 @@ def _trials(record: RunRecord, label: str) -> list[FrozenTrial]:
 
 
 def population_in_words(record: RunRecord) -> str:
-    """The members and their exchanges, for those who cannot see the figure."""
+    """The members and their exchanges, for people who cannot see the figure."""
     exchanges = "; ".join(
         f"after epoch {row['after epoch']} member {row['member']} went on from member {row['weights of']}"
         for _, row in exchange_table(record).iterrows()
@@ -190,5 +190,5 @@ def population_in_words(record: RunRecord) -> str:
 
 
 def steps_in_words(record: RunRecord) -> str:
-    """The schedule, for those who cannot see the figure."""
+    """The schedule, for people who cannot see the figure."""
     return f"The schedule found, from which epoch on: {found_in_words(record)}."

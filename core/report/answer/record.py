@@ -1,4 +1,4 @@
-"""Read a run's folder. A run may be unfinished or broken: what is absent is empty here, and named."""
+"""Read the folder of a run. A run may be unfinished or damaged: what is absent is empty here, and listed by name."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from core.run_names import (
 
 TRIAL_COLUMNS = ("number", "label", "state", "value", "sd", "n", "epochs", "seconds", "reason")
 MEASURED_COLUMNS = ("outside", *OBJECTIVES)
-"""What a trials table may say besides: whether the space was changed since, and means over the cells."""
+"""More columns of a trials table: whether the trial lies outside the space now, and means over the cells."""
 NO_SETTINGS = (*TRIAL_COLUMNS, *MEASURED_COLUMNS)
 
-# Every table a run leaves: its columns, and what the reader of a report misses without it.
+# Every table of a run: its columns, and what is missing in a report without it.
 TABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "trials": (TRIAL_COLUMNS, "the leaderboard"),
     "splits": (("subject", "role"), "who was in which fold and who was held out"),
@@ -79,7 +79,7 @@ _TEXT_COLUMNS = ("subject", "site", "label", "reason", "role", "method", "state"
 
 
 class NothingToShow(Exception):
-    """The run does not hold what a figure needs; the message says what, for the reader."""
+    """The run does not contain what a figure needs; the message tells the reader what is missing."""
 
 
 def _empty(name: str) -> pd.DataFrame:
@@ -89,10 +89,10 @@ def _empty(name: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a sweep left in its folder. A table that is absent is empty, with its columns.
+    """The content of the folder of a sweep. A table that is absent is empty, with its columns.
 
-    `about` is run.json, with defaults where it is absent, `winner` is best/settings.json, `cohort` is the manifest of
-    the cohort that the run used (subject, age in years, site), `missing` has one line for each thing that is absent.
+    `about` is run.json, with defaults if it is absent. `winner` is best/settings.json. `cohort` is the manifest of the
+    cohort of the run (subject, age in years, site). `missing` has one line for each part that is absent.
     """
 
     folder: Path
@@ -122,12 +122,12 @@ class RunRecord:
 
     @property
     def is_synthetic(self) -> bool:
-        """Whether the brains were made up."""
+        """Whether the brains are synthetic."""
         return self.about.cohort is not None and self.about.cohort.synthetic
 
     @property
     def objectives(self) -> list[str]:
-        """What the search minimised; the first is the trials' value."""
+        """The objectives, which the search minimised; the first one is the value of a trial."""
         return self.about.objectives
 
     @property
@@ -143,12 +143,12 @@ class RunRecord:
 
     @property
     def value_label(self) -> str:
-        """What a trial's value is: `validation MAE (years)`."""
+        """The meaning of the value of a trial: `validation MAE (years)`."""
         return self.objective.label
 
     @property
     def value_title(self) -> str:
-        """`value_label`, to begin a sentence or a heading."""
+        """`value_label` for the beginning of a sentence or a heading."""
         return self.value_label[:1].upper() + self.value_label[1:]
 
     def trial(self, number: int) -> dict[str, Any]:
@@ -162,10 +162,12 @@ class RunRecord:
 
 
 def read_run(run: Path) -> RunRecord:
-    """The record of the sweep in folder `run`; UserError when `run` is not a folder that a sweep has left."""
+    """The record of the sweep in folder `run`; UserError if `run` is not the folder of a sweep."""
     run = Path(run)
     if not run.is_dir():
-        raise UserError(f"no run at '{run}': there is no such folder; give the folder a sweep has written")
+        raise UserError(
+            f"no run at '{run}': there is no such folder; give the folder that a sweep has written"
+        )
     if not any((run / name).exists() for name in (RUN_JSON, JOURNAL, "trials.csv", "trials.parquet")):
         raise UserError(f"'{run}' is not a run: it has none of run.json, study.journal, trials.csv")
     missing: list[str] = []
@@ -221,7 +223,8 @@ def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
     columns, what = TABLES[name]
     parquet, csv = run / f"{name}.parquet", run / f"{name}.csv"
     try:
-        if parquet.exists():  # keeps types that text forgets
+        # Parquet keeps the types of columns.
+        if parquet.exists():
             table = pd.read_parquet(parquet)
         elif csv.exists():
             table = _read_csv(csv)
@@ -231,7 +234,8 @@ def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         missing.append(f"{csv.name} is empty: {what}")
         return _empty(name)
-    except (OSError, ValueError) as error:  # so are the parsers' own errors
+    # The errors of the parsers are ValueErrors, too.
+    except (OSError, ValueError) as error:
         missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
         return _empty(name)
     absent = [column for column in columns if column not in table]
@@ -252,13 +256,15 @@ def _read_optional(path: Path, name: str, missing: list[str]) -> pd.DataFrame:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     header = pd.read_csv(path, nrows=0).columns
-    text = {column: str for column in _TEXT_COLUMNS if column in header}  # subject '007', site '1'
-    # a site called 'NA' or a view called 'None' is a name, not an absent value
+    # These columns are text, also for subject '007' or site '1'.
+    text = {column: str for column in _TEXT_COLUMNS if column in header}
+    # A site called 'NA' or a view called 'None' is a name, not an absent value.
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=["", "nan", "NaN"])
 
 
 def _read_study(path: Path, name: str, missing: list[str]) -> optuna.Study | None:
-    if not path.exists():  # looked at first, because opening a journal creates it
+    # Check this first, because opening a journal creates it.
+    if not path.exists():
         missing.append(f"{path.name} is absent: parameter importance and learning curves")
         return None
     backend = JournalFileBackend(str(path))
@@ -272,7 +278,7 @@ def _read_study(path: Path, name: str, missing: list[str]) -> optuna.Study | Non
 
 
 def reported(trial: FrozenTrial) -> dict[int, float]:
-    """What a trial reported, by epochs done over all cells, of one objective or the first of several."""
+    """The reported values of a trial, by the epochs done in all cells; of several objectives those of the first."""
     several = {
         int(name.removeprefix(VALUE_AT)): float(value)
         for name, value in trial.user_attrs.items()
@@ -282,11 +288,11 @@ def reported(trial: FrozenTrial) -> dict[int, float]:
 
 
 def trial_row(trial: FrozenTrial, epochs: int | None) -> dict[str, Any]:
-    """One row of the trials table: `TRIAL_COLUMNS`, `MEASURED_COLUMNS`, then what the trial searched.
+    """One row of the trials table: `TRIAL_COLUMNS`, `MEASURED_COLUMNS`, then the searched settings of the trial.
 
     Args:
-        trial: of the study.
-        epochs: that it has done, over all cells.
+        trial: a trial of the study.
+        epochs: the epochs that it has done in all cells.
     """
     attributes, values = trial.user_attrs, reported(trial)
     last = values[max(values)] if values else math.nan
@@ -307,7 +313,7 @@ def trial_row(trial: FrozenTrial, epochs: int | None) -> dict[str, Any]:
 
 
 def _trials_of(study: optuna.Study) -> pd.DataFrame:
-    """The trials table, from the study alone: what a sweep that was killed has left."""
+    """The trials table from the study only, for a sweep that was killed before it wrote the table."""
     trials = study.get_trials(deepcopy=False)
     rows = [trial_row(trial, max(reported(trial), default=None)) for trial in trials]
     return pd.DataFrame(rows) if rows else _empty("trials")
@@ -324,7 +330,7 @@ def _read_cohort(run: Path, about: RunDescription, missing: list[str]) -> pd.Dat
 
 
 def _with_median(predictions: pd.DataFrame, splits: pd.DataFrame, cohort: pd.DataFrame) -> pd.DataFrame:
-    """The predictions, and those of the training median where the sweep has not written them down."""
+    """The predictions, with those of the training median if the sweep has not written them."""
     trained = cohort["subject"].isin(splits.loc[splits["role"] != "holdout", "subject"])
     if predictions.empty or not trained.any() or (predictions["method"] == MEDIAN).any():
         return predictions

@@ -13,8 +13,13 @@ NO_SITE = "no site"
 
 
 def held_out(record: RunRecord) -> pd.DataFrame:
-    """One row per held-out subject: subject, age, site, predicted (mean over refits of the winner), least,
-    most, gap (predicted - age); years."""
+    """One row per held-out subject: subject, age, site, predicted (mean over refits of the winner), least, most, gap.
+
+    The gap is predicted - age. All numbers are in years.
+
+    Raises:
+        NothingToShow: the winner has no predictions of held-out subjects.
+    """
     winner = record.predictions[record.predictions["method"] == WINNER].dropna(subset=["age", "predicted"])
     if winner.empty:
         raise NothingToShow("the winner has not been tried on the held-out subjects")
@@ -29,7 +34,7 @@ def held_out(record: RunRecord) -> pd.DataFrame:
 
 
 def site_names(sites: pd.Series) -> pd.Series:
-    """Names of sites, at most MOST_SITES: the smallest ones become 'other sites'."""
+    """The names of sites, at most MOST_SITES: the smallest sites become 'other sites'."""
     names = sites.fillna("").astype(str).replace("", NO_SITE).map(_shortened)
     largest = names.value_counts().index
     kept = largest if len(largest) <= MOST_SITES else largest[: MOST_SITES - 1]
@@ -37,5 +42,5 @@ def site_names(sites: pd.Series) -> pd.Series:
 
 
 def _shortened(name: str) -> str:
-    """Long names keep their ends: that is where numbered sites differ."""
+    """A long name keeps its end, because numbered sites differ there."""
     return name if len(name) <= LONGEST_NAME else f"{name[:9]}…{name[-6:]}"

@@ -1,4 +1,4 @@
-"""The tables of a run: who leads the search, and what the hold-out says."""
+"""The tables of a run: the leaderboard of the search, and the results on the hold-out."""
 
 from __future__ import annotations
 
@@ -12,41 +12,30 @@ from rich.table import Table
 
 from core.report.answer.describe import describe, is_absent, number
 from core.report.answer.population import found_in_words, found_schedule, values_of
-from core.report.answer.record import NO_SETTINGS, RunRecord, read_run
+from core.report.answer.record import NO_SETTINGS, RunRecord
 from core.report.answer.verdict import comparisons, verdict
 from core.run_names import FOUND, MEMBER, METHODS, PUBLISHED
-
-__all__ = [
-    "RunRecord",
-    "failed_trials",
-    "holdout_table",
-    "leaderboard",
-    "mean_and_sd",
-    "print_leaderboard",
-    "read_run",
-    "winner_beside_published",
-]
 
 ABSENT = "–"
 SHOWN_FAILURES = 5
 SHOWN_SETTINGS = 7
 
 
-def mean_and_sd(mean: float, sd: float, digits: int = 2) -> str:
-    """`6.12 ± 0.80`; without the ± when there is no SD (one value), and a dash when there is nothing."""
+def mean_and_sd(mean: float, sd: float) -> str:
+    """`6.12 ± 0.80`; without the ± if there is no SD (one value), and a dash if there is no value."""
     if is_absent(mean):
         return ABSENT
-    text = f"{mean:.{digits}f}" if is_absent(sd) else f"{mean:.{digits}f} ± {sd:.{digits}f}"
+    text = f"{mean:.2f}" if is_absent(sd) else f"{mean:.2f} ± {sd:.2f}"
     return text.replace("-", "−")
 
 
 def leaderboard(trials: pd.DataFrame, top: int = 10, found: str = "") -> pd.DataFrame:
-    """The `top` trials of the trials table, best first, and the published configuration wherever it stands.
+    """The `top` trials of the trials table, best first, and the published configuration in any case.
 
-    Only completed trials have a rank: the value of a pruned one, or of a member of a population, is a mean over
-    fewer cells or epochs and is not comparable; they come after, as far as there is room. `found` is what the
-    table says of the schedule that a population found. Columns: rank, trial, what (the configuration in few
-    words), validation MAE (years, mean ± SD over cells), n (cells), state.
+    Only completed trials have a rank. The value of a pruned trial, or of a member of a population, is a mean over
+    fewer cells or epochs and cannot be compared; these trials follow while there is room. `found` is the text for the
+    schedule that a population found. Columns: rank, trial, what (the configuration in a few words), validation MAE
+    (years, mean ± SD over cells), n (cells), state.
     """
     settings = [name for name in trials.columns if name not in NO_SETTINGS]
     is_ranked = (trials["state"] == "COMPLETE") & trials["value"].notna()
@@ -104,8 +93,8 @@ def count(amount: float, noun: str) -> str:
 def holdout_table(holdout: pd.DataFrame) -> pd.DataFrame:
     """Mean ± SD over refit seeds (sample SD) of each method on the held-out subjects.
 
-    Columns: method, MAE (years), R2, site balanced accuracy, seeds (refits), subjects (held out). The order
-    is search winner, published, L1 baseline, training median, then any other method.
+    Columns: method, MAE (years), R2, site balanced accuracy, seeds (refits), subjects (held out). The order is: search
+    winner, published, L1 baseline, training median, then all other methods.
     """
     columns = ["method", "MAE", "R2", "site balanced accuracy", "seeds", "subjects"]
     names = [str(name) for name in holdout["method"].dropna().unique()]
@@ -126,7 +115,7 @@ def _holdout_row(method: str, holdout: pd.DataFrame) -> dict[str, Any]:
 
 
 def failed_trials(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials that failed: trial, reason, epochs done, what (the configuration in few words)."""
+    """The trials that failed: trial, reason, epochs done, what (the configuration in a few words)."""
     settings = [name for name in trials.columns if name not in NO_SETTINGS]
     rows = [
         {
@@ -141,10 +130,10 @@ def failed_trials(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def winner_beside_published(record: RunRecord) -> pd.DataFrame:
-    """Every searched setting: its value in the published configuration and in the winner.
+    """Every searched setting with its value in the published configuration and in the winner.
 
-    Columns: setting, published, winner. A dash is a setting that does not act in that configuration. Empty
-    when either is unknown.
+    Columns: setting, published, winner. A dash means that the setting does not act in this configuration. Empty if one
+    of the two trials is unknown.
     """
     columns = ["setting", "published", "winner"]
     if record.best is None or record.published is None:
@@ -164,9 +153,9 @@ def _value(value: Any) -> str:
     return ABSENT if is_absent(value) else number(value)
 
 
-def print_leaderboard(console: Console, record: RunRecord, top: int = 10) -> None:
+def print_leaderboard(console: Console, record: RunRecord) -> None:
     """Print the leaderboard, the hold-out table and the verdict of a run to a terminal."""
-    table = leaderboard(record.trials, top, found_in_words(record, SHOWN_SETTINGS))
+    table = leaderboard(record.trials, found=found_in_words(record, SHOWN_SETTINGS))
     if record.best is None:
         console.print("No trial was completed.")
     if not table.empty:

@@ -29,7 +29,7 @@ class Comparison:
     """`method` against `other` on the same held-out subjects, errors in years.
 
     `gain` is the mean over subjects of |error of other| - |error of method|: above 0, `method` is better.
-    `low` and `high` bound its bootstrap 95 % interval (NaN when there are fewer than six subjects).
+    `low` and `high` are the ends of its bootstrap 95 % interval (NaN if there are fewer than six subjects).
     """
 
     method: str
@@ -41,7 +41,7 @@ class Comparison:
 
     @property
     def outcome(self) -> Outcome:
-        """What the interval allows one to say."""
+        """The conclusion that the interval allows."""
         if self.n < FEWEST_SUBJECTS:
             return "too few subjects"
         if self.gain == self.low == self.high == 0.0:
@@ -51,7 +51,7 @@ class Comparison:
         return "worse" if self.high < 0 else "cannot be told apart"
 
     def sentence(self) -> str:
-        """The comparison in plain words, with its numbers."""
+        """The comparison in a sentence, with its numbers."""
         this, that = IN_WORDS.get(self.method, self.method), IN_WORDS.get(self.other, self.other)
         this = this[0].upper() + this[1:]
         amount = f"{abs(self.gain):.2f} years"
@@ -67,11 +67,11 @@ class Comparison:
         return f"{this} {verb} {that} by {amount} {interval}."
 
 
-def compare(predictions: pd.DataFrame, method: str, other: str, seed: int = 0) -> Comparison | None:
-    """The paired comparison of two methods of the predictions table; None when one has no predictions.
+def compare(predictions: pd.DataFrame, method: str, other: str) -> Comparison | None:
+    """The paired comparison of two methods in the predictions table; None if one of them has no predictions.
 
-    The absolute errors of a subject are averaged over the refit seeds first, then subjects are resampled
-    (percentile bootstrap of the mean, 9999 resamples): the interval speaks of new subjects like these.
+    First the absolute errors of a subject are averaged over the refit seeds, then subjects are resampled (percentile
+    bootstrap of the mean, 9999 resamples). So the interval holds for new subjects like these.
     """
     errors = absolute_errors(predictions)
     if method not in errors or other not in errors:
@@ -79,7 +79,7 @@ def compare(predictions: pd.DataFrame, method: str, other: str, seed: int = 0) -
     gains = (errors[other] - errors[method]).dropna().to_numpy(dtype=float)
     if len(gains) == 0:
         return None
-    low, high = _interval(gains, seed)
+    low, high = _interval(gains)
     return Comparison(method, other, len(gains), float(gains.mean()), low, high)
 
 
@@ -96,14 +96,14 @@ def comparisons(predictions: pd.DataFrame) -> list[Comparison]:
 
 
 def beating_the_median(predictions: pd.DataFrame) -> list[str] | None:
-    """The methods that beat the training median; None when no comparison with it can be made."""
+    """The methods that beat the training median; None if there is no comparison with it."""
     found = [compare(predictions, method, MEDIAN) for method in (WINNER, PUBLISHED, L1)]
     usable = [each for each in found if each is not None and each.outcome != "too few subjects"]
     return [each.method for each in usable if each.outcome == "better"] if usable else None
 
 
 def verdict(predictions: pd.DataFrame) -> str:
-    """One sentence: what the search winner beats, what it cannot be told from, what it loses to."""
+    """One sentence: what the search winner beats, what it cannot be told apart from, and what it is worse than."""
     made = comparisons(predictions)
     if not made:
         return "Nothing can be said about the search winner: it has no predictions on held-out subjects."
@@ -131,13 +131,14 @@ def verdict(predictions: pd.DataFrame) -> str:
     return sentence
 
 
-def _interval(gains: np.ndarray, seed: int) -> tuple[float, float]:
+def _interval(gains: np.ndarray) -> tuple[float, float]:
     if len(gains) < FEWEST_SUBJECTS:
         return float("nan"), float("nan")
-    if np.ptp(gains) == 0:  # nothing to resample: every mean is the same
+    # All resamples would have the same mean.
+    if np.ptp(gains) == 0:
         return float(gains[0]), float(gains[0])
     found = bootstrap(
-        (gains,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(seed)
+        (gains,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     return float(found.low), float(found.high)
 
