@@ -6,9 +6,10 @@ Runs that already exist contain them, so none of them may ever change.
 from __future__ import annotations
 
 # Files of a run; `distributed.run.folder` says what each of them contains.
-RUN_JSON = "run.json"
-JOURNAL = "study.journal"
-SPLITS = "splits.csv"
+RUN_JSON, JOURNAL, SPLITS, LOCK = "run.json", "study.journal", "splits.csv", "writer.lock"
+TRIALS, REFITS, CONFIRMED, ACCESS, TUNE = "trials", "refits", "confirmed", "access", "tune"
+# In the folder of a trial or a refit.
+PROGRESS, CHECKPOINT = "progress.json", "checkpoint.pt"
 
 STUDY = "brainsweep"
 """The name of the study if the space of the run was never changed; run.json has the name of the present one."""

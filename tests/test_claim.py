@@ -14,7 +14,8 @@ from process_helpers import ROOT
 from rich.console import Console
 
 from core.errors import UserError
-from distributed.run.lock import LOCK, claim, mend_journal, refuse_url
+from core.run_names import LOCK
+from distributed.run.lock import claim, mend_journal, refuse_url
 
 QUIET = Console(quiet=True)
 HOLDER = """

@@ -15,8 +15,9 @@ from core.config import merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import make_splits
 from core.inference import load_predictor
+from core.run_names import CHECKPOINT
 from distributed.batches.in_process import InMemory
-from distributed.run.assignment import CHECKPOINT, HOLDOUT, assign
+from distributed.run.assignment import HOLDOUT, assign
 from distributed.sweeps.forget_finished import ForgetFinished
 from distributed.training.loop import CellTraining
 from distributed.training.out_of_memory import out_of_memory

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from core.run_names import CHECKPOINT, PROGRESS
 from distributed.run.working_copy import forget
 
 if TYPE_CHECKING:
     # At run time this would import networks and losses into processes that only pass an assignment on.
     from core.config import Settings
 
-CHECKPOINT = "checkpoint.pt"
-PROGRESS = "progress.json"
 PRUNABLE_EPOCHS = "prunable_epochs"
 """The key of an answer that schedulers look for: a trial whose answers do not have it is never stopped early."""
 HOLDOUT = -1
@@ -170,7 +169,7 @@ def forget_checkpoint(folder: Path) -> None:
 
 def kept_checkpoint(folder: Path, epochs: int) -> Path:
     """Where a trial keeps its checkpoint after so many epochs, so that other trials can continue from it."""
-    return folder / f"checkpoint-{epochs}.pt"
+    return folder / f"{Path(CHECKPOINT).stem}-{epochs}.pt"
 
 
 def trial_name(number: int) -> str:

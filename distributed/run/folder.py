@@ -31,7 +31,7 @@ from core.evaluation.splits import Splits
 from core.files.places import is_url
 from core.files.writing import write_text
 from core.run_description import CohortOfRun, RunDescription, find_cohort
-from core.run_names import JOURNAL, RUN_JSON, SPLITS
+from core.run_names import ACCESS, CONFIRMED, JOURNAL, REFITS, RUN_JSON, SPLITS, TRIALS, TUNE
 from core.volumes.cohort.reader import Cohort
 from distributed.run.code import code_version
 from distributed.run.lock import refuse_url
@@ -57,20 +57,25 @@ class RunFolder:
 
     def trial(self, name: str) -> Path:
         """The folder of a trial of the search."""
-        return self.path / "trials" / name
+        return self.path / TRIALS / name
 
     def refit(self, method: str) -> Path:
         """The folder of a refit."""
-        return self.path / "refits" / method
+        return self.path / REFITS / method
 
     def confirmed(self, method: str) -> Path:
         """The folder of a repetition on the folds of the search with fresh seeds."""
-        return self.path / "confirmed" / method
+        return self.path / CONFIRMED / method
 
     @property
     def access(self) -> Path:
         """The folder in which workers note the first use of every subject."""
-        return self.path / "access"
+        return self.path / ACCESS
+
+    @property
+    def tune(self) -> Path:
+        """The folder of Ray Tune, of use to a running sweep only."""
+        return self.path / TUNE
 
     def update(self, **changes: object) -> None:
         """Replace fields of run.json."""

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from core.errors import UserError
 from core.files.writing import writing_to
+from core.run_names import LOCK
 
-LOCK = "writer.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """The errors of file systems that have no locks."""
 

@@ -25,20 +25,30 @@ from rich.console import Console
 from core.errors import UserError
 from core.files.places import download, exists, is_url, list_files, remove, shown, upload_file
 from core.files.writing import replacing
-from core.run_names import RUN_JSON
+from core.run_names import (
+    ACCESS,
+    CHECKPOINT,
+    CONFIRMED,
+    JOURNAL,
+    LOCK,
+    PROGRESS,
+    REFITS,
+    RUN_JSON,
+    TRIALS,
+    TUNE,
+)
 from distributed.run.lock import HeldError, claim
 
 SCRATCH = "BRAINSWEEP_SCRATCH"
 """The folder for working copies, the same on every node; if it is not set, the folder for temporary files."""
 SIGN = quote("://", safe="")
 SEND_S = 10.0
-LEFT_OUT = ("tune", "writer.lock", "study.journal.lock")
+LEFT_OUT = (TUNE, LOCK, f"{JOURNAL}.lock")
 """Files and folders of a run that are only of use to the machine that wrote them."""
-BY_WORKERS = ("trials", "refits", "confirmed", "access")
+BY_WORKERS = (TRIALS, REFITS, CONFIRMED, ACCESS)
 """Folders of a run in which workers on any node write; they send these files themselves."""
-CHECKPOINTS = "checkpoint"
-LAST = "progress.json"
-"""Sent last, because it says which other files there are."""
+CHECKPOINTS = Path(CHECKPOINT).stem
+"""What the names of all checkpoints of a trial begin with."""
 
 _SENT: dict[Path, tuple[int, int]] = {}
 """Size and time of every file when this process sent it."""
@@ -79,7 +89,9 @@ def run_as_typed(path: Path) -> str:
 
 
 def send(path: Path, leave_out: Collection[str] = ()) -> None:
-    """Copy what has changed of a file or folder to its address, `LAST` last.
+    """Copy what has changed of a file or folder to its address.
+
+    progress.json comes last, because it says which other files there are.
 
     Args:
         path: a file or a folder; if it is not in a working copy, nothing happens.
@@ -90,7 +102,9 @@ def send(path: Path, leave_out: Collection[str] = ()) -> None:
     """
     if address_of(path) is None:
         return
-    files = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda file: (file.name == LAST, file))
+    files = (
+        [path] if path.is_file() else sorted(path.rglob("*"), key=lambda file: (file.name == PROGRESS, file))
+    )
     for file in files:
         below = file.relative_to(path).parts
         if not (below and below[0] in leave_out) and not file.name.endswith(".tmp"):

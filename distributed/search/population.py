@@ -29,8 +29,8 @@ from core.errors import UserError
 from core.files.writing import write_text, writing_to
 from core.objectives import COST
 from core.report.answer.record import reported
-from core.run_names import CELLS_DONE, EXCHANGED, LINEAGE, MEMBER_VALUE, REASON, SECONDS, SETTINGS
-from distributed.run.assignment import CHECKPOINT, Answer, Assignment, kept_checkpoint
+from core.run_names import CELLS_DONE, CHECKPOINT, EXCHANGED, LINEAGE, MEMBER_VALUE, REASON, SECONDS, SETTINGS
+from distributed.run.assignment import Answer, Assignment, kept_checkpoint
 from distributed.search.budget import Budget
 from distributed.search.population_methods import (
     CLOCK,

@@ -174,8 +174,7 @@ class Sweep:
         )
         display = self._display(budget)
         tensorboard = TensorBoard(self.folder.path / "tensorboard", list(self.search.profile.settings))
-        tune_files = self.folder.path / "tune"
-        executor = Executor(self._slot(workers, tune_files), slots, tune_files, (display, tensorboard))
+        executor = Executor(self._slot(workers), slots, self.folder.tune, (display, tensorboard))
         pruner = searcher.judgement.pruner
         tuner = executor.search(searcher, scheduler, CombinedStopper(budget, pruner) if pruner else budget)
         evolves = self.evolves
@@ -187,12 +186,12 @@ class Sweep:
             if not (evolves and budget.is_over):
                 tuner.fit()
 
-    def _slot(self, workers: Workers, storage: Path) -> type[tune.Trainable]:
+    def _slot(self, workers: Workers) -> type[tune.Trainable]:
         """The class `Slot` with the subjects of this sweep for its workers."""
         volumes = hold(self.cohort, self.request.data_mode)
         subjects = Subjects.of(self.cohort, self.splits, volumes, AccessRecord(self.folder.access))
         slot: type[tune.Trainable] = tune.with_parameters(
-            Slot, workers=workers, runner=pack(make_runner, subjects=subjects), storage=str(storage)
+            Slot, workers=workers, runner=pack(make_runner, subjects=subjects), storage=str(self.folder.tune)
         )
         return slot
 

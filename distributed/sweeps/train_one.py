@@ -110,7 +110,7 @@ def _worker_group(request: TrainRequest, cohort: Cohort, splits: Splits, folder:
     """The workers of one slot, with the cohort."""
     size, _ = fit_slots(slots=1, workers=request.workers, gpus_per_worker=None, trials=1)
     subjects = Subjects.of(cohort, splits, hold(cohort, request.data_mode))
-    return WorkerGroup(size, pack(make_runner, subjects=subjects), str(folder.path / "tune"))
+    return WorkerGroup(size, pack(make_runner, subjects=subjects), str(folder.tune))
 
 
 def _write_history(folder: RunFolder) -> None:

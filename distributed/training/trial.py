@@ -22,11 +22,10 @@ from core.config import resolve
 from core.errors import UserError
 from core.files.writing import replacing, write_text, writing_to
 from core.objectives import OBJECTIVES, measure
+from core.run_names import CHECKPOINT, PROGRESS
 from core.tasks.brain_age import Outcome
 from distributed.run.assignment import (
-    CHECKPOINT,
     HOLDOUT,
-    PROGRESS,
     Answer,
     Assignment,
     Cell,
