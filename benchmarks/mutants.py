@@ -74,7 +74,7 @@ MUTANTS = (
     Mutant(
         "the probe is fitted with the evaluation subjects",
         "core/tasks/brain_age.py",
-        "fit_age_probe(training.embeddings, training.ages)",
+        "fit_age_probe(training.embeddings, training.ages, training.subjects)",
         "fit_age_probe(\n"
         "            np.concatenate([training.embeddings, evaluation.embeddings]),\n"
         "            np.concatenate([training.ages, evaluation.ages]),\n"
@@ -84,11 +84,11 @@ MUTANTS = (
     Mutant(
         "the penalty of the probe is chosen with the evaluation subjects",
         "core/tasks/brain_age.py",
-        "fit_age_probe(training.embeddings, training.ages)",
+        "fit_age_probe(training.embeddings, training.ages, training.subjects)",
         "fit_age_probe(\n"
         "            training.embeddings,\n"
         "            training.ages,\n"
-        "            (\n"
+        "            alphas=(\n"
         "                fit_age_probe(\n"
         "                    np.concatenate([training.embeddings, evaluation.embeddings]),\n"
         "                    np.concatenate([training.ages, evaluation.ages]),\n"

@@ -75,9 +75,13 @@ def test_a_cell_judges_with_a_probe_of_its_training_subjects(cohort):
 def test_the_probe_and_its_penalty_depend_on_the_training_subjects_alone():
     generator = np.random.default_rng(0)
     noise, clean = generator.normal(size=(20, 6)), generator.normal(size=(80, 6))
-    training = Embedded(noise, generator.uniform(20, 80, 20), np.array(["a", "b"] * 10))
+    training = Embedded(
+        noise, generator.uniform(20, 80, 20), np.array(["a", "b"] * 10), np.arange(20).astype(str)
+    )
     # the evaluation subjects' ages follow from their embeddings without noise, which asks for another penalty
-    evaluation = Embedded(clean, 50 + 10 * clean[:, 0], np.array(["a", "b"] * 40))
+    evaluation = Embedded(
+        clean, 50 + 10 * clean[:, 0], np.array(["a", "b"] * 40), np.arange(20, 100).astype(str)
+    )
     alone = fit_age_probe(noise, training.ages)
     together = fit_age_probe(np.concatenate([noise, clean]), np.concatenate([training.ages, evaluation.ages]))
     assert alone.alpha > 100 * together.alpha

@@ -5,9 +5,17 @@ import json
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
+from sklearn.model_selection import LeaveOneGroupOut
 
 from core.errors import UserError
-from core.evaluation.probes import ALPHAS, REFERENCE_ALPHAS, AgeProbe, fit_age_probe, standardisation
+from core.evaluation.probes import (
+    ALPHAS,
+    REFERENCE_ALPHAS,
+    AgeProbe,
+    errors_without_each_subject,
+    fit_age_probe,
+    standardisation,
+)
 
 
 def unit_rows(subjects: int, features: int, seed: int = 0) -> np.ndarray:
@@ -37,7 +45,7 @@ def test_the_penalty_is_the_best_of_leaving_each_subject_out(features: int) -> N
     alphas = (0.01, 1.0, 10.0, 100.0, 1e4)
     standard = (embeddings - embeddings.mean(axis=0)) / embeddings.std(axis=0)
     errors = [leave_one_out_error(standard.astype(np.float64), ages, alpha) for alpha in alphas]
-    probe = fit_age_probe(embeddings, ages, alphas)
+    probe = fit_age_probe(embeddings, ages, alphas=alphas)
     assert probe.alpha == alphas[int(np.argmin(errors))]
     expected = Ridge(alpha=probe.alpha).fit(standard.astype(np.float64), ages).predict(standard)
     np.testing.assert_allclose(probe.predict(embeddings), expected, rtol=1e-5)
@@ -125,3 +133,59 @@ def test_unusable_subjects_are_counted_in_the_message() -> None:
         fit_age_probe(unit_rows(2, 4), ages[:2])
     with pytest.raises(ValueError, match=r"shape \(n, 4\), got \(2, 5\)"):
         fit_age_probe(unit_rows(10, 4), ages).predict(np.zeros((2, 5)))
+
+
+def with_sessions(values: np.ndarray, scans: list[int]) -> np.ndarray:
+    """Row i of `values` as often as subject i was scanned."""
+    return np.repeat(values, scans, axis=0)
+
+
+@pytest.mark.parametrize("features", [6, 60])
+def test_the_error_without_a_subject_is_that_of_a_fit_without_any_of_the_scans(features: int) -> None:
+    generator = np.random.default_rng(3)
+    scans = [1, 2, 3, 1, 2, 4, 1, 1, 2, 2]
+    subjects = with_sessions(np.array([f"s{number}" for number in range(10)]), scans)
+    embeddings = with_sessions(generator.normal(size=(10, features)), scans)
+    embeddings = embeddings + 0.1 * generator.normal(size=embeddings.shape)
+    ages = with_sessions(generator.uniform(20, 80, 10), scans) + generator.uniform(0, 2, len(subjects))
+    weights = 1 / with_sessions(np.array(scans, float), scans)
+    for alpha in (0.1, 10.0, 1e4):
+        errors = np.zeros(len(ages))
+        for rest, left_out in LeaveOneGroupOut().split(embeddings, ages, subjects):
+            ridge = Ridge(alpha=alpha).fit(embeddings[rest], ages[rest], sample_weight=weights[rest])
+            errors[left_out] = abs(ridge.predict(embeddings[left_out]) - ages[left_out])
+        (found,) = errors_without_each_subject(embeddings, ages, subjects, [alpha])
+        assert found == pytest.approx(np.average(errors, weights=weights), rel=1e-9)
+
+
+def test_a_second_scan_that_is_the_first_one_again_changes_nothing() -> None:
+    embeddings = unit_rows(30, 64).astype(np.float64)
+    ages = ages_of(embeddings, noise=8.0)
+    subjects = np.array([f"s{number}" for number in range(30)])
+    once, twice = (
+        fit_age_probe(embeddings, ages, subjects),
+        fit_age_probe(*(with_sessions(each, [2] * 30) for each in (embeddings, ages, subjects))),
+    )
+    assert (twice.alpha, twice.subjects) == (once.alpha, 30)
+    np.testing.assert_allclose(twice.predict(embeddings), once.predict(embeddings), rtol=1e-8)
+    # Taken for people of their own, the scans would choose almost no penalty: each predicts the other.
+    naive = fit_age_probe(*(with_sessions(each, [2] * 30) for each in (embeddings, ages)))
+    assert naive.alpha < once.alpha
+
+
+def test_two_sessions_predict_new_people_no_worse_than_one() -> None:
+    errors: dict[str, list[float]] = {"one": [], "two": [], "median": []}
+    for seed in range(5):
+        generator = np.random.default_rng(seed)
+        ages = generator.uniform(20, 80, 260)
+        direction = generator.normal(size=64)
+        people = 0.5 * np.outer((ages - 50) / 30, direction) + 2 * generator.normal(size=(260, 64))
+        subjects = np.array([f"s{number}" for number in range(260)])
+        first = people[:60] + 0.1 * generator.normal(size=(60, 64))
+        both = with_sessions(people[:60], [2] * 60) + 0.1 * generator.normal(size=(120, 64))
+        one = fit_age_probe(first, ages[:60], subjects[:60])
+        two = fit_age_probe(both, with_sessions(ages[:60], [2] * 60), with_sessions(subjects[:60], [2] * 60))
+        for name, probe in (("one", one), ("two", two)):
+            errors[name].append(float(np.abs(probe.predict(people[60:]) - ages[60:]).mean()))
+        errors["median"].append(float(np.abs(np.median(ages[:60]) - ages[60:]).mean()))
+    assert np.mean(errors["two"]) < 1.05 * np.mean(errors["one"]) < 0.9 * np.mean(errors["median"])

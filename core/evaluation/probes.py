@@ -1,4 +1,4 @@
-"""Linear probes of embeddings, tuned inside the subjects they are fitted on. N subjects, D features."""
+"""Linear probes of embeddings, tuned inside the subjects they are fitted on. N scans, D features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import GridSearchCV, KFold
 
 from core.errors import UserError
-from core.evaluation import Floats
+from core.evaluation import Floats, Names
+from core.evaluation.by_subject import subject_weights
 
 # On standardised features: from almost no shrinkage to almost the mean age for every subject, which is
 # the right answer to embeddings that hold nothing about age.
@@ -63,6 +64,7 @@ class AgeProbe:
 def fit_age_probe(
     embeddings_nd: Floats,
     ages_n: Floats,
+    subjects_n: Names | None = None,
     alphas: Sequence[float] = ALPHAS,
     *,
     reference: bool = False,
@@ -70,12 +72,13 @@ def fit_age_probe(
     """Ridge regression of age on embeddings, its penalty chosen by cross-validation inside these subjects.
 
     Features are standardised; the penalty is the one with the least mean absolute error when each subject is
-    left out in turn (exact, in closed form, and the same on every run).
+    left out in turn, with all scans (exact, in closed form, and the same on every run). A subject counts once,
+    with however many scans.
 
     Args:
-        embeddings_nd: training subjects' embeddings (N, D), N of 3 or more, one row per subject: two rows of
-            one subject would let each predict the other.
-        ages_n: their ages (N,) in years.
+        embeddings_nd: embeddings of the training subjects' scans (N, D), of 3 subjects or more.
+        ages_n: the ages (N,) at these scans in years.
+        subjects_n: whose they are (N,); each of another subject if None.
         alphas: penalties to choose from.
         reference: as published: penalties 0.01 to 100 on the embeddings as they are, by R² over five folds
             taken in the order of the rows (fewer when N is below 10); `alphas` is then not used.
@@ -83,19 +86,55 @@ def fit_age_probe(
     Raises:
         UserError: too few subjects, or embeddings or ages that are not finite.
     """
-    embeddings_nd, ages_n = _checked(embeddings_nd, ages_n)
+    subjects_n = np.arange(len(ages_n)).astype(str) if subjects_n is None else np.asarray(subjects_n, str)
+    embeddings_nd, ages_n = _checked(embeddings_nd, ages_n, subjects_n)
     if reference:
         return _fit_reference(embeddings_nd, ages_n)
     mean_d, scale_d = standardisation(embeddings_nd)
-    search = RidgeCV(alphas=tuple(alphas), scoring="neg_mean_absolute_error")
-    search.fit((embeddings_nd - mean_d) / scale_d, ages_n)
-    coefficients_d = search.coef_ / scale_d
+    standard_nd, weights_n = (embeddings_nd - mean_d) / scale_d, subject_weights(subjects_n)
+    if weights_n is None:
+        ridge = RidgeCV(alphas=tuple(alphas), scoring="neg_mean_absolute_error").fit(standard_nd, ages_n)
+        alpha = float(ridge.alpha_)
+    else:
+        errors = errors_without_each_subject(standard_nd, ages_n, subjects_n, alphas)
+        alpha = float(alphas[int(np.argmin(errors))])
+        ridge = Ridge(alpha=alpha).fit(standard_nd, ages_n, sample_weight=weights_n)
+    coefficients_d = ridge.coef_ / scale_d
     return AgeProbe(
         coefficients=tuple(float(value) for value in coefficients_d),
-        intercept=float(search.intercept_ - mean_d @ coefficients_d),
-        alpha=float(search.alpha_),
-        subjects=len(ages_n),
+        intercept=float(ridge.intercept_ - mean_d @ coefficients_d),
+        alpha=alpha,
+        subjects=len(np.unique(subjects_n)),
     )
+
+
+def errors_without_each_subject(
+    features_nd: Floats, ages_n: Floats, subjects_n: Names, alphas: Sequence[float]
+) -> list[float]:
+    """For each penalty, the mean absolute error in years when each subject's scans are left out in turn.
+
+    In closed form: what is left of scans g is (I - H_gg)^-1 times their residuals in the fit of all, where H is the
+    hat matrix in the space of the weighted rows (Cook and Weisberg 1982, section 2.2.3).
+    """
+    weights_n = subject_weights(subjects_n)
+    weights_n = np.ones(len(ages_n)) if weights_n is None else weights_n
+    total, root_n = weights_n.sum(), np.sqrt(weights_n)
+    centred_nd = features_nd - weights_n @ features_nd / total
+    left_nk, spread_k, _ = np.linalg.svd(root_n[:, None] * centred_nd, full_matrices=False)
+    target_n = root_n * (ages_n - weights_n @ ages_n / total)
+    rows = [np.flatnonzero(subjects_n == subject) for subject in np.unique(subjects_n)]
+    errors = []
+    for alpha in alphas:
+        kept_nk = left_nk * (spread_k**2 / (spread_k**2 + alpha))
+        residual_n = target_n - kept_nk @ (left_nk.T @ target_n)
+        error = 0.0
+        for of_subject in rows:
+            mean_part_gg = np.outer(root_n[of_subject], root_n[of_subject]) / total
+            hat_gg = mean_part_gg + kept_nk[of_subject] @ left_nk[of_subject].T
+            left_out_g = np.linalg.solve(np.eye(len(of_subject)) - hat_gg, residual_n[of_subject])
+            error += float(root_n[of_subject] @ np.abs(left_out_g))
+        errors.append(error / total)
+    return errors
 
 
 def _fit_reference(embeddings_nd: Floats, ages_n: Floats) -> AgeProbe:
@@ -127,20 +166,22 @@ def standardisation(features_nd: Floats) -> tuple[Floats, Floats]:
     return mean_d, np.where(deviation_d > rounding_d, deviation_d, 1.0)
 
 
-def _checked(embeddings_nd: Floats, ages_n: Floats) -> tuple[Floats, Floats]:
+def _checked(embeddings_nd: Floats, ages_n: Floats, subjects_n: Names) -> tuple[Floats, Floats]:
     embeddings_nd = np.asarray(embeddings_nd, dtype=np.float64)
     ages_n = np.asarray(ages_n, dtype=np.float64)
     if embeddings_nd.ndim != 2 or ages_n.shape != embeddings_nd.shape[:1]:
         raise ValueError(
             f"embeddings must have shape (n, d) and ages (n,), got {embeddings_nd.shape} and {ages_n.shape}"
         )
-    if len(ages_n) < 3:
-        raise UserError(f"an age probe needs at least 3 training subjects, got {len(ages_n)}")
-    unusable = int((~np.isfinite(embeddings_nd).all(axis=1)).sum())
+    people = len(np.unique(subjects_n))
+    if people < 3:
+        raise UserError(f"an age probe needs at least 3 training subjects, got {people}")
+    unusable = len(np.unique(subjects_n[~np.isfinite(embeddings_nd).all(axis=1)]))
     if unusable:
         raise UserError(
-            f"embeddings of {unusable} of {len(ages_n)} subjects hold NaN or infinity; training diverged"
+            f"embeddings of {unusable} of {people} subjects hold NaN or infinity; training diverged"
         )
     if not np.isfinite(ages_n).all():
-        raise UserError(f"ages of {int((~np.isfinite(ages_n)).sum())} of {len(ages_n)} subjects are missing")
+        missing = len(np.unique(subjects_n[~np.isfinite(ages_n)]))
+        raise UserError(f"ages of {missing} of {people} subjects are missing")
     return embeddings_nd, ages_n

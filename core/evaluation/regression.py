@@ -1,4 +1,4 @@
-"""How well ages are predicted. Everything takes arrays (N,) in years, one entry per subject."""
+"""How well ages are predicted. Everything takes arrays (N,) in years, one entry per scan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
-from core.evaluation import Floats
+from core.evaluation import Floats, Names
+from core.evaluation.by_subject import subject_means, subject_weights
 
 
 @dataclass(frozen=True)
@@ -43,44 +44,69 @@ class AgeBias:
         return (np.asarray(predicted_n) - self.intercept) / stretch
 
 
-def fit_age_bias(predicted_n: Floats, ages_n: Floats) -> AgeBias:
+def fit_age_bias(predicted_n: Floats, ages_n: Floats, weights_n: Floats | None = None) -> AgeBias:
     """Least-squares line of the gap (predicted - age) on age; NaN with fewer than two different ages."""
     ages_n = np.asarray(ages_n, dtype=np.float64)
     gap_n = np.asarray(predicted_n, dtype=np.float64) - ages_n
-    centred_n = ages_n - ages_n.mean()
-    spread = float(centred_n @ centred_n)
+    mean_age, mean_gap = np.average(ages_n, weights=weights_n), np.average(gap_n, weights=weights_n)
+    centred_n = ages_n - mean_age
+    weighed_n = centred_n if weights_n is None else weights_n * centred_n
+    spread = float(weighed_n @ centred_n)
     if spread == 0:
         return AgeBias(float("nan"), float("nan"))
-    slope = float(centred_n @ gap_n) / spread
-    return AgeBias(slope, float(gap_n.mean() - slope * ages_n.mean()))
+    slope = float(weighed_n @ gap_n) / spread
+    return AgeBias(slope, float(mean_gap - slope * mean_age))
 
 
-def regression_metrics(predicted_n: Floats, ages_n: Floats) -> dict[str, float]:
+def regression_metrics(
+    predicted_n: Floats, ages_n: Floats, subjects_n: Names | None = None
+) -> dict[str, float]:
     """`mae` and `rmse` in years, `r2`, `pearson_r`, and `age_bias` (slope of the gap on age).
 
-    R² and the slope are NaN where all ages are equal, Pearson's r also where all predictions are.
+    Every subject counts once, as the mean over the person's scans. R² and the slope are NaN where all ages are
+    equal, Pearson's r also where all predictions are.
+
+    Args:
+        predicted_n: ages as predicted from N scans.
+        ages_n: the true ages at these scans.
+        subjects_n: whose they are (N,); each of another subject if None.
     """
     predicted_n = np.asarray(predicted_n, dtype=np.float64)
     ages_n = np.asarray(ages_n, dtype=np.float64)
     if predicted_n.shape != ages_n.shape or ages_n.ndim != 1 or ages_n.size == 0:
         raise ValueError(f"predictions and ages must be (n,), n > 0; got {predicted_n.shape}, {ages_n.shape}")
     ages_vary = bool(np.ptp(ages_n) > 0)
+    weights_n = None if subjects_n is None else subject_weights(subjects_n)
     return {
-        "mae": float(mean_absolute_error(ages_n, predicted_n)),
-        "rmse": float(root_mean_squared_error(ages_n, predicted_n)),
-        "r2": float(r2_score(ages_n, predicted_n)) if ages_vary else float("nan"),
-        "pearson_r": pearson_r(predicted_n, ages_n),
-        "age_bias": fit_age_bias(predicted_n, ages_n).slope,
+        "mae": float(mean_absolute_error(ages_n, predicted_n, sample_weight=weights_n)),
+        "rmse": float(root_mean_squared_error(ages_n, predicted_n, sample_weight=weights_n)),
+        "r2": float(r2_score(ages_n, predicted_n, sample_weight=weights_n)) if ages_vary else float("nan"),
+        "pearson_r": pearson_r(predicted_n, ages_n, weights_n),
+        "age_bias": fit_age_bias(predicted_n, ages_n, weights_n).slope,
     }
 
 
-def pearson_r(first_n: Floats, second_n: Floats) -> float:
+def pearson_r(first_n: Floats, second_n: Floats, weights_n: Floats | None = None) -> float:
     """Pearson's correlation; NaN where one of the two is constant."""
     if np.ptp(first_n) == 0 or np.ptp(second_n) == 0:
         return float("nan")
-    return float(np.corrcoef(first_n, second_n)[0, 1])
+    if weights_n is None:
+        return float(np.corrcoef(first_n, second_n)[0, 1])
+    covariance = np.cov(first_n, second_n, aweights=weights_n)
+    return float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
 
 
-def median_baseline(training_ages_n: Floats, ages_n: Floats) -> dict[str, float]:
+def median_age(ages_n: Floats, subjects_n: Names | None = None) -> float:
+    """The median over subjects of their mean age in years: what a model without images predicts for everyone."""
+    return float(np.median(ages_n if subjects_n is None else subject_means(ages_n, subjects_n)))
+
+
+def median_baseline(
+    training_ages_n: Floats,
+    ages_m: Floats,
+    training_subjects_n: Names | None = None,
+    subjects_m: Names | None = None,
+) -> dict[str, float]:
     """`regression_metrics` of predicting the training subjects' median age: the score to beat."""
-    return regression_metrics(np.full(len(ages_n), np.median(training_ages_n)), ages_n)
+    median = median_age(training_ages_n, training_subjects_n)
+    return regression_metrics(np.full(len(ages_m), median), ages_m, subjects_m)

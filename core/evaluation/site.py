@@ -7,6 +7,7 @@ import numpy.typing as npt
 from sklearn.metrics import balanced_accuracy_score
 
 from core.evaluation import Floats, Names
+from core.evaluation.by_subject import subject_weights
 from core.evaluation.logistic import fit_logistic_probe
 
 
@@ -15,6 +16,8 @@ def site_balanced_accuracy(
     training_sites_n: Names,
     embeddings_md: Floats,
     sites_m: Names,
+    training_subjects_n: Names | None = None,
+    subjects_m: Names | None = None,
     *,
     seed: int = 0,
     reference: bool = False,
@@ -29,6 +32,8 @@ def site_balanced_accuracy(
         training_sites_n: (N,) site names; "" or missing is unknown, and such subjects are left out.
         embeddings_md: evaluation subjects' embeddings (M, D).
         sites_m: (M,) their sites; subjects of a site without training subjects are left out.
+        training_subjects_n: (N,) whose the training scans are; each of another subject if None.
+        subjects_m: (M,) whose the evaluation scans are; a subject counts once.
         seed: of the probe.
         reference: the probe with the published settings, see `fit_logistic_probe`.
 
@@ -44,11 +49,14 @@ def site_balanced_accuracy(
     probe = fit_logistic_probe(
         np.asarray(training_embeddings_nd)[known_n],
         training_sites_n[known_n].astype(str),
+        None if training_subjects_n is None else np.asarray(training_subjects_n)[known_n],
         seed=seed,
         reference=reference,
     )
     predicted_m = probe.predict(np.asarray(embeddings_md)[known_m])
-    return float(balanced_accuracy_score(sites_m[known_m].astype(str), predicted_m))
+    weights_m = None if subjects_m is None else subject_weights(np.asarray(subjects_m)[known_m])
+    score = balanced_accuracy_score(sites_m[known_m].astype(str), predicted_m, sample_weight=weights_m)
+    return float(score)
 
 
 def _known(sites_n: Names) -> npt.NDArray[np.bool_]:

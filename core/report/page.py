@@ -179,7 +179,8 @@ def cohort_facts(record: RunRecord) -> list[tuple[str, str]]:
     cohort = record.about.cohort or CohortOfRun()
     facts: dict[str, object] = {
         "Cohort": cohort.name,
-        "Subjects": cohort.n,
+        "Subjects": record.cohort["subject"].nunique() or None,
+        "Scans": cohort.n,
         "Channels": _joined(cohort.channels, ", "),
         "Grid": _joined(cohort.shape, " × "),
         "Spacing": f"{number(cohort.spacing)} mm" if cohort.spacing else None,
@@ -242,7 +243,8 @@ def _duration(seconds: object) -> str | None:
 
 def _roles(record: RunRecord) -> list[dict[str, str]]:
     """Subjects and ages in every role, one row per role."""
-    ages = record.splits.merge(record.cohort[["subject", "age"]], on="subject", how="left")
+    known_ages = record.cohort.groupby("subject")["age"].mean().rename("age").reset_index()
+    ages = record.splits.drop_duplicates("subject").merge(known_ages, on="subject", how="left")
     rows = []
     for role, group in sorted(ages.groupby("role"), key=lambda item: (item[0] == "holdout", item[0])):
         known = group["age"].dropna()

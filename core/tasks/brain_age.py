@@ -75,12 +75,15 @@ AgeModel = ContrastiveModel | RegressionModel
 
 @dataclass(frozen=True)
 class Embedded:
-    """Subjects as the probe sees them: embeddings (n, E), ages (n,) in years, sites (n,), direct predictions."""
+    """Scans as the probe sees them: embeddings (n, E), ages (n,) in years, sites (n,), subjects (n,), predictions."""
 
     embeddings: Floats
     ages: Floats
     sites: Names
+    subjects: Names
+    """Whose each scan is: in everything that is fitted or measured, a person counts once."""
     predicted: Floats | None = None
+    """Ages that the model itself gives; None where a probe is needed."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +149,20 @@ def judge(training: Embedded, evaluation: Embedded, *, sites: bool = True) -> Ou
     probe = None
     predicted = evaluation.predicted
     if predicted is None:
-        probe = fit_age_probe(training.embeddings, training.ages)
+        probe = fit_age_probe(training.embeddings, training.ages, training.subjects)
         predicted = probe.predict(evaluation.embeddings)
-    metrics = regression_metrics(predicted, evaluation.ages)
-    metrics["median_mae"] = median_baseline(training.ages, evaluation.ages)["mae"]
+    metrics = regression_metrics(predicted, evaluation.ages, evaluation.subjects)
+    median = median_baseline(training.ages, evaluation.ages, training.subjects, evaluation.subjects)
+    metrics["median_mae"] = median["mae"]
     accuracy = None
     if sites:
         accuracy = site_balanced_accuracy(
-            training.embeddings, training.sites, evaluation.embeddings, evaluation.sites
+            training.embeddings,
+            training.sites,
+            evaluation.embeddings,
+            evaluation.sites,
+            training.subjects,
+            evaluation.subjects,
         )
     metrics["site_balanced_accuracy"] = math.nan if accuracy is None else accuracy
     return Outcome(metrics, predicted, probe)

@@ -139,7 +139,9 @@ def evaluate(run: RunArgument, cohort: CohortFolder) -> None:
     for note in evaluation.notes:
         console.print(f"note: {note}", highlight=False)
     table = Table("metric", "value", box=None, padding=(0, 2))
-    for name, value in {"subjects": len(evaluation.predictions), **evaluation.metrics}.items():
+    judged = evaluation.predictions
+    counts = {"subjects": judged["subject"].nunique(), "scans": len(judged)}
+    for name, value in {**counts, **evaluation.metrics}.items():
         table.add_row(name, readable(value))
     console.print(table)
     console.print(f"predictions in {evaluation.table}", highlight=False)

@@ -82,7 +82,7 @@ def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
     path = folder.path / "evaluations" / f"{opened.description.name}-{opened.description.hash[:8]}.csv"
     path.parent.mkdir(exist_ok=True)
     table.to_csv(path, index=False)
-    metrics = regression_metrics(predicted, table["age"].to_numpy(float))
+    metrics = regression_metrics(predicted, table["age"].to_numpy(float), table["subject"].to_numpy(str))
     return Evaluation(table, metrics, notes, path)
 
 
@@ -120,12 +120,16 @@ def _check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> Non
 
 def _rows_to_judge(folder: RunFolder, cohort: Cohort) -> tuple[np.ndarray, tuple[str, ...]]:
     """All rows of another cohort; in the cohort of the run itself the rows on which the model was not trained."""
-    roles = pd.read_csv(folder.path / SPLITS, dtype=str).set_index("subject")["role"]
+    # One line for each scan; all scans of a subject have one role.
+    splits = pd.read_csv(folder.path / SPLITS, dtype=str, keep_default_na=False).drop_duplicates("subject")
+    roles = splits.set_index("subject")["role"]
     if cohort.description.hash == _cohort_of(folder).hash:
         held_out = cohort.manifest["subject"].map(roles).eq("holdout").to_numpy()
-        note = f"this is the run's own cohort: only its {held_out.sum()} held-out subjects are judged"
+        people = cohort.manifest["subject"][held_out].nunique()
+        note = f"this is the run's own cohort: only its {people} held-out subjects are judged"
         return np.flatnonzero(held_out), (note,)
-    shared = cohort.manifest["subject"].isin(roles.index[roles != "holdout"]).sum()
+    known = cohort.manifest["subject"].drop_duplicates()
+    shared = known.isin(roles.index[roles != "holdout"]).sum()
     notes: tuple[str, ...] = ()
     if shared:
         notes = (f"{shared} subject names also occur among the training subjects: if they are the same people, "

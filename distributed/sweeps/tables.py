@@ -8,7 +8,7 @@ import time
 import optuna
 import pandas as pd
 
-from core.evaluation.regression import regression_metrics
+from core.evaluation.regression import median_age, regression_metrics
 from core.evaluation.splits import Splits
 from core.objectives import COST
 from core.report.answer.record import trial_row
@@ -70,9 +70,15 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
     made = {name: read_progress(folder.refit(name))["cells"] for name in REFITTED}
     if not any(made.values()):
         return
-    sizes = {"n_train": len(splits.development), "n_holdout": len(splits.holdout)}
+    subjects = cohort.manifest["subject"]
+    sizes = {
+        "n_train": subjects.iloc[splits.development].nunique(),
+        "n_holdout": subjects.iloc[splits.holdout].nunique(),
+    }
     median = _median_predictions(cohort, splits)
-    metrics = regression_metrics(median["predicted"].to_numpy(), median["age"].to_numpy())
+    metrics = regression_metrics(
+        median["predicted"].to_numpy(), median["age"].to_numpy(), median["subject"].to_numpy(str)
+    )
     rows: list[dict[str, object]] = [
         {"method": MEDIAN, "seed": 0, "mae": metrics["mae"], "r2": metrics["r2"], **sizes}
     ]
@@ -92,7 +98,10 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
 def _median_predictions(cohort: Cohort, splits: Splits) -> pd.DataFrame:
     """The held-out subjects; the predicted age is the median age of the development subjects."""
     held_out = cohort.manifest.iloc[splits.holdout][["subject", "age", "site"]]
-    return held_out.assign(predicted=cohort.manifest["age"].iloc[splits.development].median())
+    trained = cohort.manifest.iloc[splits.development]
+    return held_out.assign(
+        predicted=median_age(trained["age"].to_numpy(float), trained["subject"].to_numpy(str))
+    )
 
 
 def finish(folder: RunFolder, study: optuna.Study | None = None, ended: str | None = None) -> None:

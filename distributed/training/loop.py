@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.config import RunSettings, SgdSettings
 from core.errors import UserError
+from core.evaluation.by_subject import subject_means
 from core.inference import Predictor, save_predictor
 from core.schedules import at, with_epochs
 from core.tasks import TASKS
@@ -55,10 +56,9 @@ class CellTraining:
         self.channels = _channel_indices(settings, subjects.channels)
         self.statistics = self._fit_statistics()
         torch.manual_seed(_derive_seed(cell, "initialisation"))
-        in_channels = len(self.channels)
-        self.model = self.task.build_model(settings, in_channels, self.ages[self.training_rows]).to(
-            place.device
-        )
+        of_training = subjects.manifest["subject"].to_numpy(str)[self.training_rows]
+        training_ages = subject_means(self.ages[self.training_rows], of_training)
+        self.model = self.task.build_model(settings, len(self.channels), training_ages).to(place.device)
         self.trained = DistributedDataParallel(self.model) if place.workers > 1 else self.model
         self.objective = self.task.build_objective(settings)
         self.optimiser = build_optimiser(settings, self.model)
@@ -91,6 +91,11 @@ class CellTraining:
             neighbours=float(torch.stack(neighbours).mean()), first_step_at=started,
             seconds=time.time() - started,
         )  # fmt: skip
+
+    @property
+    def evaluation_subjects(self) -> int:
+        """How many people the cell is judged on."""
+        return int(self.subjects.manifest["subject"].iloc[self.evaluation_rows].nunique())
 
     def judge(self, *, sites: bool = True) -> Outcome:
         """Fit a probe on the training subjects, and measure it on the evaluation subjects; `sites`: see the task."""
@@ -187,7 +192,8 @@ class CellTraining:
         embeddings = _gather(np.concatenate(mine), self.place)
         sites = self.subjects.manifest["site"].to_numpy(str)
         ages = _gather(np.concatenate(predicted), self.place) if predicted else None
-        return Embedded(embeddings, self.ages[rows], sites[rows], ages)
+        subjects = self.subjects.manifest["subject"].to_numpy(str)
+        return Embedded(embeddings, self.ages[rows], sites[rows], subjects[rows], ages)
 
     def _fit_statistics(self) -> IntensityStatistics | None:
         """Intensity statistics of this cell's training subjects."""

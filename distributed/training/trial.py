@@ -168,7 +168,7 @@ class Trial:
     def _finish_cell(self, training: CellTraining, outcome: Outcome) -> None:
         cell = training.cell
         self.finished.append(
-            {"fold": cell.fold, "seed": cell.seed, "n": len(training.evaluation_rows), **outcome.metrics}
+            {"fold": cell.fold, "seed": cell.seed, "n": training.evaluation_subjects, **outcome.metrics}
         )
         if self.place.rank == 0:
             with writing_to(self.folder):

@@ -122,12 +122,13 @@ def access_line(record: RunRecord) -> str:
     held_out = set(record.splits.loc[record.splits["role"] == "holdout", "subject"])
     first = pd.to_datetime(record.access["first_read"], utc=True)
     of_held_out = first[record.access["subject"].isin(held_out)]
-    read = f"Access records of the workers: {count(len(record.access), 'subject')} read"
+    read = f"Access records of the workers: {count(record.access['subject'].nunique(), 'subject')} read"
     if of_held_out.empty:
         return f"{read}, none of them held out."
     by_search = record.access["subject"].isin(held_out) & (record.access["fold"].astype(float) >= 0)
     if by_search.any():
-        return f"{read}. {count(by_search.sum(), 'held-out subject')} WERE READ BY THE SEARCH: its result is void."
+        people = record.access.loc[by_search, "subject"].nunique()
+        return f"{read}. {count(people, 'held-out subject')} WERE READ BY THE SEARCH: its result is void."
     return f"{read}; the first held-out one at {of_held_out.min():%Y-%m-%d %H:%M:%S} UTC, by a refit."
 
 

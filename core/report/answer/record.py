@@ -334,11 +334,14 @@ def _with_median(predictions: pd.DataFrame, splits: pd.DataFrame, cohort: pd.Dat
     trained = cohort["subject"].isin(splits.loc[splits["role"] != "holdout", "subject"])
     if predictions.empty or not trained.any() or (predictions["method"] == MEDIAN).any():
         return predictions
-    held_out = predictions.drop_duplicates("subject")
-    median = cohort.loc[trained, "age"].median()
-    return pd.concat(
-        [predictions, held_out.assign(method=MEDIAN, seed=0, predicted=median)], ignore_index=True
-    )
+    first = predictions.iloc[0]
+    held_out = predictions[
+        (predictions["method"] == first["method"]) & (predictions["seed"] == first["seed"])
+    ]
+    median = cohort[trained].groupby("subject")["age"].mean().median()
+    of_median = held_out.assign(method=MEDIAN, seed=0, predicted=median)
+    together: pd.DataFrame = pd.concat([predictions, of_median], ignore_index=True)
+    return together
 
 
 def _first_line(error: Exception) -> str:

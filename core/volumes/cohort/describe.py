@@ -15,14 +15,15 @@ SAMPLE = 200
 
 
 def describe(cohort: Cohort) -> dict[str, object]:
-    """Facts about a cohort as plain values; intensities and brain volumes from at most `SAMPLE` subjects.
+    """Facts about a cohort as plain values; intensities and brain volumes from at most `SAMPLE` scans.
 
     `median_age_mae` is the error in years of always answering the median age: a model that does not beat
     it has learnt nothing about age. `brain_volume_age_r` (Pearson, over the sample) shows how much of age
     the size of the brain alone explains; NaN where it is not defined.
     """
     description, manifest = cohort.description, cohort.manifest
-    age = manifest["age"].to_numpy(dtype=float)
+    # Of every subject, the mean over the person's scans.
+    age = manifest.groupby("subject")["age"].mean().to_numpy(dtype=float)
     return {
         "name": description.name,
         "folder": shown(cohort.location),
@@ -48,7 +49,7 @@ def describe(cohort: Cohort) -> dict[str, object]:
         "median_age_mae": float(np.abs(age - np.median(age)).mean()),
         "sexes": _counts(manifest["sex"]),
         "sites": _counts(manifest["site"]),
-        **_voxel_facts(cohort, age),
+        **_voxel_facts(cohort, manifest["age"].to_numpy(dtype=float)),
     }
 
 
@@ -66,7 +67,7 @@ def _voxel_facts(cohort: Cohort, age: npt.NDArray[np.float64]) -> dict[str, obje
     millilitres = voxels * cohort.description.spacing**3 / 1000
     correlated = len(rows) > 2 and np.ptp(millilitres) > 0 and np.ptp(age[rows]) > 0
     return {
-        "sampled_subjects": len(rows),
+        "sampled_scans": len(rows),
         "intensity_mean": dict(zip(cohort.description.channels, statistics.mean, strict=True)),
         "intensity_sd": dict(zip(cohort.description.channels, statistics.sd, strict=True)),
         "brain_volume_ml_mean": float(millilitres.mean()),
