@@ -1,66 +1,46 @@
-"""Confidence intervals over subjects."""
+"""An interval for a mean over few subjects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
 
 import numpy as np
-import numpy.typing as npt
+
+from core.evaluation import Floats
+
+RESAMPLES = 9_999
+FEWEST = 6
+"""Five values of one sign happen by chance in more than 5 % of cases (sign test: 2/2^5 = 0.06)."""
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A metric and its percentile bootstrap interval."""
+def studentised_interval(values_n: Floats, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """The interval of the mean of `values_n` by the studentised bootstrap (Efron and Tibshirani 1993, section 12.5).
 
-    value: float
-    """The metric of all subjects."""
-    low: float
-    high: float
-    undefined: int
-    """Resamples in which the metric was NaN; the interval leaves them out."""
-
-
-def bootstrap_interval(
-    metric: Callable[..., float],
-    *arrays: npt.NDArray[np.generic],
-    subjects: npt.NDArray[np.generic] | None = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile interval of `metric(*arrays)` when subjects are drawn with replacement.
-
-    It shows how much the number depends on which subjects are in this sample. It does not show how much it
-    depends on the training of the model: folds and seeds are varied for that.
+    Each resample is measured by its own standard error, so the interval is as wide as few values make it and follows
+    their skewness. Of ten values with a skewed distribution a percentile interval of 95 % leaves the true mean out in
+    15 to 17 % of cases, this one in 6 to 8 % (`python -m benchmarks.intervals`).
 
     Args:
-        metric: takes the arrays, resampled along their first axis, and gives one number.
-        arrays: of equal length, for instance predicted and true ages.
-        subjects: which subject each row belongs to, so that rows of one subject stay together; one each if
-            absent.
-        level: coverage of the interval.
-        resamples: how many draws.
-        seed: of the draws.
+        values_n: one value for each subject (N,).
+        level: how often the interval is to hold the mean.
+        seed: of the resamples.
+
+    Returns:
+        low, high; NaN for fewer than `FEWEST` values, the value itself where all are equal.
     """
-    lengths = [len(array) for array in arrays]
-    subjects = np.arange(lengths[0]) if subjects is None else np.asarray(subjects)
-    if {*lengths, len(subjects)} != {len(subjects)} or not len(subjects):
-        raise ValueError(f"arrays must be as long as subjects, got {lengths} and {len(subjects)}")
-    rows_of = _rows_of_each(subjects)
-    draws = np.random.default_rng(seed)
-    values = np.empty(resamples)
-    for resample in range(resamples):
-        drawn = draws.integers(0, len(rows_of), len(rows_of))
-        rows = np.concatenate([rows_of[subject] for subject in drawn])
-        values[resample] = metric(*(array[rows] for array in arrays))
-    defined = values[~np.isnan(values)]
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if defined.size else (np.nan, np.nan)
-    return Interval(float(metric(*arrays)), float(low), float(high), int(np.isnan(values).sum()))
-
-
-def _rows_of_each(subjects: npt.NDArray[np.generic]) -> list[npt.NDArray[np.intp]]:
-    """Rows of each subject, subjects in sorted order."""
-    order = np.argsort(subjects, kind="stable")
-    _, starts = np.unique(subjects[order], return_index=True)
-    return np.split(order, starts[1:])
+    values_n = np.asarray(values_n, dtype=np.float64)
+    subjects = len(values_n)
+    if subjects < FEWEST:
+        return math.nan, math.nan
+    mean = float(values_n.mean())
+    if np.ptp(values_n) == 0:
+        return mean, mean
+    drawn_rn = values_n[np.random.default_rng(seed).integers(0, subjects, (RESAMPLES, subjects))]
+    deviation_r = drawn_rn.std(axis=1, ddof=1)
+    off_r = drawn_rn.mean(axis=1) - mean
+    # A resample of one value only has no standard error; its mean is as far out as can be.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t_r = np.where(off_r == 0, 0.0, off_r * math.sqrt(subjects) / deviation_r)
+    below, above = np.quantile(t_r, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    standard_error = float(values_n.std(ddof=1)) / math.sqrt(subjects)
+    return mean - float(above) * standard_error, mean - float(below) * standard_error
