@@ -107,9 +107,23 @@ MUTANTS = (
     Mutant(
         "an interval of 80 % is called 95 %",
         "core/report/answer/verdict.py",
-        'method="percentile"',
-        'method="percentile", confidence_level=0.8',
-        ("tests/test_report.py::test_the_interval_leaves_out_two_and_a_half_percent_on_either_side",),
+        "LEVEL = 0.95",
+        "LEVEL = 0.8",
+        ("tests/test_report.py::test_the_interval_of_one_comparison_is_the_studentised_one_of_its_gains",),
+    ),
+    Mutant(
+        "comparisons that are made together are not corrected for",
+        "core/report/answer/verdict.py",
+        "level=1 - (1 - LEVEL) / family",
+        "level=LEVEL",
+        ("tests/test_report.py::test_comparisons_that_are_made_together_have_wider_intervals",),
+    ),
+    Mutant(
+        "the scans of a person vouch for each other in the probe",
+        "core/evaluation/probes.py",
+        "subject_weights(subjects_n)\n    if weights_n is None",
+        "subject_weights(np.arange(len(ages_n)).astype(str))\n    if weights_n is None",
+        ("tests/test_probes.py::test_two_sessions_predict_new_people_no_worse_than_one",),
     ),
     Mutant(
         "the winner may be a trial that was stopped early, in the study",

@@ -51,9 +51,9 @@ def test_it_follows_skewness() -> None:
     assert mirrored == pytest.approx((-high, -low), rel=0.02)
 
 
-@pytest.mark.parametrize(("subjects", "most"), [(6, 0.09), (10, 0.09), (26, 0.09)])
-def test_two_equal_methods_are_seldom_called_different(subjects: int, most: float) -> None:
-    """5 % are asked; the percentile interval has 15, 11 and 6 %, and 18, 15 and 8 % where gains are skewed."""
+@pytest.mark.parametrize("subjects", [6, 10, 26])
+def test_two_equal_methods_are_seldom_called_different(subjects: int) -> None:
+    """5 % are asked; the percentile interval has 15, 10 and 6 %, and 20, 15 and 9 % where gains are skewed."""
     draws = np.random.default_rng(7)
     for gains in (
         np.abs(draws.normal(size=(300, subjects))) - np.abs(draws.normal(size=(300, subjects))),
@@ -61,8 +61,8 @@ def test_two_equal_methods_are_seldom_called_different(subjects: int, most: floa
     ):
         bounds = np.array([studentised_interval(sample) for sample in gains])
         outside = (bounds[:, 0] > 0) | (bounds[:, 1] < 0)
-        # Of 300 samples with a rate of 5 %, two standard errors are 2.5 %.
-        assert outside.mean() < most + 0.02
+        # Of 300 samples with a rate of 6 %, three standard errors are 4 %.
+        assert outside.mean() < 0.1
 
 
 def test_too_few_and_equal_values() -> None:

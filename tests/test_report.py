@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 from fake_run import make_run
 from rich.console import Console
-from scipy.stats import binom
+from scipy import stats
 
 from core.errors import UserError
+from core.evaluation.bootstrap import studentised_interval
 from core.report import page as page_module
 from core.report.answer.describe import describe
 from core.report.answer.findings import caveats, headline, importance_note
@@ -28,7 +29,14 @@ from core.report.answer.tables import (
     print_leaderboard,
     winner_beside_published,
 )
-from core.report.answer.verdict import beating_the_median, compare, verdict
+from core.report.answer.verdict import (
+    absolute_errors,
+    beating_the_median,
+    compare,
+    comparisons,
+    error_interval,
+    verdict,
+)
 from core.report.figures import (
     schedule as schedule_figure,
 )
@@ -96,7 +104,7 @@ def test_leaderboard_ranks_completed_trials_only_and_always_shows_the_published_
     table = leaderboard(trials, top=2)
     assert table["trial"].tolist() == [1, 4, 0]
     assert table["rank"].tolist() == ["1", "2", "3"]
-    assert table["validation MAE"].tolist() == ["6.12 ± 0.80", "7.00 ± 0.50", "9.00 ± 1.00"]
+    assert table["value"].tolist() == ["6.12 ± 0.80", "7.00 ± 0.50", "9.00 ± 1.00"]
     assert table["n"].tolist() == ["6", "6", "6"]
     assert table["what"].tolist() == ["supcon", "supcon", "published: supcon"]
     everything = leaderboard(trials, top=10)
@@ -130,10 +138,15 @@ def test_holdout_table_is_the_mean_and_sample_sd_over_seeds() -> None:
         [(method, seed, mae, 0.5, 0.4, 77, 19) for method, seed, mae in reversed(scores)],
         columns=["method", "seed", "mae", "r2", "site_balanced_accuracy", "n_train", "n_holdout"],
     )
-    table = holdout_table(holdout)
+    predictions = _predictions({WINNER: [[4.0, 5.0, 6.0, 5.0, 4.0, 6.0]]})
+    table = holdout_table(holdout, predictions)
     # mean 16.5 / 3 = 5.5; deviations -0.5, 0.1, 0.4; SD sqrt(0.42 / 2) = 0.458
-    assert table.iloc[0].tolist() == [WINNER, "5.50 ± 0.46", "0.50 ± 0.00", "0.40 ± 0.00", "3", "19"]
-    assert table.iloc[1].tolist() == [MEDIAN, "18.20", "0.50", "0.40", "1", "19"]
+    low, high = studentised_interval(np.array([4.0, 5.0, 6.0, 5.0, 4.0, 6.0]))
+    interval = f"{low:.2f} to {high:.2f}"
+    assert table.iloc[0].tolist() == [
+        WINNER, "5.50 ± 0.46", interval, "0.50 ± 0.00", "0.40 ± 0.00", "3", "19",
+    ]  # fmt: skip
+    assert table.iloc[1].tolist() == [MEDIAN, "18.20", "–", "0.50", "0.40", "1", "19"]
 
 
 def test_a_configuration_in_words_joins_schedules_and_leaves_out_what_cannot_act() -> None:
@@ -193,31 +206,51 @@ def test_a_clear_gain_beats_and_the_gain_is_the_paired_mean() -> None:
     assert found is not None
     # winner per subject, seeds averaged: 2, 1, 2, 2, 1, 1; gains 6, 8, 5, 8, 7, 5; mean 39 / 6
     assert found.gain == pytest.approx(6.5)
-    assert 5 <= found.low < 6.5 < found.high <= 8
+    assert (found.low, found.high) == studentised_interval(np.array([6.0, 8, 5, 8, 7, 5]))
+    assert 0 < found.low < 6.5 < found.high
     assert found.outcome == "better"
     assert "beats predicting the training median by 6.50 years" in found.sentence()
     assert beating_the_median(predictions) == [WINNER]
 
 
-def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
-    rng = np.random.default_rng(4)
-    gains = rng.normal(1, 3, 25)
+def test_the_interval_of_one_comparison_is_the_studentised_one_of_its_gains() -> None:
+    gains = np.random.default_rng(4).normal(1, 3, 25)
     found = compare(_predictions({WINNER: [[10.0] * 25], PUBLISHED: [list(10 + gains)]}), WINNER, PUBLISHED)
     assert found is not None
-    means = [rng.choice(gains, 25).mean() for _ in range(20000)]
-    assert found.low == pytest.approx(np.quantile(means, 0.025), abs=0.06)
-    assert found.high == pytest.approx(np.quantile(means, 0.975), abs=0.06)
+    # Of 25 normal values nearly Student's.
+    expected = stats.t.interval(0.95, 24, gains.mean(), stats.sem(gains))
+    assert (found.low, found.high) == pytest.approx(expected, abs=0.12)
+    # Subjects stand in the order of their names.
+    ordered = gains[sorted(range(25), key=lambda index: f"s{index}")]
+    assert (found.low, found.high) == pytest.approx(studentised_interval(ordered, 0.95), rel=1e-9)
 
 
-def test_the_interval_leaves_out_two_and_a_half_percent_on_either_side() -> None:
-    """Of 40 gains half are 0 and half are 1, so a resample's sum is binomial: exact quantiles, without chance."""
-    gains = [0.0, 1.0] * 20
-    found = compare(_predictions({WINNER: [[0.0] * 40], PUBLISHED: [gains]}), WINNER, PUBLISHED)
-    assert found is not None
-    low, high = binom.ppf([0.025, 0.975], 40, 0.5)
-    assert (low, high) == (14, 26)
-    assert (found.low, found.high) == pytest.approx((14 / 40, 26 / 40), rel=1e-12)
-    assert found.sentence().endswith("by 0.50 years (95 % interval of the gain +0.35 to +0.65 years).")
+def test_comparisons_that_are_made_together_have_wider_intervals() -> None:
+    draws = np.random.default_rng(2)
+    predictions = _predictions(
+        {method: [list(5 + draws.normal(size=12))] for method in (WINNER, PUBLISHED, "L1 baseline", MEDIAN)}
+    )
+    together = comparisons(predictions)
+    assert [each.family for each in together] == [3, 3, 3]
+    errors = absolute_errors(predictions)
+    for each in together:
+        gains = (errors[each.other] - errors[WINNER]).to_numpy()
+        assert (each.low, each.high) == studentised_interval(gains, 1 - 0.05 / 3)
+        alone = compare(predictions, WINNER, each.other)
+        assert alone is not None
+        assert each.low < alone.low < alone.high < each.high
+        assert "for 3 comparisons together" in each.sentence()
+        assert "together" not in alone.sentence()
+    two = comparisons(predictions[predictions["method"] != MEDIAN])
+    assert [each.family for each in two] == [2, 2]
+
+
+def test_the_error_itself_has_an_interval() -> None:
+    errors = [1.0, 2.0, 9.0, 4.0, 3.0, 5.0, 2.0]
+    predictions = _predictions({WINNER: [errors, errors], MEDIAN: [[20.0] * 7]})
+    assert error_interval(predictions, WINNER) == studentised_interval(np.array(errors), 0.95)
+    assert error_interval(predictions, MEDIAN) == (20.0, 20.0)
+    assert all(np.isnan(error_interval(predictions, PUBLISHED)))
 
 
 def test_an_interval_around_zero_cannot_be_told_apart() -> None:
@@ -411,7 +444,7 @@ def test_a_killed_sweep_that_left_only_its_study_has_a_leaderboard(run: Path, un
     page = _report(run)
     # the study knows trials, values and reasons, but not the number of epochs of a table
     assert leaderboard(read_run(run).trials)["trial"].tolist() == table["trial"].tolist()
-    assert table["validation MAE"][0] in page.text
+    assert table["value"][0] in page.text
     assert "loss became NaN" in page.text
 
 

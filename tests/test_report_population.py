@@ -84,7 +84,7 @@ def test_the_schedule_in_words_is_whole_or_short_enough_for_a_table(record: RunR
 def test_the_leaderboard_says_what_was_found_and_who_was_a_member(record: RunRecord) -> None:
     table = leaderboard(record.trials, found=found_in_words(record, 7)).set_index("trial")
     assert table.loc[6, "what"] == f"{FOUND}: {found_in_words(record)}"
-    assert table.loc[6, "validation MAE"] == "6.40 ± 1.13"  # of 5.6 and 7.2
+    assert table.loc[6, "value"] == "6.40 ± 1.13"  # of 5.6 and 7.2
     assert table.loc[5, "what"] == "published: τ 0.1, lr 1e-4"
     assert table.loc[2, "what"] == "member, began with: τ 0.3, lr 5e-4"
     assert table.loc[2, "state"] == "member, epoch 6"

@@ -18,7 +18,7 @@ def studentised_interval(values_n: Floats, level: float = 0.95, seed: int = 0) -
 
     Each resample is measured by its own standard error, so the interval is as wide as few values make it and follows
     their skewness. Of ten values with a skewed distribution a percentile interval of 95 % leaves the true mean out in
-    15 to 17 % of cases, this one in 6 to 8 % (`python -m benchmarks.intervals`).
+    15 to 16 % of cases, this one in 5 to 7 % (`python -m benchmarks.intervals`).
 
     Args:
         values_n: one value for each subject (N,).

@@ -115,7 +115,7 @@ def render(record: RunRecord) -> str:
         what=_winner_in_words(record),
         leaderboard=_rows(leaderboard(record.trials, found=found_in_words(record, SHOWN_SETTINGS))),
         population=_population(record) if has_population(record) else None,
-        holdout=_rows(holdout_table(record.holdout)),
+        holdout=_rows(holdout_table(record.holdout, record.predictions)),
         again=_rows(measured_again(record)) if record.best is not None else [],
         front=_rows(front_table(record)),
         value_label=record.value_label,

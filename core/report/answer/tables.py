@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -13,7 +14,7 @@ from rich.table import Table
 from core.report.answer.describe import describe, is_absent, number
 from core.report.answer.population import found_in_words, found_schedule, values_of
 from core.report.answer.record import NO_SETTINGS, RunRecord
-from core.report.answer.verdict import comparisons, verdict
+from core.report.answer.verdict import comparisons, error_interval, verdict
 from core.run_names import FOUND, MEMBER, METHODS, PUBLISHED
 
 ABSENT = "–"
@@ -46,7 +47,7 @@ def leaderboard(trials: pd.DataFrame, top: int = 10, found: str = "") -> pd.Data
     failed = trials[(trials["state"] == "FAIL") & (trials["label"] == PUBLISHED)]
     ordered += [(ABSENT, row) for _, row in failed.iterrows()]
     shown = [entry for place, entry in enumerate(ordered) if place < top or entry[1]["label"] == PUBLISHED]
-    columns = ["rank", "trial", "what", "validation MAE", "n", "state"]
+    columns = ["rank", "trial", "what", "value", "n", "state"]
     return pd.DataFrame(
         [_leaderboard_row(rank, row, settings, found) for rank, row in shown], columns=columns
     )
@@ -57,7 +58,7 @@ def _leaderboard_row(rank: str, row: pd.Series, settings: list[str], found: str)
         "rank": rank,
         "trial": int(row["number"]),
         "what": _what(row, settings, found),
-        "validation MAE": mean_and_sd(row["value"], row["sd"]),
+        "value": mean_and_sd(row["value"], row["sd"]),
         "n": ABSENT if is_absent(row["n"]) else str(int(row["n"])),
         "state": _state(row),
     }
@@ -90,25 +91,30 @@ def count(amount: float, noun: str) -> str:
     return f"{int(amount)} {noun}{'' if int(amount) == 1 else 's'}"
 
 
-def holdout_table(holdout: pd.DataFrame) -> pd.DataFrame:
+def holdout_table(holdout: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
     """Mean ± SD over refit seeds (sample SD) of each method on the held-out subjects.
 
-    Columns: method, MAE (years), R2, site balanced accuracy, seeds (refits), subjects (held out). The order is: search
-    winner, published, L1 baseline, training median, then all other methods.
+    Columns: method, MAE (years), its 95 % interval over subjects, R2, site balanced accuracy, seeds (refits), subjects
+    (held out). The order is: search winner, published, L1 baseline, training median, then all other methods.
     """
-    columns = ["method", "MAE", "R2", "site balanced accuracy", "seeds", "subjects"]
+    columns = ["method", "MAE", "95 % interval", "R2", "site balanced accuracy", "seeds", "subjects"]
     names = [str(name) for name in holdout["method"].dropna().unique()]
     ordered = [name for name in METHODS if name in names] + [name for name in names if name not in METHODS]
-    return pd.DataFrame([_holdout_row(name, holdout) for name in ordered], columns=columns)
+    return pd.DataFrame([_holdout_row(name, holdout, predictions) for name in ordered], columns=columns)
 
 
-def _holdout_row(method: str, holdout: pd.DataFrame) -> dict[str, Any]:
+def _holdout_row(method: str, holdout: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, Any]:
     rows = holdout[holdout["method"] == method]
-    metrics = {"MAE": "mae", "R2": "r2", "site balanced accuracy": "site_balanced_accuracy"}
+    low, high = error_interval(predictions, method)
     subjects = sorted({int(n) for n in rows["n_holdout"].dropna()})
     return {
         "method": method,
-        **{name: mean_and_sd(rows[column].mean(), rows[column].std()) for name, column in metrics.items()},
+        "MAE": mean_and_sd(rows["mae"].mean(), rows["mae"].std()),
+        "95 % interval": ABSENT if math.isnan(low) else f"{low:.2f} to {high:.2f}",
+        "R2": mean_and_sd(rows["r2"].mean(), rows["r2"].std()),
+        "site balanced accuracy": mean_and_sd(
+            rows["site_balanced_accuracy"].mean(), rows["site_balanced_accuracy"].std()
+        ),
         "seeds": str(len(rows)),
         "subjects": "/".join(map(str, subjects)) or ABSENT,
     }
@@ -156,11 +162,16 @@ def _value(value: Any) -> str:
 def print_leaderboard(console: Console, record: RunRecord) -> None:
     """Print the leaderboard, the hold-out table and the verdict of a run to a terminal."""
     table = leaderboard(record.trials, found=found_in_words(record, SHOWN_SETTINGS))
+    unit = f" in {record.objective.unit}" if record.objective.unit else ""
     if record.best is None:
         console.print("No trial was completed.")
     if not table.empty:
         console.print(
-            _rich(table, "Leaderboard (validation MAE in years, mean ± SD over n cells)", record.best)
+            _rich(
+                table.rename(columns={"value": record.objective.words}),
+                f"Leaderboard ({record.objective.words}{unit}, mean ± SD over n cells)",
+                record.best,
+            )
         )
     found = found_schedule(record)
     if found is not None:
@@ -173,8 +184,8 @@ def print_leaderboard(console: Console, record: RunRecord) -> None:
     if record.holdout.empty:
         console.print("Held-out subjects: not looked at yet.")
         return
-    title = "Held-out subjects (MAE in years, mean ± SD over refit seeds)"
-    console.print(_rich(holdout_table(record.holdout), title, None))
+    title = "Held-out subjects (MAE in years, mean ± SD over refit seeds; its interval over subjects)"
+    console.print(_rich(holdout_table(record.holdout, record.predictions), title, None))
     console.print(escape(verdict(record.predictions)), style="bold")
     for comparison in comparisons(record.predictions):
         console.print(f"  {escape(comparison.sentence())}")
@@ -183,10 +194,9 @@ def print_leaderboard(console: Console, record: RunRecord) -> None:
 def _rich(table: pd.DataFrame, title: str, best: int | None) -> Table:
     drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in table.columns:
-        wide = name in ("what", "method", "state")
-        drawn.add_column(
-            name, justify="left" if wide else "right", no_wrap=name in ("method", "validation MAE")
-        )
+        is_wide = name in ("what", "method", "state")
+        # What is neither words nor a number of settings stays in one line.
+        drawn.add_column(str(name), justify="left" if is_wide else "right", no_wrap=name != "what")
     for _, row in table.iterrows():
         is_best = best is not None and row["trial"] == best
         drawn.add_row(*(escape(str(value)) for value in row), style="bold" if is_best else None)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
 
+from core.evaluation.bootstrap import FEWEST, studentised_interval
 from core.run_names import L1, MEDIAN, PUBLISHED, WINNER
 
 IN_WORDS = {
@@ -17,9 +16,8 @@ IN_WORDS = {
     L1: "the L1 baseline",
     MEDIAN: "predicting the training median",
 }
-# Five gains of one sign happen by chance in more than 5 % of cases (two-sided sign test: 2/2^5 = 0.06), and
-# yet their bootstrap interval always leaves out 0.
-FEWEST_SUBJECTS = 6
+FEWEST_SUBJECTS = FEWEST
+LEVEL = 0.95
 
 Outcome = Literal["better", "worse", "cannot be told apart", "identical", "too few subjects"]
 
@@ -38,6 +36,8 @@ class Comparison:
     gain: float
     low: float
     high: float
+    family: int = 1
+    """Comparisons that are made together: each interval is wide enough that in 95 % of cases all of them hold."""
 
     @property
     def outcome(self) -> Outcome:
@@ -55,7 +55,8 @@ class Comparison:
         this, that = IN_WORDS.get(self.method, self.method), IN_WORDS.get(self.other, self.other)
         this = this[0].upper() + this[1:]
         amount = f"{abs(self.gain):.2f} years"
-        interval = f"(95 % interval of the gain {_signed(self.low)} to {_signed(self.high)} years)"
+        together = f", for {self.family} comparisons together," if self.family > 1 else ""
+        interval = f"(95 % interval of the gain{together} {_signed(self.low)} to {_signed(self.high)} years)"
         if self.outcome == "too few subjects":
             subjects = f"{self.n} held-out subject{'' if self.n == 1 else 's'}"
             return f"{this} against {that}: {subjects} cannot tell (at least {FEWEST_SUBJECTS} are needed)."
@@ -67,11 +68,12 @@ class Comparison:
         return f"{this} {verb} {that} by {amount} {interval}."
 
 
-def compare(predictions: pd.DataFrame, method: str, other: str) -> Comparison | None:
+def compare(predictions: pd.DataFrame, method: str, other: str, family: int = 1) -> Comparison | None:
     """The paired comparison of two methods in the predictions table; None if one of them has no predictions.
 
-    First the absolute errors of a subject are averaged over the refit seeds, then subjects are resampled (percentile
-    bootstrap of the mean, 9999 resamples). So the interval holds for new subjects like these.
+    First the absolute errors of a subject are averaged over scans and refit seeds, then subjects are resampled
+    (studentised bootstrap of the mean). So the interval holds for new subjects like these. Of a `family` of comparisons
+    each has the level 1 - 0.05/family (Bonferroni).
     """
     errors = absolute_errors(predictions)
     if method not in errors or other not in errors:
@@ -79,8 +81,8 @@ def compare(predictions: pd.DataFrame, method: str, other: str) -> Comparison | 
     gains = (errors[other] - errors[method]).dropna().to_numpy(dtype=float)
     if len(gains) == 0:
         return None
-    low, high = _interval(gains)
-    return Comparison(method, other, len(gains), float(gains.mean()), low, high)
+    low, high = studentised_interval(gains, level=1 - (1 - LEVEL) / family)
+    return Comparison(method, other, len(gains), float(gains.mean()), low, high, family)
 
 
 def absolute_errors(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -89,17 +91,32 @@ def absolute_errors(predictions: pd.DataFrame) -> pd.DataFrame:
     return table.pivot_table(index="subject", columns="method", values="error", aggfunc="mean")
 
 
+def error_interval(predictions: pd.DataFrame, method: str) -> tuple[float, float]:
+    """The interval of a method's mean absolute error over held-out subjects, in years; NaN if they are too few."""
+    errors = absolute_errors(predictions)
+    if method not in errors:
+        return float("nan"), float("nan")
+    return studentised_interval(errors[method].dropna().to_numpy(dtype=float), LEVEL)
+
+
 def comparisons(predictions: pd.DataFrame) -> list[Comparison]:
     """The search winner against every other method that has predictions."""
-    found = (compare(predictions, WINNER, other) for other in (PUBLISHED, L1, MEDIAN))
-    return [comparison for comparison in found if comparison is not None]
+    return _together(predictions, [(WINNER, other) for other in (PUBLISHED, L1, MEDIAN)])
 
 
 def beating_the_median(predictions: pd.DataFrame) -> list[str] | None:
     """The methods that beat the training median; None if there is no comparison with it."""
-    found = [compare(predictions, method, MEDIAN) for method in (WINNER, PUBLISHED, L1)]
-    usable = [each for each in found if each is not None and each.outcome != "too few subjects"]
+    found = _together(predictions, [(method, MEDIAN) for method in (WINNER, PUBLISHED, L1)])
+    usable = [each for each in found if each.outcome != "too few subjects"]
     return [each.method for each in usable if each.outcome == "better"] if usable else None
+
+
+def _together(predictions: pd.DataFrame, pairs: list[tuple[str, str]]) -> list[Comparison]:
+    """The comparisons that can be made, corrected for their number."""
+    methods = set(predictions["method"].unique())
+    possible = [pair for pair in pairs if methods.issuperset(pair)]
+    found = (compare(predictions, method, other, len(possible)) for method, other in possible)
+    return [comparison for comparison in found if comparison is not None]
 
 
 def verdict(predictions: pd.DataFrame) -> str:
@@ -129,18 +146,6 @@ def verdict(predictions: pd.DataFrame) -> str:
             f" What does beat {IN_WORDS[MEDIAN]}: {_listed([IN_WORDS[each] for each in beating], 'and')}."
         )
     return sentence
-
-
-def _interval(gains: np.ndarray) -> tuple[float, float]:
-    if len(gains) < FEWEST_SUBJECTS:
-        return float("nan"), float("nan")
-    # All resamples would have the same mean.
-    if np.ptp(gains) == 0:
-        return float(gains[0]), float(gains[0])
-    found = bootstrap(
-        (gains,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def _signed(value: float) -> str:
