@@ -1,5 +1,6 @@
 """A request that cannot work is refused before anything is started, in one line that says why."""
 
+import dataclasses
 import errno
 import os
 
@@ -12,10 +13,11 @@ from small_cohort import write_small_cohort
 from core.errors import UserError
 from distributed.run.folder import RunFolder
 from distributed.sweeps.interruption import resumable
-from distributed.sweeps.request import ResumeRequest, SweepRequest
+from distributed.sweeps.request import ResumeRequest, SweepRequest, TrainRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import _combined, _what_changed
 from distributed.sweeps.sweep import run_sweep
+from distributed.sweeps.train_one import train_one
 
 SPACE = """
 def finite(trial):
@@ -132,3 +134,32 @@ def test_a_disk_that_is_full_for_a_callback_of_tune_stops_the_sweep_in_one_line(
         fail(errno.ENOSPC)
     with pytest.raises(TuneError), resumable(RunFolder(tmp_path)):
         fail(errno.EACCES)
+
+
+@pytest.mark.parametrize(
+    ("subjects", "ages", "message"),
+    [
+        (5, None, r"^2 folds leave 2 of 5 subjects to train on, and at least 3 are needed; use more --folds"),
+        (12, 30.0, r"^all 12 subjects are 30 years old: nothing about age can be learnt from them$"),
+    ],
+)
+def test_a_cohort_that_can_teach_nothing_is_refused_at_start(place, tmp_path, subjects, ages, message):
+    cohort = write_small_cohort(tmp_path / "cohort", subjects=subjects)
+    if ages is not None:
+        cohort.manifest["age"] = ages
+        cohort = dataclasses.replace(cohort, manifest=cohort.manifest)
+    opened = pytest.MonkeyPatch()
+    opened.setattr("core.volumes.cohort.reader.Cohort.open", lambda location: cohort)
+    try:
+        for start in (
+            lambda: run_sweep(cohort.location, request(place), tmp_path / "run", None, Console(quiet=True)),
+            lambda: train_one(
+                cohort.location, TrainRequest(folds=2), tmp_path / "run", None, Console(quiet=True)
+            ),
+        ):
+            with pytest.raises(UserError, match=message):
+                start()
+    finally:
+        opened.undo()
+    # Refused before anything was written.
+    assert not (tmp_path / "run").exists()

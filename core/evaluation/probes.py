@@ -24,6 +24,10 @@ ALPHAS: tuple[float, ...] = tuple(float(alpha) for alpha in np.logspace(-3, 6, 2
 REFERENCE_ALPHAS: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
+FEWEST_SUBJECTS = 3
+"""Of a probe: with two, each would predict the other."""
+
+
 @dataclass(frozen=True)
 class AgeProbe:
     """An affine map from embeddings to age: age = embedding · coefficients + intercept.
@@ -174,8 +178,8 @@ def _checked(embeddings_nd: Floats, ages_n: Floats, subjects_n: Names) -> tuple[
             f"embeddings must have shape (n, d) and ages (n,), got {embeddings_nd.shape} and {ages_n.shape}"
         )
     people = len(np.unique(subjects_n))
-    if people < 3:
-        raise UserError(f"an age probe needs at least 3 training subjects, got {people}")
+    if people < FEWEST_SUBJECTS:
+        raise UserError(f"an age probe needs at least {FEWEST_SUBJECTS} training subjects, got {people}")
     unusable = len(np.unique(subjects_n[~np.isfinite(embeddings_nd).all(axis=1)]))
     if unusable:
         raise UserError(

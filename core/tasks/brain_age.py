@@ -13,14 +13,17 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
 from core.config import RunSettings
+from core.errors import UserError
 from core.evaluation import Floats, Names
-from core.evaluation.probes import AgeProbe, fit_age_probe
+from core.evaluation.probes import FEWEST_SUBJECTS, AgeProbe, fit_age_probe
 from core.evaluation.regression import median_baseline, regression_metrics
 from core.evaluation.site import site_balanced_accuracy
+from core.evaluation.splits import Splits
 from core.losses.settings import REGRESSION_LOSSES
 from core.models import build_encoder, build_projection_head
 from core.models.heads import RegressionHead
@@ -116,6 +119,30 @@ def check(settings: RunSettings) -> None:
     embeddings = torch.eye(4)[:, None, : 1 if is_regression(settings) else 4].repeat(1, 2, 1)
     for epoch in {1, settings.training.epochs}:
         objective(embeddings, ages, epoch / settings.training.epochs)
+
+
+def check_cohort(manifest: pd.DataFrame, splits: Splits) -> None:
+    """Refuse subjects from whom nothing about age can be learnt.
+
+    Args:
+        manifest: of the cohort; columns subject and age in years.
+        splits: of its rows.
+
+    Raises:
+        UserError: all ages are equal, or a fold leaves too few subjects to train on.
+    """
+    ages = manifest.groupby("subject")["age"].mean()
+    if ages.nunique() == 1:
+        raise UserError(
+            f"all {len(ages)} subjects are {ages.iloc[0]:g} years old: nothing about age can be learnt from them"
+        )
+    for fold in range(len(splits.folds)):
+        trained = manifest["subject"].iloc[splits.training(fold)].nunique()
+        if trained < FEWEST_SUBJECTS:
+            raise UserError(
+                f"{len(splits.folds)} folds leave {trained} of {len(ages)} subjects to train on, and at least "
+                f"{FEWEST_SUBJECTS} are needed; use more --folds, a smaller --holdout, or more subjects"
+            )
 
 
 def is_regression(settings: RunSettings) -> bool:

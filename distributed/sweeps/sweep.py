@@ -13,6 +13,7 @@ from ray import tune
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
+from core.config import resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits, make_splits
 from core.files.writing import writing_to
@@ -20,6 +21,7 @@ from core.report.answer.record import read_run
 from core.report.answer.tables import print_leaderboard
 from core.report.page import write_report
 from core.run_names import ENQUEUED, PUBLISHED, REASON
+from core.tasks import TASKS
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.run.access import AccessRecord
@@ -267,6 +269,7 @@ def run_sweep(
         grid = grid_points(search.space, request.grid_points, request.search_seed)
         request = _with_whole_grid(request, first, grid)
     splits = make_splits(opened.manifest, request.folds, request.holdout, request.search_seed)
+    TASKS[resolve(search.base).task].check_cohort(opened.manifest, splits)
     folder = create_run(out, "sweep", request.model_dump(mode="json"), search.base, opened)
     with held(folder, console):
         study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives)

@@ -62,6 +62,7 @@ def train_one(
         raise UserError(
             f"--fold {request.fold} does not exist; with --folds {request.folds} it is 0 to {request.folds - 1}"
         )
+    TASKS[settings.task].check_cohort(opened.manifest, splits)
     asked, resolved = request.model_dump(mode="json"), settings.model_dump(mode="json")
     folder = create_run(out, "train", asked, resolved, opened)
     write_splits(folder, splits, opened)
