@@ -25,8 +25,8 @@ class RecentHistory(BaseSampler):
     For every proposal TPE reads its whole history several times, once for each group of settings that occur together:
     with 1,000 trials this is five times the work of 100 (optuna/optuna#2172). TPE makes its density of good trials from
     the 25 best of all, so this density does not change. Its density of the other trials does. Optuna gives the latest
-    25 of them the weight 1, and an older trial less, the older it is; here all but the latest 225 are left out. After 300
-    trials those had 3 % of the weight, after 1,000 trials 59 % (up to 0.79 each), after 3,000 trials 85 %. So the search
+    25 of them the weight 1, and an older trial less, the older it is; here all but the latest 225 are left out. These
+    had 3 % of the weight after 300 trials, 59 % after 1,000 (up to 0.79 each), and 85 % after 3,000. So the search
     forgets bad trials, and may try again what was bad long ago; CHANGELOG.md has what this did to the proposals.
 
     With several objectives TPE sees all trials, because one number does not decide which trials are good.
