@@ -129,20 +129,20 @@ def find_cohort(run: Path, recorded: CohortOfRun | None, given: str | Path | Non
     recorded = recorded or CohortOfRun()
     beside = os.path.normpath(run / (recorded.from_run or recorded.path or "."))
     places = [str(given)] if given is not None else [recorded.path, beside]
-    found = next((place for place in places if place and _holds_cohort(place)), None)
-    if found is None:
+    found = [Cohort.open(place) for place in dict.fromkeys(places) if place and _holds_cohort(place)]
+    if not found:
         raise UserError(
             f"the cohort of {run} is not at {_either(places)}; give its new place with --cohort"
             if recorded.path or given is not None
             else f"{run}/run.json does not say which cohort was used"
         )
-    cohort = Cohort.open(found)
-    if recorded.hash and cohort.description.hash != recorded.hash:
+    same = [cohort for cohort in found if recorded.hash in ("", cohort.description.hash)]
+    if not same:
         raise UserError(
-            f"{found} holds another cohort than the run began with (or it was changed: hash "
-            f"{cohort.description.hash[:8]}, not {recorded.hash[:8]}); its trials would not be comparable"
+            f"{found[0].location} holds another cohort than the run began with (or it was changed: hash "
+            f"{found[0].description.hash[:8]}, not {recorded.hash[:8]}); its trials would not be comparable"
         )
-    return cohort
+    return same[0]
 
 
 def _holds_cohort(place: str) -> bool:

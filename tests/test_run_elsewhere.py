@@ -73,3 +73,12 @@ def test_a_run_in_an_object_store_is_refused_before_anything_is_made(study, tmp_
 def test_a_sweep_killed_before_its_study_was_filled_is_not_resumed_as_another(study):
     with pytest.raises(UserError, match="stopped before its first trial"):
         resume_sweep(study / "runs" / "mine", ResumeRequest(), None, Console(quiet=True))
+
+
+def test_a_run_and_its_cohort_that_moved_together_are_found_though_another_cohort_took_the_old_place(
+    study, tmp_path
+):
+    there = tmp_path / "there"
+    shutil.move(study, there)
+    write_small_cohort(study / "cohorts" / "small", subjects=7)
+    assert cohort_of(open_run(there / "runs" / "mine")).folder == there / "cohorts" / "small"

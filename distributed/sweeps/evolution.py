@@ -16,7 +16,7 @@ from ray.tune.search import BasicVariantGenerator
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from core.config import merge, resolve
-from core.files.writing import writing_to
+from core.files.writing import write_text, writing_to
 from core.run_names import FOUND, FOUND_BY, LABEL, LINEAGE, MEMBER, PUBLISHED, SETTINGS
 from distributed.run.assignment import assign, kept_checkpoint, trial_name
 from distributed.run.folder import RunFolder
@@ -178,4 +178,4 @@ def write_schedule(path: Path, best: optuna.trial.FrozenTrial) -> None:
         for each in best.user_attrs.get(LINEAGE, [])
     ]
     told = "".join(f"# {line}\n" for line in [f"what the weights of member {best.number} followed", *came])
-    path.write_text(told + yaml.safe_dump(json.loads(best.user_attrs[SETTINGS]), sort_keys=False))
+    write_text(path, told + yaml.safe_dump(json.loads(best.user_attrs[SETTINGS]), sort_keys=False))

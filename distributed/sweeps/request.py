@@ -1,7 +1,7 @@
 """What a user asks of a sweep, of its continuation, or of one training run: the options of the command line.
 
-This is the only place for the name, default, bounds and help of every option. It imports nothing that takes long,
-because `brainsweep --help` needs it, too.
+This is the only place for the name, default, bounds and help of every option of these commands. It imports nothing
+that takes long, because `brainsweep --help` needs it, too.
 """
 
 from __future__ import annotations

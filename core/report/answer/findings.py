@@ -113,8 +113,9 @@ def _few_subjects(record: RunRecord) -> str:
         return ""
     return (
         f"{count(subjects, 'held-out subject')}: a few other people in the hold-out would move every number "
-        "here. The intervals resample these subjects: they do not cover people who differ from them. Intervals of gains "
-        "are corrected for the number of comparisons with the winner. The winner was tuned, and the L1 baseline was not."
+        "here. The intervals resample these subjects: they do not cover people who differ from them. Intervals of "
+        "gains are corrected for the number of comparisons with the winner. The winner was tuned, and the L1 "
+        "baseline was not."
     )
 
 

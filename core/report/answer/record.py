@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from core.errors import UserError
+from core.evaluation.regression import median_age
 from core.objectives import OBJECTIVES, Objective
 from core.run_description import RunDescription, find_cohort
 from core.run_names import (
@@ -338,7 +339,8 @@ def _with_median(predictions: pd.DataFrame, splits: pd.DataFrame, cohort: pd.Dat
     held_out = predictions[
         (predictions["method"] == first["method"]) & (predictions["seed"] == first["seed"])
     ]
-    median = cohort[trained].groupby("subject")["age"].mean().median()
+    known = cohort[trained]
+    median = median_age(known["age"].to_numpy(float), known["subject"].to_numpy(str))
     of_median = held_out.assign(method=MEDIAN, seed=0, predicted=median)
     together: pd.DataFrame = pd.concat([predictions, of_median], ignore_index=True)
     return together

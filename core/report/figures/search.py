@@ -29,7 +29,7 @@ from core.report.figures.style import (
     new_figure,
     styled,
 )
-from core.run_names import MEMBER
+from core.run_names import LABEL, MEMBER
 
 MAE_LABEL = "validation MAE (years)"
 MOST_SETTINGS = 12
@@ -266,7 +266,7 @@ def _draw_curve(axes: Axes, trial: FrozenTrial, record: RunRecord, rasterized: b
 
 def _was_stopped(trial: FrozenTrial) -> bool:
     """Whether the trial was pruned; a member of a population ends after one cell by design, which does not count."""
-    return trial.state == TrialState.PRUNED and trial.user_attrs.get("label") != MEMBER
+    return trial.state == TrialState.PRUNED and trial.user_attrs.get(LABEL) != MEMBER
 
 
 def _values_over_epochs(trial: FrozenTrial, record: RunRecord) -> dict[int, float]:
