@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import count
 
 import numpy as np
 import optuna
@@ -10,7 +11,8 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from core.errors import UserError
-from core.run_names import CELL_VALUES
+from core.run_names import CELL_VALUES, LABEL, PUBLISHED
+from distributed.run.assignment import trial_name
 from distributed.search.schedulers import (
     METRIC,
     SCHEDULERS,
@@ -21,21 +23,24 @@ from distributed.search.schedulers import (
     pruner_threshold,
     replay,
 )
+from distributed.search.study import report_missing
 
 
 class Trial:
-    """What a scheduler sees of a trial."""
+    """What Tune shows of a trial: every one of them has an id of its own, also if it continues an earlier one."""
+
+    ids = count()
 
     def __init__(self, name):
-        self.trial_id = f"t{name}"
-        self.config = {"assignment": {"name": str(name)}}
+        self.trial_id = f"tune-{next(self.ids)}"
+        self.config = {"assignment": {"name": trial_name(name) if isinstance(name, int) else name}}
 
 
-def run(scheduler, number, curve, report=lambda epochs, value: None):
-    """Epochs until `scheduler` stops the trial, or all."""
+def run(scheduler, number, curve, report=lambda epochs, value: None, *, done=0):
+    """Epochs until `scheduler` stops the trial, or all; it continues after `done` epochs."""
     trial = Trial(number)
     scheduler.on_trial_add(None, trial)
-    for epochs, value in enumerate(curve, start=1):
+    for epochs, value in enumerate(curve[done:], start=done + 1):
         report(epochs, value)
         shown = {TIME: epochs, METRIC: value}
         if scheduler.on_trial_result(None, trial, shown) != TrialScheduler.CONTINUE or epochs == len(curve):
@@ -64,6 +69,82 @@ def test_a_resumed_scheduler_decides_like_one_that_saw_everything(name):
     assert all(before == after for before, after in decided)
     if name != "none":
         assert min(before for before, _ in decided) < 8  # the law is not about nothing
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_search_that_is_killed_decides_like_one_that_was_not(name):
+    """A law, for every moment: four trials run side by side, and continue under other ids in another process."""
+    generator = np.random.default_rng(2)
+    curves = [list(curve) for curve in generator.uniform(5, 15, (12, 1)) * np.linspace(1.5, 1, 8)]
+    for killed_after in range(1, 8):
+        study, lived = optuna.create_study(), make_scheduler(name, epochs=4, cells=2)
+        asked = [study.ask() for _ in curves[:8]]
+        for number in range(4):
+            run(
+                lived,
+                number,
+                curves[number],
+                lambda epochs, value, to=asked[number]: to.report(value, epochs),
+            )
+            study.tell(asked[number], state=TrialState.PRUNED)
+        going = []
+        for number in range(4, 8):
+            trial, decisions = Trial(number), []
+            lived.on_trial_add(None, trial)
+            for epochs in range(1, killed_after + 1):
+                value = curves[number][epochs - 1]
+                asked[number].report(value, epochs)
+                decisions.append(lived.on_trial_result(None, trial, {TIME: epochs, METRIC: value}))
+                if decisions[-1] != TrialScheduler.CONTINUE:
+                    lived.on_trial_complete(None, trial, {TIME: epochs, METRIC: value})
+                    study.tell(asked[number], state=TrialState.PRUNED)
+                    break
+            else:
+                going.append(number)
+        resumed = make_scheduler(name, epochs=4, cells=2)
+        replay(resumed, study.get_trials())
+        for scheduler in (lived, resumed):
+            scheduler.decided = [
+                run(scheduler, number, curves[number], done=killed_after) for number in going
+            ]
+            scheduler.decided += [run(scheduler, number, curves[number]) for number in range(8, 12)]
+        assert lived.decided == resumed.decided, killed_after
+    if name != "none":
+        assert min(lived.decided) < 8  # the law is not about nothing
+
+
+def test_a_trial_that_continues_keeps_its_value_at_a_rung_that_it_has_passed():
+    """The rung of epoch 2 compares values of epoch 2, and the continued trial is now in epoch 4."""
+    study = optuna.create_study()
+    unfinished = study.ask()
+    for epochs, value in enumerate([9.0, 8.0, 3.0], start=1):
+        unfinished.report(value, epochs)
+    scheduler = make_scheduler("asha", epochs=8, cells=1)
+    replay(scheduler, study.get_trials())
+    assert run(scheduler, 0, [9.0, 8.0, 3.0, 2.0, 2.0], done=3) == 5
+    assert run(scheduler, 1, [7.9] * 3) == 3  # better than 8, the value at the rung; 2 came later
+
+
+def test_the_published_trial_is_no_measure_after_a_resume_either():
+    study = optuna.create_study()
+    study.enqueue_trial({}, user_attrs={LABEL: PUBLISHED})
+    published = study.ask()
+    for epochs in range(1, 9):
+        published.report(1.0, epochs)
+    study.tell(published, 1.0)
+    scheduler = make_scheduler("asha", epochs=4, cells=2)
+    replay(scheduler, study.get_trials())
+    assert run(scheduler, 1, [9.0] * 8) == 8
+
+
+def test_what_a_killed_search_did_not_hear_is_recorded_once():
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.report(9.0, 1)
+    frozen = study.get_trials(deepcopy=False)[0]
+    report_missing(study, frozen, {1: 9.0, 2: 8.0, 3: 7.0})
+    report_missing(study, study.get_trials(deepcopy=False)[0], {1: 5.0, 3: 5.0})
+    assert study.get_trials()[0].intermediate_values == {1: 9.0, 2: 8.0, 3: 7.0}
 
 
 def test_asha_stops_the_worse_half_and_never_a_refit():

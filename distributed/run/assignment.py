@@ -65,6 +65,8 @@ class EpochRow(TypedDict, total=False):
     progress: float
     loss: float
     mae: float
+    value: float
+    """What the trial answered after this epoch; see `Answer`."""
     learning_rate: float
     temperature: float
     width: float

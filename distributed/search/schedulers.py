@@ -24,8 +24,8 @@ from core.errors import UserError
 from core.lookup import look_up
 from core.objectives import measure
 from core.report.answer.record import reported
-from core.run_names import CELL_VALUES
-from distributed.run.assignment import PRUNABLE_EPOCHS, Answer
+from core.run_names import CELL_VALUES, LABEL, PUBLISHED
+from distributed.run.assignment import PRUNABLE_EPOCHS, Answer, trial_name
 
 METRIC, TIME = "value", PRUNABLE_EPOCHS
 """The keys of a result that a scheduler uses: the first objective, and the epochs done in all cells."""
@@ -44,6 +44,11 @@ Result = dict[str, object]
 
 class MedianStopping(MedianStoppingRule):
     """The rule of Ray, which expects `TIME` in the last result of every trial, and raises an error without it."""
+
+    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
+        """The decision, also on a trial that goes on although it would be stopped now: one of an earlier session."""
+        self._stopped_trials.discard(trial)
+        return super().on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
         """Compare the trial only if it reports `TIME`."""
@@ -64,7 +69,7 @@ def _median(epochs: int, cells: int) -> TrialScheduler:
     )
 
 
-class Hyperband(TrialScheduler):
+class Hyperband(FIFOScheduler):
     """Asynchronous Hyperband: several brackets of ASHA side by side, from early stopping to no stopping.
 
     Bracket s first compares its trials after r·eta^s epochs. It gets trials in proportion to eta^s'/(s'+1), where s'
@@ -112,18 +117,6 @@ class Hyperband(TrialScheduler):
         """Tell its bracket the last value."""
         self.bracket_of.pop(trial.trial_id).on_trial_complete(tune_controller, trial, result)
 
-    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Keep its reported values in its bracket."""
-        self.bracket_of.pop(trial.trial_id, None)
-
-    def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
-        """See `on_trial_error`."""
-        self.bracket_of.pop(trial.trial_id, None)
-
-    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
-        """The first trial that waits."""
-        return FIFOScheduler().choose_trial_to_run(tune_controller)
-
     def debug_string(self) -> str:
         """For Tune's log."""
         return f"Hyperband, {len(self.brackets)} brackets"
@@ -143,31 +136,80 @@ POPULATION_SCHEDULERS = ("pbt", "pb2")
 def make_scheduler(name: str, epochs: int, cells: int) -> TrialScheduler:
     """The scheduler `name` for trials of `cells` cells of `epochs` epochs each."""
     known = SCHEDULERS | dict.fromkeys(POPULATION_SCHEDULERS, SCHEDULERS["none"])
-    return look_up(known, name, "scheduler")(epochs, cells)
+    return ByName(look_up(known, name, "scheduler")(epochs, cells))
 
 
 @dataclass(frozen=True, eq=False)
-class _Replayed:
-    """Represents a finished trial for a scheduler, which identifies trials by their `trial_id` and name."""
+class _Named:
+    """A trial as the schedulers of Ray see it: they identify it by its `trial_id`, or by the object."""
 
     trial_id: str
     config: dict[str, dict[str, str]]
 
 
-def replay(scheduler: TrialScheduler, finished: list[FrozenTrial]) -> None:
-    """Show a new scheduler the values of earlier trials, so that a resumed search prunes as if never interrupted."""
-    for trial in finished:
-        named = _Replayed(f"replayed-{trial.number}", {"assignment": {"name": str(trial.number)}})
-        stand_in = cast(Trial, named)
-        # Only schedulers that pause trials use the controller.
-        controller = cast(TuneController, None)
-        scheduler.on_trial_add(controller, stand_in)
+class ByName(FIFOScheduler):
+    """Shows every trial to a scheduler under its name, which it keeps for the whole run.
+
+    Tune gives a new id to a trial that continues in a resumed run, or after its slot crashed. A scheduler that knows
+    only the id takes it for a new trial: at its first report, in epoch 8, ASHA would record this value at the rung of
+    epoch 6, although the trial has a value of epoch 6.
+    """
+
+    def __init__(self, scheduler: TrialScheduler) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray left it untyped
+        self.scheduler = scheduler
+        self.trials: dict[str, Trial] = {}
+
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
+        """Add the trial, unless the scheduler knows it."""
+        name = trial.config["assignment"]["name"]
+        if name not in self.trials:
+            self.trials[name] = cast(Trial, _Named(name, trial.config))
+            self.scheduler.on_trial_add(tune_controller, self.trials[name])
+
+    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
+        """The decision of the scheduler."""
+        return self.scheduler.on_trial_result(tune_controller, self._known(trial), result)
+
+    def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
+        """Tell the scheduler the last value."""
+        self.scheduler.on_trial_complete(tune_controller, self._known(trial), result)
+
+    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
+        """Keep the values that it has reported: it continues, or they still measure others."""
+
+    def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
+        """See `on_trial_error`."""
+
+    def debug_string(self) -> str:
+        """For Tune's log."""
+        return self.scheduler.debug_string()
+
+    def _known(self, trial: Trial) -> Trial:
+        return self.trials[trial.config["assignment"]["name"]]
+
+
+def replay(scheduler: TrialScheduler, trials: list[FrozenTrial]) -> None:
+    """Show a new scheduler the values of earlier trials, so that a resumed search prunes as if never interrupted.
+
+    Trials that are not finished are shown, too: they continue, and are compared at the epochs that they have done. The
+    published trial is left out, as in a search that was not interrupted: it reports no `TIME`.
+    """
+    # Only schedulers that pause trials use the controller.
+    controller = cast(TuneController, None)
+    for trial in trials:
+        values = reported(trial)
+        if not values or trial.user_attrs.get(LABEL) == PUBLISHED:
+            continue
+        name = trial_name(trial.number)
+        shown = cast(Trial, _Named(name, {"assignment": {"name": name}}))
+        scheduler.on_trial_add(controller, shown)
         result: Result = {}
-        for epochs, value in sorted(reported(trial).items()):
+        for epochs, value in sorted(values.items()):
             result = {TIME: epochs, METRIC: value}
-            scheduler.on_trial_result(controller, stand_in, result)
-        if result:
-            scheduler.on_trial_complete(controller, stand_in, result)
+            scheduler.on_trial_result(controller, shown, result)
+        if trial.state.is_finished():
+            scheduler.on_trial_complete(controller, shown, result)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from core.config import Settings, flatten, merge, resolve, with_absent
 from core.errors import UserError
 from core.lookup import look_up
 from core.objectives import OBJECTIVES
+from core.report.answer.record import reported
 from core.run_names import LABEL, OUTSIDE, OUTSIDE_LABEL, REASON, STUDY, VALUE_AT
 from core.tasks import TASKS
 from distributed.search.samplers import make_sampler
@@ -135,6 +136,19 @@ def report_value(trial: optuna.Trial, value: float, epochs: int) -> None:
         trial.report(value, step=epochs)
     else:
         trial.set_user_attr(f"{VALUE_AT}{epochs}", value)
+
+
+def report_missing(study: optuna.Study, trial: FrozenTrial, values: Mapping[int, float]) -> None:
+    """Record what an unfinished trial has done and the study does not know, because the search was killed in between.
+
+    Args:
+        study: the study of the trial.
+        trial: a trial that continues.
+        values: the finite values that it has answered, by the epochs done in all cells.
+    """
+    known, open_trial = reported(trial), optuna.Trial(study, trial._trial_id)
+    for epochs in sorted(values.keys() - known.keys()):
+        report_value(open_trial, values[epochs], epochs)
 
 
 def report_cells(trial: optuna.Trial, values: list[float]) -> None:

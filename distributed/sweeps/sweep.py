@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from core.tasks import TASKS
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.run.access import AccessRecord
-from distributed.run.assignment import assign, trial_name
+from distributed.run.assignment import assign, read_progress, trial_name
 from distributed.run.folder import RunFolder, create_run, keep_best, write_splits
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
@@ -42,7 +43,14 @@ from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID, grid_points, sampler_note
 from distributed.search.schedulers import Wilcoxon, make_scheduler, pruner_threshold, replay
 from distributed.search.searcher import Judgement, Proposals, StudySearch
-from distributed.search.study import best_trial, enqueue, open_study, published_parameters, read_points
+from distributed.search.study import (
+    best_trial,
+    enqueue,
+    open_study,
+    published_parameters,
+    read_points,
+    report_missing,
+)
 from distributed.slots.cluster import check_shared, connect, fit_slots
 from distributed.slots.slot import Slot, Workers, pack
 from distributed.sweeps import tables
@@ -165,7 +173,7 @@ class Sweep:
         """Evolve the population if there is one, then search, in slots."""
         request = self.request
         scheduler = make_scheduler(request.scheduler, self.search.epochs, len(request.cells))
-        replay(scheduler, self._finished())
+        replay(scheduler, self._earlier())
         workers, slots = fit_slots(
             request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials, self.console
         )
@@ -204,6 +212,16 @@ class Sweep:
         found = (best.values[0], trial_name(best.number)) if best else None
         display.count_earlier(len(self._finished()), found)
         return display
+
+    def _earlier(self) -> list[optuna.trial.FrozenTrial]:
+        """The trials of earlier sessions with all values that they have answered."""
+        unfinished = [] if self.evolves else self.study.get_trials(False, (TrialState.RUNNING,))
+        for trial in unfinished:
+            done = enumerate(read_progress(self.folder.trial(trial_name(trial.number)))["history"], start=1)
+            answered = {epochs: row.get("value", math.nan) for epochs, row in done}
+            known = {epochs: value for epochs, value in answered.items() if math.isfinite(value)}
+            report_missing(self.study, trial, known)
+        return self.study.get_trials(deepcopy=False)
 
     def _finished(self) -> list[optuna.trial.FrozenTrial]:
         return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]

@@ -144,6 +144,7 @@ class Trial:
         if outcome and last_epoch:
             self._finish_cell(training, outcome)
         answer = cast(Answer, row) | standing(self.assignment, self.history, self.finished, value)
+        row["value"] = answer["value"]
         if answer["done"]:
             self.answer = answer
         self._save()
