@@ -170,8 +170,8 @@ MUTANTS = (
     Mutant(
         "the published trial may be stopped early",
         "distributed/search/searcher.py",
-        "(trial.number), settings, prunable)",
-        "(trial.number), settings, True)",
+        "settings, trial.user_attrs.get(LABEL) != PUBLISHED)",
+        "settings, True)",
         ("tests/test_search.py::test_only_the_published_trial_is_safe_from_pruning",),
     ),
     Mutant(
@@ -187,6 +187,15 @@ MUTANTS = (
         'wanted == "bfloat16" and device.type == "cpu"',
         'wanted == "bfloat16" and device.type == "mps"',
         ("tests/test_trial.py::test_bfloat16_on_a_cpu_is_refused",),
+    ),
+    Mutant(
+        "every worker has a batch norm of its own, and only the first one's is saved",
+        "distributed/training/loop.py",
+        "            synchronise_batch_norm(self.model, place.device)",
+        "            pass",
+        (
+            "tests/test_several_workers.py::test_a_trial_of_two_workers_that_is_continued_ends_with_the_same_numbers",
+        ),
     ),
 )
 

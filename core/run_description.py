@@ -79,6 +79,22 @@ class SearchChange(_Part):
     """The number of enqueued trials that the new space does not contain."""
 
 
+class Look(_Part):
+    """A look at the held-out subjects: refits of the search's winner and of the baselines."""
+
+    when: str
+    """ISO 8601, UTC."""
+    trials: int | None = None
+    """How many trials of the search had ended; None if it was not recorded."""
+    winner: int | None = None
+    """The number of the trial that was refitted."""
+
+    def in_words(self) -> str:
+        """When, and after how many trials."""
+        known = "" if self.trials is None else f", after {self.trials} trial{'' if self.trials == 1 else 's'}"
+        return f"{self.when[:16].replace('T', ' ')} UTC{known}"
+
+
 class RunDescription(_Part):
     """The content of run.json."""
 
@@ -101,6 +117,8 @@ class RunDescription(_Part):
     """The request: values by the names of the options."""
     study: str = STUDY
     changes: tuple[SearchChange, ...] = ()
+    looks: tuple[Look, ...] = ()
+    """Empty in runs of version 0.2 and before."""
     best: BestTrial | None = None
     ended: str | None = None
     """Why the search ended before its last trial."""

@@ -39,6 +39,50 @@ def test_a_spent_budget_stops_trials_but_neither_refits_nor_what_is_done():
     assert spent.reason == "the time budget of 5 s was used up"
 
 
+def test_a_trial_may_finish_its_cell_when_little_is_left_of_it():
+    """Of 100 s one tenth is near: 9 of 12 epochs of 3 s are done, and 9 s are left; of 8 epochs 12 s are."""
+    spent = Budget(deadline=0.0, seconds=100.0)
+    assert not spent("a", result(seconds=63.0, epoch=9, progress=9 / 12, epochs=12 + 9))
+    assert spent("a", result(seconds=60.0, epoch=8, progress=8 / 12, epochs=12 + 8))
+    assert spent(
+        "a", result(seconds=72.0, epoch=12, progress=1.0, epochs=24)
+    )  # the cell is done: no next one
+    hours = Budget(accelerator_hours=0.02, devices=2.0, used={"0001": 100.0})
+    assert not hours(
+        "a", result(seconds=30.0, epoch=10, progress=10 / 11, epochs=10)
+    )  # 3 s of 2 devices are near
+    assert hours("a", result(seconds=30.0, epoch=5, progress=5 / 11, epochs=5))
+
+
+def test_one_trial_is_completed_whatever_the_budget_says():
+    spent = Budget(deadline=0.0, seconds=5.0, completes="0000", epochs=24)
+    assert not spent("a", result("0000", 9.0, epochs=1, progress=0.1, epoch=1))
+    assert spent("b", result("0001", 9.0, epochs=1, progress=0.1, epoch=1))
+
+
+@pytest.mark.parametrize(("each", "refused"), [(3.9, False), (6.0, True)])
+def test_a_sweep_whose_first_trial_ends_far_beyond_the_budget_is_refused_with_the_figures(each, refused):
+    """22 more epochs of 3.9 s are about 86 s, of 6 s 132 s; twice the budget of 50 s is 100 s."""
+    budget = Budget(seconds=50.0, completes="0000", epochs=24)
+    for epochs in (1, 2):  # the first epoch also warms up, and does not count
+        budget(
+            "a", result("0000", 30.0 + each * (epochs - 1), epochs=epochs, progress=epochs / 12, epoch=epochs)
+        )
+        assert budget.hopeless is None or epochs == 2
+    assert (budget.hopeless is not None, budget.interrupted) == (refused, refused)
+    if refused:
+        assert "(24 epochs in all, 6 s each) needs about 132 s, more than 2 times" in budget.hopeless
+        assert "--time-budget 133" in budget.hopeless
+
+
+def test_accelerator_hours_of_the_first_trial_are_projected_with_what_it_used_before():
+    budget = Budget(accelerator_hours=0.05, devices=2.0, completes="0000", epochs=24)
+    budget("a", result("0000", 100.0, epochs=10, progress=0.5, epoch=10))
+    budget("a", result("0000", 110.0, epochs=11, progress=0.6, epoch=11))
+    hours = (110 + 13 * 10) * 2 / 3600
+    assert f"needs about {hours:.2g} CPU-hours, more than 2 times the 0.05" in budget.hopeless
+
+
 def test_accelerator_hours_are_those_of_all_trials_times_the_devices_of_a_slot():
     budget = Budget(accelerator_hours=1.0, devices=4.0, unit="GPU", used={"0000": 1200.0})
     assert not budget("b", result("0001", 100.0))

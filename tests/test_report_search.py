@@ -8,7 +8,7 @@ import pytest
 from fake_run import make_run
 
 from core.objectives import COST
-from core.report.answer.findings import caveats
+from core.report.answer.findings import caveats, verdict_lines
 from core.report.answer.front import front_table, pareto_front
 from core.report.answer.honesty import access_line, change_lines, measured_again, optimism
 from core.report.answer.record import RunRecord, read_run
@@ -131,6 +131,26 @@ def test_a_changed_search_is_told_and_so_is_a_second_look(finished, tmp_path):
     assert "after 24 trials: 24 trials become 40. 2 trials lay outside" in line
     assert any("were looked at 2 times" in each for each in caveats(record))
     assert change_lines(read_run(finished)) == []
+
+
+def test_every_look_is_told_and_marks_the_verdict(finished, tmp_path):
+    first = {"when": "2026-11-20T10:00:00+00:00", "trials": 6, "winner": 2}
+    once = with_repeats(finished, tmp_path / "once", looks=[first])
+    assert any(
+        "looked at once, after the search (2026-11-20 10:00 UTC, after 6 trials)" in each
+        for each in caveats(once)
+    )
+    assert not any("went on" in each for each in verdict_lines(once))
+    looks = [first, {"when": "2026-11-21T10:00:00+00:00", "trials": 24, "winner": 4}]
+    twice = with_repeats(finished, tmp_path / "twice", looks=looks)
+    assert any(
+        "looked at 2 times (2026-11-20 10:00 UTC, after 6 trials; 2026-11-21 10:00 UTC, after 24 trials)"
+        in each
+        for each in caveats(twice)
+    )
+    assert "went on after the held-out subjects had been looked at" in verdict_lines(twice)[1]
+    page = render(twice)
+    assert "went on after the held-out subjects" in page
 
 
 def test_a_page_of_several_objectives_has_the_front_and_names_the_first(finished, tmp_path):

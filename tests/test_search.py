@@ -111,6 +111,29 @@ def test_interrupted_is_neither_and_can_be_continued(study, budget):
     assert (trial.state, trial.value, trial.intermediate_values) == (TrialState.COMPLETE, 7.0, {1: 9.0})
 
 
+def test_a_spent_budget_still_begins_the_published_configuration_and_nothing_else(study):
+    study.enqueue_trial({"optimiser.learning_rate": 1e-4}, user_attrs={"label": "published"})
+    study.enqueue_trial({"optimiser.learning_rate": 1e-3}, user_attrs={"label": "enqueued"})
+    search = searcher(study, budget=Budget(deadline=0.0))
+    assert search.suggest("a")["assignment"]["name"] == "0000"
+    assert search.budget.completes == "0000"
+    assert search.suggest("b") is None
+    search.on_trial_complete("a", result(8.0, 2, n=2, finished=True, done=True))
+    assert search.suggest("c") == Searcher.FINISHED
+    assert states(study) == [TrialState.COMPLETE, TrialState.WAITING]
+
+
+def test_without_a_published_configuration_the_first_trial_is_completed(study):
+    search = searcher(study)
+    for name in "ab":
+        search.suggest(name)
+    running = study.get_trials()
+    again = searcher(study, budget=Budget(deadline=0.0), continued=running[::-1])
+    assert again.suggest("x")["assignment"]["name"] == again.budget.completes == "0000"
+    assert again.suggest("y") is None
+    assert [trial.number for trial in again.proposals.continued] == [1]
+
+
 def test_a_budget_that_is_spent_does_not_hide_what_finished(study):
     search = searcher(study, budget=Budget())
     search.suggest("a")

@@ -69,9 +69,11 @@ def test_the_users_own_configuration_comes_after_the_published_one(swept):
 def test_no_process_read_a_held_out_subject_before_the_search_was_over(swept):
     folder, _ = swept
     roles = pd.read_csv(folder / "splits.csv", dtype=str).set_index("subject")["role"]
-    parts = [pd.read_csv(path, names=["time", "row", "fold"]) for path in (folder / "access").glob("*.csv")]
+    names = ["time", "trial", "fold", "seed", "row"]
+    parts = [pd.read_csv(path, names=names) for path in (folder / "access").glob("*.csv")]
     assert len(parts) == 2  # a worker of each slot
-    reads = pd.concat(parts)
+    reads = pd.concat(parts).assign(row=lambda table: table["row"].astype(str).str.split()).explode("row")
+    reads["row"] = reads["row"].astype(int)
     held_out = reads[reads["row"].map(lambda row: roles.iloc[row] == "holdout")]
     assert set(held_out["fold"]) == {-1}
     assert set(reads["row"]) == set(range(30))  # the record is no empty promise: everyone was read by someone

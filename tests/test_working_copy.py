@@ -19,7 +19,7 @@ from core.run_names import CHECKPOINT
 from distributed.batches.in_process import InMemory
 from distributed.run import working_copy
 from distributed.run.access import AccessRecord, read_access
-from distributed.run.assignment import HOLDOUT, assign
+from distributed.run.assignment import HOLDOUT, Cell, assign
 from distributed.run.lock import claim
 from distributed.run.working_copy import (
     SCRATCH,
@@ -177,10 +177,10 @@ def test_a_refit_leaves_its_predictions_and_its_model_at_the_address(run, subjec
 
 
 def test_first_reads_are_noted_at_the_address(run):
-    AccessRecord(run / "access").note([3, 1], fold=0)
+    AccessRecord(run / "access").note([3, 1], Cell(0, 0, "0000"))
     another_machine(run)
     bring(run / "access")
-    assert read_access(run / "access")["row"].tolist() == [3, 1]
+    assert read_access(run / "access")["row"].tolist() == [1, 3]
 
 
 def test_a_store_that_cannot_be_written_stops_the_sweep_and_not_only_the_trial(run, subjects, monkeypatch):

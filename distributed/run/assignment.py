@@ -31,6 +31,8 @@ class Cell:
 
     fold: int
     seed: int
+    trial: str = ""
+    """The name of the trial, for the records of access."""
 
 
 class Assignment(TypedDict):

@@ -69,7 +69,7 @@ class RunFolder:
 
     @property
     def access(self) -> Path:
-        """The folder in which workers note the first use of every subject."""
+        """The folder in which workers note every use of a subject."""
         return self.path / ACCESS
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,10 @@ from core.errors import UserError
 from core.lookup import look_up
 from distributed.run.assignment import HOLDOUT
 
+NEAR = 0.1
+"""A trial may finish its cell beyond a budget if this takes at most this share of the budget."""
+HOPELESS = 2.0
+"""A sweep is refused if the trial that is always completed would end beyond so many times the budget."""
 FEWEST_TRIALS = 20
 """The number of completed trials before a terminator is asked, as in Optuna."""
 
@@ -68,7 +73,8 @@ class Budget(tune.Stopper):
 
     The clock of `seconds` starts with the first result, because the start of the slots is not search time. Accelerator
     time is the time of the epochs, multiplied by the devices of a slot; it includes earlier sessions of the run. Refits
-    count for neither of them.
+    count for neither of them. A spent budget stops running trials, except the one that `completes`, and those that are
+    near the end of their cell.
     """
 
     seconds: float | None = None
@@ -83,6 +89,15 @@ class Budget(tune.Stopper):
     """The accelerator-seconds that each trial has used so far, by its name."""
     beyond: set[str] = field(default_factory=set)
     """The ids in Tune of what is not part of the budget: refits, and the repetition of the winner."""
+    completes: str = ""
+    """The name of the trial that runs to its end whatever the budget says, so that there is a result."""
+    epochs: int = 0
+    """The epochs of a whole trial, over all cells."""
+    hopeless: str | None = None
+    """Why the sweep is refused: even that one trial would end far beyond the budget."""
+    spent_before: float | None = None
+    """The seconds that this trial had used at its last answer in this session; None before its first one."""
+    checked: bool = False
 
     @property
     def hours_used(self) -> float:
@@ -104,6 +119,8 @@ class Budget(tune.Stopper):
     @property
     def reason(self) -> str | None:
         """Why the search ended before its last trial; None if it did not."""
+        if self.hopeless is not None:
+            return self.hopeless
         if self.interrupted:
             return "interrupted"
         if self.unlikely:
@@ -120,7 +137,52 @@ class Budget(tune.Stopper):
             self.deadline = time.time() + self.seconds
         if "spent_seconds" in result:
             self.used[result["name"]] = result["spent_seconds"] * self.devices
-        return self.spent and not result["done"]
+        if self.completes and result.get("name") == self.completes:
+            self._refuse_if_hopeless(result.get("spent_seconds", 0.0), result.get("epochs", 0))
+            return False
+        return self.spent and not result["done"] and not self._finishes_soon(result)
+
+    def _refuse_if_hopeless(self, spent: float, epochs: int) -> None:
+        """Asked at the second answer of this session, because the first epoch also warms up.
+
+        Args:
+            spent: seconds that the trial has used so far.
+            epochs: its epochs so far, over all cells.
+        """
+        before, self.spent_before = self.spent_before, spent
+        left = self.epochs - epochs
+        if before is None or self.checked or left <= 0:
+            return
+        self.checked = True
+        each = spent - before
+        seconds = left * each + (
+            time.time() - self.deadline + self.seconds if self.deadline and self.seconds else 0
+        )
+        hours = (spent + left * each) * self.devices / 3600
+        trial = f"the first configuration alone ({self.epochs} epochs in all, {each:.2g} s each)"
+        if self.seconds is not None and seconds > HOPELESS * self.seconds:
+            self.hopeless = (
+                f"{trial} needs about {seconds:.0f} s, more than {HOPELESS:g} times the time budget of "
+                f"{self.seconds:g} s; give --time-budget {math.ceil(seconds)} or more"
+            )
+        elif self.accelerator_hours is not None and hours > HOPELESS * self.accelerator_hours:
+            self.hopeless = (
+                f"{trial} needs about {hours:.2g} {self.unit}-hours, more than {HOPELESS:g} times the "
+                f"{self.accelerator_hours:g} of the budget; give --accelerator-hours {hours:.2g} or more"
+            )
+        self.interrupted = self.interrupted or self.hopeless is not None
+
+    def _finishes_soon(self, result: dict[str, Any]) -> bool:
+        """Whether the rest of the cell takes at most the share `NEAR` of each budget that was set."""
+        progress = result.get("progress", 1.0)
+        if progress >= 1.0:
+            return False
+        epochs_left = result["epoch"] * (1.0 / progress - 1.0)
+        seconds_left = epochs_left * result["spent_seconds"] / result["epochs"]
+        soon = [seconds_left <= NEAR * self.seconds] if self.seconds is not None else []
+        if self.accelerator_hours is not None:
+            soon.append(seconds_left * self.devices / 3600 <= NEAR * self.accelerator_hours)
+        return all(soon)
 
     def stop_all(self) -> bool:
         """Whether to stop everything; Tune asks this between results."""

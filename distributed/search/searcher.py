@@ -36,7 +36,7 @@ from core.run_names import (
 from distributed.run.assignment import Answer, Assignment, forget_checkpoint, trial_name
 from distributed.search.budget import Budget, judge_improvement
 from distributed.search.schedulers import METRIC, Wilcoxon
-from distributed.search.study import report_cells, report_value, trials_begun
+from distributed.search.study import certain_trial, report_cells, report_value, trials_begun
 from search_spaces.points import Space
 
 SLOT_CRASHES = 2
@@ -187,11 +187,25 @@ class StudySearch(tune.search.Searcher):
     def _next_trial(self) -> optuna.Trial | None:
         proposals = self.proposals
         if self.budget.is_over:
-            return None
+            return self._owed()
         if proposals.continued:
             unfinished = proposals.continued.pop(0)
             return optuna.Trial(proposals.study, unfinished._trial_id)
         return proposals.study.ask() if trials_begun(proposals.study) < proposals.trials else None
+
+    def _owed(self) -> optuna.Trial | None:
+        """The trial that is completed whatever the budget says, if it has not begun in this session."""
+        study, continued = self.proposals.study, self.proposals.continued
+        owed = certain_trial(study)
+        if self.budget.interrupted or owed is None or owed.state.is_finished():
+            return None
+        if owed.state == TrialState.WAITING:
+            return study.ask()
+        unfinished = next((trial for trial in continued if trial.number == owed.number), None)
+        if unfinished is None:
+            return None
+        continued.remove(unfinished)
+        return optuna.Trial(study, unfinished._trial_id)
 
     def _assignment(self, trial: optuna.Trial) -> Assignment:
         """The assignment of a trial. Its resolved settings are recorded before anything runs."""
@@ -202,8 +216,10 @@ class StudySearch(tune.search.Searcher):
             trial.set_user_attr(SETTINGS, json.dumps(settings))
         else:
             settings = json.loads(recorded)
-        prunable = trial.user_attrs.get(LABEL) != PUBLISHED
-        return self.proposals.assignment(trial_name(trial.number), settings, prunable)
+        name, certain = trial_name(trial.number), certain_trial(self.proposals.study)
+        if certain is not None and certain.number == trial.number:
+            self.budget.completes = name
+        return self.proposals.assignment(name, settings, trial.user_attrs.get(LABEL) != PUBLISHED)
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:

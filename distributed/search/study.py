@@ -21,7 +21,7 @@ from core.errors import UserError
 from core.lookup import look_up
 from core.objectives import OBJECTIVES
 from core.report.answer.record import reported
-from core.run_names import LABEL, OUTSIDE, OUTSIDE_LABEL, REASON, STUDY, VALUE_AT
+from core.run_names import LABEL, MEMBER, OUTSIDE, OUTSIDE_LABEL, PUBLISHED, REASON, STUDY, VALUE_AT
 from core.tasks import TASKS
 from distributed.search.samplers import make_sampler
 from search_spaces.points import Asked, OutsideSpaceError, Profile, Space, point_of, profile_of
@@ -242,6 +242,16 @@ def _without_notes(trial: FrozenTrial) -> FrozenTrial:
         key: value for key, value in trial.system_attrs.items() if key in KEPT_SYSTEM_ATTRIBUTES
     }
     return copied
+
+
+def certain_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The trial that no budget stops, so that every search has a result: the published one, or else the first one.
+
+    Members of a population are trained on one cell only, so none of them is a result.
+    """
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(LABEL) != MEMBER]
+    published = (trial for trial in trials if trial.user_attrs.get(LABEL) == PUBLISHED)
+    return next(published, min(trials, key=lambda trial: trial.number, default=None))
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:

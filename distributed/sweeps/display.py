@@ -28,6 +28,7 @@ VALUE_NAMES = {
     "openbhb_score": ("score", ""),
 }
 """The name of the value of a trial in the display, and its unit."""
+CUT = "cut by the budget, unfinished,"
 SCALARS = ("value", "mae", "loss", "learning_rate", "temperature", "width", "neighbours")
 
 
@@ -91,7 +92,7 @@ class Display(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """A trial has finished or was stopped early."""
-        self._end(trial, "stopped early")
+        self._end(trial, CUT if self.budget.spent else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """The workers of a trial crashed too often."""
@@ -111,7 +112,7 @@ class Display(tune.Callback):
         is_member = assignment.get("keep_every") is not None
         if how == "finished" and is_trial and not is_member and (self.best is None or value < self.best[0]):
             self.best = (value, name)
-        if is_trial:
+        if is_trial and how != CUT:
             self.done += 1
             self.overall.update(self.task, completed=self.done, best=self._best())
         if not self.console.is_terminal:

@@ -54,7 +54,7 @@ class Evolution:
         """Evolve the population; then enqueue the published configuration and the schedule that was found.
 
         Args:
-            budget: it may end the evolution early; then nothing is enqueued.
+            budget: it may end the evolution early; then only the published configuration is enqueued.
             executor: the slots; members wait until one is free.
 
         Returns:
@@ -82,9 +82,11 @@ class Evolution:
             _release_slots()
             if population.broken is not None:
                 return population.broken
-        if not budget.is_over:
-            with writing_to(self.folder.path):
+        with writing_to(self.folder.path):
+            if not budget.is_over:
                 self._try_next()
+            elif not budget.interrupted:
+                self._try_published()
         return None
 
     def _members(self) -> tuple[dict[str, Member], int]:
@@ -115,13 +117,18 @@ class Evolution:
             members[trial_name(number)] = begin_member(method, ranges, assignment)
         return members, 0
 
+    def _try_published(self) -> set[str | None]:
+        """Enqueue the published configuration, once; returns the labels of all trials before."""
+        labels = {trial.user_attrs.get(LABEL) for trial in self.study.get_trials(deepcopy=False)}
+        published = published_parameters(self.search.space, self.search.base)
+        if published is not None and PUBLISHED not in labels:
+            enqueue(self.study, [published], PUBLISHED)
+        return labels
+
     def _try_next(self) -> None:
         """Enqueue the published configuration and the schedule of the best member, once; write `schedule.yaml`."""
-        folder, search, study = self.folder, self.search, self.study
-        labels = {trial.user_attrs.get(LABEL) for trial in study.get_trials(deepcopy=False)}
-        published = published_parameters(search.space, search.base)
-        if published is not None and PUBLISHED not in labels:
-            enqueue(study, [published], PUBLISHED)
+        folder, study = self.folder, self.study
+        labels = self._try_published()
         best = best_member(study)
         if best is not None and FOUND not in labels:
             write_schedule(folder.path / SCHEDULE, best)

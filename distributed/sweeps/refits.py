@@ -12,6 +12,7 @@ from distributed.run.assignment import Assignment, assign
 from distributed.run.folder import RunFolder
 from distributed.run.working_copy import bring, forget, send
 from distributed.search.study import best_trial
+from distributed.sweeps.looks import record_look
 from distributed.sweeps.request import SweepRequest
 
 
@@ -41,16 +42,21 @@ def repetitions(folder: RunFolder, request: SweepRequest, study: optuna.Study) -
 
 
 def refits(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[Assignment]:
-    """The winner, the published configuration and the L1 baseline, each on all development subjects."""
+    """The winner, the published configuration and the L1 baseline, each on all development subjects.
+
+    Without a winner there is nothing to judge, so the held-out subjects stay unseen.
+    """
     base = folder.about.settings
     chosen = {
         "published": base,
         "l1": resolve(merge(base, {"objective.name": "l1"})).model_dump(mode="json"),
     }
     best = best_trial(study)
-    if best is not None:
-        _set_aside_former_winner(folder, best.number)
-        chosen = {"winner": json.loads(best.user_attrs[SETTINGS])} | chosen
+    if best is None:
+        return []
+    _set_aside_former_winner(folder, best.number)
+    record_look(folder, study, best.number)
+    chosen = {"winner": json.loads(best.user_attrs[SETTINGS])} | chosen
     return [
         assign(folder.refit(method), settings, request.refit_cells, keep_model=True)
         for method, settings in chosen.items()

@@ -22,6 +22,7 @@ from distributed.run.working_copy import bring_run, run_as_typed
 from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID
 from distributed.search.study import carry_over, open_study, trials_begun
+from distributed.sweeps.looks import looks_of, tell_looks
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.sweep import Sweep, held
@@ -88,6 +89,7 @@ def _go_on(sweep: Sweep) -> RunFolder:
         sweep.console.print(
             "note: the code has changed since this run began; later trials may not be comparable"
         )
+    tell_looks(folder, sweep.study, trials, sweep.console)
     return sweep.execute()
 
 
@@ -159,7 +161,7 @@ def _change(sweep: Sweep, recorded: SweepRequest, changed: list[str]) -> Sweep:
         when=now(),
         what=tuple(changed),
         after_trials=trials_begun(study),
-        holdout_seen=folder.refit("published").exists(),
+        holdout_seen=bool(looks_of(folder)),
     )
     if about.searched != search.profile.as_json():
         known = {each.study_name for each in optuna.get_all_study_summaries(study._storage)}

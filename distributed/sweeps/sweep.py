@@ -110,6 +110,10 @@ class Sweep:
                 self._run(searcher, budget)
             if searcher.broken is not None:
                 raise stopped(self.folder, searcher.broken)
+            if budget.hopeless is not None:
+                raise UserError(
+                    f"{budget.hopeless}; what is done is kept for `brainsweep resume {run_as_typed(self.folder.path)}`"
+                )
             return self.conclude(budget)
 
     def conclude(self, budget: Budget) -> RunFolder:
@@ -193,7 +197,7 @@ class Sweep:
                 evolution = Evolution(self.folder, request, self.search, self.study)
                 searcher.broken = evolution.run(budget, executor)
                 searcher.proposals.trials = len(self.study.get_trials(deepcopy=False))
-            if not (evolves and budget.is_over):
+            if not budget.interrupted:
                 tuner.fit()
 
     def _slot(self, workers: Workers) -> type[tune.Trainable]:
@@ -229,6 +233,7 @@ class Sweep:
     def _count_devices(self, budget: Budget, workers: Workers) -> None:
         """Tell the budget the devices of a slot, and what the trials of earlier sessions have used."""
         budget.unit = "GPU" if workers.gpus else "CPU"
+        budget.epochs = self.search.epochs * len(self.request.cells)
         budget.devices = workers.count * (workers.gpus or workers.cpus)
         budget.used = tables.accelerator_seconds(self.folder, self.study, budget.devices)
 

@@ -46,11 +46,19 @@ def accelerator_seconds(folder: RunFolder, study: optuna.Study, devices: float) 
 
 
 def write_access(folder: RunFolder, cohort: Cohort) -> None:
-    """Write access.csv: when the voxels of each subject were first used, and for which fold (-1: a refit)."""
-    first = read_access(folder.access)
-    subjects = cohort.manifest["subject"].iloc[first["row"].astype(int)].to_numpy()
-    when = pd.to_datetime(first["time"].astype(float), unit="s", utc=True)
-    table = pd.DataFrame({"subject": subjects, "first_read": when, "fold": first["fold"]})
+    """Write access.csv: when the voxels of each scan were first and last used, for every fold (-1: refits)."""
+    used = read_access(folder.access)
+    subjects = cohort.manifest["subject"].iloc[used["row"].astype(int)].to_numpy()
+    first, last = (pd.to_datetime(used[name].astype(float), unit="s", utc=True) for name in ("first", "last"))
+    table = pd.DataFrame(
+        {
+            "subject": subjects,
+            "first_read": first,
+            "fold": used["fold"],
+            "last_read": last,
+            "uses": used["uses"],
+        }
+    )
     table.to_csv(folder.path / "access.csv", index=False)
 
 

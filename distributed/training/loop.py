@@ -167,7 +167,7 @@ class CellTraining:
 
     def _prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
         """Normalised volumes (n, C, X, Y, Z), float32, on the device, from the `stored` volumes with all channels."""
-        self.subjects.note(rows, self.cell.fold)
+        self.subjects.note(rows, self.cell)
         volumes = stored[:, self.channels].to(self.place.device).float()
         if self.subjects.scales is not None:
             scales = torch.as_tensor(self.subjects.scales[rows][:, self.channels], device=self.place.device)
@@ -199,7 +199,7 @@ class CellTraining:
         """Intensity statistics of this cell's training subjects."""
         if self.settings.data.normalise != "training":
             return None
-        self.subjects.note(self.training_rows, self.cell.fold)
+        self.subjects.note(self.training_rows, self.cell)
         return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
 
     def _temperature(self, progress: float) -> float:

@@ -13,7 +13,7 @@ from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Volumes
 from distributed.batches.plan import Rows
 from distributed.run.access import AccessRecord
-from distributed.run.assignment import HOLDOUT
+from distributed.run.assignment import HOLDOUT, Cell
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Subjects:
     scales: np.ndarray | None = None
     """Factors (rows, C) from stored to real values; None if stored values are the real values."""
     access: AccessRecord | None = None
-    """Where the first use of every subject is noted; it is not noted if None."""
+    """Where the uses of every subject are noted; they are not noted if None."""
 
     @classmethod
     def of(
@@ -44,10 +44,10 @@ class Subjects:
             access,
         )
 
-    def note(self, rows: Rows, fold: int) -> None:
-        """Note that a cell of `fold` uses these rows now; see `access`."""
+    def note(self, rows: Rows, cell: Cell) -> None:
+        """Note that `cell` uses these rows now; see `access`."""
         if self.access is not None:
-            self.access.note(rows, fold)
+            self.access.note(rows, cell)
 
     def rows_of(self, fold: int) -> tuple[Rows, Rows]:
         """(training rows, evaluation rows) of a fold; only the fold `HOLDOUT` evaluates on the hold-out."""

@@ -112,7 +112,7 @@ class Trial:
     def __init__(self, assignment: Assignment, subjects: Subjects, place: Place) -> None:
         self.assignment, self.subjects, self.place = assignment, subjects, place
         self.settings = resolve(assignment["settings"])
-        self.cells = [Cell(**cell) for cell in assignment["cells"]]
+        self.cells = [Cell(**cell, trial=assignment["name"]) for cell in assignment["cells"]]
         self.folder = Path(assignment["folder"])
         self.history: list[EpochRow] = []
         self.finished: list[CellRow] = []

@@ -5,13 +5,19 @@ from __future__ import annotations
 import pandas as pd
 
 from core.report.answer.front import front_in_words
-from core.report.answer.honesty import access_line, change_lines, optimism, schedule_line
+from core.report.answer.honesty import (
+    access_line,
+    change_lines,
+    looks_in_words,
+    optimism,
+    schedule_line,
+)
 from core.report.answer.importance import importances_of
 from core.report.answer.population import has_population, is_member, population_in_words, steps_in_words
 from core.report.answer.record import NothingToShow, RunRecord
 from core.report.answer.subjects import held_out
 from core.report.answer.tables import count, mean_and_sd
-from core.report.answer.verdict import beating_the_median, comparisons, verdict
+from core.report.answer.verdict import after_a_look, beating_the_median, comparisons, verdict
 from core.run_names import MEDIAN, WINNER
 
 
@@ -63,10 +69,16 @@ def verdict_lines(record: RunRecord) -> list[str]:
         return []
     lines = [verdict(record.predictions), *(each.sentence() for each in comparisons(record.predictions))]
     if record.best is not None and record.best == record.published:
-        lines.insert(
-            1, "The search found nothing better than the published configuration, which is its winner."
-        )
+        lines.insert(1, _published_wins(record))
+    if looked := after_a_look(record.about.looks):
+        lines.insert(1, looked)
     return lines
+
+
+def _published_wins(record: RunRecord) -> str:
+    if (record.trials["state"] == "COMPLETE").sum() == 1:
+        return "Only the published configuration was completed: it is the winner, because nothing was compared with it."
+    return "The search found nothing better than the published configuration, which is its winner."
 
 
 def caveats(record: RunRecord) -> list[str]:
@@ -140,15 +152,9 @@ def _one_look(record: RunRecord) -> str:
     if record.holdout.empty:
         return "The held-out subjects have not been used: no number here is an estimate for new people."
     return (
-        f"The held-out subjects were looked at {_looks(record)}, after the search. {access_line(record)} "
+        f"The held-out subjects were looked at {looks_in_words(record)}. {access_line(record)} "
         "If you change something because of this page and run again, you have tuned on them."
     )
-
-
-def _looks(record: RunRecord) -> str:
-    """How often the hold-out was used: once, and once more after each change of a search that had used it."""
-    before = sum(change.holdout_seen for change in record.about.changes)
-    return "once" if not before else f"{before + 1} times"
 
 
 def _single_refit(record: RunRecord) -> str:

@@ -116,7 +116,7 @@ def _spread(values: pd.Series) -> str:
 
 
 def access_line(record: RunRecord) -> str:
-    """When the first held-out subject was read, and by which part of the run; empty without access records."""
+    """When held-out subjects were first and last read, and by which part of the run; empty without records."""
     if record.access.empty or record.splits.empty:
         return ""
     held_out = set(record.splits.loc[record.splits["role"] == "holdout", "subject"])
@@ -129,7 +129,21 @@ def access_line(record: RunRecord) -> str:
     if by_search.any():
         people = record.access.loc[by_search, "subject"].nunique()
         return f"{read}. {count(people, 'held-out subject')} WERE READ BY THE SEARCH: its result is void."
-    return f"{read}; the first held-out one at {of_held_out.min():%Y-%m-%d %H:%M:%S} UTC, by a refit."
+    times = f"the first held-out one at {of_held_out.min():%Y-%m-%d %H:%M:%S} UTC"
+    if "last_read" in record.access and len(record.about.looks) > 1:
+        last = pd.to_datetime(record.access["last_read"], utc=True)
+        times += f", the last at {last[record.access['subject'].isin(held_out)].max():%Y-%m-%d %H:%M:%S} UTC"
+    return f"{read}; {times}, by a refit."
+
+
+def looks_in_words(record: RunRecord) -> str:
+    """How often the hold-out was used, and when: `2 times (2026-11-20 09:14 UTC, after 6 trials; …)`."""
+    looks, before = record.about.looks, sum(change.holdout_seen for change in record.about.changes)
+    if not looks:
+        # Version 0.2 and before: once, and once more after each change of a search that had used it.
+        return "once, after the search" if not before else f"{before + 1} times"
+    times = "once, after the search" if len(looks) == 1 else f"{len(looks)} times"
+    return f"{times} ({'; '.join(look.in_words() for look in looks)})"
 
 
 def change_lines(record: RunRecord) -> list[str]:

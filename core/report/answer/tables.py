@@ -14,7 +14,7 @@ from rich.table import Table
 from core.report.answer.describe import describe, is_absent, number
 from core.report.answer.population import found_in_words, found_schedule, values_of
 from core.report.answer.record import NO_SETTINGS, RunRecord
-from core.report.answer.verdict import comparisons, error_interval, verdict
+from core.report.answer.verdict import after_a_look, comparisons, error_interval, verdict
 from core.run_names import FOUND, MEMBER, METHODS, PUBLISHED
 
 ABSENT = "–"
@@ -187,6 +187,8 @@ def print_leaderboard(console: Console, record: RunRecord) -> None:
     title = "Held-out subjects (MAE in years, mean ± SD over refit seeds; its interval over subjects)"
     console.print(_rich(holdout_table(record.holdout, record.predictions), title, None))
     console.print(escape(verdict(record.predictions)), style="bold")
+    if looked := after_a_look(record.about.looks):
+        console.print(escape(looked), style="bold")
     for comparison in comparisons(record.predictions):
         console.print(f"  {escape(comparison.sentence())}")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
 
 from core.evaluation.bootstrap import FEWEST, studentised_interval
+from core.run_description import Look
 from core.run_names import L1, MEDIAN, PUBLISHED, WINNER
 
 IN_WORDS = {
@@ -146,6 +148,16 @@ def verdict(predictions: pd.DataFrame) -> str:
             f" What does beat {IN_WORDS[MEDIAN]}: {_listed([IN_WORDS[each] for each in beating], 'and')}."
         )
     return sentence
+
+
+def after_a_look(looks: Sequence[Look]) -> str:
+    """A warning beside the verdict of a search that went on after a look at the hold-out; empty if it did not."""
+    if len(looks) < 2:
+        return ""
+    return (
+        f"This search went on after the held-out subjects had been looked at ({looks[0].in_words()}). Whoever let "
+        "it go on could know that result, so the comparison is not independent of it."
+    )
 
 
 def _signed(value: float) -> str:

@@ -1,0 +1,48 @@
+"""The looks at the hold-out: each set of refits is one. After a look a search that goes on is no longer blind to it."""
+
+from __future__ import annotations
+
+import optuna
+from rich.console import Console
+
+from core.run_description import Look
+from distributed.run.folder import RunFolder, now
+
+
+def finished_trials(study: optuna.Study) -> int:
+    """How many trials of the search have ended."""
+    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+
+
+def record_look(folder: RunFolder, study: optuna.Study, winner: int) -> None:
+    """Record that refits look at the hold-out now. Refits that are continued, with the same trials known, are one look.
+
+    Args:
+        folder: of the run.
+        study: the search so far.
+        winner: the number of the trial that is refitted.
+    """
+    looks, trials = looks_of(folder), finished_trials(study)
+    if not looks or looks[-1].trials != trials:
+        folder.update(looks=(*looks, Look(when=now(), trials=trials, winner=winner)))
+
+
+def looks_of(folder: RunFolder) -> tuple[Look, ...]:
+    """The looks so far; version 0.2 recorded none, and had looked if a refit was begun."""
+    about = folder.about
+    if about.looks or not folder.refit("published").exists():
+        return about.looks
+    return (Look(when=about.finished or about.created, winner=about.refitted),)
+
+
+def tell_looks(folder: RunFolder, study: optuna.Study, trials: int, console: Console) -> None:
+    """Say before a search of `trials` goes on that its hold-out was seen, if more than the refits is left of it."""
+    looks = looks_of(folder)
+    if looks and finished_trials(study) < trials:
+        times = "once" if len(looks) == 1 else f"{len(looks)} times"
+        console.print(
+            f"note: the held-out subjects of this run were looked at {times} ({looks[-1].in_words()}). What the search "
+            "finds from here on comes after that look; the report will say so",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,95 @@
+"""What is recorded of the uses of subjects, and of the looks at the hold-out."""
+
+import io
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from rich.console import Console
+from small_cohort import write_small_cohort
+
+from core.run_names import LABEL, PUBLISHED, SETTINGS
+from distributed.run.access import AccessRecord, read_access
+from distributed.run.assignment import HOLDOUT, Cell
+from distributed.run.folder import create_run
+from distributed.sweeps.looks import looks_of, tell_looks
+from distributed.sweeps.refits import after_search
+from distributed.sweeps.request import SweepRequest
+
+
+def test_every_use_is_kept_not_the_first_of_each_row(tmp_path):
+    record = AccessRecord(tmp_path)
+    refit, trial = Cell(HOLDOUT, 1, "winner"), Cell(0, 0, "0003")
+    for cell in (refit, trial, refit):
+        record.note([4, 5], cell)
+        record.note([5], cell)  # the same cell: no other use
+    record.note([6], refit)
+    used = read_access(tmp_path).set_index(["row", "fold"])["uses"]
+    assert used.to_dict() == {(4, HOLDOUT): 2, (5, HOLDOUT): 2, (6, HOLDOUT): 1, (4, 0): 1, (5, 0): 1}
+
+
+def test_a_search_that_reads_a_held_out_row_after_a_refit_is_found(tmp_path):
+    """The first use of the row was that of the refit: a record of first uses would hide the second."""
+    record = AccessRecord(tmp_path)
+    record.note([7], Cell(HOLDOUT, 1, "winner"))
+    record.note([7], Cell(2, 0, "0009"))
+    assert set(read_access(tmp_path)["fold"]) == {HOLDOUT, 2}
+
+
+def test_records_of_version_0_2_are_read(tmp_path):
+    (tmp_path / "node-1.csv").write_text("10.5,3,0\n11.5,4,0\n20.0,9,-1\n")
+    table = read_access(tmp_path)[["row", "fold", "first", "uses"]]
+    assert table.to_numpy().tolist() == [
+        [3, 0, 10.5, 1],
+        [4, 0, 11.5, 1],
+        [9, -1, 20, 1],
+    ]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return create_run(
+        tmp_path / "run", "sweep", {}, {"task": "brain_age"}, write_small_cohort(tmp_path / "cohort", 6)
+    )
+
+
+def study_of(values, label=PUBLISHED):
+    study = optuna.create_study()
+    for value in values:
+        trial = study.ask()
+        trial.set_user_attr(LABEL, label)
+        trial.set_user_attr(SETTINGS, "{}")
+        study.tell(trial, value, state=TrialState.FAIL if value is None else None)
+    return study
+
+
+def test_without_a_winner_nobody_looks(run):
+    assert after_search(run, SweepRequest(), study_of([None, None])) == []
+    assert run.about.looks == ()
+
+
+def test_refits_that_are_continued_are_one_look_and_those_after_more_trials_another(run):
+    for values in ([5.0], [5.0], [5.0, 4.0]):
+        after_search(run, SweepRequest(), study_of(values))
+    assert [(look.trials, look.winner) for look in run.about.looks] == [(1, 0), (2, 1)]
+
+
+def test_resume_says_that_the_hold_out_was_seen_before_it_goes_on(run):
+    def told(trials):
+        console = Console(file=io.StringIO(), width=500)
+        tell_looks(run, study_of([5.0]), trials, console)
+        return console.file.getvalue()
+
+    assert told(trials=3) == ""
+    after_search(run, SweepRequest(), study_of([5.0]))
+    assert "were looked at once (" in told(trials=3)
+    assert "after 1 trial)" in told(trials=3)
+    assert told(trials=1) == ""  # only refits are left
+
+
+def test_a_run_of_version_0_2_that_was_refitted_has_been_looked_at(run):
+    run.update(finished="2026-11-20T09:00:00+00:00", refitted=3)
+    assert looks_of(run) == ()
+    run.refit("published").mkdir(parents=True)
+    (look,) = looks_of(run)
+    assert (look.when, look.winner, look.trials) == ("2026-11-20T09:00:00+00:00", 3, None)
