@@ -12,10 +12,13 @@ from core.evaluation.probes import (
     ALPHAS,
     REFERENCE_ALPHAS,
     AgeProbe,
+    chosen_penalty,
     errors_without_each_subject,
     fit_age_probe,
+    predictions_by_penalty,
     standardisation,
 )
+from core.tasks.brain_age import JudgedCell, cross_fit
 
 
 def unit_rows(subjects: int, features: int, seed: int = 0) -> np.ndarray:
@@ -189,3 +192,72 @@ def test_two_sessions_predict_new_people_no_worse_than_one() -> None:
             errors[name].append(float(np.abs(probe.predict(people[60:]) - ages[60:]).mean()))
         errors["median"].append(float(np.abs(np.median(ages[:60]) - ages[60:]).mean()))
     assert np.mean(errors["two"]) < 1.05 * np.mean(errors["one"]) < 0.9 * np.mean(errors["median"])
+
+
+@pytest.mark.parametrize("features", [5, 40])
+@pytest.mark.parametrize("scans", [[1] * 24, [1, 2, 3] * 8])
+def test_predictions_with_every_penalty_are_those_of_ridge_fitted_one_by_one(
+    features: int, scans: list[int]
+) -> None:
+    embeddings = with_sessions(unit_rows(24, features), scans)
+    embeddings = embeddings + np.random.default_rng(3).normal(0, 0.02, embeddings.shape)
+    ages, unseen = with_sessions(ages_of(unit_rows(24, features)), scans), unit_rows(7, features, seed=9)
+    subjects = np.repeat(np.arange(24), scans).astype(str)
+    predicted = predictions_by_penalty(embeddings, ages, unseen, subjects)
+    for alpha, found in zip(ALPHAS, predicted, strict=True):
+        mean, scale = embeddings.mean(axis=0), embeddings.std(axis=0)
+        weights = np.repeat(1 / np.array(scans), scans)
+        ridge = Ridge(alpha=alpha).fit((embeddings - mean) / scale, ages, sample_weight=weights)
+        np.testing.assert_allclose(found, ridge.predict((unseen - mean) / scale), rtol=1e-5)
+        probe = fit_age_probe(embeddings, ages, subjects, penalty=alpha)
+        assert probe.alpha == alpha
+        np.testing.assert_allclose(found, probe.predict(unseen), rtol=1e-5)
+
+
+def judged(fold: int, seed: int, people: int = 6) -> JudgedCell:
+    draws = np.random.default_rng([fold, seed])
+    subjects = np.repeat([f"{fold}-{index}" for index in range(people)], 2)
+    return JudgedCell(
+        fold, draws.normal(50, 10, (len(ALPHAS), 2 * people)), draws.uniform(20, 80, 2 * people), subjects
+    )
+
+
+def test_every_cell_has_the_penalty_that_is_best_in_the_cells_of_other_folds() -> None:
+    """Two seeds of three folds, by nested loops: the other seed of the same fold has the same people."""
+    cells = [judged(fold, seed) for seed in range(2) for fold in range(3)]
+    for cell, (metrics, predicted) in zip(cells, cross_fit(cells), strict=True):
+        errors = []
+        for place in range(len(ALPHAS)):
+            of_cells = []
+            for other in cells:
+                if other.fold == cell.fold:
+                    continue
+                of_people = []
+                for person in sorted(set(other.subjects)):
+                    of_scans = [
+                        abs(other.by_penalty[place][scan] - other.ages[scan])
+                        for scan in range(len(other.ages))
+                        if other.subjects[scan] == person
+                    ]
+                    of_people.append(sum(of_scans) / len(of_scans))
+                of_cells.append(sum(of_people) / len(of_people))
+            errors.append(sum(of_cells) / len(of_cells))
+        best = errors.index(min(errors))
+        assert metrics["penalty"] == ALPHAS[best]
+        assert (predicted == cell.by_penalty[best]).all()
+        assert metrics["mae"] == pytest.approx(
+            np.abs(predicted - cell.ages).reshape(-1, 2).mean(axis=1).mean()
+        )
+
+
+def test_nobody_has_a_part_in_the_penalty_for_the_own_prediction() -> None:
+    first, *others = (judged(fold, 0) for fold in range(3))
+    changed = JudgedCell(0, first.by_penalty, first.ages[::-1] + 30, first.subjects)
+    before, after = cross_fit([first, *others])[0], cross_fit([changed, *others])[0]
+    assert before[0]["penalty"] == after[0]["penalty"]
+    assert (before[1] == after[1]).all()
+
+
+def test_cells_of_one_fold_choose_nothing() -> None:
+    assert cross_fit([judged(0, 0), judged(0, 1)]) == []
+    assert chosen_penalty([np.arange(28.0), np.arange(28.0)[::-1] * 3]) == ALPHAS[-1]

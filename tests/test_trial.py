@@ -11,12 +11,13 @@ import torch
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
+from core.evaluation.probes import ALPHAS, fit_age_probe
 from core.evaluation.splits import make_splits
 from core.inference import load_predictor
 from distributed.batches.in_process import InMemory
-from distributed.run.assignment import HOLDOUT, assign
-from distributed.training.loop import learning_rate
-from distributed.training.subjects import Subjects
+from distributed.run.assignment import HOLDOUT, Cell, assign
+from distributed.training.loop import CellTraining, learning_rate
+from distributed.training.subjects import Place, Subjects
 from distributed.training.trial import Runner
 from search_spaces import published
 
@@ -74,10 +75,46 @@ def test_a_trial_visits_its_cells_in_order_and_its_value_is_their_mean(subjects,
     cells = json.loads((tmp_path / "0000" / "progress.json").read_text())["cells"]
     errors = [cell["mae"] for cell in cells]
     assert answers[0]["value"] == answers[0]["mae"]  # epochs of the first cell
-    assert answers[2]["value"] == errors[0]  # then whole cells
+    assert answers[2]["value"] == answers[1]["value"]  # then whole cells, here the first one
     assert answers[3]["value"] == pytest.approx(np.mean(errors))
     assert answers[3]["sd"] == pytest.approx(np.std(errors, ddof=1))
     assert answers[3]["n"] == 2
+
+
+def test_the_penalty_of_every_cell_is_that_of_the_other_fold_and_a_refit_takes_the_best_of_all(
+    subjects, tmp_path
+):
+    """From the predictions on disk and from probes fitted anew; the encoders are trained a second time."""
+    answers = run_all(Runner(subjects), assign(tmp_path / "0000", settings(), CELLS))
+    cells = json.loads((tmp_path / "0000" / "progress.json").read_text())["cells"]
+    curves = []
+    for cell in CELLS:
+        training = CellTraining(resolve(settings()), subjects, Cell(**cell), Place())
+        for _ in range(2):
+            training.run_epoch()
+        known, unseen = training._embed(training.training_rows), training._embed(training.evaluation_rows)
+        curves.append([])
+        for alpha in ALPHAS:
+            probe = fit_age_probe(known.embeddings, known.ages, known.subjects, penalty=alpha)
+            curves[-1].append(np.abs(probe.predict(unseen.embeddings) - unseen.ages).mean())
+    chosen = [int(np.argmin(curve)) for curve in curves]
+    assert [cell["penalty"] for cell in cells] == [ALPHAS[chosen[1]], ALPHAS[chosen[0]]]
+    expected = [curves[0][chosen[1]], curves[1][chosen[0]]]
+    assert [cell["mae"] for cell in cells] == pytest.approx(expected, rel=1e-5)
+    for cell, error in zip(CELLS, expected, strict=True):
+        table = pd.read_csv(tmp_path / "0000" / f"predictions-{cell['fold']}-{cell['seed']}.csv")
+        assert np.abs(table["predicted"] - table["age"]).mean() == pytest.approx(error, rel=1e-5)
+    assert answers[-1]["penalty"] == ALPHAS[int(np.argmin(np.mean(curves, axis=0)))]
+    refit = assign(
+        tmp_path / "winner",
+        settings(),
+        [{"fold": HOLDOUT, "seed": 0}],
+        keep_model=True,
+        penalty=answers[-1]["penalty"],
+    )
+    run_all(Runner(subjects), refit)
+    kept = json.loads((tmp_path / "winner" / "model-0" / "probe.json").read_text())
+    assert kept["alpha"] == answers[-1]["penalty"]
 
 
 def test_the_hold_out_is_not_read_by_a_trial_and_is_read_by_a_refit(subjects, tmp_path):
@@ -147,6 +184,11 @@ def test_a_diverging_trial_says_where(subjects, tmp_path):
 def test_a_channel_the_cohort_lacks(subjects, tmp_path):
     answer = Runner(subjects)(assign(tmp_path / "0000", settings(**{"data.channels": ["t1w"]}), CELLS))
     assert "'t1w', but the cohort has stiffness" in answer["failed"]
+
+
+def test_more_workers_than_subjects_in_a_batch(subjects, tmp_path):
+    answer = Runner(subjects, Place(workers=9))(assign(tmp_path / "0000", settings(), CELLS))
+    assert "9 workers cannot share a batch of 8 subjects" in answer["failed"]
 
 
 def test_bfloat16_on_a_cpu_is_refused(subjects, tmp_path):

@@ -160,7 +160,8 @@ def test_a_trial_that_wanders_between_machines_ends_with_the_numbers_of_one_that
     answer = epochs(Runner(subjects), assignment, 1)
     assert answer["done"]
     assert history(run / "trials" / "0000") == history(tmp_path / "stayed")
-    assert at_address(run) == ["trials/0000/progress.json"]
+    kept = ["predictions-0-0.csv", "predictions-1-0.csv", "progress.json"]
+    assert at_address(run) == [f"trials/0000/{name}" for name in kept]
     shutil.rmtree(run)
     assert Runner(subjects)(assignment) == answer  # nothing is trained again
 

@@ -71,6 +71,7 @@ def fit_age_probe(
     subjects_n: Names | None = None,
     alphas: Sequence[float] = ALPHAS,
     *,
+    penalty: float | None = None,
     reference: bool = False,
 ) -> AgeProbe:
     """Ridge regression of age on embeddings, its penalty chosen by cross-validation inside these subjects.
@@ -84,6 +85,7 @@ def fit_age_probe(
         ages_n: the ages (N,) at these scans in years.
         subjects_n: whose they are (N,); each of another subject if None.
         alphas: penalties to choose from.
+        penalty: the penalty to use, if it was chosen on people that the encoder does not know; see `chosen_penalty`.
         reference: as published: penalties 0.01 to 100 on the embeddings as they are, by R² over five folds
             taken in the order of the rows (fewer when N is below 10); `alphas` is then not used.
 
@@ -96,7 +98,10 @@ def fit_age_probe(
         return _fit_reference(embeddings_nd, ages_n)
     mean_d, scale_d = standardisation(embeddings_nd)
     standard_nd, weights_n = (embeddings_nd - mean_d) / scale_d, subject_weights(subjects_n)
-    if weights_n is None:
+    if penalty is not None:
+        alpha = penalty
+        ridge = Ridge(alpha=alpha).fit(standard_nd, ages_n, sample_weight=weights_n)
+    elif weights_n is None:
         ridge = RidgeCV(alphas=tuple(alphas), scoring="neg_mean_absolute_error").fit(standard_nd, ages_n)
         alpha = float(ridge.alpha_)
     else:
@@ -110,6 +115,52 @@ def fit_age_probe(
         alpha=alpha,
         subjects=len(np.unique(subjects_n)),
     )
+
+
+def predictions_by_penalty(
+    embeddings_nd: Floats,
+    ages_n: Floats,
+    unseen_md: Floats,
+    subjects_n: Names | None = None,
+    alphas: Sequence[float] = ALPHAS,
+) -> Floats:
+    """The ages (P, M) in years that the probe predicts with each of P penalties.
+
+    Args:
+        embeddings_nd: embeddings (N, D) that the probe is fitted on, as in `fit_age_probe`.
+        ages_n: the ages (N,) at these scans in years.
+        unseen_md: embeddings (M, D) to predict from.
+        subjects_n: whose the scans are (N,); each of another subject if None.
+        alphas: the penalties.
+    """
+    subjects_n = np.arange(len(ages_n)).astype(str) if subjects_n is None else np.asarray(subjects_n, str)
+    embeddings_nd, ages_n = _checked(embeddings_nd, ages_n, subjects_n)
+    mean_d, scale_d = standardisation(embeddings_nd)
+    weights_n = subject_weights(subjects_n)
+    weights_n = np.ones(len(ages_n)) if weights_n is None else weights_n
+    total, root_n = weights_n.sum(), np.sqrt(weights_n)
+    known_nd, unknown_md = (
+        (each - mean_d) / scale_d for each in (embeddings_nd, np.asarray(unseen_md, float))
+    )
+    centre_d, mean_age = weights_n @ known_nd / total, weights_n @ ages_n / total
+    left_nk, spread_k, right_kd = np.linalg.svd(root_n[:, None] * (known_nd - centre_d), full_matrices=False)
+    along_k = left_nk.T @ (root_n * (ages_n - mean_age))
+    scores_mk = (unknown_md - centre_d) @ right_kd.T
+    return np.stack([mean_age + scores_mk @ (spread_k / (spread_k**2 + alpha) * along_k) for alpha in alphas])
+
+
+def chosen_penalty(errors_cp: Sequence[Floats], alphas: Sequence[float] = ALPHAS) -> float:
+    """The penalty with the least error on people whom encoder and probe do not know.
+
+    An encoder fits the people that it was trained on, so their embeddings follow age too closely, and a penalty
+    chosen on them is too small. `python -m benchmarks.probe_penalty` has the figures.
+
+    Args:
+        errors_cp: for each of C cells the mean absolute error in years on its validation people, with every
+            penalty (P,).
+        alphas: the penalties (P,).
+    """
+    return float(alphas[int(np.argmin(np.mean(np.stack(errors_cp), axis=0)))])
 
 
 def errors_without_each_subject(

@@ -10,6 +10,7 @@ Shape suffixes: B subjects, V views, C channels, X, Y, Z, E embedding.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,15 @@ from torch import nn
 from core.config import RunSettings
 from core.errors import UserError
 from core.evaluation import Floats, Names
-from core.evaluation.probes import FEWEST_SUBJECTS, AgeProbe, fit_age_probe
+from core.evaluation.by_subject import subject_weights
+from core.evaluation.probes import (
+    ALPHAS,
+    FEWEST_SUBJECTS,
+    AgeProbe,
+    chosen_penalty,
+    fit_age_probe,
+    predictions_by_penalty,
+)
 from core.evaluation.regression import median_baseline, regression_metrics
 from core.evaluation.site import site_balanced_accuracy
 from core.evaluation.splits import Splits
@@ -96,6 +105,8 @@ class Outcome:
     metrics: dict[str, float]
     predicted: Floats
     probe: AgeProbe | None
+    by_penalty: Floats | None = None
+    """The ages (P, m) predicted with every penalty of the probe (`ALPHAS`), if they were asked for."""
 
 
 def build_model(settings: RunSettings, in_channels: int, training_ages: Floats) -> AgeModel:
@@ -168,16 +179,32 @@ def training_loss(
     return loss
 
 
-def judge(training: Embedded, evaluation: Embedded, *, sites: bool = True) -> Outcome:
+def judge(
+    training: Embedded,
+    evaluation: Embedded,
+    *,
+    sites: bool = True,
+    penalty: float | None = None,
+    by_penalty: bool = False,
+) -> Outcome:
     """Fit the probe on the training subjects only, and measure it on the evaluation subjects.
 
-    `sites=False` leaves out how well the site can be told from the embedding, which costs more than the rest.
+    Args:
+        training: scans that the model was trained on.
+        evaluation: scans that it was not trained on.
+        sites: whether to measure how well the site can be told from the embedding, which costs more than the rest.
+        penalty: of the probe; chosen on the training subjects if None.
+        by_penalty: whether to predict with every penalty, for `cross_fit`.
     """
-    probe = None
+    probe, every = None, None
     predicted = evaluation.predicted
     if predicted is None:
-        probe = fit_age_probe(training.embeddings, training.ages, training.subjects)
+        probe = fit_age_probe(training.embeddings, training.ages, training.subjects, penalty=penalty)
         predicted = probe.predict(evaluation.embeddings)
+        if by_penalty:
+            every = predictions_by_penalty(
+                training.embeddings, training.ages, evaluation.embeddings, training.subjects
+            )
     metrics = regression_metrics(predicted, evaluation.ages, evaluation.subjects)
     median = median_baseline(training.ages, evaluation.ages, training.subjects, evaluation.subjects)
     metrics["median_mae"] = median["mae"]
@@ -192,4 +219,41 @@ def judge(training: Embedded, evaluation: Embedded, *, sites: bool = True) -> Ou
             evaluation.subjects,
         )
     metrics["site_balanced_accuracy"] = math.nan if accuracy is None else accuracy
-    return Outcome(metrics, predicted, probe)
+    return Outcome(metrics, predicted, probe, every)
+
+
+@dataclass(frozen=True)
+class JudgedCell:
+    """A finished cell: what its probe predicts for its m validation scans with every penalty."""
+
+    fold: int
+    by_penalty: Floats
+    """(P, m) in years."""
+    ages: Floats
+    subjects: Names
+
+    @property
+    def errors(self) -> Floats:
+        """The mean absolute error over people (P,) in years with every penalty."""
+        weights = subject_weights(self.subjects)
+        errors: Floats = np.average(np.abs(self.by_penalty - self.ages), axis=1, weights=weights)
+        return errors
+
+
+def cross_fit(cells: Sequence[JudgedCell]) -> list[tuple[dict[str, float], Floats]]:
+    """The metrics of every cell, and its predictions (m,), with the penalty that is best in the cells of other folds.
+
+    The people of those folds are unknown to their encoders, so the penalty is not chosen on embeddings that are too
+    good, and no error of a person has a part in the choice of the penalty for the same person. An empty list if all
+    cells are of one fold.
+    """
+    if len({cell.fold for cell in cells}) < 2:
+        return []
+    errors, made = [cell.errors for cell in cells], []
+    for cell in cells:
+        others = [curve for other, curve in zip(cells, errors, strict=True) if other.fold != cell.fold]
+        penalty = chosen_penalty(others)
+        predicted = cell.by_penalty[ALPHAS.index(penalty)]
+        measured = regression_metrics(predicted, cell.ages, cell.subjects)
+        made.append((measured | {"penalty": penalty}, predicted))
+    return made

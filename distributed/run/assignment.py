@@ -52,6 +52,8 @@ class Assignment(TypedDict):
     keep_every: int | None
     """After every so many epochs the checkpoint is also kept, so that other trials can continue from it; see
     `kept_checkpoint`."""
+    penalty: float | None
+    """Of the probe of a refit, as the cells of its configuration found it; chosen on the training subjects if None."""
     spent_before: float
     """Seconds that this trial spent on weights that it gave up, minus those that other trials spent on the weights with
     which it continued."""
@@ -105,6 +107,8 @@ class Answer(EpochRow, total=False):
     """Whether all cells are done."""
     done: bool
     """Whether the trial ends here, finished or failed."""
+    penalty: float
+    """The penalty of the probe for a refit, once all cells are done; see `core.evaluation.probes.chosen_penalty`."""
     failed: str
     """Why the trial cannot go on."""
     storage: bool
@@ -132,11 +136,12 @@ def assign(
     prunable: bool = True,
     metric: str = "mae",
     keep_every: int | None = None,
+    penalty: float | None = None,
 ) -> Assignment:
     """An assignment; the trial has the name of its folder."""
     return Assignment(
         name=folder.name, folder=str(folder), settings=settings, cells=cells, keep_model=keep_model,
-        prunable=prunable, metric=metric, begin=None, keep_every=keep_every, spent_before=0.0,
+        prunable=prunable, metric=metric, begin=None, keep_every=keep_every, penalty=penalty, spent_before=0.0,
     )  # fmt: skip
 
 
@@ -174,6 +179,11 @@ def forget_checkpoint(folder: Path) -> None:
 def kept_checkpoint(folder: Path, epochs: int) -> Path:
     """Where a trial keeps its checkpoint after so many epochs, so that other trials can continue from it."""
     return folder / f"{Path(CHECKPOINT).stem}-{epochs}.pt"
+
+
+def out_of_fold_predictions(folder: Path, fold: int, seed: int) -> Path:
+    """Where a trial keeps what its cell predicts for the validation subjects."""
+    return folder / f"predictions-{fold}-{seed}.csv"
 
 
 def trial_name(number: int) -> str:

@@ -27,6 +27,7 @@ from core.run_names import (
     CELLS_DONE,
     IDLE_SECONDS,
     LABEL,
+    PENALTY,
     PUBLISHED,
     REASON,
     SD,
@@ -275,6 +276,8 @@ class StudySearch(tune.search.Searcher):
         for name in others:
             is_cost = name == COST
             values.append(trial.user_attrs[COST] if is_cost else mean_of(name, answer["cells"]))
+        if "penalty" in answer:
+            trial.set_user_attr(PENALTY, answer["penalty"])
         report_cells(trial, [measure(first, cell) for cell in answer["cells"]])
         self.proposals.study.tell(trial, values)
         if judge_improvement(self.judgement.terminator, self.proposals.study):

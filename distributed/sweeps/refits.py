@@ -7,7 +7,7 @@ import json
 import optuna
 
 from core.config import merge, resolve
-from core.run_names import LABEL, PUBLISHED, SETTINGS
+from core.run_names import LABEL, PENALTY, PUBLISHED, SETTINGS
 from distributed.run.assignment import Assignment, assign
 from distributed.run.folder import RunFolder
 from distributed.run.working_copy import bring, forget, send
@@ -57,8 +57,23 @@ def refits(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> lis
     _set_aside_former_winner(folder, best.number)
     record_look(folder, study, best.number)
     chosen = {"winner": json.loads(best.user_attrs[SETTINGS])} | chosen
+    published = next(
+        (trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(LABEL) == PUBLISHED),
+        None,
+    )
+    penalties = {
+        method: trial.user_attrs.get(PENALTY)
+        for method, trial in {"winner": best, "published": published}.items()
+        if trial is not None
+    }
     return [
-        assign(folder.refit(method), settings, request.refit_cells, keep_model=True)
+        assign(
+            folder.refit(method),
+            settings,
+            request.refit_cells,
+            keep_model=True,
+            penalty=penalties.get(method),
+        )
         for method, settings in chosen.items()
     ]
 

@@ -97,15 +97,17 @@ class CellTraining:
         """How many people the cell is judged on."""
         return int(self.subjects.manifest["subject"].iloc[self.evaluation_rows].nunique())
 
-    def judge(self, *, sites: bool = True) -> Outcome:
-        """Fit a probe on the training subjects, and measure it on the evaluation subjects; `sites`: see the task."""
+    def judge(self, *, sites: bool = True, penalty: float | None = None, by_penalty: bool = False) -> Outcome:
+        """Fit a probe on the training subjects, and measure it on the evaluation subjects; arguments: see the task."""
         training, evaluation = self._embed(self.training_rows), self._embed(self.evaluation_rows)
         for embedded in (training, evaluation):
             if not np.isfinite(embedded.embeddings).all():
                 raise DivergedError(
                     f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}"
                 )
-        outcome: Outcome = self.task.judge(training, evaluation, sites=sites)
+        outcome: Outcome = self.task.judge(
+            training, evaluation, sites=sites, penalty=penalty, by_penalty=by_penalty
+        )
         return outcome
 
     def state_dict(self) -> TrainingState:
@@ -124,13 +126,6 @@ class CellTraining:
         """Write everything that prediction needs; see `core.inference`."""
         channels = tuple(self.subjects.channels[index] for index in self.channels)
         save_predictor(folder, Predictor(self.settings, self.model, outcome.probe, channels, self.statistics))
-
-    def write_predictions(self, outcome: Outcome, path: Path) -> None:
-        """Write a table with one line per evaluation subject: subject, age (years), site, predicted (years)."""
-        of_subject = self.subjects.manifest.iloc[self.evaluation_rows]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = of_subject[["subject", "age", "site"]].assign(predicted=outcome.predicted)
-        table.to_csv(path, index=False)
 
     def close(self) -> None:
         """Stop reading ahead, if the cell ends before its last epoch."""

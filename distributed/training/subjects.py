@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
 from core.evaluation.splits import Splits
+from core.files.writing import replacing
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Volumes
 from distributed.batches.plan import Rows
@@ -48,6 +50,13 @@ class Subjects:
         """Note that `cell` uses these rows now; see `access`."""
         if self.access is not None:
             self.access.note(rows, cell)
+
+    def write_predictions(self, fold: int, predicted: np.ndarray, path: Path) -> None:
+        """Write a table with one line per evaluation scan of `fold`: subject, age, site, predicted (in years)."""
+        of_scan = self.manifest.iloc[self.rows_of(fold)[1]][["subject", "age", "site"]]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            of_scan.assign(predicted=predicted).to_csv(temporary, index=False)
 
     def rows_of(self, fold: int) -> tuple[Rows, Rows]:
         """(training rows, evaluation rows) of a fold; only the fold `HOLDOUT` evaluates on the hold-out."""

@@ -20,10 +20,11 @@ from ray.train.torch import get_device
 
 from core.config import resolve
 from core.errors import UserError
+from core.evaluation.probes import chosen_penalty
 from core.files.writing import replacing, write_text, writing_to
 from core.objectives import OBJECTIVES, measure
 from core.run_names import CHECKPOINT, PROGRESS
-from core.tasks.brain_age import Outcome
+from core.tasks.brain_age import JudgedCell, Outcome
 from distributed.run.assignment import (
     HOLDOUT,
     Answer,
@@ -37,6 +38,7 @@ from distributed.run.assignment import (
     forget_checkpoint,
     is_refit,
     kept_checkpoint,
+    out_of_fold_predictions,
     read_progress,
 )
 from distributed.run.quiet import quiet
@@ -45,6 +47,13 @@ from distributed.run.working_copy import bring, send
 from distributed.training.loop import CellTraining, DivergedError, TrainingState
 from distributed.training.out_of_memory import out_of_memory
 from distributed.training.subjects import Place, Subjects
+
+
+class JudgedFold(TypedDict):
+    """What the probe of a finished cell predicts; see `core.tasks.brain_age.JudgedCell`."""
+
+    fold: int
+    by_penalty: torch.Tensor
 
 
 class Saved(TypedDict):
@@ -56,6 +65,8 @@ class Saved(TypedDict):
     """The state of the cell in training; None between two cells."""
     history: list[EpochRow]
     finished: list[CellRow]
+    judged: list[JudgedFold]
+    """Of every finished cell, for the choice of the probe's penalty; empty where there is no probe."""
     begin: str | None
     """See `Assignment`. A checkpoint with another `begin` is older than the exchange, and the trial does not use it."""
 
@@ -116,6 +127,7 @@ class Trial:
         self.folder = Path(assignment["folder"])
         self.history: list[EpochRow] = []
         self.finished: list[CellRow] = []
+        self.judged: list[JudgedFold] = []
         self.answer: Answer | None = None
         self.training: CellTraining | None = None
         self._restore()
@@ -136,7 +148,13 @@ class Trial:
         last_epoch = training.epoch == self.settings.training.epochs
         metric = self.assignment["metric"]
         sites = last_epoch or OBJECTIVES[metric].needs_sites
-        outcome = training.judge(sites=sites) if last_epoch or self._judges_every_epoch else None
+        outcome = None
+        if last_epoch or self._judges_every_epoch:
+            # A refit has the penalty that its configuration had in the search; the cells of a trial find it.
+            in_search = last_epoch and not is_refit(self.assignment)
+            outcome = training.judge(
+                sites=sites, penalty=self.assignment.get("penalty"), by_penalty=in_search
+            )
         row["mae"] = outcome.metrics["mae"] if outcome else math.nan
         value = measure(metric, outcome.metrics) if outcome else math.nan
         row["spent_seconds"] = time.perf_counter() - started
@@ -146,7 +164,8 @@ class Trial:
         answer = cast(Answer, row) | standing(self.assignment, self.history, self.finished, value)
         row["value"] = answer["value"]
         if answer["done"]:
-            self.answer = answer
+            self.answer = answer | self._best_penalty()
+            answer = self.answer
         self._save()
         return answer
 
@@ -174,11 +193,43 @@ class Trial:
         if self.place.rank == 0:
             with writing_to(self.folder):
                 if cell.fold == HOLDOUT:
-                    training.write_predictions(outcome, self.folder / f"predictions-{cell.seed}.csv")
+                    path = self.folder / f"predictions-{cell.seed}.csv"
+                else:
+                    path = out_of_fold_predictions(self.folder, cell.fold, cell.seed)
+                self.subjects.write_predictions(cell.fold, outcome.predicted, path)
                 if self.assignment["keep_model"]:
                     training.write_model(outcome, self.folder / f"model-{cell.seed}")
+        if outcome.by_penalty is not None:
+            self.judged.append({"fold": cell.fold, "by_penalty": torch.as_tensor(outcome.by_penalty)})
+            self._cross_fit(training)
         training.close()
         self.training = None
+
+    def _cross_fit(self, training: CellTraining) -> None:
+        """Judge every finished cell anew, with the penalty of the probe that is best in the cells of other folds."""
+        if len(self.judged) < len(self.finished):
+            # This trial was begun by version 0.2, which kept no predictions.
+            return
+        made = training.task.cross_fit([self._judged(cell) for cell in self.judged])
+        for row, (metrics, predicted) in zip(self.finished, made, strict=bool(made)):
+            row.update(metrics)
+            if self.place.rank == 0:
+                fold, seed = int(row["fold"]), int(row["seed"])
+                path = out_of_fold_predictions(self.folder, fold, seed)
+                with writing_to(self.folder):
+                    self.subjects.write_predictions(fold, predicted, path)
+
+    def _best_penalty(self) -> Answer:
+        """The penalty for a refit of this configuration; nothing if no cell could tell."""
+        cells = [self._judged(cell) for cell in self.judged]
+        if is_refit(self.assignment) or len({cell.fold for cell in cells}) < 2:
+            return Answer()
+        return Answer(penalty=chosen_penalty([cell.errors for cell in cells]))
+
+    def _judged(self, cell: JudgedFold) -> JudgedCell:
+        of_scan = self.subjects.manifest.iloc[self.subjects.rows_of(cell["fold"])[1]]
+        ages, subjects = of_scan["age"].to_numpy(float), of_scan["subject"].to_numpy(str)
+        return JudgedCell(cell["fold"], cell["by_penalty"].numpy(), ages, subjects)
 
     def _save(self) -> None:
         """Rank 0 writes the checkpoint, then the file for people and the driver; each is replaced in one step."""
@@ -191,7 +242,7 @@ class Trial:
         if self.answer is None:
             state = self.training.state_dict() if self.training else None
             saved = Saved(
-                cell=len(self.finished), state=state, history=self.history, finished=self.finished,
+                cell=len(self.finished), state=state, history=self.history, finished=self.finished, judged=self.judged,
                 begin=self.assignment["begin"],
             )  # fmt: skip
             content = _serialised(saved)
@@ -220,6 +271,7 @@ class Trial:
         if saved is None:
             return
         self.history, self.finished = saved["history"], saved["finished"]
+        self.judged = saved.get("judged", [])
         if saved["state"] is not None:
             self._current_cell().load_state_dict(saved["state"])
 
