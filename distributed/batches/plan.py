@@ -1,7 +1,8 @@
 """The plan: which rows an epoch visits in which order, and which of them each worker takes. No Ray, no voxels.
 
-The order is a pure function of (seed, epoch, number of workers). One worker or eight workers see the same batches,
-split among them, whether the volumes come from memory, from disk or from a stream.
+The order is a pure function of (seed, epoch): one worker or eight workers see the same batches, split among them,
+whether the volumes come from memory, from disk or from a stream. There is one exception: with three or more workers, a
+last batch that has fewer subjects than workers joins the one before it.
 """
 
 from __future__ import annotations
@@ -71,14 +72,13 @@ def epoch_batches(
     """The batches of one epoch: a permutation of `rows`, cut into parts of `batch_size`.
 
     An incomplete last batch is kept, as in the references; `drop_last` leaves it out if there is a complete batch. A
-    last batch that gives a worker fewer than two subjects (nothing to contrast, no batch statistics) joins the batch
-    before it.
+    last batch of one subject (nothing to contrast), or with fewer subjects than workers, joins the batch before it.
     """
     order = np.random.default_rng((seed, epoch)).permutation(np.asarray(rows))
     if drop_last and len(order) > batch_size:
         order = order[: len(order) // batch_size * batch_size]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if len(batches) > 1 and len(batches[-1]) < 2 * workers:
+    if len(batches) > 1 and len(batches[-1]) < max(2, workers):
         batches[-2:] = [np.concatenate(batches[-2:])]
     return batches
 

@@ -29,6 +29,7 @@ from core.volumes.views import make_views
 from distributed.batches.hold import Batches, batches, read_ahead
 from distributed.batches.plan import Plan, Rows, chunks, share
 from distributed.run.assignment import Cell, EpochRow
+from distributed.training.batch_norm import synchronise_batch_norm
 from distributed.training.subjects import Place, Subjects
 
 
@@ -52,6 +53,7 @@ class CellTraining:
         self.settings, self.subjects, self.cell, self.place = settings, subjects, cell, place
         self.task = TASKS[settings.task]
         self.training_rows, self.evaluation_rows = subjects.rows_of(cell.fold)
+        _check_shares(settings, len(self.training_rows), place)
         self.ages = subjects.manifest["age"].to_numpy(float)
         self.channels = _channel_indices(settings, subjects.channels)
         self.statistics = self._fit_statistics()
@@ -59,6 +61,8 @@ class CellTraining:
         of_training = subjects.manifest["subject"].to_numpy(str)[self.training_rows]
         training_ages = subject_means(self.ages[self.training_rows], of_training)
         self.model = self.task.build_model(settings, len(self.channels), training_ages).to(place.device)
+        if place.workers > 1:
+            synchronise_batch_norm(self.model, place.device)
         self.trained = DistributedDataParallel(self.model) if place.workers > 1 else self.model
         self.objective = self.task.build_objective(settings)
         self.optimiser = build_optimiser(settings, self.model)
@@ -71,7 +75,9 @@ class CellTraining:
         self.epoch += 1
         progress = self.epoch / self.settings.training.epochs
         rate = set_rates(self.settings, self.optimiser, self.epoch)
-        torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}"))
+        # For dropout alone: views have seeds of their own, and the objective draws nothing.
+        own = f" of worker {self.place.rank}" if self.place.rank else ""
+        torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}{own}"))
         self.trained.train()
         # One stream of batches for all epochs that are left.
         if self._reading is None:
@@ -184,9 +190,9 @@ class CellTraining:
                 mine.append(self.model.embed(volumes).float().cpu().numpy())
                 if self.task.is_regression(self.settings):
                     predicted.append(self.model(volumes).squeeze(-1).float().cpu().numpy())
-        embeddings = _gather(np.concatenate(mine), self.place)
+        embeddings = _gather(mine, self.place)
         sites = self.subjects.manifest["site"].to_numpy(str)
-        ages = _gather(np.concatenate(predicted), self.place) if predicted else None
+        ages = _gather(predicted, self.place) if self.task.is_regression(self.settings) else None
         subjects = self.subjects.manifest["subject"].to_numpy(str)
         return Embedded(embeddings, self.ages[rows], sites[rows], subjects[rows], ages)
 
@@ -260,6 +266,16 @@ def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted != "float32" and on_gpu)
 
 
+def _check_shares(settings: RunSettings, training_subjects: int, place: Place) -> None:
+    """UserError if a batch is too small for every worker to have a part of it."""
+    smallest = min(settings.training.batch_size, training_subjects)
+    if smallest < place.workers:
+        raise UserError(
+            f"{place.workers} workers cannot share a batch of {smallest} subjects; use fewer workers, or a larger "
+            "training.batch_size"
+        )
+
+
 def _channel_indices(settings: RunSettings, available: tuple[str, ...]) -> list[int]:
     wanted = settings.data.channels or available
     for channel in wanted:
@@ -282,10 +298,10 @@ def _mean_over_workers(value: torch.Tensor, place: Place) -> float:
     return float(value)
 
 
-def _gather(mine: np.ndarray, place: Place) -> np.ndarray:
-    """The parts of all workers, joined in their order."""
+def _gather(mine: list[np.ndarray], place: Place) -> np.ndarray:
+    """The arrays of all workers, joined in their order; a worker may have none."""
     if place.workers == 1:
-        return mine
+        return np.concatenate(mine)
     parts: list[Any] = [None] * place.workers
     torch.distributed.all_gather_object(parts, mine)
-    return np.concatenate(parts)
+    return np.concatenate([array for part in parts for array in part])
