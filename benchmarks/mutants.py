@@ -197,6 +197,38 @@ MUTANTS = (
             "tests/test_several_workers.py::test_a_trial_of_two_workers_that_is_continued_ends_with_the_same_numbers",
         ),
     ),
+    Mutant(
+        "the prediction interval is not corrected for few people",
+        "core/evaluation/calibration.py",
+        "(len(np.unique(subjects_n)) + 1) * LEVEL",
+        "len(np.unique(subjects_n)) * LEVEL",
+        (
+            "tests/test_calibration.py::test_half_of_the_interval_is_the_error_that_nine_of_ten_new_people_do_not_exceed",
+        ),
+    ),
+    Mutant(
+        "every scan counts as a person in the prediction interval",
+        "core/evaluation/calibration.py",
+        "    weights_n = subject_weights(subjects_n)\n    order",
+        "    weights_n = None\n    order",
+        ("tests/test_calibration.py::test_a_person_counts_once_with_all_scans_and_seeds",),
+    ),
+    Mutant(
+        "held-out predictions enter the calibration",
+        "distributed/sweeps/tables.py",
+        'trial.glob("predictions-*-*.csv")',
+        'trial.glob("predictions-*.csv")',
+        (
+            "tests/test_calibration.py::test_the_file_of_a_run_is_made_of_the_cells_of_the_trial_and_never_of_the_hold_out",
+        ),
+    ),
+    Mutant(
+        "predict calls a scan new whose training it cannot know",
+        "distributed/commands/known_scans.py",
+        'trained_on = "unknown" if unknown else "no"',
+        'trained_on = "no"',
+        ("tests/test_known_scans.py::test_what_cannot_be_compared_is_not_called_new",),
+    ),
 )
 
 

@@ -1,7 +1,8 @@
 """Ages from a trained model: what `predict` and `evaluate` use, without Ray and without pickled code.
 
 A model folder holds `settings.json`, `model.safetensors`, `probe.json` (null for direct regression) and
-`input.json` (channels, and the intensity statistics of the training subjects).
+`input.json` (channels, and the intensity statistics of the training subjects). `best/` of a run also has
+`calibration.json` (age bias and prediction interval, from out-of-fold predictions).
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from safetensors.torch import load_model, save
 from core.config import RunSettings, resolve
 from core.errors import UserError
 from core.evaluation import Floats
+from core.evaluation.calibration import Calibration
 from core.evaluation.probes import AgeProbe
+from core.files.writing import write_text
 from core.tasks import TASKS
 from core.tasks.brain_age import AgeModel
 from core.volumes.images.preprocess import IntensityStatistics, Preprocessing, normalise
-from core.volumes.ingest.prepare import prepare_scan
+from core.volumes.ingest.prepare import PreparedScan, prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
 
+CALIBRATION = "calibration.json"
 BATCH = 16
 FAR = 4.0
 """A distance between two means, in voxel SDs, that differences between people do not explain."""
@@ -41,6 +45,8 @@ class Predictor:
     probe: AgeProbe | None
     channels: tuple[str, ...]
     statistics: IntensityStatistics | None
+    calibration: Calibration | None = None
+    """From out-of-fold predictions; None in a run of version 0.2 or before, which kept none."""
 
     @torch.no_grad()
     def predict(self, volumes: Floats) -> npt.NDArray[np.float64]:
@@ -86,6 +92,16 @@ def save_predictor(folder: Path, predictor: Predictor) -> None:
     (folder / "input.json").write_text(json.dumps({"channels": predictor.channels, "statistics": statistics}))
 
 
+def save_calibration(folder: Path, calibration: Calibration) -> None:
+    """Add the calibration to a model folder."""
+    write_text(folder / CALIBRATION, calibration.to_json())
+
+
+def _read_calibration(folder: Path) -> Calibration | None:
+    path = folder / CALIBRATION
+    return Calibration.from_json(path.read_text()) if path.exists() else None
+
+
 def load_predictor(folder: Path) -> Predictor:
     """Read a model folder; UserError where there is none, or it is damaged."""
     try:
@@ -95,6 +111,7 @@ def load_predictor(folder: Path) -> Predictor:
         probe = None if probe_text.strip() == "null" else AgeProbe.from_json(probe_text)
         model = TASKS[settings.task].build_model(settings, len(inputs["channels"]), np.zeros(1))
         load_model(model, str(folder / "model.safetensors"))
+        calibration = _read_calibration(folder)
     except FileNotFoundError as error:
         raise UserError(
             f"no trained model in {folder}: {Path(error.filename or '').name} is missing"
@@ -112,6 +129,7 @@ def load_predictor(folder: Path) -> Predictor:
         statistics=IntensityStatistics(tuple(statistics["mean"]), tuple(statistics["sd"]))
         if statistics
         else None,
+        calibration=calibration,
     )
 
 
@@ -122,8 +140,13 @@ def prepare_files(
 
     `masks` are their brain masks, needed where the cohort was made with them. UserError names the file.
     """
-    scans = [Scan(subject=file.name, images=(ImageFile(file),)) for file in files]
-    if masks is not None:
-        pairs = zip(scans, masks, strict=True)
-        scans = [replace(scan, mask=ImageFile(mask)) for scan, mask in pairs]
-    return np.stack([prepare_scan(scan, preprocessing).voxels for scan in scans])
+    given = [None] * len(files) if masks is None else masks
+    return np.stack(
+        [prepare_file(file, preprocessing, mask).voxels for file, mask in zip(files, given, strict=True)]
+    )
+
+
+def prepare_file(file: Path, preprocessing: Preprocessing, mask: Path | None = None) -> PreparedScan:
+    """One NIfTI file as `prepare_files` prepares it, with its measures of quality."""
+    scan = Scan(subject=file.name, images=(ImageFile(file),))
+    return prepare_scan(scan if mask is None else replace(scan, mask=ImageFile(mask)), preprocessing)

@@ -11,6 +11,8 @@ TRIALS, REFITS, CONFIRMED, ACCESS, TUNE = "trials", "refits", "confirmed", "acce
 # In the folder of a trial or a refit.
 PROGRESS, CHECKPOINT = "progress.json", "checkpoint.pt"
 
+SWEEP, TRAIN, NESTED = "sweep", "train", "nested"
+"""The kinds of runs, in run.json; a nested search has a sweep for every hold-out in `outer-1`, `outer-2`, …"""
 STUDY = "brainsweep"
 """The name of the study if the space of the run was never changed; run.json has the name of the present one."""
 

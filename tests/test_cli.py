@@ -1,7 +1,9 @@
 """The command line as people meet it: help with examples, and one line with exit code 2 for what they can mend."""
 
 import gzip
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pandas as pd
 import pytest
 from small_cohort import SMALL, write_small_cohort
 
+from core.evaluation.calibration import Calibration
+from core.inference import save_calibration
 from distributed.commands.app import app, main
 from distributed.commands.cohorts import data
 
@@ -242,6 +246,59 @@ def test_from_nifti_files_to_predictions(brainsweep, tmp_path):
     nibabel.Nifti1Image(image.get_fdata() * 1000, image.affine).to_filename(save_scaled)
     code, out, _ = brainsweep("predict", run, volume, save_scaled)
     assert (code, out.count("other units?")) == (0, 1)
+
+    calibration = json.loads((run / "best" / "calibration.json").read_text())
+    assert (calibration["subjects"], calibration["source"]) == (5, "fold 0, 1 cell")
+    assert "no interval: it needs out-of-fold predictions of 9 people, and this run has 5" in out
+    trained, validated = (role.index[role == name][0] for name in ("fold 1", "fold 0"))
+    renamed = tmp_path / "anonymous.nii.gz"  # known by its voxels, not by its name
+    shutil.copyfile(next(source.rglob(f"{trained}_stiffness.nii.gz")), renamed)
+    other = tmp_path / f"{trained}_other.nii.gz"  # known by its name only
+    nibabel.Nifti1Image(image.get_fdata() * 1.05, image.affine).to_filename(other)
+    scans = [renamed, other, next(source.rglob(f"{validated}_stiffness.nii.gz")), volume]
+    with_ages = [word for age in (30, 40, 50, 60) for word in ("--age", age)]
+    found = Calibration(slope=-0.25, intercept=10.0, half_width=12.0, level=0.9, subjects=30)
+    save_calibration(run / "best", found)
+    code, out, _ = brainsweep("predict", run, *scans, *with_ages, "--out", table)
+    assert code == 0
+    assert "no interval" not in out
+    said = pd.read_csv(table, keep_default_na=False)
+    columns = "file predicted low high corrected_prediction age gap corrected_gap trained_on note"
+    assert list(said) == columns.split()
+    assert said["trained_on"].tolist() == ["yes", "perhaps", "no", "no"]
+    too_good = "on whom the model was trained: the prediction is too good, and the interval does not hold"
+    assert said["note"].tolist() == [
+        f"this is a scan of {trained}, {too_good}",
+        f"its name is that of the subject {trained}, {too_good}",
+        f"this is a scan of {validated}, who was in the validation fold, not in the training",
+        f"this is a scan of {held_out[0]}, who was held out",
+    ]
+    predicted = said["predicted"]
+    np.testing.assert_allclose(said["age"], [30, 40, 50, 60])
+    np.testing.assert_allclose(said["low"], predicted - 12)
+    np.testing.assert_allclose(said["high"], predicted + 12)
+    np.testing.assert_allclose(said["corrected_prediction"], (predicted - 10) / 0.75)
+    np.testing.assert_allclose(said["gap"], predicted - said["age"])
+    np.testing.assert_allclose(said["corrected_gap"], predicted - said["age"] - 10 + 0.25 * said["age"])
+    shown = " ".join(out.split())
+    for name in ("90 % interval", "corrected prediction", "gap", "corrected gap", "groups"):
+        assert name in shown
+    for row in said[["low", "high"]].to_numpy():
+        assert f"{row[0]:.1f} to {row[1]:.1f}" in shown
+
+    code, out, _ = brainsweep("predict", run, *scans, "--out", table)
+    assert "corrected gap" not in out
+    assert list(pd.read_csv(table)) == columns.split()
+    for ages, refused in (([30], "4 volumes need as many --age, got 1"), ([30, 40, 50, 1950], "in years")):
+        code, _, error = brainsweep(
+            "predict", run, *scans, *[word for age in ages for word in ("--age", age)]
+        )
+        assert (code, refused in error) == (2, True)
+    cohort.rename(tmp_path / "elsewhere")
+    code, _, _ = brainsweep("predict", run, renamed, "--out", table)
+    assert code == 0
+    assert pd.read_csv(table)["trained_on"].item() == "unknown"
+    assert "the cohort of the run was not found" in pd.read_csv(table)["note"].item()
 
 
 def test_a_flipped_byte_is_found_by_verify_and_nothing_else_is(brainsweep, tmp_path):

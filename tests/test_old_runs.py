@@ -65,10 +65,20 @@ def test_an_old_run_predicts_what_it_predicted_of_its_held_out_subjects(old, tmp
         nib.save(nib.Nifti1Image(cohort.read([row])[0, 0], grid), files[-1])
     evaluated = call("evaluate", old, old.parent / "cohort")
     assert f"{len(then)} held-out subjects" in evaluated
+    nothing_kept = "this run has kept no out-of-fold predictions"
+    assert nothing_kept in " ".join(evaluated.split())
+    assert "mean gap (years)" in evaluated
+    assert not any(words in evaluated for words in ("corrected gap", "90 % interval"))
     table = pd.read_csv(next((old / "evaluations").glob("*.csv")), dtype={"subject": str})
     assert table.set_index("subject")["predicted"].to_dict() == pytest.approx(then.to_dict(), abs=1e-3)
-    call("predict", old, *files, "--out", tmp_path / "ages.csv")
-    ages = pd.read_csv(tmp_path / "ages.csv")["predicted"].tolist()
+    said = call("predict", old, *files, "--out", tmp_path / "ages.csv")
+    assert nothing_kept in said
+    assert "corrected prediction" not in said
+    found = pd.read_csv(tmp_path / "ages.csv")
+    assert found[["low", "high", "corrected_prediction", "corrected_gap"]].isna().all(axis=None)
+    assert found["trained_on"].eq("no").all()
+    assert found["note"].str.endswith(", who was held out").all()
+    ages = found["predicted"].tolist()
     assert ages == pytest.approx(then[cohort.manifest.loc[rows, "subject"]].tolist(), abs=0.05)
 
 

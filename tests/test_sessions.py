@@ -1,5 +1,7 @@
 """People who were scanned more than once: one person counts once, in what is fitted, measured and said."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -114,3 +116,24 @@ def test_a_cohort_with_sessions_is_trained_on_judged_and_told_by_people(cohort, 
     errors = (table["predicted"] - table["age"]).abs().groupby(table["subject"]).mean()
     (mae,) = [line[1] for line in words if line[:1] == ["mae"]]
     assert float(mae) == pytest.approx(errors.mean(), rel=1e-3)
+
+    calibration = json.loads((run / "best" / "calibration.json").read_text())
+    kept = pd.read_csv(run / "trials" / "0000" / "predictions-0-0.csv", dtype={"subject": str})
+    assert set(kept["subject"]) == set(roles[roles["role"] == "fold 0"]["subject"])
+    assert calibration["subjects"] == validated < len(kept)
+    by_person = 1 / kept.groupby("subject")["age"].transform("size")
+    gap = kept["predicted"] - kept["age"]
+    slope, intercept = np.polyfit(kept["age"], gap, 1, w=np.sqrt(by_person))
+    assert (calibration["slope"], calibration["intercept"]) == pytest.approx((slope, intercept))
+    half_width = calibration["half_width"]
+    assert (by_person * (gap.abs() <= half_width)).sum() >= 0.9 * (validated + 1) - 1e-9
+    assert (by_person * (gap.abs() < half_width)).sum() < 0.9 * (validated + 1)
+    np.testing.assert_allclose(table["high"] - table["predicted"], half_width)
+    corrected = table["gap"] - (intercept + slope * table["age"])
+    np.testing.assert_allclose(table["corrected_gap"], corrected)
+    shares = (table["gap"].abs() <= half_width).groupby(table["subject"]).mean()
+    shown = " ".join(said.split())
+    assert f"inside the 90 % interval {shares.sum():g} of {held_out} subjects" in shown
+    for name, values in (("gap", table["gap"]), ("corrected gap", corrected)):
+        mean = values.groupby(table["subject"]).mean().mean()
+        assert f" mean {name} (years) {mean:.4g} correlation of {name} with age" in shown

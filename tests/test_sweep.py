@@ -20,6 +20,8 @@ from process_helpers import (
 )
 from small_cohort import write_small_cohort
 
+from core.evaluation.calibration import calibrate
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SPACE = """
@@ -85,6 +87,19 @@ def test_a_sweep_from_beginning_to_end(workplace):
     about = json.loads((folder / "run.json").read_text())
     assert about["best"]["number"] == study_of(folder).best_trial.number
     assert about["finished"]
+    calibration = json.loads((folder / "best" / "calibration.json").read_text())
+    assert calibration["source"] == f"trial {about['best']['number']}, 2 cells"
+    kept = [
+        pd.read_csv(folder / "trials" / f"{about['best']['number']:04d}" / f"predictions-{fold}-0.csv")
+        for fold in range(2)
+    ]
+    out_of_fold = pd.concat(kept)
+    assert calibration["subjects"] == len(out_of_fold) == 30 - len(held_out)
+    assert not set(out_of_fold["subject"]) & set(held_out)
+    expected = calibrate(*(out_of_fold[name].to_numpy() for name in ("predicted", "age", "subject")))
+    assert (calibration["slope"], calibration["half_width"]) == pytest.approx(
+        (expected.slope, expected.half_width)
+    )
     assert {path.parent.name for path in (folder / "tensorboard").glob("000*/events*")} == {
         f"{number:04d}" for number in range(6)
     }
@@ -96,6 +111,7 @@ def test_a_sweep_from_beginning_to_end(workplace):
     evaluated = run("evaluate", "run", "cohort", cwd=workplace)
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"only its {len(held_out)} held-out subjects" in evaluated.stdout
+    assert f"of {len(held_out)} subjects" in evaluated.stdout
 
 
 def test_a_killed_sweep_is_resumed_without_loss_or_repetition(workplace):

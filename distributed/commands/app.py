@@ -130,7 +130,7 @@ def report(run: RunArgument) -> None:
 
 @app.command(epilog="Example: brainsweep evaluate runs/demo cohorts/other")
 def evaluate(run: RunArgument, cohort: CohortFolder) -> None:
-    """Predict the ages of a cohort with the best model of a run, and measure the error."""
+    """Predict the ages of a cohort with the best model of a run; measure the error, the gaps and the intervals."""
     from distributed.commands.predicting import evaluate_run
     from distributed.run.working_copy import bring_run
 
@@ -160,24 +160,70 @@ def predict(
             help="brain mask of each volume, in order, if the cohort has masks; repeatable",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="also write file and age to this CSV file")] = None,
+    ages: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--age",
+            help="true age of each volume in years, in order, for the gap and the corrected gap; repeatable",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="also write the table to this CSV file (years), with whether the model was trained on it"
+        ),
+    ] = None,
 ) -> None:
-    """Predict the age of single NIfTI files with the best model of a run."""
+    """Predict the age of single NIfTI files with the best model of a run, with an interval and the brain-age gap."""
     from distributed.commands.predicting import predict_files
     from distributed.run.working_copy import bring_run
 
     bring_run(run, console)
-    predictions = predict_files(run, volumes, masks)
-    table = Table("file", "predicted age (years)", box=None, padding=(0, 2))
-    for row in predictions.to_dict("records"):
-        table.add_row(row["file"], f"{row['predicted']:.1f}")
-        if row["note"]:
-            console.print(
-                f"note: {row['file']}: {row['note']}", style="yellow", highlight=False, soft_wrap=True
-            )
+    predictions = predict_files(run, volumes, masks, ages)
+    found = predictions.table
+    for note in predictions.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    for said, files in found[found["note"] != ""].groupby("note", sort=False)["file"]:
+        who = files.iloc[0] if len(files) == 1 else f"{len(files)} files"
+        console.print(f"note: {who}: {said}", style="yellow", highlight=False, soft_wrap=True)
+    shown = {
+        "predicted": "predicted age",
+        "interval": "90 % interval",
+        "corrected_prediction": "corrected prediction",
+        "gap": "gap",
+        "corrected_gap": "corrected gap",
+    }
+    ends = zip(found["low"], found["high"], strict=True)
+    texts = {name: [f"{value:.1f}" for value in found[name]] for name in shown if name in found}
+    texts["interval"] = [f"{low:.1f} to {high:.1f}" for low, high in ends]
+    # A column is empty for all files, or for none.
+    columns = [name for name in shown if found["low" if name == "interval" else name].notna().all()]
+    table = Table("file", *(shown[name] for name in columns), box=None, padding=(0, 2))
+    for file, *values in zip(found["file"], *(texts[name] for name in columns), strict=True):
+        table.add_row(file, *values)
     console.print(table)
+    console.print(_how_to_read(columns), highlight=False, soft_wrap=True)
     if out is not None:
-        predictions.to_csv(out, index=False)
+        found.to_csv(out, index=False)
+
+
+def _how_to_read(columns: list[str]) -> str:
+    """Which number of the table of `predict` is for what."""
+    said = ["All numbers are in years; accuracy is always that of the predicted age."]
+    if "interval" in columns:
+        said.append("The interval contains the true age of about 9 in 10 people like those of the cohort.")
+    if "corrected_prediction" in columns:
+        said.append(
+            "The corrected prediction (Cole) is without the pull to the middle age, with a larger error."
+        )
+    if "gap" in columns:
+        said.append("The gap is predicted minus true age.")
+    if "corrected_gap" in columns:
+        said.append(
+            "The corrected gap (Beheshti, de Lange) is without the part that is usual at this age: use it to compare "
+            "groups, and never for accuracy, because it uses the true age."
+        )
+    return " ".join(said)
 
 
 def main() -> None:

@@ -10,13 +10,32 @@ import numpy as np
 import pandas as pd
 
 from core.errors import UserError
+from core.evaluation.calibration import Calibration, gap_metrics, gap_table
 from core.evaluation.regression import regression_metrics
-from core.inference import Predictor, load_predictor, prepare_files
+from core.inference import Predictor, load_predictor, prepare_file
 from core.run_description import CohortOfRun
-from core.run_names import RUN_JSON, SPLITS
+from core.run_names import RUN_JSON
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
+from distributed.commands.known_scans import KnownScans, roles_of
 from distributed.run.folder import RunFolder, open_run
+
+NO_CALIBRATION = (
+    "this run has kept no out-of-fold predictions, so there is neither a correction for the age bias nor a prediction "
+    "interval"
+)
+OLDEST = 130
+"""No person was older, in years."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions for files."""
+
+    table: pd.DataFrame
+    """One row per file; see `predict_files`."""
+    notes: tuple[str, ...]
+    """What cannot be given for any of them, and why."""
 
 
 @dataclass(frozen=True)
@@ -24,28 +43,34 @@ class Evaluation:
     """Predictions for a cohort, and their metrics."""
 
     predictions: pd.DataFrame
-    metrics: dict[str, float]
+    metrics: dict[str, float | str]
     notes: tuple[str, ...]
     table: Path
 
 
-def predict_files(run: Path, files: Sequence[Path], masks: Sequence[Path] | None = None) -> pd.DataFrame:
+def predict_files(
+    run: Path,
+    files: Sequence[Path],
+    masks: Sequence[Path] | None = None,
+    ages: Sequence[float] | None = None,
+) -> Predictions:
     """Predict the ages of NIfTI files, which are prepared like the cohort of the run.
 
     Args:
         run: folder of the run.
         files: one NIfTI file per subject.
         masks: the brain mask of each file, in their order; needed if the cohort was made with masks.
+        ages: the true age of each file in years, in their order, for the gap.
 
     Returns:
-        Columns file, predicted (age in years), note (empty, or why the prediction may be wrong).
+        A table with the columns file; those of `gap_table`; trained_on (yes, no, perhaps or unknown; see `Standing`);
+        and note (empty, or why the prediction may be wrong or too good).
 
     Raises:
-        UserError: no model, a file that cannot be read, another number of masks than files, or a model of several
-            channels.
+        UserError: no model, a file that cannot be read, another number of masks or ages than files, an age that is no
+            number of years, or a model of several channels.
     """
-    if masks is not None and len(masks) != len(files):
-        raise UserError(f"{len(files)} volumes need as many brain masks, got {len(masks)}")
+    _check_counts(files, masks, ages)
     folder = open_run(run)
     predictor = load_predictor(folder.path / "best")
     if len(predictor.channels) > 1:
@@ -53,13 +78,32 @@ def predict_files(run: Path, files: Sequence[Path], masks: Sequence[Path] | None
             f"the model needs channels {', '.join(predictor.channels)} of each subject; "
             "ingest them into a cohort and use `brainsweep evaluate`"
         )
-    rows = []
-    for number, file in enumerate(files):
-        mask = None if masks is None else [masks[number]]
-        volume = prepare_files([file], _preprocessing(folder), mask)
-        age = float(predictor.predict(volume)[0])
-        rows.append({"file": str(file), "predicted": age, "note": predictor.unfamiliar(volume) or ""})
-    return pd.DataFrame(rows)
+    known, preprocessing = KnownScans.of(folder, predictor.channels[0]), _preprocessing(folder)
+    predicted, trained_on, notes = [], [], []
+    for file, mask in zip(files, [None] * len(files) if masks is None else masks, strict=True):
+        scan = prepare_file(file, preprocessing, mask)
+        predicted.append(float(predictor.predict(scan.voxels[None])[0]))
+        standing = known.standing(file, scan)
+        trained_on.append(standing.trained_on)
+        said = (predictor.unfamiliar(scan.voxels[None]), standing.note)
+        notes.append("; ".join(note for note in said if note))
+    table = gap_table(predictor.calibration, np.array(predicted), None if ages is None else np.array(ages))
+    table.insert(0, "file", [str(file) for file in files])
+    return Predictions(table.assign(trained_on=trained_on, note=notes), _lacks(predictor.calibration))
+
+
+def _check_counts(files: Sequence[Path], masks: Sequence[Path] | None, ages: Sequence[float] | None) -> None:
+    if ages is not None and len(ages) != len(files):
+        raise UserError(f"{len(files)} volumes need as many --age, got {len(ages)}")
+    if masks is not None and len(masks) != len(files):
+        raise UserError(f"{len(files)} volumes need as many brain masks, got {len(masks)}")
+    for age in ages or ():
+        if not 0 <= age <= OLDEST:
+            raise UserError(f"--age must be in years, from 0 to {OLDEST}, got {age:g}")
+
+
+def _lacks(calibration: Calibration | None) -> tuple[str, ...]:
+    return (NO_CALIBRATION,) if calibration is None else calibration.lacks
 
 
 def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
@@ -78,12 +122,15 @@ def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
     predicted = predictor.predict(volumes)
     unfamiliar = predictor.unfamiliar(volumes)
     notes += (unfamiliar,) if unfamiliar else ()
-    table = opened.manifest.iloc[rows][["subject", "age", "site"]].assign(predicted=predicted)
+    of_scan = opened.manifest.iloc[rows][["subject", "age", "site"]].reset_index(drop=True)
+    ages, subjects = of_scan["age"].to_numpy(float), of_scan["subject"].to_numpy(str)
+    gaps = gap_table(predictor.calibration, predicted, ages)
+    table = pd.concat([of_scan, gaps.drop(columns="age")], axis=1)
     path = folder.path / "evaluations" / f"{opened.description.name}-{opened.description.hash[:8]}.csv"
     path.parent.mkdir(exist_ok=True)
     table.to_csv(path, index=False)
-    metrics = regression_metrics(predicted, table["age"].to_numpy(float), table["subject"].to_numpy(str))
-    return Evaluation(table, metrics, notes, path)
+    metrics = regression_metrics(predicted, ages, subjects) | gap_metrics(gaps, subjects)
+    return Evaluation(table, metrics, notes + _lacks(predictor.calibration), path)
 
 
 def _cohort_of(folder: RunFolder) -> CohortOfRun:
@@ -120,9 +167,7 @@ def _check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> Non
 
 def _rows_to_judge(folder: RunFolder, cohort: Cohort) -> tuple[np.ndarray, tuple[str, ...]]:
     """All rows of another cohort; in the cohort of the run itself the rows on which the model was not trained."""
-    # One line for each scan; all scans of a subject have one role.
-    splits = pd.read_csv(folder.path / SPLITS, dtype=str, keep_default_na=False).drop_duplicates("subject")
-    roles = splits.set_index("subject")["role"]
+    roles = pd.Series(roles_of(folder), dtype=str)
     if cohort.description.hash == _cohort_of(folder).hash:
         held_out = cohort.manifest["subject"].map(roles).eq("holdout").to_numpy()
         people = cohort.manifest["subject"][held_out].nunique()

@@ -3,12 +3,15 @@
 RUN/run.json                       request, resolved settings, seeds, versions, the cohort's hash
     splits.csv                     subject, role
     study.journal                  the Optuna study: the one record of the search
-    trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs
+    trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs;
+                                   predictions-FOLD-SEED.csv for the validation subjects of every finished cell
     refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
     confirmed/METHOD/…             winner and published again on the folds of the search, with seeds it never used
     trials.csv, trials.parquet, cells.csv, history.csv, access.csv, confirmed.csv, holdout.csv,
     predictions.csv                made from these
-    tensorboard/  best/  report.html
+    tensorboard/  report.html
+    best/                          the model of the refitted winner, with calibration.json: age bias and interval
+    evaluations/                   predictions for the cohorts of `evaluate`
 """
 
 from __future__ import annotations

@@ -128,6 +128,9 @@ class Sweep:
             model = folder.refit("winner") / f"model-{self.request.refit_cells[0]['seed']}"
             if model.exists():
                 keep_best(folder, model)
+                best = folder.about.refitted
+                if best is not None:
+                    tables.calibrate_best(folder, folder.trial(trial_name(best)), f"trial {best}")
             if not budget.interrupted:
                 tables.finish(folder, study, budget.reason)
         failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 import time
+from pathlib import Path
 
 import optuna
 import pandas as pd
 
+from core.evaluation.calibration import calibrate
 from core.evaluation.regression import median_age, regression_metrics
 from core.evaluation.splits import Splits
+from core.inference import save_calibration
 from core.objectives import COST
 from core.report.answer.record import trial_row
 from core.run_description import BestTrial
@@ -110,6 +113,24 @@ def _median_predictions(cohort: Cohort, splits: Splits) -> pd.DataFrame:
     return held_out.assign(
         predicted=median_age(trained["age"].to_numpy(float), trained["subject"].to_numpy(str))
     )
+
+
+def calibrate_best(folder: RunFolder, trial: Path, source: str) -> None:
+    """Write best/calibration.json from the out-of-fold predictions of `trial`, which has the settings of the model.
+
+    They are predictions for development subjects only, so the hold-out has no part in it. A trial of version 0.2 has
+    kept no predictions; then there is no calibration.
+    """
+    tables = [
+        pd.read_csv(path, dtype={"subject": str}, keep_default_na=False, na_values=[""])
+        for path in sorted(trial.glob("predictions-*-*.csv"))
+    ]
+    if tables:
+        together = pd.concat(tables, ignore_index=True)
+        predicted, ages = (together[name].to_numpy(float) for name in ("predicted", "age"))
+        cells = f"{len(tables)} cell{'' if len(tables) == 1 else 's'}"
+        found = calibrate(predicted, ages, together["subject"].to_numpy(str), f"{source}, {cells}")
+        save_calibration(folder.path / "best", found)
 
 
 def finish(folder: RunFolder, study: optuna.Study | None = None, ended: str | None = None) -> None:

@@ -23,7 +23,7 @@ from distributed.run.quiet import quiet
 from distributed.slots.cluster import connect, fit_slots
 from distributed.slots.slot import WorkerGroup, pack
 from distributed.sweeps.request import TrainRequest
-from distributed.sweeps.tables import finish
+from distributed.sweeps.tables import calibrate_best, finish
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner, make_runner
 from search_spaces import DEFAULT, load_space
@@ -83,6 +83,7 @@ def train_one(
         raise UserError(f"training failed: {answer['failed']}")
     with writing_to(folder.path):
         keep_best(folder, folder.trial(NAME) / f"model-{request.seed}")
+        calibrate_best(folder, folder.trial(NAME), f"fold {request.fold}")
         finish(folder)
         _write_history(folder)
     return folder

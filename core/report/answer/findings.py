@@ -97,7 +97,8 @@ def caveats(record: RunRecord) -> list[str]:
         _pruning(record),
         *change_lines(record),
         "Predicted ages are drawn to the middle: if the prediction is imperfect, young people look older and old "
-        "people younger. Without a correction for this, a brain-age gap is not a finding about a person.",
+        "people younger. Without a correction for this, a brain-age gap is not a finding about a person; "
+        "`predict` and `evaluate` give corrected gaps, too.",
     ]
     return [line for line in lines if line]
 
