@@ -74,7 +74,7 @@ MUTANTS = (
     Mutant(
         "the probe is fitted with the evaluation subjects",
         "core/tasks/brain_age.py",
-        "fit_age_probe(training.embeddings, training.ages, training.subjects)",
+        "fit_age_probe(training.embeddings, training.ages, training.subjects, penalty=penalty)",
         "fit_age_probe(\n"
         "            np.concatenate([training.embeddings, evaluation.embeddings]),\n"
         "            np.concatenate([training.ages, evaluation.ages]),\n"
@@ -84,7 +84,7 @@ MUTANTS = (
     Mutant(
         "the penalty of the probe is chosen with the evaluation subjects",
         "core/tasks/brain_age.py",
-        "fit_age_probe(training.embeddings, training.ages, training.subjects)",
+        "fit_age_probe(training.embeddings, training.ages, training.subjects, penalty=penalty)",
         "fit_age_probe(\n"
         "            training.embeddings,\n"
         "            training.ages,\n"
@@ -121,8 +121,8 @@ MUTANTS = (
     Mutant(
         "the scans of a person vouch for each other in the probe",
         "core/evaluation/probes.py",
-        "subject_weights(subjects_n)\n    if weights_n is None",
-        "subject_weights(np.arange(len(ages_n)).astype(str))\n    if weights_n is None",
+        "(embeddings_nd - mean_d) / scale_d, subject_weights(subjects_n)",
+        "(embeddings_nd - mean_d) / scale_d, subject_weights(np.arange(len(ages_n)).astype(str))",
         ("tests/test_probes.py::test_two_sessions_predict_new_people_no_worse_than_one",),
     ),
     Mutant(
@@ -135,7 +135,7 @@ MUTANTS = (
     Mutant(
         "the winner may be a trial that was stopped early, in the report",
         "core/report/answer/record.py",
-        '(self.trials["state"] == "COMPLETE") & ',
+        '(trials["state"] == "COMPLETE") & ',
         "",
         ("tests/test_report.py::test_the_winner_is_the_best_completed_trial_inside_the_space",),
     ),
@@ -228,6 +228,20 @@ MUTANTS = (
         'trained_on = "unknown" if unknown else "no"',
         'trained_on = "no"',
         ("tests/test_known_scans.py::test_what_cannot_be_compared_is_not_called_new",),
+    ),
+    Mutant(
+        "the L1 baseline was tuned and is refitted untuned",
+        "distributed/sweeps/refits.py",
+        "        if tuned is None\n",
+        "        if True\n",
+        ("tests/test_baseline.py::test_the_refit_takes_the_best_trial_of_the_baseline",),
+    ),
+    Mutant(
+        "the report says that the L1 baseline was tuned although none of its trials was completed",
+        "core/report/answer/record.py",
+        "self._best_of(self.baseline)",
+        'self._best_of(self.baseline.assign(state="COMPLETE", value=9.0))',
+        ("tests/test_baseline.py::test_the_report_says_how_the_baseline_was_tuned",),
     ),
 )
 

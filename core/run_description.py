@@ -88,6 +88,8 @@ class Look(_Part):
     """How many trials of the search had ended; None if it was not recorded."""
     winner: int | None = None
     """The number of the trial that was refitted."""
+    baseline: int | None = None
+    """The number of the trial of the L1 baseline that was refitted; None if it was not tuned."""
 
     def in_words(self) -> str:
         """When, and after how many trials."""
@@ -99,7 +101,7 @@ class RunDescription(_Part):
     """The content of run.json."""
 
     kind: str = "sweep"
-    """sweep or train."""
+    """sweep, train or nested."""
     command: str = ""
     """The command as it was typed."""
     created: str = ""

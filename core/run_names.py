@@ -8,6 +8,8 @@ from __future__ import annotations
 # Files of a run; `distributed.run.folder` says what each of them contains.
 RUN_JSON, JOURNAL, SPLITS, LOCK = "run.json", "study.journal", "splits.csv", "writer.lock"
 TRIALS, REFITS, CONFIRMED, ACCESS, TUNE = "trials", "refits", "confirmed", "access", "tune"
+BASELINE = "baseline"
+"""The trials of the L1 baseline, if it was searched, too."""
 # In the folder of a trial or a refit.
 PROGRESS, CHECKPOINT = "progress.json", "checkpoint.pt"
 
@@ -15,6 +17,8 @@ SWEEP, TRAIN, NESTED = "sweep", "train", "nested"
 """The kinds of runs, in run.json; a nested search has a sweep for every hold-out in `outer-1`, `outer-2`, …"""
 STUDY = "brainsweep"
 """The name of the study if the space of the run was never changed; run.json has the name of the present one."""
+L1_STUDY = "l1-baseline"
+"""The study of the L1 baseline, in the same journal."""
 
 # The label of a trial in the tables: the value of its attribute `LABEL`. Most trials have no label.
 PUBLISHED = "published"

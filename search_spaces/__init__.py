@@ -10,7 +10,7 @@ This is a package of brainsweep.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from core.config import Settings, flatten, read_settings, with_absent
 from core.errors import UserError
 from core.lookup import look_up
 from search_spaces import brain_age
-from search_spaces.points import Space
+from search_spaces.points import Space, Without, is_under
 
 SPACES: dict[str, Space] = {"brain_age": brain_age.space}
 
@@ -56,6 +56,23 @@ def pin(space: Space, changes: Mapping[str, object]) -> Space:
     pinned = fixed_by(changes)
     # A space says that it takes an `optuna.Trial`; a PinnedTrial passes on all that it does not answer itself.
     return lambda trial: space(PinnedTrial(trial, pinned))  # type: ignore[arg-type]
+
+
+def without(space: Space, blocks: Collection[str], settings: Settings) -> Space:
+    """`space` without the settings under `blocks`: they become no parameters, and have no place in a configuration.
+
+    Args:
+        space: a define-by-run space.
+        blocks: dotted names, such as `objective`.
+        settings: nested settings. A space that branches on a setting without a place sees its value there.
+    """
+    values = with_absent(flatten(settings))
+
+    def rest(trial: optuna.Trial) -> Settings:
+        proposed = space(Without(trial, blocks, values))  # type: ignore[arg-type]
+        return {name: value for name, value in proposed.items() if not is_under(name, blocks)}
+
+    return rest
 
 
 def fixed_by(changes: Mapping[str, object]) -> Settings:

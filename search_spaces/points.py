@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -59,6 +59,50 @@ class Asked:
             self.params[name] = self._answer(name, distribution)
             self.distributions[name] = distribution
         return self.params[name]
+
+
+class Without(Asked):
+    """A trial without the settings under some blocks; it asks `trial` for all others.
+
+    Those settings get their value in `settings` (by dotted name), or if they cannot have it their first choice or
+    lowest value: a space may branch on them.
+    """
+
+    def __init__(self, trial: optuna.Trial, blocks: Collection[str], settings: Mapping[str, object]) -> None:
+        def answer(name: str, distribution: BaseDistribution) -> Any:
+            if not is_under(name, blocks):
+                return _suggested(trial, name, distribution)
+            if name in settings and _holds(distribution, settings[name]):
+                return settings[name]
+            return (
+                distribution.choices[0]
+                if isinstance(distribution, CategoricalDistribution)
+                else _range_of(distribution)[0]
+            )
+
+        super().__init__(answer)
+        self._trial, self.number = trial, trial.number
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._trial, name)
+
+
+def is_under(name: str, blocks: Collection[str]) -> bool:
+    """Whether the setting `name` is one of `blocks`, or in one of them."""
+    return any(name == block or name.startswith(f"{block}.") for block in blocks)
+
+
+def _suggested(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    """What `trial` suggests."""
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        step, log = distribution.step, distribution.log
+        return trial.suggest_int(name, distribution.low, distribution.high, step=step, log=log)
+    if not isinstance(distribution, FloatDistribution):
+        raise TypeError(f"nothing can suggest {distribution}")
+    low, high = distribution.low, distribution.high
+    return trial.suggest_float(name, low, high, step=distribution.step, log=distribution.log)
 
 
 def point_of(space: Space, settings: Mapping[str, object], *, all_used: bool = True) -> dict[str, object]:

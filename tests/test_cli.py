@@ -19,7 +19,7 @@ from distributed.commands.app import app, main
 from distributed.commands.cohorts import data
 
 COHORTS = ["phantom", "ingest", "describe", "quality", "verify"]
-RUNS = ["train", "sweep", "resume", "report", "evaluate", "predict"]
+RUNS = ["train", "sweep", "demo", "resume", "report", "evaluate", "predict"]
 COMMANDS = COHORTS + RUNS
 
 

@@ -147,6 +147,28 @@ def test_what_a_killed_search_did_not_hear_is_recorded_once():
     assert study.get_trials()[0].intermediate_values == {1: 9.0, 2: 8.0, 3: 7.0}
 
 
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
+def test_startup_trials_are_compared_and_never_stopped(name):
+    """Others see them as without the option: with values that get worse, those after them are stopped alike."""
+    curves = [[float(5 + number)] * 8 for number in range(10)]
+    plain, spared = (make_scheduler(name, epochs=4, cells=2, startup_trials=number) for number in (0, 6))
+    assert min(run(plain, number, curve) for number, curve in enumerate(curves[:6])) < 8
+    assert [run(spared, number, curve) for number, curve in enumerate(curves[:6])] == [8] * 6
+    later = [run(spared, number, curve) for number, curve in enumerate(curves[6:], start=6)]
+    assert min(later) < 8
+    assert later[0] == run(plain, 6, curves[6])
+
+
+def test_the_pruner_spares_startup_trials_too():
+    study = optuna.create_study()
+    done = study.ask()
+    done.set_user_attr(CELL_VALUES, [1.0] * 6)
+    study.tell(done, 1.0)
+    bad = {TIME: 20, "done": False, "name": "0003", "cells": [{"mae": 9.0 + index} for index in range(5)]}
+    assert Wilcoxon(0.1, study, "mae", 6, startup_trials=3)("id", bad)
+    assert not Wilcoxon(0.1, study, "mae", 6, startup_trials=4)("id", bad)
+
+
 def test_asha_stops_the_worse_half_and_never_a_refit():
     scheduler = make_scheduler("asha", epochs=4, cells=2)
     decisions = []

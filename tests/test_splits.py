@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.evaluation.splits import Splits, make_splits
+from core.evaluation.splits import Splits, make_splits, nested_splits
 
 
 def manifest_of(count: int, sites: int = 1, seed: int = 0) -> pd.DataFrame:
@@ -141,3 +141,37 @@ def test_impossible_counts_are_refused():
         make_splits(manifest_of(6).iloc[:0], 2)
     with pytest.raises(UserError, match="fold 2 does not exist"):
         make_splits(manifest_of(6), 2).training(2)
+
+
+@pytest.mark.parametrize(("subjects", "outer", "folds"), [(36, 5, 3), (23, 4, 2)])
+def test_nested_hold_outs_are_disjoint_and_hold_everybody_out_once(
+    subjects: int, outer: int, folds: int
+) -> None:
+    """Laws, with two scans of every third subject: no person is on both sides of any split."""
+    scans = pd.DataFrame(
+        {
+            "subject": [f"s{index:03d}" for index in range(subjects)],
+            "age": np.linspace(20, 80, subjects),
+            "site": ["a", "b"] * (subjects // 2) + ["a"] * (subjects % 2),
+        }
+    )
+    manifest = pd.concat([scans, scans[::3]], ignore_index=True).sample(
+        frac=1, random_state=0, ignore_index=True
+    )
+    person = manifest["subject"].to_numpy()
+    made = nested_splits(manifest, outer, folds, seed=3)
+    assert len(made) == outer
+    held_out = np.concatenate([splits.holdout for splits in made])
+    assert sorted(held_out) == list(range(len(manifest)))
+    sizes = [len(set(person[splits.holdout])) for splits in made]
+    assert max(sizes) - min(sizes) <= 1
+    for splits in made:
+        assert len(splits.folds) == folds
+        assert sorted([*splits.holdout, *splits.development]) == list(range(len(manifest)))
+        assert not set(person[splits.holdout]) & set(person[splits.development])
+        for fold in range(folds):
+            assert not set(person[splits.folds[fold]]) & set(person[splits.training(fold)])
+        ages = manifest["age"].to_numpy()
+        assert abs(ages[splits.holdout].mean() - ages.mean()) < 6  # each hold-out is like the cohort
+    again = nested_splits(manifest, outer, folds, seed=3)
+    assert all((one.holdout == other.holdout).all() for one, other in zip(made, again, strict=True))

@@ -77,6 +77,19 @@ def make_splits(manifest: pd.DataFrame, folds: int, holdout: float = 0.2, seed: 
     )
 
 
+def nested_splits(manifest: pd.DataFrame, outer: int, folds: int, seed: int = 0) -> tuple[Splits, ...]:
+    """`outer` splits whose hold-outs are disjoint, so that every subject is held out once; see `make_splits`.
+
+    Each hold-out is like the cohort in age and site, and so are the folds of the other subjects.
+    """
+    made = []
+    for held_out in make_splits(manifest, outer, 0.0, seed).folds:
+        others = np.setdiff1d(np.arange(len(manifest)), held_out)
+        inner = make_splits(manifest.iloc[others], folds, 0.0, seed)
+        made.append(Splits(holdout=held_out, folds=tuple(others[rows] for rows in inner.folds)))
+    return tuple(made)
+
+
 def _hold_out(subjects: pd.DataFrame, holdout: float, seed: int) -> Subjects:
     """One random subject of each block of about 1/holdout neighbours; the same for any number of folds."""
     if holdout == 0:

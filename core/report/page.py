@@ -141,14 +141,15 @@ def draw_all(record: RunRecord) -> dict[str, Drawing]:
     words = in_words(record)
     drawn = FIGURES | (OF_SEVERAL_OBJECTIVES if len(record.objectives) > 1 else {})
     drawn |= OF_POPULATIONS if has_population(record) else {}
-    return {name: _draw(name, title, draw, record, words[name]) for name, (title, draw) in drawn.items()}
+    return {name: draw(name, title, figure, record, words[name]) for name, (title, figure) in drawn.items()}
 
 
-def _draw(
-    name: str, title: str, draw: Callable[[RunRecord], Figure], record: RunRecord, words: str
+def draw(
+    name: str, title: str, figure: Callable[[RunRecord], Figure], record: RunRecord, words: str
 ) -> Drawing:
+    """The figure of a record, whose content `words` tell people who cannot see it."""
     try:
-        return Drawing(title, Markup(as_svg(draw(record), name, f"{title}. {words}")))
+        return Drawing(title, Markup(as_svg(figure(record), name, f"{title}. {words}")))
     except NothingToShow as reason:
         return Drawing(title, None, str(reason))
 
@@ -206,6 +207,7 @@ def sweep_facts(record: RunRecord) -> list[tuple[str, str]]:
         "Code": f"{code.commit}{changed}" if code.commit else None,
         "Search space": sweep.get("space"),
         "Trials": sweep.get("trials"),
+        "Trials of the L1 baseline": sweep.get("baseline_trials") or None,
         "Folds": sweep.get("folds"),
         "Seeds": _joined(sweep.get("seeds"), ", "),
         "Refit seeds": sweep.get("refit_seeds"),

@@ -37,6 +37,9 @@ from core.losses.settings import REGRESSION_LOSSES
 from core.models import build_encoder, build_projection_head
 from core.models.heads import RegressionHead
 
+CONTRASTIVE_ONLY = ("objective", "model.head", "model.readout")
+"""What a `RegressionModel` does not have: its loss has no settings, and it is read without a projection."""
+
 
 class ContrastiveModel(nn.Module):
     """Encoder and projection head; `readout` says which of the two the probe sees."""

@@ -19,6 +19,7 @@ from distributed.commands.options import (
     Address,
     CohortFolder,
     RunArgument,
+    as_typed,
     asks,
     console,
     place,
@@ -99,18 +100,49 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Search for the best configuration, refit it, and look at the held-out subjects once."""
+    from distributed.sweeps.nested import run_nested
     from distributed.sweeps.sweep import run_sweep
 
-    run_sweep(cohort, request, out or _new_run("sweep"), address, console, enqueue)
+    run = run_sweep if request.outer is None else run_nested
+    run(cohort, request, out or _new_run("sweep"), address, console, enqueue)
+
+
+@app.command(epilog="Example: brainsweep demo --out runs/demo")
+def demo(
+    cohort: Annotated[Path, typer.Option(help="where the synthetic brains are made, or are")] = Path(
+        "cohorts/phantom"
+    ),
+    out: Annotated[Path | None, typer.Option(help="run folder; runs/DATE-demo if absent")] = None,
+) -> None:
+    """Make 128 synthetic brains and search for about 3 minutes, as much as this machine does in that time."""
+    from core.volumes.phantom.cohort import write_phantom_cohort
+    from core.volumes.phantom.settings import PhantomSettings
+    from distributed.run.quiet import quiet
+    from distributed.sweeps.demo import measure_epoch, size_of, slots_here
+    from distributed.sweeps.sweep import run_sweep
+
+    quiet()
+    console.print(f"synthetic brains in {cohort} …", highlight=False)
+    brains = write_phantom_cohort(cohort, PhantomSettings(subjects=128, spacing=8))
+    size = size_of(measure_epoch(brains), slots_here())
+    request = size.request
+    console.print(
+        f"an epoch takes {size.epoch:.2f} s here: {request.trials} trials of {len(request.cells)} folds and "
+        f"{request.changes['training.epochs']} epochs, in about {size.seconds / 60:.0f} minutes. The same as\n"
+        f"  {as_typed(cohort, request)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    run_sweep(cohort, request, out or _new_run("demo"), None, console)
 
 
 @app.command(epilog="Example: brainsweep resume runs/demo")
 @asks(ResumeRequest)
 def resume(run: RunArgument, request: ResumeRequest, address: Address = None) -> None:
     """Continue an interrupted sweep. Finished trials are not repeated; the others continue from their last epoch."""
-    from distributed.sweeps.resume import resume_sweep
+    from distributed.sweeps.nested import resume_run
 
-    resume_sweep(run, request, address, console)
+    resume_run(run, request, address, console)
 
 
 @app.command(epilog="Example: brainsweep report runs/demo")
@@ -118,10 +150,16 @@ def report(run: RunArgument) -> None:
     """Make the report and the leaderboard of a run again; the run may be unfinished."""
     from core.report.answer.record import read_run
     from core.report.answer.tables import print_leaderboard
+    from core.report.nested import is_nested, print_nested, write_nested
     from core.report.page import write_report
     from distributed.run.working_copy import bring_run, send_report
 
     bring_run(run, console)
+    if is_nested(run):
+        page = write_nested(run)
+        print_nested(console, run)
+        console.print(f"\nNext:\n  open {page}", highlight=False)
+        return
     page = write_report(run)
     send_report(page)
     print_leaderboard(console, read_run(run))

@@ -77,13 +77,13 @@ def asks(request: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[.
         for own in inspect.signature(command, eval_str=True).parameters.values():
             if own.annotation is request:
                 asked = own.name
-                parameters += [_option(name, field) for name, field in request.model_fields.items()]
+                parameters += [_option(name, field) for name, field in _options(request).items()]
             else:
                 parameters.append(own.replace(kind=own.KEYWORD_ONLY))
 
         @functools.wraps(command)
         def with_options(**given: object) -> None:
-            values = {name: given.pop(name) for name in request.model_fields}
+            values = {name: given.pop(name) for name in _options(request)}
             command(**given, **{asked: _made(request, values)})
 
         # Typer reads the options of a command from its signature.
@@ -93,10 +93,15 @@ def asks(request: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[.
     return decorate
 
 
+def _options(request: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields that are options: those with a description, which is their help."""
+    return {name: field for name, field in request.model_fields.items() if field.description}
+
+
 def _made(request: type[BaseModel], typed: Mapping[str, object]) -> BaseModel:
     """The request with the values that were `typed`; UserError if it refuses one of them."""
     values = dict(typed)
-    for name, field in request.model_fields.items():
+    for name, field in _options(request).items():
         value = typed[name]
         if get_origin(field.annotation) is tuple:
             values[name] = names(value if isinstance(value, str) else None)
@@ -145,6 +150,17 @@ def _bounds(field: FieldInfo) -> str:
         if isinstance(each, kind) and getattr(each, key) not in (0, 1)
     ]
     return f"({', '.join(found)})" if found else ""
+
+
+def as_typed(cohort: Path, request: BaseModel) -> str:
+    """The command that makes a sweep of this request, with the options that are not the default."""
+    words = [f"brainsweep sweep {cohort}"]
+    for name, value in request.model_dump(exclude_defaults=True).items():
+        if isinstance(value, dict):
+            words += [f"--set {setting}={given}" for setting, given in value.items()]
+        else:
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
 
 
 def wrong_option(error: ValidationError) -> UserError:

@@ -14,7 +14,7 @@ from core.evaluation.calibration import Calibration, gap_metrics, gap_table
 from core.evaluation.regression import regression_metrics
 from core.inference import Predictor, load_predictor, prepare_file
 from core.run_description import CohortOfRun
-from core.run_names import RUN_JSON
+from core.run_names import NESTED, RUN_JSON
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
 from distributed.commands.known_scans import KnownScans, roles_of
@@ -71,7 +71,7 @@ def predict_files(
             number of years, or a model of several channels.
     """
     _check_counts(files, masks, ages)
-    folder = open_run(run)
+    folder = _open_single(run)
     predictor = load_predictor(folder.path / "best")
     if len(predictor.channels) > 1:
         raise UserError(
@@ -112,7 +112,7 @@ def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
     Raises:
         UserError: no model, or a cohort with another spacing or without the channels of the model.
     """
-    folder = open_run(run)
+    folder = _open_single(run)
     predictor = load_predictor(folder.path / "best")
     opened = Cohort.open(cohort)
     _check_alike(folder, predictor, opened)
@@ -131,6 +131,17 @@ def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
     table.to_csv(path, index=False)
     metrics = regression_metrics(predicted, ages, subjects) | gap_metrics(gaps, subjects)
     return Evaluation(table, metrics, notes + _lacks(predictor.calibration), path)
+
+
+def _open_single(run: Path) -> RunFolder:
+    """The run, if it has one best model; UserError for a nested search, which has one for every hold-out."""
+    folder = open_run(run)
+    if folder.about.kind == NESTED:
+        raise UserError(
+            f"{run} is a nested search: it judges the search and has no model of its own; use one of its sweeps, such "
+            f"as {run}/outer-1, or run a sweep without --outer"
+        )
+    return folder
 
 
 def _cohort_of(folder: RunFolder) -> CohortOfRun:

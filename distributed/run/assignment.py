@@ -24,6 +24,8 @@ PRUNABLE_EPOCHS = "prunable_epochs"
 HOLDOUT = -1
 """The fold of a refit, which is trained on all development subjects and judged on the hold-out."""
 
+BASELINE_PREFIX = "l1-"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -189,3 +191,14 @@ def out_of_fold_predictions(folder: Path, fold: int, seed: int) -> Path:
 def trial_name(number: int) -> str:
     """The name of a trial's folder."""
     return f"{number:04d}"
+
+
+def baseline_name(number: int) -> str:
+    """The name of a trial of the L1 baseline, which no trial of the search has."""
+    return f"{BASELINE_PREFIX}{trial_name(number)}"
+
+
+def trial_number(name: str) -> int | None:
+    """The number of a trial, of the search or of the L1 baseline; None for refits and repetitions."""
+    digits = name.removeprefix(BASELINE_PREFIX)
+    return int(digits) if digits.isdigit() else None

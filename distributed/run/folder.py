@@ -5,10 +5,11 @@ RUN/run.json                       request, resolved settings, seeds, versions, 
     study.journal                  the Optuna study: the one record of the search
     trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs;
                                    predictions-FOLD-SEED.csv for the validation subjects of every finished cell
+    baseline/0003/…                the same, of a trial of the L1 baseline (--baseline-trials)
     refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
     confirmed/METHOD/…             winner and published again on the folds of the search, with seeds it never used
-    trials.csv, trials.parquet, cells.csv, history.csv, access.csv, confirmed.csv, holdout.csv,
-    predictions.csv                made from these
+    trials.csv, trials.parquet, cells.csv, history.csv, access.csv, baseline.csv, confirmed.csv,
+    holdout.csv, predictions.csv   made from these
     tensorboard/  report.html
     best/                          the model of the refitted winner, with calibration.json: age bias and interval
     evaluations/                   predictions for the cohorts of `evaluate`
@@ -34,7 +35,7 @@ from core.evaluation.splits import Splits
 from core.files.places import is_url
 from core.files.writing import write_text
 from core.run_description import CohortOfRun, RunDescription, find_cohort
-from core.run_names import ACCESS, CONFIRMED, JOURNAL, REFITS, RUN_JSON, SPLITS, TRIALS, TUNE
+from core.run_names import ACCESS, BASELINE, CONFIRMED, JOURNAL, REFITS, RUN_JSON, SPLITS, TRIALS, TUNE
 from core.volumes.cohort.reader import Cohort
 from distributed.run.code import code_version
 from distributed.run.lock import refuse_url
@@ -61,6 +62,10 @@ class RunFolder:
     def trial(self, name: str) -> Path:
         """The folder of a trial of the search."""
         return self.path / TRIALS / name
+
+    def baseline(self, name: str) -> Path:
+        """The folder of a trial of the L1 baseline."""
+        return self.path / BASELINE / name
 
     def refit(self, method: str) -> Path:
         """The folder of a refit."""

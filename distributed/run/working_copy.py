@@ -27,6 +27,7 @@ from core.files.places import download, exists, is_url, list_files, remove, show
 from core.files.writing import replacing
 from core.run_names import (
     ACCESS,
+    BASELINE,
     CHECKPOINT,
     CONFIRMED,
     JOURNAL,
@@ -45,7 +46,7 @@ SIGN = quote("://", safe="")
 SEND_S = 10.0
 LEFT_OUT = (TUNE, LOCK, f"{JOURNAL}.lock")
 """Files and folders of a run that are only of use to the machine that wrote them."""
-BY_WORKERS = (TRIALS, REFITS, CONFIRMED, ACCESS)
+BY_WORKERS = (TRIALS, BASELINE, REFITS, CONFIRMED, ACCESS)
 """Folders of a run in which workers on any node write; they send these files themselves."""
 CHECKPOINTS = Path(CHECKPOINT).stem
 """What the names of all checkpoints of a trial begin with."""

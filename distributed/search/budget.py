@@ -98,6 +98,32 @@ class Budget(tune.Stopper):
     spent_before: float | None = None
     """The seconds that this trial had used at its last answer in this session; None before its first one."""
     checked: bool = False
+    share: float = 1.0
+    """The part of both budgets that this search may use; the rest is for another search of the run."""
+    elapsed: float = 0.0
+    """Seconds of the time budget that another search of this session has used."""
+
+    @property
+    def own_seconds(self) -> float | None:
+        """The seconds that are for this search."""
+        return None if self.seconds is None else self.seconds * self.share - self.elapsed
+
+    @property
+    def own_hours(self) -> float | None:
+        """The accelerator-hours that are for this search."""
+        return None if self.accelerator_hours is None else self.accelerator_hours * self.share
+
+    @property
+    def running_for(self) -> float:
+        """Seconds since the first result of this session; 0 without a time budget."""
+        if self.deadline is None or self.own_seconds is None:
+            return 0.0
+        return time.time() - self.deadline + self.own_seconds
+
+    @property
+    def out_of_hours(self) -> bool:
+        """Whether the accelerator-hours of this search are used up."""
+        return self.own_hours is not None and self.hours_used >= self.own_hours
 
     @property
     def hours_used(self) -> float:
@@ -108,8 +134,7 @@ class Budget(tune.Stopper):
     def spent(self) -> bool:
         """Whether a budget is used up. Then running trials are stopped, and `resume` can continue them."""
         out_of_time = self.deadline is not None and time.time() > self.deadline
-        out_of_hours = self.accelerator_hours is not None and self.hours_used >= self.accelerator_hours
-        return out_of_time or out_of_hours
+        return out_of_time or self.out_of_hours
 
     @property
     def is_over(self) -> bool:
@@ -125,16 +150,16 @@ class Budget(tune.Stopper):
             return "interrupted"
         if self.unlikely:
             return "further improvement was judged unlikely"
-        if self.accelerator_hours is not None and self.hours_used >= self.accelerator_hours:
-            return f"{self.hours_used:.3g} {self.unit}-hours used of {self.accelerator_hours:g}"
+        if self.out_of_hours:
+            return f"{self.hours_used:.3g} {self.unit}-hours used of {self.own_hours:g}"
         return f"the time budget of {self.seconds:g} s was used up" if self.spent else None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether to stop a running trial: the budget is spent. Refits run to their end."""
         if trial_id in self.beyond or result.get("fold") == HOLDOUT:
             return False
-        if self.deadline is None and self.seconds is not None:
-            self.deadline = time.time() + self.seconds
+        if self.deadline is None and self.own_seconds is not None:
+            self.deadline = time.time() + self.own_seconds
         if "spent_seconds" in result:
             self.used[result["name"]] = result["spent_seconds"] * self.devices
         if self.completes and result.get("name") == self.completes:
@@ -155,9 +180,7 @@ class Budget(tune.Stopper):
             return
         self.checked = True
         each = spent - before
-        seconds = left * each + (
-            time.time() - self.deadline + self.seconds if self.deadline and self.seconds else 0
-        )
+        seconds = left * each + self.running_for
         hours = (spent + left * each) * self.devices / 3600
         trial = f"the first configuration alone ({self.epochs} epochs in all, {each:.2g} s each)"
         if self.seconds is not None and seconds > HOPELESS * self.seconds:
@@ -179,9 +202,9 @@ class Budget(tune.Stopper):
             return False
         epochs_left = result["epoch"] * (1.0 / progress - 1.0)
         seconds_left = epochs_left * result["spent_seconds"] / result["epochs"]
-        soon = [seconds_left <= NEAR * self.seconds] if self.seconds is not None else []
-        if self.accelerator_hours is not None:
-            soon.append(seconds_left * self.devices / 3600 <= NEAR * self.accelerator_hours)
+        soon = [seconds_left <= NEAR * self.own_seconds] if self.own_seconds is not None else []
+        if self.own_hours is not None:
+            soon.append(seconds_left * self.devices / 3600 <= NEAR * self.own_hours)
         return all(soon)
 
     def stop_all(self) -> bool:
@@ -191,11 +214,11 @@ class Budget(tune.Stopper):
     def remaining(self) -> list[str]:
         """The rest of each budget that was set, as text."""
         left = []
-        if self.seconds is not None:
-            seconds = self.seconds if self.deadline is None else max(0.0, self.deadline - time.time())
-            left.append(f"{seconds:.0f} s")
-        if self.accelerator_hours is not None:
-            left.append(f"{max(0.0, self.accelerator_hours - self.hours_used):.3g} {self.unit}-hours")
+        if self.own_seconds is not None:
+            seconds = self.own_seconds if self.deadline is None else self.deadline - time.time()
+            left.append(f"{max(0.0, seconds):.0f} s")
+        if self.own_hours is not None:
+            left.append(f"{max(0.0, self.own_hours - self.hours_used):.3g} {self.unit}-hours")
         return left
 
 

@@ -7,7 +7,7 @@ that reports no `TIME`: the published trial and the refits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,7 +25,7 @@ from core.lookup import look_up
 from core.objectives import measure
 from core.report.answer.record import reported
 from core.run_names import CELL_VALUES, LABEL, PUBLISHED
-from distributed.run.assignment import PRUNABLE_EPOCHS, Answer, trial_name
+from distributed.run.assignment import PRUNABLE_EPOCHS, Answer, trial_name, trial_number
 
 METRIC, TIME = "value", PRUNABLE_EPOCHS
 """The keys of a result that a scheduler uses: the first objective, and the epochs done in all cells."""
@@ -104,9 +104,8 @@ class Hyperband(FIFOScheduler):
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         """Put the trial into its bracket. A refit or a repetition reports no `TIME`, so its bracket does not matter."""
-        name = trial.config["assignment"]["name"]
-        number = int(name) if name.isdigit() else 0
-        self.bracket_of[trial.trial_id] = self.brackets[self.bracket_number(number)]
+        number = trial_number(trial.config["assignment"]["name"])
+        self.bracket_of[trial.trial_id] = self.brackets[self.bracket_number(number or 0)]
         self.bracket_of[trial.trial_id].on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
@@ -133,10 +132,10 @@ POPULATION_SCHEDULERS = ("pbt", "pb2")
 """Trials that follow the evolution of a population are compared on all cells: no scheduler stops them early."""
 
 
-def make_scheduler(name: str, epochs: int, cells: int) -> TrialScheduler:
-    """The scheduler `name` for trials of `cells` cells of `epochs` epochs each."""
+def make_scheduler(name: str, epochs: int, cells: int, startup_trials: int = 0) -> TrialScheduler:
+    """The scheduler `name` for trials of `cells` cells of `epochs` epochs each; see `ByName` for `startup_trials`."""
     known = SCHEDULERS | dict.fromkeys(POPULATION_SCHEDULERS, SCHEDULERS["none"])
-    return ByName(look_up(known, name, "scheduler")(epochs, cells))
+    return ByName(look_up(known, name, "scheduler")(epochs, cells), startup_trials)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,11 +152,13 @@ class ByName(FIFOScheduler):
     Tune gives a new id to a trial that continues in a resumed run, or after its slot crashed. A scheduler that knows
     only the id takes it for a new trial: at its first report, in epoch 8, ASHA would record this value at the rung of
     epoch 6, although the trial has a value of epoch 6.
+
+    The values of the first `startup_trials` count for the others, but these trials are not stopped.
     """
 
-    def __init__(self, scheduler: TrialScheduler) -> None:
+    def __init__(self, scheduler: TrialScheduler, startup_trials: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray left it untyped
-        self.scheduler = scheduler
+        self.scheduler, self.startup_trials = scheduler, startup_trials
         self.trials: dict[str, Trial] = {}
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -169,7 +170,8 @@ class ByName(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
         """The decision of the scheduler."""
-        return self.scheduler.on_trial_result(tune_controller, self._known(trial), result)
+        decision = self.scheduler.on_trial_result(tune_controller, self._known(trial), result)
+        return self.CONTINUE if is_startup(trial.config, self.startup_trials) else decision
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
         """Tell the scheduler the last value."""
@@ -189,11 +191,20 @@ class ByName(FIFOScheduler):
         return self.trials[trial.config["assignment"]["name"]]
 
 
-def replay(scheduler: TrialScheduler, trials: list[FrozenTrial]) -> None:
+def is_startup(config: Mapping[str, Mapping[str, object]], startup_trials: int) -> bool:
+    """Whether a trial with this configuration in Tune is one of the first trials of the search."""
+    number = trial_number(str(config["assignment"]["name"]))
+    return number is not None and number < startup_trials
+
+
+def replay(
+    scheduler: TrialScheduler, trials: list[FrozenTrial], named: Callable[[int], str] = trial_name
+) -> None:
     """Show a new scheduler the values of earlier trials, so that a resumed search prunes as if never interrupted.
 
     Trials that are not finished are shown, too: they continue, and are compared at the epochs that they have done. The
-    published trial is left out, as in a search that was not interrupted: it reports no `TIME`.
+    published trial is left out, as in a search that was not interrupted: it reports no `TIME`. `named` gives the name
+    of a trial, by its number.
     """
     # Only schedulers that pause trials use the controller.
     controller = cast(TuneController, None)
@@ -201,7 +212,7 @@ def replay(scheduler: TrialScheduler, trials: list[FrozenTrial]) -> None:
         values = reported(trial)
         if not values or trial.user_attrs.get(LABEL) == PUBLISHED:
             continue
-        name = trial_name(trial.number)
+        name = named(trial.number)
         shown = cast(Trial, _Named(name, {"assignment": {"name": name}}))
         scheduler.on_trial_add(controller, shown)
         result: Result = {}
@@ -225,12 +236,15 @@ class Wilcoxon(tune.Stopper):
     study: optuna.Study
     metric: str
     cells: int
+    startup_trials: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, trial_id: str, result: Result) -> bool:
         """Whether to stop the trial; `reasons` keeps the reason."""
         answer = cast(Answer, result)
         finished = answer.get("cells") or []
+        if is_startup({"assignment": {"name": answer.get("name", "")}}, self.startup_trials):
+            return False
         if TIME not in answer or answer["done"] or not 2 <= len(finished) < self.cells:
             return False
         p = self._p_value([measure(self.metric, cell) for cell in finished])

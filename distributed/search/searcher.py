@@ -53,7 +53,7 @@ class Proposals:
     base: Settings
     trials: int
     assignment: Callable[[str, Settings, bool], Assignment]
-    """(name, settings, prunable) -> assignment"""
+    """(name of its folder, settings, prunable) -> assignment"""
     refits: Callable[[optuna.Study], list[Assignment]]
     continued: list[FrozenTrial] = field(default_factory=list)
     secure: Callable[[], None] = lambda: None
@@ -218,9 +218,10 @@ class StudySearch(tune.search.Searcher):
         else:
             settings = json.loads(recorded)
         name, certain = trial_name(trial.number), certain_trial(self.proposals.study)
+        assignment = self.proposals.assignment(name, settings, trial.user_attrs.get(LABEL) != PUBLISHED)
         if certain is not None and certain.number == trial.number:
-            self.budget.completes = name
-        return self.proposals.assignment(name, settings, trial.user_attrs.get(LABEL) != PUBLISHED)
+            self.budget.completes = assignment["name"]
+        return assignment
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:

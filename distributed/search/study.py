@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from core.objectives import OBJECTIVES
 from core.report.answer.record import reported
 from core.run_names import LABEL, MEMBER, OUTSIDE, OUTSIDE_LABEL, PUBLISHED, REASON, STUDY, VALUE_AT
 from core.tasks import TASKS
+from distributed.run.assignment import read_progress, trial_name
 from distributed.search.samplers import make_sampler
 from search_spaces.points import Asked, OutsideSpaceError, Profile, Space, point_of, profile_of
 
@@ -149,6 +151,16 @@ def report_missing(study: optuna.Study, trial: FrozenTrial, values: Mapping[int,
     known, open_trial = reported(trial), optuna.Trial(study, trial._trial_id)
     for epochs in sorted(values.keys() - known.keys()):
         report_value(open_trial, values[epochs], epochs)
+
+
+def hear_missed(study: optuna.Study, unfinished: Sequence[FrozenTrial], place: Callable[[str], Path]) -> None:
+    """Record for all `unfinished` trials what the study does not know; `place` is the folder of a trial by its name."""
+    for trial in unfinished:
+        done = enumerate(read_progress(place(trial_name(trial.number)))["history"], start=1)
+        answered = {epochs: row.get("value", math.nan) for epochs, row in done}
+        report_missing(
+            study, trial, {epochs: value for epochs, value in answered.items() if math.isfinite(value)}
+        )
 
 
 def report_cells(trial: optuna.Trial, values: list[float]) -> None:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from core.config import flatten
 from core.objectives import OBJECTIVES
 from core.report.answer.describe import describe
-from distributed.run.assignment import HOLDOUT, Answer, Assignment, is_refit
+from distributed.run.assignment import HOLDOUT, Answer, Assignment, is_refit, trial_number
 from distributed.search.budget import Budget
 
 VALUE_NAMES = {
@@ -48,7 +48,13 @@ class Display(tune.Callback):
     """
 
     def __init__(
-        self, console: Console, trials: int, epochs: int, budget: Budget, objective: str = "mae"
+        self,
+        console: Console,
+        trials: int,
+        epochs: int,
+        budget: Budget,
+        objective: str = "mae",
+        what: str = "trials",
     ) -> None:
         self.console, self.trials, self.epochs, self.budget = console, trials, epochs, budget
         self.value_name, self.unit = VALUE_NAMES.get(objective, (OBJECTIVES[objective].words, ""))
@@ -59,7 +65,7 @@ class Display(tune.Callback):
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[best]}"), console=console,
         )  # fmt: skip
-        self.task = self.overall.add_task("trials", total=trials, best="")
+        self.task = self.overall.add_task(what, total=trials, best="")
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def count_earlier(self, finished: int, best: tuple[float, str] | None) -> None:
@@ -104,7 +110,7 @@ class Display(tune.Callback):
             return
         assignment, answer = slot.assignment, slot.answer
         name, value = assignment["name"], answer.get("value", math.nan)
-        is_trial = name.isdigit()
+        is_trial = trial_number(name) is not None
         how = "finished" if answer.get("finished") else otherwise
         if "failed" in answer:
             how = f"failed: {answer['failed']}"

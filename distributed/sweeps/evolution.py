@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-import ray
 import yaml
 from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from core.config import merge, resolve
 from core.files.writing import write_text, writing_to
@@ -30,7 +28,7 @@ from distributed.search.population import (
 )
 from distributed.search.population_methods import POPULATIONS, changeable_ranges, exchange_interval
 from distributed.search.study import enqueue, published_parameters
-from distributed.sweeps.executor import HEAD, Executor
+from distributed.sweeps.executor import HEAD, Executor, release_slots
 from distributed.sweeps.request import SweepRequest
 from distributed.sweeps.resolve import ResolvedSearch
 
@@ -79,7 +77,7 @@ class Evolution:
                 run_config=executor.options("population", budget),
             )
             tuner.fit()
-            _release_slots()
+            release_slots()
             if population.broken is not None:
                 return population.broken
         with writing_to(self.folder.path):
@@ -155,19 +153,6 @@ class _Members(BasicVariantGenerator):
         population = self._population
         through = population.ended >= population.members.keys() or population.budget.is_over
         return through and super().is_finished()
-
-
-def _release_slots() -> None:
-    """Release what the slots of the population still reserve; no slot of this job is alive now.
-
-    Tune kills slots that do not end at once. Ray keeps the placement groups of their workers as long as the job lives
-    (ray-project/ray#58515), and the slots of the following search would wait for them for ever. The id of a group ends
-    with the id of its job, so the groups of other sweeps on the cluster are not removed.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    for group, about in placement_group_table().items():
-        if group.endswith(job) and about["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def _running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:

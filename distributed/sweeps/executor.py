@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from distributed.search.searcher import StudySearch
 from distributed.sweeps.forget_finished import ForgetFinished
@@ -29,7 +31,9 @@ class Executor:
     storage: Path
     callbacks: Sequence[tune.Callback] = ()
 
-    def search(self, search: StudySearch, scheduler: TrialScheduler, stopper: tune.Stopper) -> tune.Tuner:
+    def search(
+        self, search: StudySearch, scheduler: TrialScheduler, stopper: tune.Stopper, name: str = "sweep"
+    ) -> tune.Tuner:
         """A tuner for the trials of `search`, `slots` at a time; `scheduler` and `stopper` stop them."""
         return tune.Tuner(
             tune.with_resources(self.trainable, DRIVER_RESOURCES),
@@ -40,7 +44,7 @@ class Executor:
                 max_concurrent_trials=self.slots,
                 reuse_actors=True,
             ),
-            run_config=self.options("sweep", stopper),
+            run_config=self.options(name, stopper),
         )
 
     def options(self, name: str, stopper: tune.Stopper) -> tune.RunConfig:
@@ -54,3 +58,16 @@ class Executor:
             callbacks=[*self.callbacks, ForgetFinished()],
             verbose=0,
         )
+
+
+def release_slots() -> None:
+    """Release what the slots of a tuner that has ended still reserve; no slot of this job is alive now.
+
+    Tune kills slots that do not end at once. Ray keeps the placement groups of their workers as long as the job lives
+    (ray-project/ray#58515), and the slots of the following search would wait for them for ever. The id of a group ends
+    with the id of its job, so the groups of other sweeps on the cluster are not removed.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for group, about in placement_group_table().items():
+        if group.endswith(job) and about["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))

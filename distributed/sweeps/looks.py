@@ -14,17 +14,19 @@ def finished_trials(study: optuna.Study) -> int:
     return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
-def record_look(folder: RunFolder, study: optuna.Study, winner: int) -> None:
+def record_look(folder: RunFolder, study: optuna.Study, winner: int, baseline: int | None = None) -> None:
     """Record that refits look at the hold-out now. Refits that are continued, with the same trials known, are one look.
 
     Args:
         folder: of the run.
         study: the search so far.
         winner: the number of the trial that is refitted.
+        baseline: the number of the trial of the L1 baseline that is refitted; None if it is not tuned.
     """
     looks, trials = looks_of(folder), finished_trials(study)
-    if not looks or looks[-1].trials != trials:
-        folder.update(looks=(*looks, Look(when=now(), trials=trials, winner=winner)))
+    if not looks or (looks[-1].trials, looks[-1].baseline) != (trials, baseline):
+        look = Look(when=now(), trials=trials, winner=winner, baseline=baseline)
+        folder.update(looks=(*looks, look))
 
 
 def looks_of(folder: RunFolder) -> tuple[Look, ...]:
@@ -35,10 +37,15 @@ def looks_of(folder: RunFolder) -> tuple[Look, ...]:
     return (Look(when=about.finished or about.created, winner=about.refitted),)
 
 
-def tell_looks(folder: RunFolder, study: optuna.Study, trials: int, console: Console) -> None:
-    """Say before a search of `trials` goes on that its hold-out was seen, if more than the refits is left of it."""
+def tell_looks(
+    folder: RunFolder, study: optuna.Study, trials: int, console: Console, of_baseline: int = 0
+) -> None:
+    """Say before a search of `trials` goes on that its hold-out was seen, if more than the refits is left of it.
+
+    `of_baseline` trials of the L1 baseline are left.
+    """
     looks = looks_of(folder)
-    if looks and finished_trials(study) < trials:
+    if looks and (finished_trials(study) < trials or of_baseline):
         times = "once" if len(looks) == 1 else f"{len(looks)} times"
         console.print(
             f"note: the held-out subjects of this run were looked at {times} ({looks[-1].in_words()}). What the search "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import optuna
 
@@ -12,7 +13,8 @@ from distributed.run.assignment import Assignment, assign
 from distributed.run.folder import RunFolder
 from distributed.run.working_copy import bring, forget, send
 from distributed.search.study import best_trial
-from distributed.sweeps.looks import record_look
+from distributed.sweeps.baseline import best_baseline
+from distributed.sweeps.looks import looks_of, record_look
 from distributed.sweeps.request import SweepRequest
 
 
@@ -46,16 +48,20 @@ def refits(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> lis
 
     Without a winner there is nothing to judge, so the held-out subjects stay unseen.
     """
-    base = folder.about.settings
+    base, tuned = folder.about.settings, best_baseline(folder, request)
     chosen = {
         "published": base,
-        "l1": resolve(merge(base, {"objective.name": "l1"})).model_dump(mode="json"),
+        "l1": resolve(merge(base, {"objective.name": "l1"})).model_dump(mode="json")
+        if tuned is None
+        else json.loads(tuned.user_attrs[SETTINGS]),
     }
     best = best_trial(study)
     if best is None:
         return []
     _set_aside_former_winner(folder, best.number)
-    record_look(folder, study, best.number)
+    baseline = None if tuned is None else tuned.number
+    _set_aside_former_baseline(folder, baseline)
+    record_look(folder, study, best.number, baseline)
     chosen = {"winner": json.loads(best.user_attrs[SETTINGS])} | chosen
     published = next(
         (trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(LABEL) == PUBLISHED),
@@ -83,9 +89,21 @@ def _set_aside_former_winner(folder: RunFolder, number: int) -> None:
     former = folder.about.refitted
     if former not in (None, number):
         for made in (folder.refit("winner"), folder.confirmed("winner")):
-            bring(made)
-            if made.exists():
-                aside = made.rename(made.with_name(f"winner-was-{former}"))
-                send(aside)
-                forget(made)
+            _set_aside(made, f"winner-was-{former}")
     folder.update(refitted=number)
+
+
+def _set_aside_former_baseline(folder: RunFolder, number: int | None) -> None:
+    """The same for the L1 baseline, if its trials went on after a look at the hold-out."""
+    looks = looks_of(folder)
+    if looks and looks[-1].baseline != number:
+        former = looks[-1].baseline
+        _set_aside(folder.refit("l1"), f"l1-was-{'untuned' if former is None else former}")
+
+
+def _set_aside(made: Path, name: str) -> None:
+    bring(made)
+    if made.exists():
+        aside = made.rename(made.with_name(name))
+        send(aside)
+        forget(made)

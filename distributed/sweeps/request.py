@@ -28,8 +28,16 @@ class SweepRequest(_Request):
 
     space: str = Field("brain_age", description="NAME of a space, or FILE.py:FUNCTION")
     trials: int = Field(20, ge=1, description="configurations to try, the published one first")
+    baseline_trials: int = Field(
+        0, ge=0, description="configurations of the L1 baseline to try first; 0: it is refitted untuned"
+    )
     folds: int = Field(5, ge=2, description="cross-validation folds of every trial")
     seeds: int = Field(1, ge=1, description="repeats of every fold, each with another seed")
+    outer: int | None = Field(
+        None, ge=2, description="repeat the whole search with so many hold-outs, everyone held out once"
+    )
+    outer_fold: int | None = None
+    """The hold-out of a search inside a nested one. A field without a description is no option."""
     refit_seeds: int = Field(1, ge=1, description="refits of the winner and the baselines for the hold-out")
     holdout: float = Field(0.2, gt=0, lt=1, description="share of subjects that the search never sees")
     slots: int | None = Field(None, ge=1, description="trials at a time; as many as fit if absent")
@@ -50,6 +58,9 @@ class SweepRequest(_Request):
     pruner: str = Field(
         "none",
         description="beside the scheduler: none, or wilcoxon[=P] against the best trial, cell by cell (P 0.1)",
+    )
+    startup_trials: int = Field(
+        0, ge=0, description="trials at the beginning that are compared but never stopped early"
     )
     sampler: str = Field("tpe", description="what proposes trials: tpe, gp, cmaes, nsga2, qmc, random, grid")
     grid_points: int | None = Field(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import optuna
+import pandas as pd
+
 from core.config import RunSettings, Settings, merge, resolve
 from core.errors import UserError
+from core.evaluation.splits import Splits, make_splits, nested_splits
 from core.objectives import check_objectives
+from core.tasks.brain_age import CONTRASTIVE_ONLY
 from core.volumes.cohort.reader import Cohort
 from distributed.search.budget import make_terminator
 from distributed.search.population_methods import POPULATIONS, check_population
 from distributed.search.samplers import GRID, check_sampler
-from distributed.search.schedulers import make_scheduler, pruner_threshold
+from distributed.search.schedulers import Wilcoxon, make_scheduler, pruner_threshold
+from distributed.search.searcher import Judgement
 from distributed.search.study import check_space
 from distributed.sweeps.request import SweepRequest
-from search_spaces import load_space, pin
+from search_spaces import load_space, pin, without
 from search_spaces.points import Profile, Space
 
 
@@ -25,6 +31,8 @@ class ResolvedSearch:
     space: Space
     base: Settings
     profile: Profile
+    baseline: ResolvedSearch | None = None
+    """The search for the L1 baseline, if it was asked for."""
 
     @property
     def epochs(self) -> int:
@@ -44,7 +52,7 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
         UserError: the first choice, or combination of choices, that cannot work, and why.
     """
     space, published = load_space(request.space)
-    space = pin(space, request.changes)
+    space, is_new = pin(space, request.changes), base is None
     if base is None:
         base = resolve(merge(published, request.changes)).model_dump(mode="json")
     profile = check_space(space, base)
@@ -61,7 +69,67 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
         _check_population(request, profile, settings)
     pruner_threshold(request.pruner, len(request.cells))
     make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always))
-    return ResolvedSearch(space, base, profile)
+    baseline = _resolve_baseline(request, space, settings, is_new=is_new) if request.baseline_trials else None
+    return ResolvedSearch(space, base, profile, baseline)
+
+
+def judgement(request: SweepRequest, profile: Profile, study: optuna.Study) -> Judgement:
+    """How the trials of `study` are judged, a study of a space with this `profile`."""
+    cells, first = len(request.cells), request.objectives[0]
+    threshold = pruner_threshold(request.pruner, cells)
+    return Judgement(
+        request.objectives,
+        request.scheduler,
+        Wilcoxon(threshold, study, first, cells, request.startup_trials) if threshold else None,
+        make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always)),
+    )
+
+
+def _resolve_baseline(
+    request: SweepRequest, space: Space, settings: RunSettings, *, is_new: bool
+) -> ResolvedSearch:
+    """The search for the L1 baseline: the same space without the settings that a regression does not have.
+
+    A run that is resumed may have finished it, and had its space changed then: what is left of it is not checked.
+
+    Raises:
+        UserError: nothing is left to search, or it cannot be searched in this way.
+    """
+    asked, changes = f"--baseline-trials {request.baseline_trials}", {"objective.name": "l1"}
+    if request.scheduler in POPULATIONS or request.sampler == GRID:
+        other = f"--sampler {GRID}" if request.sampler == GRID else f"--scheduler {request.scheduler}"
+        raise UserError(
+            f"{asked} cannot act with {other}: the L1 baseline has so many trials, one by one, each of another "
+            f"configuration; use {'--sampler tpe' if request.sampler == GRID else '--scheduler asha'}"
+        )
+    published = settings.model_dump(mode="json")
+    base = resolve(merge(published, changes)).model_dump(mode="json")
+    rest = without(space, CONTRASTIVE_ONLY, published)
+
+    def own(trial: optuna.Trial) -> Settings:
+        return {**rest(trial), **changes}
+
+    profile = check_space(own, base)
+    if not is_new:
+        return ResolvedSearch(own, base, profile)
+    if not profile.settings:
+        raise UserError(
+            f"{asked} has nothing to search: this space has only settings that the L1 baseline does not have; leave it "
+            "out, or search a setting such as optimiser.learning_rate, too"
+        )
+    try:
+        check_sampler(request.sampler, profile, len(request.objectives))
+        make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always))
+    except UserError as error:
+        raise UserError(f"{asked}, without the settings that L1 does not have: {error}") from None
+    return ResolvedSearch(own, base, profile)
+
+
+def splits_of(request: SweepRequest, manifest: pd.DataFrame) -> Splits:
+    """The hold-out and the folds that a request asks for; inside a nested search those of its hold-out."""
+    if request.outer is None or request.outer_fold is None:
+        return make_splits(manifest, request.folds, request.holdout, request.search_seed)
+    return nested_splits(manifest, request.outer, request.folds, request.search_seed)[request.outer_fold]
 
 
 def _check_population(request: SweepRequest, profile: Profile, settings: RunSettings) -> None:

@@ -10,10 +10,11 @@ import pandas as pd
 from rich.console import Console
 
 from core.errors import UserError
-from core.evaluation.splits import Splits, make_splits
+from core.evaluation.splits import Splits
 from core.run_description import SearchChange
 from core.run_names import SPLITS, STUDY
 from core.volumes.cohort.reader import Cohort
+from distributed.batches.in_process import Volumes
 from distributed.run.code import code_version
 from distributed.run.folder import RunFolder, cohort_of, now, open_run
 from distributed.run.lock import mend_journal
@@ -22,9 +23,10 @@ from distributed.run.working_copy import bring_run, run_as_typed
 from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID
 from distributed.search.study import carry_over, open_study, trials_begun
+from distributed.sweeps.baseline import baseline_finished
 from distributed.sweeps.looks import looks_of, tell_looks
 from distributed.sweeps.request import ResumeRequest, SweepRequest
-from distributed.sweeps.resolve import resolve_search
+from distributed.sweeps.resolve import resolve_search, splits_of
 from distributed.sweeps.sweep import Sweep, held
 from search_spaces import fixed_by
 
@@ -34,7 +36,13 @@ Searched = dict[str, list[str]]
 """Every searched setting, and the distributions that it has in parts of the space; see `Profile.as_json`."""
 
 
-def resume_sweep(run: Path, asked: ResumeRequest, address: str | None, console: Console) -> RunFolder:
+def resume_sweep(
+    run: Path,
+    asked: ResumeRequest,
+    address: str | None,
+    console: Console,
+    volumes: Volumes | None = None,
+) -> RunFolder:
     """Continue a sweep: unfinished trials first, each from its last epoch.
 
     Args:
@@ -42,6 +50,7 @@ def resume_sweep(run: Path, asked: ResumeRequest, address: str | None, console: 
         asked: what changes from now on.
         address: the address of a Ray cluster; this machine if None.
         console: where to print the progress.
+        volumes: those of the cohort, if they are held already.
 
     Raises:
         UserError: the run is not a sweep, the cohort or the splits are others, or the search changed without
@@ -68,7 +77,7 @@ def resume_sweep(run: Path, asked: ResumeRequest, address: str | None, console: 
         study = open_study(
             folder.journal, request.sampler, request.search_seed, request.objectives, about.study
         )
-        sweep = Sweep(folder, request, search, cohort, splits, study, console, address)
+        sweep = Sweep(folder, request, search, cohort, splits, study, console, address, volumes)
         changed = _what_changed(recorded, request, about.searched, search.profile.as_json())
         if changed:
             _check_change(sweep, recorded, changed, is_meant=asked.change_search)
@@ -80,7 +89,8 @@ def _go_on(sweep: Sweep) -> RunFolder:
     """Run the rest of `sweep`; do nothing if all trials are finished and the report is made."""
     folder, trials = sweep.folder, sweep.request.trials
     states = [trial.state for trial in sweep.study.get_trials(deepcopy=False)]
-    if folder.about.finished and sum(state.is_finished() for state in states) >= trials:
+    of_baseline = sweep.request.baseline_trials - baseline_finished(folder, sweep.request)
+    if folder.about.finished and sum(state.is_finished() for state in states) >= trials and not of_baseline:
         sweep.console.print(
             f"nothing left to do: all {trials} trials of {run_as_typed(folder.path)} are finished"
         )
@@ -89,7 +99,7 @@ def _go_on(sweep: Sweep) -> RunFolder:
         sweep.console.print(
             "note: the code has changed since this run began; later trials may not be comparable"
         )
-    tell_looks(folder, sweep.study, trials, sweep.console)
+    tell_looks(folder, sweep.study, trials, sweep.console, of_baseline)
     return sweep.execute()
 
 
@@ -102,7 +112,7 @@ def _combined(recorded: SweepRequest, asked: ResumeRequest) -> SweepRequest:
 
 def _same_subjects(folder: RunFolder, request: SweepRequest, cohort: Cohort) -> Splits:
     """The splits of the run; UserError if the cohort or the splits have changed."""
-    splits = make_splits(cohort.manifest, request.folds, request.holdout, request.search_seed)
+    splits = splits_of(request, cohort.manifest)
     recorded = pd.read_csv(folder.path / SPLITS, dtype=str)
     if not splits.to_frame(cohort.manifest).astype(str).reset_index(drop=True).equals(recorded):
         raise UserError(
@@ -149,7 +159,14 @@ def _check_change(sweep: Sweep, recorded: SweepRequest, changed: list[str], *, i
         raise UserError(
             f"--trials {request.trials} is less than the {started} trials that this run has begun"
         )
-    if sweep.folder.about.searched != sweep.search.profile.as_json() and request.sampler == GRID:
+    is_other_space = sweep.folder.about.searched != sweep.search.profile.as_json()
+    ended = baseline_finished(sweep.folder, request)
+    if is_other_space and ended < request.baseline_trials:
+        raise UserError(
+            f"of the L1 baseline of {run} {ended} of {request.baseline_trials} trials have ended, and the others "
+            "belong to the same space: resume without a change of the space until they have ended, or start a new run"
+        )
+    if is_other_space and request.sampler == GRID:
         raise UserError("the grid of a run cannot be changed: start a new run")
 
 

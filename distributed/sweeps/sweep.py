@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from core.config import resolve
 from core.errors import UserError
-from core.evaluation.splits import Splits, make_splits
+from core.evaluation.splits import Splits
 from core.files.writing import writing_to
 from core.report.answer.record import read_run
 from core.report.answer.tables import print_leaderboard
@@ -25,8 +24,9 @@ from core.run_names import ENQUEUED, PUBLISHED, REASON
 from core.tasks import TASKS
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
+from distributed.batches.in_process import Volumes
 from distributed.run.access import AccessRecord
-from distributed.run.assignment import assign, read_progress, trial_name
+from distributed.run.assignment import assign, trial_name
 from distributed.run.folder import RunFolder, create_run, keep_best, write_splits
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
@@ -38,29 +38,30 @@ from distributed.run.working_copy import (
     run_as_typed,
     send,
 )
-from distributed.search.budget import Budget, make_terminator
+from distributed.search.budget import Budget
 from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID, grid_points, sampler_note
-from distributed.search.schedulers import Wilcoxon, make_scheduler, pruner_threshold, replay
-from distributed.search.searcher import Judgement, Proposals, StudySearch
+from distributed.search.schedulers import make_scheduler, replay
+from distributed.search.searcher import Proposals, StudySearch
 from distributed.search.study import (
     best_trial,
     enqueue,
+    hear_missed,
     open_study,
     published_parameters,
     read_points,
-    report_missing,
 )
 from distributed.slots.cluster import check_shared, connect, fit_slots
 from distributed.slots.slot import Slot, Workers, pack
 from distributed.sweeps import tables
+from distributed.sweeps.baseline import Baseline, baseline_finished, baseline_study
 from distributed.sweeps.display import Display, TensorBoard
 from distributed.sweeps.evolution import Evolution
 from distributed.sweeps.executor import Executor
 from distributed.sweeps.interruption import interruptible, resumable, stopped
 from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import SweepRequest
-from distributed.sweeps.resolve import ResolvedSearch, resolve_search
+from distributed.sweeps.resolve import ResolvedSearch, judgement, resolve_search, splits_of
 from distributed.training.subjects import Subjects
 from distributed.training.trial import make_runner
 
@@ -85,6 +86,8 @@ class Sweep:
     console: Console
     address: str | None = None
     """The address of a Ray cluster; this machine if None."""
+    volumes: Volumes | None = None
+    """Those of the cohort, if they are held already, for several searches."""
 
     def begin(self, first: Mapping[str, Points], grid: Points) -> Sweep:
         """Record the splits and the searched settings; enqueue `first` (points by label), then `grid`."""
@@ -122,6 +125,8 @@ class Sweep:
         with writing_to(folder.path):
             bring_results(folder.path)
             tables.write_tables(folder, study)
+            if self.request.baseline_trials:
+                tables.write_baseline(folder, baseline_study(folder, self.request))
             tables.write_confirmed(folder)
             tables.write_access(folder, self.cohort)
             tables.write_holdout(folder, self.cohort, self.splits)
@@ -150,7 +155,6 @@ class Sweep:
     def _searcher(self, budget: Budget) -> StudySearch:
         """The searcher for the study of this sweep, with its refits."""
         request, study, first = self.request, self.study, self.request.objectives[0]
-        threshold = pruner_threshold(request.pruner, len(request.cells))
         proposals = Proposals(
             study=study,
             space=self.search.space,
@@ -163,23 +167,14 @@ class Sweep:
             continued=[] if self.evolves else study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)),
             secure=lambda: send(self.folder.journal),
         )
-        judgement = Judgement(
-            request.objectives,
-            request.scheduler,
-            Wilcoxon(threshold, study, first, len(request.cells)) if threshold else None,
-            make_terminator(
-                request.stop_when,
-                request.search_seed,
-                len(request.objectives),
-                len(self.search.profile.always),
-            ),
-        )
-        return StudySearch(proposals, budget, judgement)
+        return StudySearch(proposals, budget, judgement(request, self.search.profile, study))
 
     def _run(self, searcher: StudySearch, budget: Budget) -> None:
         """Evolve the population if there is one, then search, in slots."""
         request = self.request
-        scheduler = make_scheduler(request.scheduler, self.search.epochs, len(request.cells))
+        scheduler = make_scheduler(
+            request.scheduler, self.search.epochs, len(request.cells), request.startup_trials
+        )
         replay(scheduler, self._earlier())
         workers, slots = fit_slots(
             request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials, self.console
@@ -195,6 +190,9 @@ class Sweep:
         pruner = searcher.judgement.pruner
         tuner = executor.search(searcher, scheduler, CombinedStopper(budget, pruner) if pruner else budget)
         evolves = self.evolves
+        if self.search.baseline is not None:
+            baseline = Baseline(self.folder, request, self.search.baseline, self.console)
+            searcher.broken = baseline.run(budget, executor)
         with display:
             if evolves:
                 evolution = Evolution(self.folder, request, self.search, self.study)
@@ -205,7 +203,7 @@ class Sweep:
 
     def _slot(self, workers: Workers) -> type[tune.Trainable]:
         """The class `Slot` with the subjects of this sweep for its workers."""
-        volumes = hold(self.cohort, self.request.data_mode)
+        volumes = self.volumes or hold(self.cohort, self.request.data_mode)
         subjects = Subjects.of(self.cohort, self.splits, volumes, AccessRecord(self.folder.access))
         slot: type[tune.Trainable] = tune.with_parameters(
             Slot, workers=workers, runner=pack(make_runner, subjects=subjects), storage=str(self.folder.tune)
@@ -223,11 +221,7 @@ class Sweep:
     def _earlier(self) -> list[optuna.trial.FrozenTrial]:
         """The trials of earlier sessions with all values that they have answered."""
         unfinished = [] if self.evolves else self.study.get_trials(False, (TrialState.RUNNING,))
-        for trial in unfinished:
-            done = enumerate(read_progress(self.folder.trial(trial_name(trial.number)))["history"], start=1)
-            answered = {epochs: row.get("value", math.nan) for epochs, row in done}
-            known = {epochs: value for epochs, value in answered.items() if math.isfinite(value)}
-            report_missing(self.study, trial, known)
+        hear_missed(self.study, unfinished, self.folder.trial)
         return self.study.get_trials(deepcopy=False)
 
     def _finished(self) -> list[optuna.trial.FrozenTrial]:
@@ -238,7 +232,7 @@ class Sweep:
         budget.unit = "GPU" if workers.gpus else "CPU"
         budget.epochs = self.search.epochs * len(self.request.cells)
         budget.devices = workers.count * (workers.gpus or workers.cpus)
-        budget.used = tables.accelerator_seconds(self.folder, self.study, budget.devices)
+        budget.used = tables.accelerator_seconds(self.study, budget.devices, self.folder.trial)
 
     def _say_next(self, page: Path, budget: Budget) -> None:
         run = run_as_typed(self.folder.path)
@@ -246,9 +240,16 @@ class Sweep:
         unfinished = len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         if budget.reason and not budget.interrupted:
             self.console.print(f"\nThe search ended early: {budget.reason}.", highlight=False)
-        if budget.interrupted or unfinished:
+        ended = baseline_finished(self.folder, self.request)
+        missing = self.request.baseline_trials - ended
+        if missing and not budget.interrupted:
             self.console.print(
-                f"\n{unfinished} trial(s) unfinished. Continue with\n  brainsweep resume {run}"
+                f"\nOf the L1 baseline {ended} of {self.request.baseline_trials} trials ended.",
+                highlight=False,
+            )
+        if budget.interrupted or unfinished or missing:
+            self.console.print(
+                f"\n{unfinished + missing} trial(s) unfinished. Continue with\n  brainsweep resume {run}"
             )
         self.console.print(
             f"\nNext:\n  open {here}/{page.name}\n"
@@ -266,6 +267,7 @@ def run_sweep(
     address: str | None,
     console: Console,
     enqueued: Path | None = None,
+    volumes: Volumes | None = None,
 ) -> RunFolder:
     """Search, refit, look at the hold-out once, report. Returns the run's folder.
 
@@ -276,6 +278,7 @@ def run_sweep(
         address: the address of a Ray cluster; this machine if None.
         console: where to print the progress.
         enqueued: a YAML file with configurations to try after the published one.
+        volumes: those of the cohort, if they are held already.
 
     Raises:
         UserError: a part of the request cannot work; this is raised before anything starts.
@@ -294,13 +297,19 @@ def run_sweep(
     if request.sampler == GRID:
         grid = grid_points(search.space, request.grid_points, request.search_seed)
         request = _with_whole_grid(request, first, grid)
-    splits = make_splits(opened.manifest, request.folds, request.holdout, request.search_seed)
-    TASKS[resolve(search.base).task].check_cohort(opened.manifest, splits)
+    splits = check_subjects(request, search, opened)
     folder = create_run(out, "sweep", request.model_dump(mode="json"), search.base, opened)
     with held(folder, console):
         study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives)
-        sweep = Sweep(folder, request, search, opened, splits, study, console, address)
+        sweep = Sweep(folder, request, search, opened, splits, study, console, address, volumes)
         return sweep.begin(first, grid).execute()
+
+
+def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort) -> Splits:
+    """The splits of a request; UserError if the subjects cannot be split so, or can teach nothing."""
+    splits = splits_of(request, cohort.manifest)
+    TASKS[resolve(search.base).task].check_cohort(cohort.manifest, splits)
+    return splits
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -14,7 +15,7 @@ from core.evaluation.regression import median_age, regression_metrics
 from core.evaluation.splits import Splits
 from core.inference import save_calibration
 from core.objectives import COST
-from core.report.answer.record import trial_row
+from core.report.answer.record import TRIAL_COLUMNS, trial_row
 from core.run_description import BestTrial
 from core.run_names import MEDIAN, REFITTED
 from core.volumes.cohort.reader import Cohort
@@ -28,7 +29,8 @@ def write_tables(folder: RunFolder, study: optuna.Study) -> None:
     """Write the tables of the trials of a run, from its study and from the progress.json of each trial."""
     trials = study.get_trials(deepcopy=False)
     progress = {trial.number: read_progress(folder.trial(trial_name(trial.number))) for trial in trials}
-    table = pd.DataFrame([trial_row(trial, len(progress[trial.number]["history"])) for trial in trials])
+    rows = [trial_row(trial, len(progress[trial.number]["history"])) for trial in trials]
+    table = pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS)
     table.to_csv(folder.path / "trials.csv", index=False)
     table.astype({"reason": str, "label": str}).to_parquet(folder.path / "trials.parquet", index=False)
     cells = [{"number": number, **row} for number, made in progress.items() for row in made["cells"]]
@@ -37,14 +39,37 @@ def write_tables(folder: RunFolder, study: optuna.Study) -> None:
     pd.DataFrame(history).to_csv(folder.path / "history.csv", index=False)
 
 
-def accelerator_seconds(folder: RunFolder, study: optuna.Study, devices: float) -> dict[str, float]:
-    """The accelerator-seconds of each trial so far, by its name: as recorded at its end, or the sum of its epochs."""
+def write_baseline(folder: RunFolder, study: optuna.Study) -> None:
+    """Write baseline.csv: the trials of the L1 baseline, with the columns of trials.csv."""
+    trials = study.get_trials(deepcopy=False)
+    rows = [
+        trial_row(trial, len(read_progress(folder.baseline(trial_name(trial.number)))["history"]))
+        for trial in trials
+    ]
+    pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS).to_csv(
+        folder.path / "baseline.csv", index=False
+    )
+
+
+def accelerator_seconds(
+    study: optuna.Study,
+    devices: float,
+    place: Callable[[str], Path],
+    named: Callable[[int], str] = trial_name,
+) -> dict[str, float]:
+    """The accelerator-seconds of each trial so far, by its name: as recorded at its end, or the sum of its epochs.
+
+    Args:
+        study: of the trials.
+        devices: of a slot.
+        place: the folder of a trial, by the name of the folder.
+        named: the name of a trial, by its number.
+    """
     used = {}
     for trial in study.get_trials(deepcopy=False):
-        name = trial_name(trial.number)
-        epochs = read_progress(folder.trial(name))["history"]
+        epochs = read_progress(place(trial_name(trial.number)))["history"]
         so_far = sum(row.get("spent_seconds", 0.0) for row in epochs) * devices
-        used[name] = trial.user_attrs.get(COST, so_far)
+        used[named(trial.number)] = trial.user_attrs.get(COST, so_far)
     return used
 
 

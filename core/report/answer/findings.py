@@ -11,6 +11,7 @@ from core.report.answer.honesty import (
     looks_in_words,
     optimism,
     schedule_line,
+    tuning_line,
 )
 from core.report.answer.importance import importances_of
 from core.report.answer.population import has_population, is_member, population_in_words, steps_in_words
@@ -127,8 +128,8 @@ def _few_subjects(record: RunRecord) -> str:
     return (
         f"{count(subjects, 'held-out subject')}: a few other people in the hold-out would move every number "
         "here. The intervals resample these subjects: they do not cover people who differ from them. Intervals of "
-        "gains are corrected for the number of comparisons with the winner. The winner was tuned, and the L1 "
-        "baseline was not."
+        "gains are corrected for the number of comparisons with the winner. "
+        f"{tuning_line(record)}"
     )
 
 

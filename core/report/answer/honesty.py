@@ -9,7 +9,7 @@ import pandas as pd
 from core.objectives import Metrics, measure
 from core.report.answer.population import found_schedule, is_member
 from core.report.answer.record import RunRecord
-from core.report.answer.tables import ABSENT, count, mean_and_sd
+from core.report.answer.tables import ABSENT, count, ended, mean_and_sd
 from core.run_names import PUBLISHED, WINNER
 
 
@@ -134,6 +134,25 @@ def access_line(record: RunRecord) -> str:
         last = pd.to_datetime(record.access["last_read"], utc=True)
         times += f", the last at {last[record.access['subject'].isin(held_out)].max():%Y-%m-%d %H:%M:%S} UTC"
     return f"{read}; {times}, by a refit."
+
+
+def tuning_line(record: RunRecord) -> str:
+    """Whether the L1 baseline was tuned as the winner was, with the numbers of trials, and its validation value."""
+    tried, of_winner = ended(record.baseline), ended(record.trials)
+    if not tried:
+        return "The winner was tuned, and the L1 baseline was not."
+    best = record.best_baseline
+    if best is None:
+        return (
+            f"None of {count(tried, 'trial')} of the L1 baseline was completed: it was refitted untuned, and the "
+            "winner was tuned."
+        )
+    number = "as many" if tried == of_winner else str(of_winner)
+    value = record.objective.amount(mean_and_sd(best["value"], best["sd"]))
+    return (
+        f"The L1 baseline was tuned as well: it is the best of {count(tried, 'trial')} on the same cells "
+        f"({record.objective.words} {value}), and the winner the best of {number}."
+    )
 
 
 def looks_in_words(record: RunRecord) -> str:

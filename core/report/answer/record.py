@@ -75,6 +75,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str]] = {
 OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
     "confirmed": ("method", "fold", "seed", "mae", "site_balanced_accuracy", "n"),
     "access": ("subject", "first_read", "fold"),
+    "baseline": TRIAL_COLUMNS,
 }
 _TEXT_COLUMNS = ("subject", "site", "label", "reason", "role", "method", "state")
 
@@ -106,6 +107,8 @@ class RunRecord:
     predictions: pd.DataFrame = field(default_factory=lambda: _empty("predictions"))
     confirmed: pd.DataFrame = field(default_factory=lambda: _empty("confirmed"))
     access: pd.DataFrame = field(default_factory=lambda: _empty("access"))
+    baseline: pd.DataFrame = field(default_factory=lambda: _empty("baseline"))
+    """The trials of the L1 baseline, with the columns of `trials`."""
     cohort: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["subject", "age", "site"]))
     study: optuna.Study | None = None
     winner: dict[str, Any] = field(default_factory=dict)
@@ -114,7 +117,16 @@ class RunRecord:
     @property
     def best(self) -> int | None:
         """The number of the best completed trial, or None when no trial was completed."""
-        completed = self.trials[(self.trials["state"] == "COMPLETE") & self.trials["value"].notna()]
+        return self._best_of(self.trials)
+
+    @property
+    def best_baseline(self) -> dict[str, Any] | None:
+        """The row of the best completed trial of the L1 baseline, or None when there is none."""
+        best = self._best_of(self.baseline)
+        return None if best is None else _row(self.baseline, best)
+
+    def _best_of(self, trials: pd.DataFrame) -> int | None:
+        completed = trials[(trials["state"] == "COMPLETE") & trials["value"].notna()]
         if "outside" in completed:
             completed = completed[~completed["outside"].fillna(False).astype(bool)]
         later = [name for name in self.objectives[1:] if name in completed]
@@ -154,12 +166,16 @@ class RunRecord:
 
     def trial(self, number: int) -> dict[str, Any]:
         """The row of one trial."""
-        row = self.trials[self.trials["number"] == number].iloc[0]
-        return {str(name): value for name, value in row.items()}
+        return _row(self.trials, number)
 
     def searched(self) -> list[str]:
         """The settings that the search varied (dotted names), as the trials table has them."""
         return [str(name) for name in self.trials.columns if name not in NO_SETTINGS]
+
+
+def _row(trials: pd.DataFrame, number: int) -> dict[str, Any]:
+    row = trials[trials["number"] == number].iloc[0]
+    return {str(name): value for name, value in row.items()}
 
 
 def read_run(run: Path) -> RunRecord:

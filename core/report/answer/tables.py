@@ -91,6 +91,11 @@ def count(amount: float, noun: str) -> str:
     return f"{int(amount)} {noun}{'' if int(amount) == 1 else 's'}"
 
 
+def ended(trials: pd.DataFrame) -> int:
+    """How many trials of a trials table have ended, in whatever way."""
+    return int((~trials["state"].isin(["WAITING", "RUNNING"])).sum())
+
+
 def holdout_table(holdout: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
     """Mean ± SD over refit seeds (sample SD) of each method on the held-out subjects.
 
@@ -179,6 +184,11 @@ def print_leaderboard(console: Console, record: RunRecord) -> None:
     states = record.trials["state"].value_counts()
     if not states.empty:
         console.print("Trials: " + ", ".join(f"{number} {state}" for state, number in states.items()))
+    baseline = record.best_baseline
+    if baseline is not None:
+        value = record.objective.amount(mean_and_sd(baseline["value"], baseline["sd"]))
+        trials = count(ended(record.baseline), "trial")
+        console.print(f"L1 baseline: {record.objective.words} {value}, the best of {trials}", highlight=False)
     for failed in failed_trials(record.trials).head(SHOWN_FAILURES).itertuples():
         console.print(escape(f"Trial {failed.trial} failed: {failed.reason}"))
     if record.holdout.empty:

@@ -1,0 +1,211 @@
+"""The result of a nested search: one table and one page for the hold-outs of `sweep --outer`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from core.errors import UserError
+from core.files.writing import write_text, writing_to
+from core.report.answer.describe import describe
+from core.report.answer.record import RunRecord, read_run
+from core.report.answer.tables import ABSENT, count, mean_and_sd
+from core.report.answer.verdict import LEVEL, comparisons, error_interval, verdict
+from core.report.figures import subjects as figures
+from core.report.html import load_page, write_page
+from core.report.page import draw
+from core.run_description import RunDescription
+from core.run_names import MEDIAN, METHODS, NESTED, RUN_JSON, WINNER
+
+FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
+    "gains": ("Do the winners predict better?", figures.gains),
+    "predicted": ("Predicted against true age", figures.predicted_age),
+    "gap": ("Brain-age gap by site", figures.gap_by_site),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """The sweeps of a nested search that have a result, and their predictions together."""
+
+    folder: Path
+    about: RunDescription
+    sweeps: tuple[RunRecord, ...]
+    """Of the hold-outs that were judged, in their order."""
+    predictions: pd.DataFrame
+    """Of everyone who was held out so far: columns of `predictions` of a sweep, and outer (from 1)."""
+
+    @property
+    def hold_outs(self) -> int:
+        """The number of hold-outs that were asked for."""
+        asked = self.about.sweep.get("outer")
+        return asked if isinstance(asked, int) else len(self.sweeps)
+
+    @property
+    def together(self) -> RunRecord:
+        """A record with the predictions of all hold-outs, for the figures of subjects."""
+        return dataclasses.replace(self.sweeps[0], folder=self.folder, predictions=self.predictions)
+
+
+def is_nested(run: Path) -> bool:
+    """Whether the folder `run` holds a nested search."""
+    try:
+        return RunDescription.model_validate_json((run / RUN_JSON).read_bytes()).kind == NESTED
+    except (OSError, ValueError):
+        return False
+
+
+def read_nested(run: Path) -> Nested:
+    """The nested search in folder `run`.
+
+    Raises:
+        UserError: there is none, or none of its hold-outs was judged yet.
+    """
+    if not is_nested(run):
+        raise UserError(f"{run} is no nested search: --outer makes one")
+    about = RunDescription.model_validate_json((run / RUN_JSON).read_bytes())
+    folders = sorted(run.glob("outer-*/"), key=lambda path: int(path.name.partition("-")[2]))
+    records = {
+        int(path.name.partition("-")[2]): read_run(path) for path in folders if (path / RUN_JSON).exists()
+    }
+    judged = {number: record for number, record in records.items() if not record.predictions.empty}
+    if not judged:
+        raise UserError(f"no hold-out of {run} was judged yet; continue it with `brainsweep resume {run}`")
+    together = pd.concat(
+        [record.predictions.assign(outer=number) for number, record in judged.items()], ignore_index=True
+    )
+    return Nested(run, about, tuple(judged.values()), together)
+
+
+def outer_table(nested: Nested) -> pd.DataFrame:
+    """One row per hold-out: outer, subjects, MAE in years of every method, and the winner (trial, kind, in words)."""
+    rows = []
+    for number, record in zip(nested.predictions["outer"].unique(), nested.sweeps, strict=True):
+        errors = record.holdout.groupby("method")["mae"].mean()
+        best = record.best
+        settings = {} if best is None else record.trial(best)
+        row: dict[str, object] = {"outer": int(number), "subjects": record.predictions["subject"].nunique()}
+        row |= {method: errors.get(method, float("nan")) for method in METHODS}
+        row |= {
+            "trial": best,
+            "kind": _kind(record),
+            "what": describe({name: settings[name] for name in record.searched()}) if settings else ABSENT,
+            "is_published": best is not None and best == record.published,
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _kind(record: RunRecord) -> str:
+    """The objective of the winner, such as `exponential`."""
+    objective = record.winner.get("objective")
+    return str(objective["name"]) if isinstance(objective, dict) and "name" in objective else ABSENT
+
+
+def headline(nested: Nested) -> str:
+    """The result in one sentence: mean and SD over hold-outs, and the interval over subjects."""
+    table = outer_table(nested)
+    low, high = error_interval(nested.predictions, WINNER)
+    subjects = count(nested.predictions["subject"].nunique(), "subject")
+    interval = "" if low != low else f"; {LEVEL:.0%} interval over subjects {low:.2f} to {high:.2f}"
+    unfinished = (
+        "" if len(table) == nested.hold_outs else f" So far {len(table)} of {nested.hold_outs} hold-outs."
+    )
+    return (
+        f"Held-out MAE of the search: {mean_and_sd(table[WINNER].mean(), table[WINNER].std())} years over "
+        f"{count(len(table), 'hold-out')} ({subjects}, each held out once{interval}); predicting the training median: "
+        f"{mean_and_sd(table[MEDIAN].mean(), table[MEDIAN].std())}.{unfinished}"
+    )
+
+
+def lines(nested: Nested) -> list[str]:
+    """The verdict over all subjects, each comparison with its numbers, and how alike the winners were."""
+    said = verdict(nested.predictions).replace("The search winner", "The search with its refit", 1)
+    table = outer_table(nested)
+    kinds = Counter(table["kind"])
+    named = ", ".join(f"{kind} {times} of {len(table)}" for kind, times in kinds.most_common())
+    published = int(table["is_published"].sum())
+    times = f"{published} of {len(table)} times"
+    winners = f"Objective of the winner: {named}. The published configuration itself won {times}."
+    return [said, *(each.sentence() for each in comparisons(nested.predictions)), winners]
+
+
+def caveats(nested: Nested) -> list[str]:
+    """What these numbers do not show."""
+    made = [
+        "The number is about the procedure, a search and a refit, not about one configuration: every hold-out has a "
+        "winner of its own.",
+        "Everyone is judged by a model that was trained without them. The models share training subjects, so hold-outs "
+        "are not independent, and the SD over hold-outs is not a standard error. The interval resamples subjects.",
+        "If you change something because of this page and run again, you have tuned on everyone.",
+    ]
+    looked = [
+        number
+        for number, record in zip(nested.predictions["outer"].unique(), nested.sweeps, strict=True)
+        if len(record.about.looks) > 1
+    ]
+    if looked:
+        which = ", ".join(map(str, looked))
+        made.insert(0, f"The searches of hold-outs {which} went on after a look at their held-out subjects.")
+    if nested.sweeps[0].is_synthetic:
+        made.insert(0, "These brains are synthetic: the errors say nothing about real people.")
+    return made
+
+
+def write_nested(run: Path) -> Path:
+    """Write outer.csv, predictions.csv and report.html of a nested search; returns the page."""
+    nested = read_nested(run)
+    with writing_to(run):
+        write_text(run / "outer.csv", outer_table(nested).to_csv(index=False))
+        write_text(run / "predictions.csv", nested.predictions.to_csv(index=False))
+    return write_page(render(nested), run / "report.html", "report")
+
+
+def render(nested: Nested) -> str:
+    """The page as HTML text."""
+    words = lines(nested)
+    drawings = {
+        name: draw(name, title, figure, nested.together, f"{headline(nested)} {words[0]}")
+        for name, (title, figure) in FIGURES.items()
+    }
+    return load_page("nested.html").render(
+        name=nested.folder.resolve().name,
+        headline=headline(nested),
+        verdict=words,
+        methods=METHODS,
+        table=_shown(nested),
+        drawings=drawings,
+        caveats=caveats(nested),
+        command=nested.about.command,
+    )
+
+
+def _shown(nested: Nested) -> list[dict[str, object]]:
+    rows = outer_table(nested).to_dict(orient="records")
+    return [
+        {str(name): value for name, value in row.items()}
+        | {method: mean_and_sd(row[method], float("nan")) for method in METHODS}
+        for row in rows
+    ]
+
+
+def print_nested(console: Console, run: Path) -> None:
+    """The table of hold-outs and the verdict, in the terminal."""
+    nested = read_nested(run)
+    table = Table("hold-out", "subjects", *METHODS, "objective", box=None, padding=(0, 2))
+    for row in _shown(nested):
+        values = [row["outer"], row["subjects"], *(row[method] for method in METHODS), row["kind"]]
+        table.add_row(*(escape(str(value)) for value in values))
+    console.print("\nHold-outs of the nested search (MAE in years)", style="bold")
+    console.print(table)
+    console.print(escape(headline(nested)), style="bold")
+    for line in lines(nested):
+        console.print(f"  {escape(line)}")

@@ -1,0 +1,171 @@
+"""A nested search, `sweep --outer 5`: the whole search again for every one of five disjoint hold-outs.
+
+With 36 subjects one hold-out has seven of them, and seven people decide nothing. Here everyone is held out once, so the
+result is about all subjects: it says how well the search, with its refit, predicts people that it never saw. It is not
+about one configuration, because every hold-out has a winner of its own.
+
+RUN/run.json                 the request; kind `nested`
+    outer-1/ … outer-5/      a sweep for each hold-out, with everything that a sweep has
+    enqueued.yaml            the configurations of the user, if there were any
+    outer.csv, predictions.csv, report.html
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from core.errors import UserError
+from core.report.nested import print_nested, write_nested
+from core.run_names import NESTED
+from core.volumes.cohort.reader import Cohort
+from distributed.batches.hold import hold
+from distributed.batches.in_process import Volumes
+from distributed.run.folder import RunFolder, cohort_of, create_run, now, open_run
+from distributed.run.lock import claim
+from distributed.run.quiet import quiet
+from distributed.run.working_copy import address_of, bring_run
+from distributed.slots.cluster import connect
+from distributed.sweeps.request import ResumeRequest, SweepRequest
+from distributed.sweeps.resolve import resolve_search
+from distributed.sweeps.resume import resume_sweep
+from distributed.sweeps.sweep import check_subjects, run_sweep
+
+ENQUEUED_FILE = "enqueued.yaml"
+
+
+@dataclass(frozen=True)
+class NestedSearch:
+    """A nested search in progress: its folder, the request, and the cohort."""
+
+    folder: RunFolder
+    request: SweepRequest
+    cohort: Cohort
+    console: Console
+    address: str | None = None
+
+    @property
+    def hold_outs(self) -> int:
+        """The number of hold-outs."""
+        return self.request.outer or 0
+
+    def child(self, number: int) -> Path:
+        """The folder of the sweep for hold-out `number`, counted from 0."""
+        return self.folder.path / f"outer-{number + 1}"
+
+    def is_finished(self, number: int) -> bool:
+        """Whether the sweep for this hold-out has ended, and was not interrupted."""
+        return (self.child(number) / "run.json").exists() and open_run(
+            self.child(number)
+        ).about.finished is not None
+
+    def go_on(self, time_budget: float | None) -> RunFolder:
+        """Run the sweeps that are left, one after another; then judge them together.
+
+        Args:
+            time_budget: seconds for all that are left, in equal shares.
+        """
+        with claim(self.folder.path, self.console):
+            left = [number for number in range(self.hold_outs) if not self.is_finished(number)]
+            if left:
+                share = None if time_budget is None else time_budget / len(left)
+                with connect(self.address, self.console):
+                    # Once for all hold-outs.
+                    volumes = hold(self.cohort, self.request.data_mode)
+                    for number in left:
+                        self.console.print(f"\nhold-out {number + 1} of {self.hold_outs}", style="bold")
+                        self._run(number, share, volumes)
+                        if not self.is_finished(number):
+                            self.console.print(
+                                "\nThe nested search is unfinished. Continue with\n"
+                                f"  brainsweep resume {self.folder.path}",
+                                highlight=False,
+                            )
+                            return self.folder
+            self.folder.update(finished=now())
+            page = write_nested(self.folder.path)
+        print_nested(self.console, self.folder.path)
+        self.console.print(f"\nNext:\n  open {page}", highlight=False)
+        return self.folder
+
+    def _run(self, number: int, time_budget: float | None, volumes: Volumes) -> None:
+        """Begin the sweep for this hold-out, or continue it."""
+        child = self.child(number)
+        if (child / "run.json").exists() and open_run(child).about.begun:
+            asked = ResumeRequest(cohort=self.cohort.address, time_budget=time_budget)
+            resume_sweep(child, asked, self.address, self.console, volumes)
+            return
+        # It was stopped before its first trial: there is nothing in it.
+        shutil.rmtree(child, ignore_errors=True)
+        hours = self.request.accelerator_hours
+        request = self.request.model_copy(
+            update={
+                "outer_fold": number,
+                "holdout": 1 / self.hold_outs,
+                "time_budget": time_budget,
+                "accelerator_hours": None if hours is None else hours / self.hold_outs,
+            }
+        )
+        enqueued = self.folder.path / ENQUEUED_FILE
+        run_sweep(
+            self.cohort.address, request, child, self.address, self.console,
+            enqueued if enqueued.exists() else None, volumes,
+        )  # fmt: skip
+
+
+def run_nested(
+    cohort: str | Path,
+    request: SweepRequest,
+    out: Path,
+    address: str | None,
+    console: Console,
+    enqueued: Path | None = None,
+) -> RunFolder:
+    """Search once for every one of `request.outer` hold-outs; the arguments are those of `run_sweep`.
+
+    Raises:
+        UserError: a part of the request cannot work; this is raised before anything starts.
+    """
+    quiet()
+    if address_of(out):
+        raise UserError("--outer needs --out on a disk, not at an address: give a folder")
+    if request.holdout != SweepRequest().holdout:
+        raise UserError(
+            f"--holdout {request.holdout:g} cannot act: --outer {request.outer} holds everyone out once"
+        )
+    opened = Cohort.open(cohort)
+    search = resolve_search(request, opened)
+    for number in range(request.outer or 0):
+        check_subjects(request.model_copy(update={"outer_fold": number}), search, opened)
+    folder = create_run(out, NESTED, request.model_dump(mode="json"), search.base, opened)
+    if enqueued is not None:
+        shutil.copyfile(enqueued, folder.path / ENQUEUED_FILE)
+    return NestedSearch(folder, request, opened, console, address).go_on(request.time_budget)
+
+
+def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Console) -> RunFolder:
+    """Continue a sweep, or a nested search.
+
+    Raises:
+        UserError: see `resume_sweep`; or a change is asked of a nested search.
+    """
+    bring_run(run, console)
+    folder = open_run(run)
+    if folder.about.kind != NESTED:
+        return resume_sweep(run, asked, address, console)
+    quiet()
+    given = asked.model_dump(exclude={"cohort", "time_budget"}, exclude_defaults=True)
+    if given:
+        raise UserError(
+            f"a nested search cannot be changed (--{next(iter(given)).replace('_', '-')}): its hold-outs could not be "
+            f"compared; start a new run"
+        )
+    request = SweepRequest.model_validate(folder.about.sweep)
+    search = NestedSearch(folder, request, cohort_of(folder, asked.cohort), console, address)
+    if folder.about.finished and all(search.is_finished(number) for number in range(search.hold_outs)):
+        console.print(f"nothing left to do: all {search.hold_outs} searches of {run} are finished")
+        return folder
+    return search.go_on(asked.time_budget)
