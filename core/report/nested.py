@@ -115,7 +115,7 @@ def headline(nested: Nested) -> str:
     table = outer_table(nested)
     low, high = error_interval(nested.predictions, WINNER)
     subjects = count(nested.predictions["subject"].nunique(), "subject")
-    interval = "" if low != low else f"; {LEVEL:.0%} interval over subjects {low:.2f} to {high:.2f}"
+    interval = "" if low != low else f"; {100 * LEVEL:.0f} % interval over subjects {low:.2f} to {high:.2f}"
     unfinished = (
         "" if len(table) == nested.hold_outs else f" So far {len(table)} of {nested.hold_outs} hold-outs."
     )
