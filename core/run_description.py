@@ -86,6 +86,8 @@ class Look(_Part):
     """ISO 8601, UTC."""
     trials: int | None = None
     """How many trials of the search had ended; None if it was not recorded."""
+    begun: int | None = None
+    """How many had begun."""
     winner: int | None = None
     """The number of the trial that was refitted."""
     baseline: int | None = None

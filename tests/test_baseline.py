@@ -541,6 +541,8 @@ def test_the_report_says_how_the_baseline_was_tuned(tmp_path):
     )
     assert "L1 baseline: validation MAE 7.25 ± 0.75 years, the best of 3 trials" in printed
     assert "and the winner the best of as many." in tuning(run, tried * 2)[0]
+    said, _ = tuning(run, tried[:1])
+    assert said == "The winner was tuned, and of the L1 baseline only one configuration was tried."
     said, printed = tuning(run, [("FAIL", None, None)] * 2)
     assert (
         said

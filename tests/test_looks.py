@@ -74,6 +74,15 @@ def test_refits_that_are_continued_are_one_look_and_those_after_more_trials_anot
     assert [(look.trials, look.winner) for look in run.about.looks] == [(1, 0), (2, 1)]
 
 
+def test_a_search_that_went_on_without_finishing_a_trial_has_looked_again(run):
+    """Its unfinished trials were there to be seen."""
+    study = study_of([5.0])
+    after_search(run, SweepRequest(), study)
+    study.ask()
+    after_search(run, SweepRequest(), study)
+    assert [(look.trials, look.begun) for look in run.about.looks] == [(1, 1), (1, 2)]
+
+
 def test_resume_says_that_the_hold_out_was_seen_before_it_goes_on(run):
     def told(trials):
         console = Console(file=io.StringIO(), width=500)

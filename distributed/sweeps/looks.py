@@ -7,6 +7,7 @@ from rich.console import Console
 
 from core.run_description import Look
 from distributed.run.folder import RunFolder, now
+from distributed.search.study import trials_begun
 
 
 def finished_trials(study: optuna.Study) -> int:
@@ -23,9 +24,13 @@ def record_look(folder: RunFolder, study: optuna.Study, winner: int, baseline: i
         winner: the number of the trial that is refitted.
         baseline: the number of the trial of the L1 baseline that is refitted; None if it is not tuned.
     """
-    looks, trials = looks_of(folder), finished_trials(study)
-    if not looks or (looks[-1].trials, looks[-1].baseline) != (trials, baseline):
-        look = Look(when=now(), trials=trials, winner=winner, baseline=baseline)
+    looks = looks_of(folder)
+    look = Look(
+        when=now(), trials=finished_trials(study), begun=trials_begun(study), winner=winner, baseline=baseline
+    )
+    # Nothing more was known, so the refits that were begun then are continued now.
+    same = looks and looks[-1].model_copy(update={"when": look.when, "winner": winner}) == look
+    if not same:
         folder.update(looks=(*looks, look))
 
 

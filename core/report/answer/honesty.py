@@ -147,6 +147,8 @@ def tuning_line(record: RunRecord) -> str:
             f"None of {count(tried, 'trial')} of the L1 baseline was completed: it was refitted untuned, and the "
             "winner was tuned."
         )
+    if tried == 1:
+        return "The winner was tuned, and of the L1 baseline only one configuration was tried."
     number = "as many" if tried == of_winner else str(of_winner)
     value = record.objective.amount(mean_and_sd(best["value"], best["sd"]))
     return (
