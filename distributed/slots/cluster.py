@@ -40,13 +40,7 @@ PATIENCE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 @contextlib.contextmanager
 def connect(address: str | None, console: Console) -> Iterator[None]:
-    """Ray during a command: the cluster at `address` or in RAY_ADDRESS, or this machine if both are absent.
-
-    Inside another `connect` this is the Ray of the outer one.
-    """
-    if ray.is_initialized():
-        yield
-        return
+    """Ray during a command: the cluster at `address` or in RAY_ADDRESS, or this machine if both are absent."""
     quiet()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,7 @@ class Sweep:
     address: str | None = None
     """The address of a Ray cluster; this machine if None."""
     volumes: Volumes | None = None
-    """Those of the cohort, if they are held already, for several searches."""
+    """Those of the cohort, if Ray is connected and they are held already, for several searches."""
 
     def begin(self, first: Mapping[str, Points], grid: Points) -> Sweep:
         """Record the splits and the searched settings; enqueue `first` (points by label), then `grid`."""
@@ -109,7 +109,7 @@ class Sweep:
         budget = Budget(self.request.time_budget, self.request.accelerator_hours)
         with resumable(self.folder):
             searcher = self._searcher(budget)
-            with connect(self.address, self.console), interruptible(budget, self.console):
+            with self._connected(), interruptible(budget, self.console):
                 self._run(searcher, budget)
             if searcher.broken is not None:
                 raise stopped(self.folder, searcher.broken)
@@ -118,6 +118,10 @@ class Sweep:
                     f"{budget.hopeless}; what is done is kept for `brainsweep resume {run_as_typed(self.folder.path)}`"
                 )
             return self.conclude(budget)
+
+    def _connected(self) -> AbstractContextManager[None]:
+        """Ray, if it is not connected already."""
+        return nullcontext() if self.volumes is not None else connect(self.address, self.console)
 
     def conclude(self, budget: Budget) -> RunFolder:
         """Write the tables, the best model and the report; print the leaderboard, and the next commands."""
