@@ -10,25 +10,20 @@ This is a package of brainsweep.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
 import optuna
-from optuna.distributions import CategoricalChoiceType as Choice
 
 from core.config import Settings, flatten, read_settings, with_absent
 from core.errors import UserError
 from core.lookup import look_up
-from search_spaces import brain_age
-from search_spaces.points import Space, Without, is_under
+from search_spaces import brain_age, points
+from search_spaces.points import Space, is_under
 
 SPACES: dict[str, Space] = {"brain_age": brain_age.space}
 
 DEFAULT = "brain_age"
-
-Value = TypeVar("Value")
 
 
 def load_space(name: str) -> tuple[Space, Settings]:
@@ -53,9 +48,9 @@ def pin(space: Space, changes: Mapping[str, object]) -> Space:
 
     A block that is switched off (`objective.neighbours=null`) pins everything in it.
     """
-    pinned = fixed_by(changes)
-    # A space says that it takes an `optuna.Trial`; a PinnedTrial passes on all that it does not answer itself.
-    return lambda trial: space(PinnedTrial(trial, pinned))  # type: ignore[arg-type]
+    values = fixed_by(changes)
+    # A space says that it takes an `optuna.Trial`; a stand-in passes on all that it does not answer itself.
+    return lambda trial: space(points.pinned(trial, values))  # type: ignore[arg-type]
 
 
 def without(space: Space, blocks: Collection[str], settings: Settings) -> Space:
@@ -69,7 +64,7 @@ def without(space: Space, blocks: Collection[str], settings: Settings) -> Space:
     values = with_absent(flatten(settings))
 
     def rest(trial: optuna.Trial) -> Settings:
-        proposed = space(Without(trial, blocks, values))  # type: ignore[arg-type]
+        proposed = space(points.without(trial, blocks, values))  # type: ignore[arg-type]
         return {name: value for name, value in proposed.items() if not is_under(name, blocks)}
 
     return rest
@@ -78,44 +73,6 @@ def without(space: Space, blocks: Collection[str], settings: Settings) -> Space:
 def fixed_by(changes: Mapping[str, object]) -> Settings:
     """Every setting that `changes` give a value, by dotted name: also those of a block that they switch off."""
     return with_absent(flatten(changes)) | dict(changes)
-
-
-class PinnedTrial:
-    """A trial that answers for pinned settings itself and asks the study for the others."""
-
-    def __init__(self, trial: optuna.Trial, pinned: Mapping[str, Any]) -> None:
-        self._trial, self._pinned = trial, pinned
-        self._asked: dict[str, object] = {}
-
-    @property
-    def params(self) -> dict[str, object]:
-        """What was suggested so far, pinned or not."""
-        return self._trial.params | self._asked
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        """See `optuna.Trial.suggest_float`."""
-        return self._pinned_or(name, partial(self._trial.suggest_float, name, low, high, step=step, log=log))
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """See `optuna.Trial.suggest_int`."""
-        return self._pinned_or(name, partial(self._trial.suggest_int, name, low, high, step=step, log=log))
-
-    def suggest_categorical(self, name: str, choices: Sequence[Choice]) -> Choice:
-        """See `optuna.Trial.suggest_categorical`."""
-        return self._pinned_or(name, partial(self._trial.suggest_categorical, name, choices))
-
-    def _pinned_or(self, name: str, ask: Callable[[], Value]) -> Value:
-        """The pinned value of `name`, as it is, or what the study answers."""
-        if name not in self._pinned:
-            return ask()
-        value: Value = self._pinned[name]
-        self._asked[name] = value
-        return value
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._trial, name)
 
 
 def published(name: str) -> Settings:

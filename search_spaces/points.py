@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,77 +15,131 @@ from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
+    check_distribution_compatibility,
     distribution_to_json,
 )
 from optuna.distributions import CategoricalChoiceType as Choice
 
-from core.errors import UserError
+from core.errors import StorageError, UserError
 
 Space = Callable[[optuna.Trial], Mapping[str, object]]
+
+ASK = object()
+"""The answer for a setting that is not given."""
 
 
 class OutsideSpaceError(ValueError):
     """A point is not in a space; the message names the setting and says why."""
 
 
-class Asked:
-    """Takes the place of a trial in a space: `answer(name, distribution)` is the value of each setting asked for."""
+class RefusedPointError(UserError):
+    """The function of a space, or the settings, cannot take a point; other points may be right."""
 
-    number = 0
 
-    def __init__(self, answer: Callable[[str, BaseDistribution], Any]) -> None:
+def propose(space: Space, trial: optuna.trial.BaseTrial) -> Mapping[str, object]:
+    """What `space` proposes for `trial`: settings by their dotted names.
+
+    Raises:
+        RefusedPointError: the function of the space raised an exception, which the message names, or it returned no
+            settings.
+        optuna.TrialPruned: it gave the trial up.
+        OutsideSpaceError: see `point_of`.
+        StorageError: the study could not be written meanwhile.
+    """
+    try:
+        # A space says that it takes an `optuna.Trial`; it uses what all trials have.
+        proposed = space(trial)  # type: ignore[arg-type]
+    except (UserError, optuna.TrialPruned, OutsideSpaceError, StorageError):
+        raise
+    # The function is the user's, so it may raise anything.
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise RefusedPointError(
+            f"the space raised {type(error).__name__}{': ' if said else ''}{said}"
+        ) from error
+    if not isinstance(proposed, Mapping):
+        raise RefusedPointError(f"the space must return a dict of settings, got {type(proposed).__name__}")
+    return proposed
+
+
+def _check_compatible(name: str, one: BaseDistribution, other: BaseDistribution) -> None:
+    """UserError if a study could not hold both distributions under one name."""
+    try:
+        check_distribution_compatibility(one, other)
+    except ValueError:
+        raise UserError(
+            f"setting '{name}' has to be {_in_words(one)} in one part of the space and {_in_words(other)} in another; "
+            "no sampler learns from choices that change: ask for it under another name in each part, and return its "
+            f"value as '{name}'"
+        ) from None
+
+
+class Asked(optuna.trial.FixedTrial):
+    """Takes the place of a trial in a space: `answer(name, distribution)` is the value of each setting asked for.
+
+    It has every method of a trial that Optuna's own stand-in has, the old `suggest_uniform` and its like among them.
+    """
+
+    def __init__(self, answer: Callable[[str, BaseDistribution], Any], number: int = 0) -> None:
+        super().__init__({}, number)
         self._answer = answer
-        self.params: dict[str, object] = {}
-        self.distributions: dict[str, BaseDistribution] = {}
 
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        """See `optuna.Trial.suggest_float`."""
-        value: float = self._ask(name, FloatDistribution(low, high, log=log, step=step))
-        return value
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """See `optuna.Trial.suggest_int`."""
-        value: int = self._ask(name, IntDistribution(low, high, log=log, step=step))
-        return value
-
-    def suggest_categorical(self, name: str, choices: Sequence[Choice]) -> Choice:
-        """See `optuna.Trial.suggest_categorical`."""
-        value: Choice = self._ask(name, CategoricalDistribution(choices))
-        return value
-
-    def _ask(self, name: str, distribution: BaseDistribution) -> Any:
-        if name not in self.params:
+    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
+        """All `suggest_*` methods of a trial end here."""
+        if name in self.distributions:
+            _check_compatible(name, self.distributions[name], distribution)
+        else:
             self.params[name] = self._answer(name, distribution)
             self.distributions[name] = distribution
         return self.params[name]
 
 
-class Without(Asked):
-    """A trial without the settings under some blocks; it asks `trial` for all others.
+class StandIn(Asked):
+    """A trial of which some settings are given: `given(name, distribution)`; it asks `trial` for those that are ASK."""
+
+    def __init__(self, trial: optuna.Trial, given: Callable[[str, BaseDistribution], Any]) -> None:
+        def answer(name: str, distribution: BaseDistribution) -> Any:
+            value = given(name, distribution)
+            return _suggested(trial, name, distribution) if value is ASK else value
+
+        super().__init__(answer, trial.number)
+        self._trial = trial
+
+    def set_user_attr(self, key: str, value: Any) -> None:
+        """A space may note something about the trial."""
+        self._trial.set_user_attr(key, value)
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """The notes about the trial."""
+        return self._trial.user_attrs
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._trial, name)
+
+
+def pinned(trial: optuna.Trial, values: Mapping[str, object]) -> StandIn:
+    """`trial` with the settings in `values` (by dotted name) as they are, whatever the space offers."""
+    return StandIn(trial, lambda name, distribution: values.get(name, ASK))
+
+
+def without(trial: optuna.Trial, blocks: Collection[str], settings: Mapping[str, object]) -> StandIn:
+    """`trial` without the settings under some blocks.
 
     Those settings get their value in `settings` (by dotted name), or if they cannot have it their first choice or
     lowest value: a space may branch on them.
     """
 
-    def __init__(self, trial: optuna.Trial, blocks: Collection[str], settings: Mapping[str, object]) -> None:
-        def answer(name: str, distribution: BaseDistribution) -> Any:
-            if not is_under(name, blocks):
-                return _suggested(trial, name, distribution)
-            if name in settings and _holds(distribution, settings[name]):
-                return settings[name]
-            return (
-                distribution.choices[0]
-                if isinstance(distribution, CategoricalDistribution)
-                else _range_of(distribution)[0]
-            )
+    def given(name: str, distribution: BaseDistribution) -> Any:
+        if not is_under(name, blocks):
+            return ASK
+        if name in settings and _holds(distribution, settings[name]):
+            return settings[name]
+        if isinstance(distribution, CategoricalDistribution):
+            return distribution.choices[0]
+        return _range_of(distribution)[0]
 
-        super().__init__(answer)
-        self._trial, self.number = trial, trial.number
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._trial, name)
+    return StandIn(trial, given)
 
 
 def is_under(name: str, blocks: Collection[str]) -> bool:
@@ -119,19 +174,22 @@ def point_of(space: Space, settings: Mapping[str, object], *, all_used: bool = T
 
     def answer(name: str, distribution: BaseDistribution) -> object:
         if name not in settings:
-            raise OutsideSpaceError(f"'{name}' is missing ({_in_words(distribution)})")
+            raise OutsideSpaceError(f"setting '{name}' is missing ({_in_words(distribution)})")
         value = settings[name]
         if not _holds(distribution, value):
-            raise OutsideSpaceError(f"'{name}' is {value!r}, which is not {_in_words(distribution)}")
+            raise OutsideSpaceError(f"setting '{name}' is {value!r}, which is not {_in_words(distribution)}")
         return value
 
     asked = Asked(answer)
-    # A space says that it takes a whole `optuna.Trial`, of which it uses the methods that `Asked` has.
-    space(asked)  # type: ignore[arg-type]
+    try:
+        propose(space, asked)
+    except (RefusedPointError, optuna.TrialPruned) as refusal:
+        reason = str(refusal) or "it prunes this point"
+        raise OutsideSpaceError(reason) from refusal
     unused = settings.keys() - asked.params.keys()
     if all_used and unused:
         raise OutsideSpaceError(
-            f"'{min(unused)}' is not searched here (fixed, or it cannot act beside the others)"
+            f"setting '{min(unused)}' is not searched here (fixed, or it cannot act beside the others)"
         )
     return asked.params
 
@@ -145,6 +203,8 @@ class Profile:
 
     settings: dict[str, tuple[BaseDistribution, ...]]
     always: frozenset[str]
+    refused: tuple[str, ...] = ()
+    """Why some of the points were refused."""
 
     @property
     def conditional(self) -> list[str]:
@@ -168,15 +228,20 @@ class Profile:
         }
 
 
-def profile_of(points: Sequence[Mapping[str, BaseDistribution]]) -> Profile:
-    """The profile of a space from the distributions that it asked for at each of many points."""
+def profile_of(points: Sequence[Mapping[str, BaseDistribution]], refused: Sequence[str] = ()) -> Profile:
+    """The profile of a space from the distributions that it asked for at each of many points.
+
+    UserError if a setting has choices at one point and others at another: see `_check_compatible`.
+    """
     settings: dict[str, tuple[BaseDistribution, ...]] = {}
     for point in points:
         for name, distribution in point.items():
             known = settings.get(name, ())
+            if known:
+                _check_compatible(name, known[0], distribution)
             settings[name] = known if distribution in known else (*known, distribution)
     always = frozenset(name for name in settings if all(name in point for point in points))
-    return Profile(settings, always)
+    return Profile(settings, always, tuple(refused))
 
 
 def grid_of(space: Space, points: int | None = None) -> Iterator[dict[str, object]]:
@@ -203,7 +268,9 @@ def grid_of(space: Space, points: int | None = None) -> Iterator[dict[str, objec
             return values[taken]
 
         asked = Asked(answer)
-        space(asked)  # type: ignore[arg-type]
+        # A point that the space refuses is one of the grid all the same: its trial says why it failed.
+        with contextlib.suppress(RefusedPointError, optuna.TrialPruned):
+            propose(space, asked)
         yield asked.params
         while chosen and chosen[-1][1] + 1 == len(chosen[-1][0]):
             chosen.pop()

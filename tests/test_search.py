@@ -32,10 +32,13 @@ def study(tmp_path):
     return open_study(tmp_path / "study.journal", "tpe", 0)
 
 
-def searcher(study, trials=3, budget=None, refits=(), continued=(), judgement=None):
+def searcher(
+    study, trials=3, budget=None, refits=(), continued=(), judgement=None, space=space, tell=lambda text: None
+):
     proposals = Proposals(
         study=study,
         space=space,
+        tell=tell,
         base=resolve(published("brain_age")).model_dump(mode="json"),
         trials=trials,
         assignment=lambda name, settings, prunable: assign(

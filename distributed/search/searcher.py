@@ -7,7 +7,6 @@ The Optuna study in the journal file of the run is the only record of the search
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from optuna.terminator import Terminator
 from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 
-from core.config import Settings, merge, resolve
+from core.config import Settings
 from core.objectives import COST, OBJECTIVES, mean_of, measure
 from core.run_names import (
     CELL_VALUES,
@@ -32,12 +31,11 @@ from core.run_names import (
     REASON,
     SD,
     SECONDS,
-    SETTINGS,
 )
 from distributed.run.assignment import Answer, Assignment, forget_checkpoint, trial_name
 from distributed.search.budget import Budget, judge_improvement
 from distributed.search.schedulers import METRIC, Wilcoxon
-from distributed.search.study import certain_trial, report_cells, report_value, trials_begun
+from distributed.search.study import certain_trial, report_cells, report_value, settings_of, trials_begun
 from search_spaces.points import Space
 
 SLOT_CRASHES = 2
@@ -58,6 +56,8 @@ class Proposals:
     continued: list[FrozenTrial] = field(default_factory=list)
     secure: Callable[[], None] = lambda: None
     """Called when the study has changed in a way that must not be lost with this machine."""
+    tell: Callable[[str], None] = lambda text: None
+    """Called with what the user must know about a trial that does not run."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ class StudySearch(tune.search.Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next assignment; None while refits wait for the last trials; FINISHED at the end."""
         with self._storage():
-            trial = self._next_trial()
-            if trial is not None:
-                self.running[trial_id] = trial
-                self.started[trial_id] = time.time()
+            while (trial := self._next_trial()) is not None:
                 assignment = self._assignment(trial)
                 # Otherwise a sweep that is resumed on another machine could give this folder to another trial.
                 self.proposals.secure()
-                return {"assignment": assignment}
+                if assignment is not None:
+                    self.running[trial_id] = trial
+                    self.started[trial_id] = time.time()
+                    return {"assignment": assignment}
         if self.broken is not None:
             return tune.search.Searcher.FINISHED
         if self.running:
@@ -208,15 +208,16 @@ class StudySearch(tune.search.Searcher):
         continued.remove(unfinished)
         return optuna.Trial(study, unfinished._trial_id)
 
-    def _assignment(self, trial: optuna.Trial) -> Assignment:
-        """The assignment of a trial. Its resolved settings are recorded before anything runs."""
-        recorded = trial.user_attrs.get(SETTINGS)
-        if recorded is None:
-            proposed = self.proposals.space(trial)
-            settings = resolve(merge(self.proposals.base, proposed)).model_dump(mode="json")
-            trial.set_user_attr(SETTINGS, json.dumps(settings))
-        else:
-            settings = json.loads(recorded)
+    def _assignment(self, trial: optuna.Trial) -> Assignment | None:
+        """The assignment of a trial; None if the space or the settings refuse it, and then the trial has ended.
+
+        Its resolved settings are recorded before anything runs.
+        """
+        settings = settings_of(trial, self.proposals.space, self.proposals.base)
+        if settings is None:
+            reason = trial.user_attrs[REASON]
+            self.proposals.tell(f"trial {trial_name(trial.number)} did not begin: {reason}")
+            return None
         name, certain = trial_name(trial.number), certain_trial(self.proposals.study)
         assignment = self.proposals.assignment(name, settings, trial.user_attrs.get(LABEL) != PUBLISHED)
         if certain is not None and certain.number == trial.number:

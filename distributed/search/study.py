@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import optuna
 import yaml
+from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.terminator import report_cross_validation_scores
@@ -22,11 +24,20 @@ from core.errors import UserError
 from core.lookup import look_up
 from core.objectives import OBJECTIVES
 from core.report.answer.record import reported
-from core.run_names import LABEL, MEMBER, OUTSIDE, OUTSIDE_LABEL, PUBLISHED, REASON, STUDY, VALUE_AT
+from core.run_names import LABEL, MEMBER, OUTSIDE, OUTSIDE_LABEL, PUBLISHED, REASON, SETTINGS, STUDY, VALUE_AT
 from core.tasks import TASKS
 from distributed.run.assignment import read_progress, trial_name
 from distributed.search.samplers import make_sampler
-from search_spaces.points import Asked, OutsideSpaceError, Profile, Space, point_of, profile_of
+from search_spaces.points import (
+    Asked,
+    OutsideSpaceError,
+    Profile,
+    RefusedPointError,
+    Space,
+    point_of,
+    profile_of,
+    propose,
+)
 
 POINTS_TRIED = 30
 KEPT_SYSTEM_ATTRIBUTES = ("terminator:cv_scores", "fixed_params")
@@ -58,23 +69,72 @@ def _storage(journal: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(journal)))
 
 
+def proposed_settings(space: Space, base: Settings, trial: optuna.trial.BaseTrial) -> Settings:
+    """The resolved settings that `space` proposes for `trial`, as JSON values.
+
+    Raises:
+        RefusedPointError: the space or the settings cannot take this point.
+        optuna.TrialPruned: the space gave it up.
+    """
+    proposed = propose(space, trial)
+    try:
+        settings = resolve(merge(base, proposed))
+        look_up(TASKS, settings.task, "task").check(settings)
+    except UserError as error:
+        raise RefusedPointError(str(error)) from error
+    return settings.model_dump(mode="json")
+
+
+def settings_of(trial: optuna.Trial, space: Space, base: Settings) -> Settings | None:
+    """The settings of a trial that begins or continues, which are recorded with it; see `proposed_settings`.
+
+    A trial that the space or the settings refuse is ended: FAIL, or PRUNED if the space gave it up, with the reason.
+    Then this is None.
+    """
+    recorded = trial.user_attrs.get(SETTINGS)
+    if recorded is not None:
+        known: Settings = json.loads(recorded)
+        return known
+    try:
+        settings = proposed_settings(space, base, trial)
+    except (RefusedPointError, optuna.TrialPruned) as refusal:
+        pruned = isinstance(refusal, optuna.TrialPruned)
+        reason = f"the space gave it up{f': {refusal}' if str(refusal) else ''}" if pruned else str(refusal)
+        trial.set_user_attr(REASON, reason)
+        trial.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
+        return None
+    trial.set_user_attr(SETTINGS, json.dumps(settings))
+    return settings
+
+
 def check_space(space: Space, base: Settings) -> Profile:
     """Try `space` at `POINTS_TRIED` random points before anything is started; returns what it searches.
 
+    A few points that it refuses are no mistake: their trials fail, and the search goes on.
+
     Raises:
-        UserError: the first mistake.
+        UserError: it refuses every point, or a setting has choices that depend on another one.
     """
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    points = []
-    for _ in range(POINTS_TRIED):
-        trial = study.ask()
-        proposed = space(trial)
-        points.append(trial.distributions)
-        if not isinstance(proposed, Mapping):
-            raise UserError(f"the space must return a dict of settings, got {type(proposed).__name__}")
-        settings = resolve(merge(base, proposed))
-        look_up(TASKS, settings.task, "task").check(settings)
-    return profile_of(points)
+    # This sampler looks neither at a study nor at a trial.
+    sampler, study = optuna.samplers.RandomSampler(seed=0), optuna.create_study()
+    frozen = optuna.trial.create_trial(state=TrialState.RUNNING)
+    points: list[dict[str, BaseDistribution]] = []
+    refused: list[str] = []
+    for number in range(POINTS_TRIED):
+        asked = Asked(
+            lambda name, distribution: sampler.sample_independent(study, frozen, name, distribution), number
+        )
+        try:
+            proposed_settings(space, base, asked)
+        except (RefusedPointError, optuna.TrialPruned) as refusal:
+            refused.append(str(refusal) or "the space prunes every trial")
+        else:
+            points.append(asked.distributions)
+    if not points:
+        raise UserError(
+            f"all of {POINTS_TRIED} random points of the space are refused; the first: {refused[0]}"
+        )
+    return profile_of(points, refused)
 
 
 def published_parameters(space: Space, base: Settings) -> dict[str, Any] | None:
@@ -107,7 +167,7 @@ def read_points(path: Path, space: Space) -> list[dict[str, Any]]:
         try:
             points.append(point_of(space, settings))
         except OutsideSpaceError as error:
-            raise UserError(f"entry {place} of {path}: setting {error}") from None
+            raise UserError(f"entry {place} of {path}: {error}") from None
     return points
 
 
@@ -229,7 +289,7 @@ def _within(space: Space, point: Mapping[str, Any], fixed: Mapping[str, Any]) ->
 def _copied(trial: FrozenTrial, within: dict[str, Any], space: Space) -> FrozenTrial:
     """`trial` with the parameters and distributions of `space`."""
     asked = Asked(lambda name, distribution: within[name])
-    space(asked)  # type: ignore[arg-type]
+    propose(space, asked)
     copied = _without_notes(trial)
     copied.params, copied.distributions = asked.params, asked.distributions
     return copied

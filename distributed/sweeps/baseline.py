@@ -122,6 +122,7 @@ class Baseline:
             refits=lambda study: [],
             continued=_running(study),
             secure=lambda: send(self.folder.journal),
+            tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
         return StudySearch(proposals, own, judgement(request, self.search.profile, study))
 

@@ -13,7 +13,6 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
-from core.config import merge, resolve
 from core.files.writing import write_text, writing_to
 from core.run_names import FOUND, FOUND_BY, LABEL, LINEAGE, MEMBER, PUBLISHED, SETTINGS
 from distributed.run.assignment import assign, kept_checkpoint, trial_name
@@ -27,7 +26,7 @@ from distributed.search.population import (
     read_members,
 )
 from distributed.search.population_methods import POPULATIONS, changeable_ranges, exchange_interval
-from distributed.search.study import enqueue, published_parameters
+from distributed.search.study import enqueue, published_parameters, settings_of, trials_begun
 from distributed.sweeps.executor import HEAD, Executor, release_slots
 from distributed.sweeps.request import SweepRequest
 from distributed.sweeps.resolve import ResolvedSearch
@@ -95,14 +94,15 @@ class Evolution:
             return read_members(state, {trial_name(trial.number) for trial in _running(study)})
         asked = {trial.number: optuna.Trial(study, trial._trial_id) for trial in _running(study)}
         others = 1 + (published_parameters(search.space, search.base) is not None)
-        while len(_running(study)) < request.trials - others:
+        while trials_begun(study) < request.trials - others:
             trial = study.ask()
             asked[trial.number] = trial
         method, ranges = POPULATIONS[request.scheduler], changeable_ranges(search.profile)
         members = {}
         for number, trial in asked.items():
-            settings = resolve(merge(search.base, search.space(trial))).model_dump(mode="json")
-            trial.set_user_attr(SETTINGS, json.dumps(settings))
+            settings = settings_of(trial, search.space, search.base)
+            if settings is None:
+                continue
             trial.set_user_attr(LABEL, MEMBER)
             assignment = assign(
                 folder.trial(trial_name(number)),

@@ -44,6 +44,7 @@ from distributed.search.samplers import GRID, grid_points, sampler_note
 from distributed.search.schedulers import make_scheduler, replay
 from distributed.search.searcher import Proposals, StudySearch
 from distributed.search.study import (
+    POINTS_TRIED,
     best_trial,
     enqueue,
     hear_missed,
@@ -99,9 +100,15 @@ class Sweep:
                 enqueue(self.study, points, label)
         enqueue(self.study, grid, None)
         self.folder.update(begun=True)
+        refused = self.search.profile.refused
+        if refused:
+            self._note(
+                f"of {POINTS_TRIED} random points of this space {len(refused)} are refused, and such trials fail; the "
+                f"first: {refused[0]}"
+            )
         note = sampler_note(self.request.sampler, self.search.profile)
         if note:
-            self.console.print(f"note: {note}", highlight=False, soft_wrap=True)
+            self._note(note)
         return self
 
     def execute(self) -> RunFolder:
@@ -118,6 +125,9 @@ class Sweep:
                     f"{budget.hopeless}; what is done is kept for `brainsweep resume {run_as_typed(self.folder.path)}`"
                 )
             return self.conclude(budget)
+
+    def _note(self, text: str) -> None:
+        self.console.print(f"note: {text}", highlight=False, soft_wrap=True, markup=False)
 
     def _connected(self) -> AbstractContextManager[None]:
         """Ray, if it is not connected already."""
@@ -170,6 +180,7 @@ class Sweep:
             refits=lambda study: after_search(self.folder, request, study),
             continued=[] if self.evolves else study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)),
             secure=lambda: send(self.folder.journal),
+            tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
         return StudySearch(proposals, budget, judgement(request, self.search.profile, study))
 
