@@ -1,21 +1,16 @@
 """Who may write a run, and what a killed writer leaves in its journal. Second processes, no Ray."""
 
-import json
-import multiprocessing
 import os
 import subprocess
 import sys
 
-import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from process_helpers import ROOT
 from rich.console import Console
 
 from core.errors import UserError
 from core.run_names import LOCK
-from distributed.run.lock import claim, mend_journal, refuse_url
+from distributed.run.lock import claim, refuse_url
 
 QUIET = Console(quiet=True)
 HOLDER = """
@@ -68,61 +63,6 @@ def test_the_same_folder_by_another_path_is_the_same_run(holder, tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="gone"), claim(tmp_path / "gone", QUIET):
         pass
-
-
-def study_in(journal):
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    return optuna.create_study(storage=storage, study_name="brainsweep", load_if_exists=True)
-
-
-def ask_once(journal):
-    study_in(journal).ask()
-
-
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_a_line_torn_off_anywhere_costs_that_line_alone(tmp_path, kept):
-    journal = tmp_path / "study.journal"
-    study = study_in(journal)
-    for value in (1.0, 2.0):
-        study.tell(study.ask(), value)
-    whole = journal.read_bytes()
-    last = whole.splitlines(keepends=True)[-1]
-    journal.write_bytes(whole[: -len(last)] + last[: max(1, int(kept * len(last)) - 1)])
-
-    torn = mend_journal(journal)
-    assert torn == max(1, int(kept * len(last)) - 1)
-    resumed = study_in(journal)
-    resumed.tell(1, 2.0)  # the value that was torn off
-    resumed.tell(resumed.ask(), 3.0)
-    assert [trial.value for trial in study_in(journal).trials] == [1.0, 2.0, 3.0]
-    assert all(json.loads(line) for line in journal.read_bytes().splitlines())
-    assert mend_journal(journal) == 0
-
-
-def test_unmended_the_study_could_be_read_no_more(tmp_path):
-    """Why `mend_journal` is there; if this fails, Optuna mends it by itself."""
-    journal = tmp_path / "study.journal"
-    study_in(journal).tell(study_in(journal).ask(), 1.0)
-    journal.write_bytes(journal.read_bytes() + b'{"op_code":6,')
-    with pytest.raises(ValueError, match=r"Expecting|Invalid|delimiter"):
-        ask_once(journal)
-
-
-def test_the_lock_of_a_writer_killed_in_a_folder_since_moved_is_cleared(tmp_path):
-    (tmp_path / "here").mkdir()
-    journal = tmp_path / "here" / "study.journal"
-    ask_once(journal)
-    (tmp_path / "here" / "study.journal.lock").symlink_to(journal)  # as Optuna makes it
-    moved = (tmp_path / "here").rename(tmp_path / "there") / "study.journal"
-
-    process = multiprocessing.get_context("fork").Process(target=ask_once, args=(moved,))
-    mend_journal(moved)
-    process.start()
-    process.join(20)
-    waits = process.is_alive()
-    process.kill()
-    assert not waits
-    assert len(study_in(moved).trials) == 2
 
 
 @pytest.mark.parametrize("out", ["s3://bucket/run", "s3:/bucket/run", "gs://bucket/run", "abfss://x@y/run"])

@@ -1,4 +1,4 @@
-"""One process at a time writes to a run: the lock of its folder, and the half line that a killed process leaves."""
+"""One process at a time writes to a run: the lock of its folder."""
 
 from __future__ import annotations
 
@@ -59,25 +59,6 @@ def claim(folder: Path, console: Console) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
             file.flush()
         yield
-
-
-def mend_journal(journal: Path) -> int:
-    """Repair an Optuna journal after a killed process or a full disk; returns the number of bytes that were cut off.
-
-    Optuna (5.0, JournalFileBackend) skips a half line at the end of the file, but appends to it, and then it cannot
-    read any line after it. Optuna also waits half a minute for the lock of a process that has ended. If the folder was
-    moved it waits for ever, because this lock is a link to the old place of the journal. Call this only while the run
-    is claimed.
-    """
-    if not journal.exists():
-        return 0
-    content = journal.read_bytes()
-    torn = len(content) - (content.rfind(b"\n") + 1)
-    with writing_to(journal.parent):
-        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
-        if torn:
-            os.truncate(journal, len(content) - torn)
-    return torn
 
 
 def refuse_url(out: Path) -> None:

@@ -15,7 +15,6 @@ import optuna
 import yaml
 from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.terminator import report_cross_validation_scores
 from optuna.trial import FrozenTrial, TrialState
 
@@ -27,6 +26,7 @@ from core.report.answer.record import reported
 from core.run_names import LABEL, MEMBER, OUTSIDE, OUTSIDE_LABEL, PUBLISHED, REASON, SETTINGS, STUDY, VALUE_AT
 from core.tasks import TASKS
 from distributed.run.assignment import read_progress, trial_name
+from distributed.run.journal import Journal
 from distributed.search.samplers import make_sampler
 from search_spaces.points import (
     Asked,
@@ -66,7 +66,7 @@ def trials_begun(study: optuna.Study) -> int:
 
 
 def _storage(journal: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(journal)))
+    return JournalStorage(Journal(journal))
 
 
 def proposed_settings(space: Space, base: Settings, trial: optuna.trial.BaseTrial) -> Settings:

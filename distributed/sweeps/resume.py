@@ -17,7 +17,7 @@ from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Volumes
 from distributed.run.code import code_version
 from distributed.run.folder import RunFolder, cohort_of, now, open_run
-from distributed.run.lock import mend_journal
+from distributed.run.journal import mend_journal
 from distributed.run.quiet import quiet
 from distributed.run.working_copy import bring_run, run_as_typed
 from distributed.search.population_methods import POPULATIONS
@@ -70,7 +70,8 @@ def resume_sweep(
     request = _combined(recorded, asked)
     # Lock the folder before the study is read, because the trials of a running sweep look interrupted.
     with held(folder, console):
-        mend_journal(folder.journal)
+        for mended in mend_journal(folder.journal):
+            console.print(f"note: {mended}", highlight=False, soft_wrap=True)
         cohort = cohort_of(folder, asked.cohort)
         splits = _same_subjects(folder, request, cohort)
         search = resolve_search(request, cohort, about.settings)
