@@ -11,7 +11,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from core.errors import StorageError, UserError
 from core.run_names import JOURNAL_COPY
-from distributed.run.journal import DAMAGED, Journal, copy_of, mend_journal
+from distributed.run.journal import Journal, copy_of, mend_journal
+from distributed.run.working_copy import DAMAGED
 
 
 def study_in(journal):

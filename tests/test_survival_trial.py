@@ -1,6 +1,7 @@
 """What may befall one trial and must not befall the others: no memory, damaged or planted files. No Ray."""
 
 import io
+import json
 import os
 import pickle
 from pathlib import Path
@@ -15,9 +16,10 @@ from core.config import merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import make_splits
 from core.inference import load_predictor
-from core.run_names import CHECKPOINT
+from core.run_names import CHECKPOINT, PROGRESS
 from distributed.batches.in_process import InMemory
-from distributed.run.assignment import HOLDOUT, assign
+from distributed.run.assignment import HOLDOUT, assign, read_progress
+from distributed.run.working_copy import DAMAGED
 from distributed.sweeps.forget_finished import ForgetFinished
 from distributed.training.loop import CellTraining
 from distributed.training.out_of_memory import out_of_memory
@@ -148,19 +150,74 @@ def test_a_planted_checkpoint_is_refused_and_nothing_of_it_runs(subjects, settin
     answer = Runner(subjects)(assignment)
     assert not (tmp_path / "witness").exists()
     assert (
-        f"checkpoint {tmp_path}/0000/{CHECKPOINT} is damaged or was not written by a sweep"
-        in answer["failed"]
+        f"checkpoint {tmp_path}/0000/{CHECKPOINT} is damaged or was not written by a sweep" in answer["note"]
     )
-    assert answer["done"]
+    assert "failed" not in answer
 
 
 @pytest.mark.parametrize("kept", [0, 10, 1000])
-def test_a_cut_off_checkpoint_is_named(subjects, settings, tmp_path, kept):
+def test_a_trial_whose_checkpoint_is_cut_off_begins_again_and_says_so(subjects, settings, tmp_path, kept):
+    assignment, whole = (assign(tmp_path / name / "0000", settings, CELLS) for name in ("cut", "whole"))
+    Runner(subjects)(assignment)
+    checkpoint = tmp_path / "cut" / "0000" / CHECKPOINT
+    checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
+    first, *_, last = run_all(Runner(subjects), assignment)
+    assert f"checkpoint {checkpoint} is damaged" in first["note"]
+    assert first["epochs"] == 1
+    assert (checkpoint.parent / f"{CHECKPOINT}{DAMAGED}").exists()
+    assert last["value"] == run_all(Runner(subjects), whole)[-1]["value"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"history": []}'])
+def test_a_damaged_progress_costs_nothing_of_a_trial_that_has_a_checkpoint(
+    subjects, settings, tmp_path, content
+):
+    assignment, whole = (assign(tmp_path / name / "0000", settings, CELLS) for name in ("cut", "whole"))
+    Runner(subjects)(assignment)
+    progress = tmp_path / "cut" / "0000" / PROGRESS
+    progress.write_text(content)
+    with pytest.raises(UserError, match=f"{progress} is damaged; `brainsweep resume`"):
+        read_progress(progress.parent)
+    first, *_, last = run_all(Runner(subjects), assignment)
+    assert f"{progress} is damaged" in first["note"]
+    assert first["epochs"] == 2
+    assert last["value"] == run_all(Runner(subjects), whole)[-1]["value"]
+
+
+@pytest.mark.parametrize("done", [1, None])
+def test_files_of_another_configuration_are_never_taken(subjects, settings, tmp_path, done):
+    """A study that has lost its end gives the number of a trial to another one: begun (one epoch), or finished."""
+    other = merge(settings, {"optimiser.learning_rate": 0.005})
+    before = assign(tmp_path / "0007", other, CELLS)
+    former = Runner(subjects)(before) if done else run_all(Runner(subjects), before)[-1]
+    assignment, alone = (
+        assign(tmp_path / "0007", settings, CELLS),
+        assign(tmp_path / "alone", settings, CELLS),
+    )
+    first, *_, last = run_all(Runner(subjects), assignment)
+    assert first["epochs"] == 1
+    assert "held another configuration" in first["note"]
+    expected = run_all(Runner(subjects), alone)[-1]
+    assert last["value"] == expected["value"] != former["value"]
+    assert (tmp_path / "0007-set-aside" / PROGRESS).exists()
+    # Its cells are part of it: so are those of other folds.
+    repeated = Runner(subjects)(assign(tmp_path / "0007", settings, CELLS[:1]))
+    assert repeated["epochs"] == 1
+    assert (tmp_path / "0007-set-aside-2" / PROGRESS).exists()
+
+
+def test_files_of_an_older_version_are_taken(subjects, settings, tmp_path):
     assignment = assign(tmp_path / "0000", settings, CELLS)
     Runner(subjects)(assignment)
-    checkpoint = tmp_path / "0000" / CHECKPOINT
-    checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
-    assert f"checkpoint {checkpoint} is damaged" in Runner(subjects)(assignment)["failed"]
+    progress, checkpoint = tmp_path / "0000" / PROGRESS, tmp_path / "0000" / CHECKPOINT
+    known = json.loads(progress.read_text())
+    progress.write_text(json.dumps({name: value for name, value in known.items() if name != "of"}))
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["of"]
+    torch.save(saved, checkpoint)
+    answer = Runner(subjects)(assignment)
+    assert answer["epochs"] == 2
+    assert "note" not in answer
 
 
 @pytest.fixture(scope="module")

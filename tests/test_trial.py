@@ -231,5 +231,5 @@ def test_warm_up_rises_in_a_line_from_one_percent():
 def test_progress_files_hold_no_machine_specific_types(subjects, tmp_path):
     run_all(Runner(subjects), assign(tmp_path / "0000", settings(), CELLS))
     progress = json.loads(Path(tmp_path / "0000" / "progress.json").read_text())
-    assert set(progress) == {"history", "cells", "answer"}
+    assert set(progress) == {"of", "history", "cells", "answer"}
     assert {type(value) for cell in progress["cells"] for value in cell.values()} <= {int, float}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from core.errors import UserError
+from core.files.fingerprint import fingerprint
 from core.run_names import CHECKPOINT, PROGRESS
 from distributed.run.working_copy import forget
 
@@ -113,6 +115,8 @@ class Answer(EpochRow, total=False):
     """The penalty of the probe for a refit, once all cells are done; see `core.evaluation.probes.chosen_penalty`."""
     failed: str
     """Why the trial cannot go on."""
+    note: str
+    """What the user must know about the files of the trial."""
     storage: bool
     """Whether the storage of the run or of the cohort failed; the next trial would fail in the same way."""
     started_at: float
@@ -123,6 +127,8 @@ class Answer(EpochRow, total=False):
 class Progress(TypedDict):
     """The content of progress.json."""
 
+    of: str | None
+    """What the trial is; see `identity`. None before version 0.3."""
     history: list[EpochRow]
     cells: list[CellRow]
     answer: Answer | None
@@ -163,13 +169,37 @@ def failed(reason: str) -> Answer:
     return Answer(value=math.nan, failed=reason, finished=False, done=True)
 
 
+def identity(assignment: Assignment) -> str:
+    """What a trial is: a hash of its settings, its cells and its objective. Its files are of use to no other trial.
+
+    A member of a population has other settings after every exchange; `begin` tells its checkpoints apart.
+    """
+    return fingerprint({name: assignment[name] for name in ("settings", "cells", "metric")})
+
+
 def read_progress(folder: Path) -> Progress:
-    """The history, the finished cells and the last answer of a trial; empty before its first epoch."""
+    """The history, the finished cells and the last answer of a trial; empty before its first epoch.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / PROGRESS
     try:
-        content: Progress = json.loads((folder / PROGRESS).read_text())
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and {"history", "cells", "answer"} <= content.keys():
+            return Progress(
+                of=content.get("of"),
+                history=content["history"],
+                cells=content["cells"],
+                answer=content["answer"],
+            )
     except (FileNotFoundError, NotADirectoryError):
-        return Progress(history=[], cells=[], answer=None)
-    return content
+        return Progress(of=None, history=[], cells=[], answer=None)
+    except ValueError:
+        pass
+    raise UserError(
+        f"{path} is damaged; `brainsweep resume` of this run sets it aside and keeps what the study knows"
+    )
 
 
 def forget_checkpoint(folder: Path) -> None:

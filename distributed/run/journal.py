@@ -20,9 +20,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from core.errors import StorageError, UserError
 from core.files.writing import replacing, writing_to
 from core.run_names import JOURNAL_COPY
+from distributed.run.working_copy import DAMAGED
 
-DAMAGED = ".damaged"
-"""What is added to the name of a damaged journal, which is kept."""
 SEAL = 9
 """Bytes before every line of the copy: the CRC-32 of the line in eight digits, and a space."""
 _COPIED: dict[Path, tuple[int, int]] = {}

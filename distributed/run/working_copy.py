@@ -48,6 +48,8 @@ LEFT_OUT = (TUNE, LOCK, f"{JOURNAL}.lock")
 """Files and folders of a run that are only of use to the machine that wrote them."""
 BY_WORKERS = (TRIALS, BASELINE, REFITS, CONFIRMED, ACCESS)
 """Folders of a run in which workers on any node write; they send these files themselves."""
+DAMAGED = ".damaged"
+"""What is added to the name of a damaged file, which is kept."""
 CHECKPOINTS = Path(CHECKPOINT).stem
 """What the names of all checkpoints of a trial begin with."""
 
@@ -210,6 +212,15 @@ def forget(path: Path) -> None:
     """Delete at its address a file or folder that is deleted on this machine."""
     if (place := address_of(path)) is not None:
         remove(*place)
+
+
+def set_aside(made: Path, name: str) -> Path:
+    """Rename the folder `made` of a run to `name`, or if that is taken `name-2` and so on; returns its new place."""
+    names = (name if number == 1 else f"{name}-{number}" for number in range(1, 10_000))
+    aside = made.rename(next(place for each in names if not (place := made.with_name(each)).exists()))
+    send(aside)
+    forget(made)
+    return aside
 
 
 @contextlib.contextmanager

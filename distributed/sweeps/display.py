@@ -94,6 +94,8 @@ class Display(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, object], **info: object
     ) -> None:
         """An epoch ended."""
+        if note := result.get("note"):
+            self.console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
         self.slots[trial.trial_id] = _Busy(trial.config["assignment"], cast(Answer, result))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:

@@ -11,7 +11,7 @@ from core.config import merge, resolve
 from core.run_names import LABEL, PENALTY, PUBLISHED, SETTINGS
 from distributed.run.assignment import Assignment, assign
 from distributed.run.folder import RunFolder
-from distributed.run.working_copy import bring, forget, send
+from distributed.run.working_copy import bring, set_aside
 from distributed.search.study import best_trial
 from distributed.sweeps.baseline import best_baseline
 from distributed.sweeps.looks import looks_of, record_look
@@ -104,6 +104,4 @@ def _set_aside_former_baseline(folder: RunFolder, number: int | None) -> None:
 def _set_aside(made: Path, name: str) -> None:
     bring(made)
     if made.exists():
-        aside = made.rename(made.with_name(name))
-        send(aside)
-        forget(made)
+        set_aside(made, name)

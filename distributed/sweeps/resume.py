@@ -11,15 +11,17 @@ from rich.console import Console
 
 from core.errors import UserError
 from core.evaluation.splits import Splits
+from core.files.writing import writing_to
 from core.run_description import SearchChange
-from core.run_names import SPLITS, STUDY
+from core.run_names import BASELINE, CONFIRMED, PROGRESS, REFITS, SPLITS, STUDY, TRIALS
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Volumes
+from distributed.run.assignment import read_progress
 from distributed.run.code import code_version
 from distributed.run.folder import RunFolder, cohort_of, now, open_run
 from distributed.run.journal import mend_journal
 from distributed.run.quiet import quiet
-from distributed.run.working_copy import bring_run, run_as_typed
+from distributed.run.working_copy import DAMAGED, bring_run, forget, run_as_typed
 from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID
 from distributed.search.study import carry_over, open_study, trials_begun
@@ -72,6 +74,7 @@ def resume_sweep(
     with held(folder, console):
         for mended in mend_journal(folder.journal):
             console.print(f"note: {mended}", highlight=False, soft_wrap=True)
+        _mend_progress(folder, console)
         cohort = cohort_of(folder, asked.cohort)
         splits = _same_subjects(folder, request, cohort)
         search = resolve_search(request, cohort, about.settings)
@@ -102,6 +105,24 @@ def _go_on(sweep: Sweep) -> RunFolder:
         )
     tell_looks(folder, sweep.study, trials, sweep.console, of_baseline)
     return sweep.execute()
+
+
+def _mend_progress(folder: RunFolder, console: Console) -> None:
+    """Set damaged files of trials aside: what the study knows of a trial, and its checkpoint, are enough to go on."""
+    for name in (TRIALS, BASELINE, REFITS, CONFIRMED):
+        for path in sorted((folder.path / name).glob(f"*/{PROGRESS}")):
+            try:
+                read_progress(path.parent)
+            except UserError:
+                with writing_to(folder.path):
+                    path.rename(path.with_name(f"{PROGRESS}{DAMAGED}"))
+                    forget(path)
+                console.print(
+                    f"note: {path} is damaged and was set aside; if its trial has ended, its epochs are missing in the "
+                    "tables, and its result is kept",
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
 
 def _combined(recorded: SweepRequest, asked: ResumeRequest) -> SweepRequest:

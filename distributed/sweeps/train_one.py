@@ -102,6 +102,8 @@ def _run(run_epoch: RunEpoch, assignment: Assignment, settings: RunSettings, con
         task = progress.add_task("epochs", total=settings.training.epochs, now="")
         while True:
             answer = run_epoch(assignment)
+            if "note" in answer:
+                console.print(f"note: {answer['note']}", highlight=False, soft_wrap=True, markup=False)
             now = f"loss {answer.get('loss', float('nan')):.3f}  validation MAE {answer['value']:.2f} y"
             progress.update(task, advance=1, now=now)
             if answer["done"]:

@@ -11,8 +11,9 @@ import json
 import math
 import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict, TypeVar, cast
 
 import torch
 from ray import train
@@ -36,6 +37,7 @@ from distributed.run.assignment import (
     clock,
     failed,
     forget_checkpoint,
+    identity,
     is_refit,
     kept_checkpoint,
     out_of_fold_predictions,
@@ -43,10 +45,12 @@ from distributed.run.assignment import (
 )
 from distributed.run.quiet import quiet
 from distributed.run.standing import standing
-from distributed.run.working_copy import bring, send
+from distributed.run.working_copy import DAMAGED, bring, send, set_aside
 from distributed.training.loop import CellTraining, DivergedError, TrainingState
 from distributed.training.out_of_memory import out_of_memory
 from distributed.training.subjects import Place, Subjects
+
+Kept = TypeVar("Kept")
 
 
 class JudgedFold(TypedDict):
@@ -69,6 +73,8 @@ class Saved(TypedDict):
     """Of every finished cell, for the choice of the probe's penalty; empty where there is no probe."""
     begin: str | None
     """See `Assignment`. A checkpoint with another `begin` is older than the exchange, and the trial does not use it."""
+    of: str
+    """What the trial is; see `identity`."""
 
 
 class Runner:
@@ -130,6 +136,9 @@ class Trial:
         self.judged: list[JudgedFold] = []
         self.answer: Answer | None = None
         self.training: CellTraining | None = None
+        self.identity = identity(assignment)
+        self.notes: list[str] = []
+        """What the next answer tells the user about the files of this trial."""
         self._restore()
 
     @property
@@ -141,7 +150,7 @@ class Trial:
         """Train one epoch of the current cell, judge it if that is due, save, and answer."""
         # The trial was finished before, but the process that asked for it ended before it got the answer.
         if self.answer is not None:
-            return self.answer
+            return self.answer | self._told()
         started = time.perf_counter()
         training = self._current_cell()
         row = training.run_epoch()
@@ -167,7 +176,11 @@ class Trial:
             self.answer = answer | self._best_penalty()
             answer = self.answer
         self._save()
-        return answer
+        return answer | self._told()
+
+    def _told(self) -> Answer:
+        told, self.notes = self.notes, []
+        return Answer(note="; ".join(told)) if told else Answer()
 
     @property
     def _judges_every_epoch(self) -> bool:
@@ -243,7 +256,7 @@ class Trial:
             state = self.training.state_dict() if self.training else None
             saved = Saved(
                 cell=len(self.finished), state=state, history=self.history, finished=self.finished, judged=self.judged,
-                begin=self.assignment["begin"],
+                begin=self.assignment["begin"], of=self.identity,
             )  # fmt: skip
             content = _serialised(saved)
             with replacing(self.folder / CHECKPOINT) as path:
@@ -251,7 +264,7 @@ class Trial:
             if self.assignment["keep_every"] and self.epochs % self.assignment["keep_every"] == 0:
                 with replacing(kept_checkpoint(self.folder, self.epochs)) as path:
                     path.write_bytes(content)
-        progress = Progress(history=self.history, cells=self.finished, answer=self.answer)
+        progress = Progress(of=self.identity, history=self.history, cells=self.finished, answer=self.answer)
         write_text(self.folder / PROGRESS, json.dumps(progress))
         send(self.folder)
         if self.answer is not None:
@@ -262,10 +275,17 @@ class Trial:
             bring(self.folder)
         except OSError as error:
             raise UserError(str(error)) from error
-        self.answer = read_progress(self.folder)["answer"]
+        progress = self._own(PROGRESS, read_progress)
+        saved = self._own(CHECKPOINT, lambda folder: _read_checkpoint(folder / CHECKPOINT))
+        if self._is_of_another(progress) or self._is_of_another(saved):
+            self._set_aside()
+            progress, saved = None, None
+        self.answer = progress["answer"] if progress else None
         if self.answer is not None:
             return
-        saved = self._own_checkpoint()
+        if saved is not None and saved.get("begin") != self.assignment["begin"]:
+            # It is older than the last exchange.
+            saved = None
         if saved is None and self.assignment["begin"] is not None:
             saved = _read_checkpoint(Path(self.assignment["begin"]))
         if saved is None:
@@ -275,13 +295,37 @@ class Trial:
         if saved["state"] is not None:
             self._current_cell().load_state_dict(saved["state"])
 
-    def _own_checkpoint(self) -> Saved | None:
-        """The last checkpoint of this trial; None if it is older than the one from which the trial must begin."""
-        checkpoint = self.folder / CHECKPOINT
-        if not checkpoint.exists():
+    def _own(self, name: str, read: Callable[[Path], Kept]) -> Kept | None:
+        """What `read` finds in the folder; None if the file `name` is absent, or damaged: then it is set aside."""
+        path = self.folder / name
+        if not path.exists():
             return None
-        saved = _read_checkpoint(checkpoint)
-        return saved if saved.get("begin") == self.assignment["begin"] else None
+        try:
+            return read(self.folder)
+        except UserError as error:
+            # Another worker has moved it away meanwhile.
+            if not path.exists():
+                return None
+            if self.place.rank == 0:
+                with writing_to(self.folder):
+                    path.rename(path.with_name(f"{name}{DAMAGED}"))
+            self.notes.append(f"{error}; {path.name} was set aside, and the trial goes on without it")
+            return None
+
+    def _is_of_another(self, kept: Progress | Saved | None) -> bool:
+        """Whether a file is of another configuration that had this number, in a study that has lost its end."""
+        known = kept.get("of") if kept else None
+        return self.assignment["begin"] is None and known not in (None, self.identity)
+
+    def _set_aside(self) -> None:
+        """Rename the folder, so that nothing of it is taken for this trial."""
+        if self.place.rank == 0:
+            with writing_to(self.folder):
+                aside = set_aside(self.folder, f"{self.folder.name}-set-aside")
+            self.notes.append(
+                f"{self.folder} held another configuration, perhaps because the study has lost its end; it is now "
+                f"{aside.name}"
+            )
 
 
 def _read_checkpoint(path: Path) -> Saved:
