@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from core.errors import UserError
-from core.files.writing import write_text, writing_to
+from core.files.tables import write_table
+from core.files.writing import writing_to
 from core.report.answer.describe import describe
 from core.report.answer.record import RunRecord, read_run
 from core.report.answer.tables import ABSENT, count, mean_and_sd
@@ -164,8 +165,8 @@ def write_nested(run: Path) -> Path:
     """Write outer.csv, predictions.csv and report.html of a nested search; returns the page."""
     nested = read_nested(run)
     with writing_to(run):
-        write_text(run / "outer.csv", outer_table(nested).to_csv(index=False))
-        write_text(run / "predictions.csv", nested.predictions.to_csv(index=False))
+        write_table(outer_table(nested), run / "outer.csv")
+        write_table(nested.predictions, run / "predictions.csv")
     return write_page(render(nested), run / "report.html", "report")
 
 

@@ -242,7 +242,11 @@ def predict(
     console.print(table)
     console.print(_how_to_read(columns), highlight=False, soft_wrap=True)
     if out is not None:
-        found.to_csv(out, index=False)
+        from core.files.tables import write_table
+        from core.files.writing import writing_to
+
+        with writing_to(out.parent):
+            write_table(found, out)
 
 
 def _how_to_read(columns: list[str]) -> str:
@@ -294,12 +298,12 @@ def _new_run(kind: str) -> Path:
 
 
 def _show_cells(run: Path) -> None:
-    import pandas as pd
+    from core.files.tables import read_table
 
     table = Table(
         "fold", "seed", "n", "MAE", "R²", "site balanced accuracy", "median predictor's MAE", box=None
     )
-    for cell in pd.read_csv(run / "cells.csv").to_dict("records"):
+    for cell in read_table(run / "cells.csv").to_dict("records"):
         numbers = [cell[key] for key in ("mae", "r2", "site_balanced_accuracy", "median_mae")]
         table.add_row(
             *(str(int(cell[key])) for key in ("fold", "seed", "n")), *(f"{number:.2f}" for number in numbers)

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from core.errors import UserError
+from core.files.tables import read_table
 from core.run_description import find_cohort
 from core.run_names import SPLITS, TRAIN
 from core.volumes.cohort.reader import Cohort
@@ -150,7 +150,12 @@ def _same(volume: npt.NDArray[np.float32], cohort: Cohort, rows: Rows, channel: 
 def roles_of(folder: RunFolder) -> dict[str, str]:
     """The role of every subject in the splits of the run, by name."""
     # One line for each scan; all scans of a subject have one role.
-    splits = pd.read_csv(folder.path / SPLITS, dtype=str, keep_default_na=False)
+    try:
+        splits = read_table(folder.path / SPLITS, ("subject", "role"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder.path / SPLITS} is missing, and it says who was held out: put it back from a backup"
+        ) from None
     return dict(zip(splits["subject"], splits["role"], strict=True))
 
 

@@ -12,6 +12,8 @@ import pandas as pd
 from core.errors import UserError
 from core.evaluation.calibration import Calibration, gap_metrics, gap_table
 from core.evaluation.regression import regression_metrics
+from core.files.tables import write_table
+from core.files.writing import writing_to
 from core.inference import Predictor, load_predictor, prepare_file
 from core.run_description import CohortOfRun
 from core.run_names import NESTED, RUN_JSON
@@ -128,7 +130,8 @@ def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
     table = pd.concat([of_scan, gaps.drop(columns="age")], axis=1)
     path = folder.path / "evaluations" / f"{opened.description.name}-{opened.description.hash[:8]}.csv"
     path.parent.mkdir(exist_ok=True)
-    table.to_csv(path, index=False)
+    with writing_to(path.parent):
+        write_table(table, path)
     metrics = regression_metrics(predicted, ages, subjects) | gap_metrics(gaps, subjects)
     return Evaluation(table, metrics, notes + _lacks(predictor.calibration), path)
 

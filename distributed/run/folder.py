@@ -33,6 +33,7 @@ from core.config import Settings
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.files.places import is_url
+from core.files.tables import write_table
 from core.files.writing import write_text
 from core.run_description import CohortOfRun, RunDescription, find_cohort
 from core.run_names import ACCESS, BASELINE, CONFIRMED, JOURNAL, REFITS, RUN_JSON, SPLITS, TRIALS, TUNE
@@ -149,7 +150,7 @@ def cohort_of(folder: RunFolder, given: Path | str | None = None) -> Cohort:
 
 def write_splits(folder: RunFolder, splits: Splits, cohort: Cohort) -> None:
     """Record which subjects are in which fold, and which are held out."""
-    splits.to_frame(cohort.manifest).to_csv(folder.path / SPLITS, index=False)
+    write_table(splits.to_frame(cohort.manifest), folder.path / SPLITS)
 
 
 def keep_best(folder: RunFolder, model: Path) -> None:

@@ -78,11 +78,16 @@ def proposed_settings(space: Space, base: Settings, trial: optuna.trial.BaseTria
     """
     proposed = propose(space, trial)
     try:
-        settings = resolve(merge(base, proposed))
-        look_up(TASKS, settings.task, "task").check(settings)
+        return _checked(merge(base, proposed))
     except UserError as error:
         raise RefusedPointError(str(error)) from error
-    return settings.model_dump(mode="json")
+
+
+def _checked(settings: Settings) -> Settings:
+    """The resolved settings, as JSON values; UserError if they cannot work."""
+    resolved = resolve(settings)
+    look_up(TASKS, resolved.task, "task").check(resolved)
+    return resolved.model_dump(mode="json")
 
 
 def settings_of(trial: optuna.Trial, space: Space, base: Settings) -> Settings | None:
@@ -113,8 +118,9 @@ def check_space(space: Space, base: Settings) -> Profile:
     A few points that it refuses are no mistake: their trials fail, and the search goes on.
 
     Raises:
-        UserError: it refuses every point, or a setting has choices that depend on another one.
+        UserError: it refuses every point, a setting has choices that depend on another one, or `base` cannot work.
     """
+    _checked(base)
     # This sampler looks neither at a study nor at a trial.
     sampler, study = optuna.samplers.RandomSampler(seed=0), optuna.create_study()
     frozen = optuna.trial.create_trial(state=TrialState.RUNNING)

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import optuna
-import pandas as pd
 from rich.console import Console
 
 from core.errors import UserError
 from core.evaluation.splits import Splits
+from core.files.tables import read_table
 from core.files.writing import writing_to
 from core.run_description import SearchChange
 from core.run_names import BASELINE, CONFIRMED, PROGRESS, REFITS, SPLITS, STUDY, TRIALS
@@ -134,11 +134,15 @@ def _combined(recorded: SweepRequest, asked: ResumeRequest) -> SweepRequest:
 
 def _same_subjects(folder: RunFolder, request: SweepRequest, cohort: Cohort) -> Splits:
     """The splits of the run; UserError if the cohort or the splits have changed."""
-    splits = splits_of(request, cohort.manifest)
-    recorded = pd.read_csv(folder.path / SPLITS, dtype=str)
-    if not splits.to_frame(cohort.manifest).astype(str).reset_index(drop=True).equals(recorded):
+    splits, path = splits_of(request, cohort.manifest), folder.path / SPLITS
+    try:
+        recorded = read_table(path, ("subject", "role"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; put it back from a backup, or start a new run") from None
+    if splits.to_frame(cohort.manifest).astype(str).to_numpy().tolist() != recorded.to_numpy().tolist():
         raise UserError(
-            f"the splits recorded in {folder.path}/{SPLITS} are not those of this version; start a new run"
+            f"the splits recorded in {path} are not those of this version, or the file is damaged: put it back from a "
+            "backup, or start a new run"
         )
     return splits
 

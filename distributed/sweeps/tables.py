@@ -13,6 +13,7 @@ import pandas as pd
 from core.evaluation.calibration import calibrate
 from core.evaluation.regression import median_age, regression_metrics
 from core.evaluation.splits import Splits
+from core.files.tables import read_table, write_table
 from core.inference import save_calibration
 from core.objectives import COST
 from core.report.answer.record import TRIAL_COLUMNS, trial_row
@@ -31,12 +32,13 @@ def write_tables(folder: RunFolder, study: optuna.Study) -> None:
     progress = {trial.number: read_progress(folder.trial(trial_name(trial.number))) for trial in trials}
     rows = [trial_row(trial, len(progress[trial.number]["history"])) for trial in trials]
     table = pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS)
-    table.to_csv(folder.path / "trials.csv", index=False)
-    table.astype({"reason": str, "label": str}).to_parquet(folder.path / "trials.parquet", index=False)
+    write_table(table, folder.path / "trials.csv")
+    text = {name: table[name].astype(object).where(table[name].notna(), None) for name in ("reason", "label")}
+    table.assign(**text).to_parquet(folder.path / "trials.parquet", index=False)
     cells = [{"number": number, **row} for number, made in progress.items() for row in made["cells"]]
-    pd.DataFrame(cells).to_csv(folder.path / "cells.csv", index=False)
+    write_table(pd.DataFrame(cells), folder.path / "cells.csv")
     history = [{"number": number, **row} for number, made in progress.items() for row in made["history"]]
-    pd.DataFrame(history).to_csv(folder.path / "history.csv", index=False)
+    write_table(pd.DataFrame(history), folder.path / "history.csv")
 
 
 def write_baseline(folder: RunFolder, study: optuna.Study) -> None:
@@ -46,9 +48,7 @@ def write_baseline(folder: RunFolder, study: optuna.Study) -> None:
         trial_row(trial, len(read_progress(folder.baseline(trial_name(trial.number)))["history"]))
         for trial in trials
     ]
-    pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS).to_csv(
-        folder.path / "baseline.csv", index=False
-    )
+    write_table(pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS), folder.path / "baseline.csv")
 
 
 def accelerator_seconds(
@@ -87,7 +87,7 @@ def write_access(folder: RunFolder, cohort: Cohort) -> None:
             "uses": used["uses"],
         }
     )
-    table.to_csv(folder.path / "access.csv", index=False)
+    write_table(table, folder.path / "access.csv")
 
 
 def write_confirmed(folder: RunFolder) -> None:
@@ -98,7 +98,7 @@ def write_confirmed(folder: RunFolder) -> None:
         for cell in read_progress(folder.confirmed(name))["cells"]
     ]
     if rows:
-        pd.DataFrame(rows).to_csv(folder.path / "confirmed.csv", index=False)
+        write_table(pd.DataFrame(rows), folder.path / "confirmed.csv")
 
 
 def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
@@ -123,12 +123,10 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
         for cell in cells:
             measured = {key: cell[key] for key in ("seed", "mae", "r2", "site_balanced_accuracy")}
             rows.append({"method": REFITTED[name], **measured, **sizes})
-            table = pd.read_csv(
-                folder.refit(name) / f"predictions-{cell['seed']}.csv", dtype={"subject": str}
-            )
+            table = read_table(folder.refit(name) / f"predictions-{cell['seed']}.csv")
             predictions.append(table.assign(method=REFITTED[name], seed=cell["seed"]))
-    pd.DataFrame(rows).to_csv(folder.path / "holdout.csv", index=False)
-    pd.concat(predictions).to_csv(folder.path / "predictions.csv", index=False)
+    write_table(pd.DataFrame(rows), folder.path / "holdout.csv")
+    write_table(pd.concat(predictions), folder.path / "predictions.csv")
 
 
 def _median_predictions(cohort: Cohort, splits: Splits) -> pd.DataFrame:
@@ -146,10 +144,7 @@ def calibrate_best(folder: RunFolder, trial: Path, source: str) -> None:
     They are predictions for development subjects only, so the hold-out has no part in it. A trial of version 0.2 has
     kept no predictions; then there is no calibration.
     """
-    tables = [
-        pd.read_csv(path, dtype={"subject": str}, keep_default_na=False, na_values=[""])
-        for path in sorted(trial.glob("predictions-*-*.csv"))
-    ]
+    tables = [read_table(path) for path in sorted(trial.glob("predictions-*-*.csv"))]
     if tables:
         together = pd.concat(tables, ignore_index=True)
         predicted, ages = (together[name].to_numpy(float) for name in ("predicted", "age"))

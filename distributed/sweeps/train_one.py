@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from core.config import RunSettings, merge, read_settings, resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits, make_splits
+from core.files.tables import write_table
 from core.files.writing import writing_to
 from core.tasks import TASKS
 from core.volumes.cohort.reader import Cohort
@@ -119,5 +120,5 @@ def _worker_group(request: TrainRequest, cohort: Cohort, splits: Splits, folder:
 
 def _write_history(folder: RunFolder) -> None:
     progress = read_progress(folder.trial(NAME))
-    pd.DataFrame(progress["history"]).assign(number=0).to_csv(folder.path / "history.csv", index=False)
-    pd.DataFrame(progress["cells"]).assign(number=0).to_csv(folder.path / "cells.csv", index=False)
+    write_table(pd.DataFrame(progress["history"]).assign(number=0), folder.path / "history.csv")
+    write_table(pd.DataFrame(progress["cells"]).assign(number=0), folder.path / "cells.csv")

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from core.evaluation.splits import Splits
-from core.files.writing import replacing
+from core.files.tables import write_table
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Volumes
 from distributed.batches.plan import Rows
@@ -55,8 +55,7 @@ class Subjects:
         """Write a table with one line per evaluation scan of `fold`: subject, age, site, predicted (in years)."""
         of_scan = self.manifest.iloc[self.rows_of(fold)[1]][["subject", "age", "site"]]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            of_scan.assign(predicted=predicted).to_csv(temporary, index=False)
+        write_table(of_scan.assign(predicted=predicted), path)
 
     def rows_of(self, fold: int) -> tuple[Rows, Rows]:
         """(training rows, evaluation rows) of a fold; only the fold `HOLDOUT` evaluates on the hold-out."""

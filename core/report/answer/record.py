@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from core.errors import UserError
 from core.evaluation.regression import median_age
+from core.files.tables import read_table
 from core.objectives import OBJECTIVES, Objective
 from core.run_description import RunDescription, find_cohort
 from core.run_names import (
@@ -77,7 +78,6 @@ OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
     "access": ("subject", "first_read", "fold"),
     "baseline": TRIAL_COLUMNS,
 }
-_TEXT_COLUMNS = ("subject", "site", "label", "reason", "role", "method", "state")
 
 
 class NothingToShow(Exception):
@@ -244,15 +244,12 @@ def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
         if parquet.exists():
             table = pd.read_parquet(parquet)
         elif csv.exists():
-            table = _read_csv(csv)
+            table = read_table(csv)
         else:
             missing.append(f"{csv.name} is absent: {what}")
             return _empty(name)
-    except pd.errors.EmptyDataError:
-        missing.append(f"{csv.name} is empty: {what}")
-        return _empty(name)
     # The errors of the parsers are ValueErrors, too.
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
         return _empty(name)
     absent = [column for column in columns if column not in table]
@@ -263,20 +260,12 @@ def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
 
 def _read_optional(path: Path, name: str, missing: list[str]) -> pd.DataFrame:
     try:
-        return _read_csv(path)
+        return read_table(path)
     except FileNotFoundError:
         return _empty(name)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         missing.append(f"{path.name} cannot be read ({_first_line(error)})")
         return _empty(name)
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    header = pd.read_csv(path, nrows=0).columns
-    # These columns are text, also for subject '007' or site '1'.
-    text = {column: str for column in _TEXT_COLUMNS if column in header}
-    # A site called 'NA' or a view called 'None' is a name, not an absent value.
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=["", "nan", "NaN"])
 
 
 def _read_study(path: Path, name: str, missing: list[str]) -> optuna.Study | None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from core.files.tables import read_table
 from core.report.answer.describe import number
 from core.report.figures.style import as_svg
 from core.report.html import load_page, write_page
@@ -163,7 +164,7 @@ def _rejects(cohort: Cohort) -> list[dict[str, str]]:
         text = read_file(cohort.location, REJECTS)
     except OSError:
         return []
-    table = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False)
+    table = read_table(io.BytesIO(text), ())
     return [{str(name): str(value) for name, value in row.items()} for row in table.to_dict("records")]
 
 

@@ -22,6 +22,7 @@ import pandas as pd
 from core.errors import UserError
 from core.files.fingerprint import fingerprint
 from core.files.places import is_url
+from core.files.tables import read_table, write_table
 from core.files.writing import replacing, writing_to
 from core.volumes.cohort.formats import Compression, Storage, StoredType
 from core.volumes.cohort.reader import DESCRIPTION, REJECTS, SHARDS, Cohort, CohortDescription
@@ -198,9 +199,9 @@ def _finish(
         [*listing.rejects, *(reject for record in records for reject in record.rejects)],
         key=lambda reject: (reject.subject, reject.file),
     )
-    with writing_to(out), replacing(out / REJECTS) as temporary:
+    with writing_to(out):
         table = pd.DataFrame([vars(reject) for reject in rejects], columns=["subject", "file", "reason"])
-        table.to_csv(temporary, index=False)
+        write_table(table, out / REJECTS)
     written = [record.written for record in records if record.written is not None]
     if not written:
         discard_shards(out)
@@ -277,7 +278,7 @@ def _existing(out: Path, listing: Listing, description: CohortDescription) -> In
             f"{cohort.description.source}); choose another folder or delete it"
         )
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # there if ingest was killed in its last step
-    lines = pd.read_csv(out / REJECTS, dtype=str, keep_default_na=False)
+    lines = read_table(out / REJECTS, ("subject", "file", "reason"))
     rejects = tuple(Reject(*line) for line in lines.itertuples(index=False))
     return IngestReport(cohort, rejects, (*listing.notes, *_notes(cohort)), already_there=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from core.errors import UserError
 from core.volumes.sources.files import stem
-from core.volumes.sources.labels import known_text
+from core.volumes.sources.labels import known_name, known_text
 from core.volumes.sources.leaks import leak_notes
 
 CHANNEL_KEYS = ("channel_names", "modality")
@@ -47,7 +47,7 @@ class Entry:
         for image in self.images:
             if found := re.search(r"(?:^|[/\\])(sub-[^/\\_.]+)", image):
                 return found[1]
-        return known_text(self.values.get("id", "")) or _shared_name(self.images)
+        return known_name(self.values.get("id", "")) or _shared_name(self.images)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def leaks(entries: Sequence[Entry]) -> Iterator[str]:
     """A note for each kind of name (file, id, subject) that occurs in two folds or lists."""
     named = {
         "files": [(os.path.normpath(image), entry.place) for entry in entries for image in entry.images],
-        "ids": [(text, entry.place) for entry in entries if (text := known_text(entry.values.get("id", "")))],
+        "ids": [(text, entry.place) for entry in entries if (text := known_name(entry.values.get("id", "")))],
         "subjects": [(entry.subject, entry.place) for entry in entries if entry.subject],
     }
     for what, placed in named.items():

@@ -15,7 +15,9 @@ from core.errors import UserError
 from core.lookup import did_you_mean
 from core.volumes.cohort.reader import COLUMNS
 
-UNKNOWN = {"", "n/a", "na", "nan", "none", "null"}
+NO_VALUE = "n/a"
+"""How BIDS writes that a value is unknown."""
+UNKNOWN = {"", NO_VALUE, "na", "nan", "none", "null"}
 SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}
 OLDEST = 130.0  # years
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
@@ -139,18 +141,26 @@ def known_text(value: str) -> str:
     return "" if value.strip().lower() in UNKNOWN else value.strip()
 
 
+def known_name(value: str) -> str:
+    """The name of a subject, which is never unknown: NA and null are names; "" and BIDS' n/a are none."""
+    text = value.strip()
+    return "" if text.lower() == NO_VALUE else text
+
+
 def plain_id(value: object) -> str:
     """An identifier as one text, for any type it is stored in: 7, 7.0, b"007" and "sub-007 " are all "7".
 
     UserError for one that cannot be trusted: missing, or a number in which digits were lost.
     """
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise UserError("its id is missing")
         if not value.is_integer() or abs(value) >= 2**53:
             raise UserError(f"its id {value!r} is not a whole number that floating point can hold")
         value = int(value)
     text = (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).strip()
     text = text.removeprefix("sub-")
-    if not known_text(text):
+    if not known_name(text):
         raise UserError("its id is missing")
     if re.fullmatch(r"\d(\.\d+)?[eE]\+\d+", text):
         raise UserError(f"its id '{text}' was shortened by a spreadsheet; the digits are lost")

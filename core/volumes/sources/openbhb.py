@@ -28,6 +28,7 @@ from core.volumes.sources.choose import chosen_channels, listed
 from core.volumes.sources.files import checked_folder, digest_of, files_below, name_in
 from core.volumes.sources.labels import (
     Wanted,
+    known_name,
     known_text,
     labels_of,
     need_columns,
@@ -217,7 +218,7 @@ def _read_people(source: Path, tables: Sequence[Path], age_column: str | None) -
         columns |= dict.fromkeys(rows[0], "")
         seen: Counter[str] = Counter()
         for row in rows:
-            if not (written := known_text(row["participant_id"]).removeprefix("sub-")):
+            if not (written := known_name(row["participant_id"]).removeprefix("sub-")):
                 continue
             try:
                 key = plain_id(written)

@@ -11,6 +11,7 @@ from core.volumes.sources.arrays import MNI_NOTE, array_file
 from core.volumes.sources.files import NIFTI, checked_file, digest_of
 from core.volumes.sources.labels import (
     Wanted,
+    known_name,
     known_text,
     labels_of,
     need_columns,
@@ -89,7 +90,7 @@ def _column_of_paths(rows: Sequence[dict[str, str]], name: str) -> str | None:
 
 
 def _key(row: dict[str, str], subject_column: str) -> tuple[str, str]:
-    return known_text(row[subject_column]), known_text(row.get(SESSION_COLUMN, ""))
+    return known_name(row[subject_column]), known_text(row.get(SESSION_COLUMN, ""))
 
 
 def _check_key(subject: str, session: str, subject_column: str, times: int) -> None:

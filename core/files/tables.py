@@ -1,0 +1,88 @@
+"""Tables as CSV files for people and for programs: text stays text, and nothing in them acts in a spreadsheet."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import IO
+
+import pandas as pd
+
+from core.errors import UserError
+from core.files.writing import replacing
+
+NAMES = ("subject", "session", "site", "role", "method", "state", "file", "kind")
+"""Columns whose every value is a name: also '007', 'NA', 'null' and ''."""
+WORDS = ("label", "reason", "note")
+"""Columns of text that may be absent: then they are empty."""
+ACTING = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes text that begins with one of these for a formula."""
+GUARD = "'"
+"""What spreadsheets take for the sign of text, and do not show."""
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write `table` without its index as CSV, in one step; text that a spreadsheet would execute gets a guard."""
+    safe = _changed(table, _guarded)
+    with replacing(path) as temporary:
+        safe.to_csv(temporary, index=False)
+
+
+def read_table(path: Path | IO[bytes], every: Collection[str] | None = None) -> pd.DataFrame:
+    """A table that `write_table` wrote.
+
+    Args:
+        path: the file.
+        every: if given, the columns that the table has to have, and all its columns are names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is damaged, or lacks a column.
+    """
+    where = path if isinstance(path, Path) else "the table"
+    try:
+        content = path.read_bytes() if isinstance(path, Path) else path.read()
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is damaged: it is not text") from None
+    if not text.strip():
+        raise UserError(f"{where} is empty")
+    try:
+        table = _parse(text, everything_is_text=every is not None)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged: {str(error).strip().splitlines()[0]}") from None
+    absent = [name for name in every or () if name not in table]
+    if absent:
+        raise UserError(f"{where} is damaged: it has no column '{absent[0]}'")
+    return table
+
+
+def _parse(text: str, *, everything_is_text: bool) -> pd.DataFrame:
+    header = pd.read_csv(io.StringIO(text), nrows=0, dtype=str).columns
+    names = [name for name in header if everything_is_text or _plain(name) in NAMES]
+    words = [name for name in header if name not in names and _plain(name) in WORDS]
+    absent = {name: [] if name in names else [""] if name in words else ["", "nan", "NaN"] for name in header}
+    table = pd.read_csv(
+        io.StringIO(text), dtype=dict.fromkeys([*names, *words], str), keep_default_na=False, na_values=absent
+    )
+    return _changed(table, _plain)
+
+
+def _changed(table: pd.DataFrame, change: Callable[[object], object]) -> pd.DataFrame:
+    """`table` with `change` applied to every piece of text, also to the names of columns."""
+    columns = [
+        column.astype(object).map(change)
+        if column.dtype == object or isinstance(column.dtype, pd.StringDtype | pd.CategoricalDtype)
+        else column
+        for _, column in table.items()
+    ]
+    return (pd.concat(columns, axis=1) if columns else table).rename(columns=change)
+
+
+def _guarded(value: object) -> object:
+    return f"{GUARD}{value}" if isinstance(value, str) and value.startswith((*ACTING, GUARD)) else value
+
+
+def _plain(value: object) -> object:
+    return value.removeprefix(GUARD) if isinstance(value, str) else value
