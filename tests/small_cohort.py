@@ -1,5 +1,6 @@
 """A cohort small enough to train on within a test: a bright ball whose brightness falls with age."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ def write_small_cohort(
     seed: int = 0,
     storage: Storage = "hdf5",
     compression: Compression = "none",
+    names: Sequence[str] = (),
 ) -> Cohort:
+    """`names` are those of the first subjects, and the first of them is also the name of a site."""
     generator = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, SIDE)] * 3, indexing="ij"))
     ball = np.linalg.norm(grid, axis=0) < 0.8
@@ -30,9 +33,9 @@ def write_small_cohort(
         for index in range(subjects):
             age = float(generator.uniform(20, 80))
             volume = ball * (3 - 0.02 * age + generator.normal(0, 0.1, ball.shape))
-            writer.add(
-                volume[None].astype(np.float32), subject=f"sub-{index:03d}", age=age, site=f"site-{index % 2}"
-            )
+            subject = names[index] if index < len(names) else f"sub-{index:03d}"
+            site = names[0] if names and index % 2 else f"site-{index % 2}"
+            writer.add(volume[None].astype(np.float32), subject=subject, age=age, site=site)
     return Cohort.open(folder)
 
 

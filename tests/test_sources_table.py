@@ -194,3 +194,11 @@ def test_ids_that_are_no_numbers_stay(written, expected):
 def test_ids_that_cannot_be_trusted(written):
     with pytest.raises(UserError, match="its id"):
         plain_id(written)
+
+
+@pytest.mark.parametrize("name", ["NA", "null", "None", "nan", "=1+1"])
+def test_a_subject_may_have_a_name_that_means_unknown_elsewhere(tmp_path, name):
+    image(tmp_path / "a.nii")
+    (scan,) = list_scans(text(tmp_path / "list.csv", "subject,path,age", f"{name},a.nii,40")).scans
+    assert scan.subject == name
+    assert plain_id(name) == name
