@@ -119,6 +119,8 @@ class RunDescription(_Part):
     """The published configuration with the changes of the user, from which every trial starts."""
     sweep: dict[str, JsonValue] = {}
     """The request: values by the names of the options."""
+    first: dict[str, list[dict[str, JsonValue]]] = {}
+    """The configurations to try before the sampler is asked, by label, as parameters of the space."""
     study: str = STUDY
     changes: tuple[SearchChange, ...] = ()
     looks: tuple[Look, ...] = ()

@@ -3,7 +3,6 @@
 import copy
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -14,6 +13,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from s3_server import KEYS, s3_server
 
 from core.files.places import upload_file
+from distributed.run.working_copy import place_of_run
+from distributed.sweeps.nested import is_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -309,28 +310,20 @@ def test_a_rayjob_begins_and_continues_with_the_same_script_as_slurm(kubernetes)
     assert (ROOT / script).stat().st_mode & 0o111
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_the_script_begins_what_is_not_there_and_resumes_what_is(tmp_path, there):
+def test_the_script_begins_or_continues(tmp_path):
     command = tmp_path / "brainsweep"
     command.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
     command.chmod(0o755)
     run = tmp_path / "a run"
-    if there:
-        run.mkdir()
-        (run / "run.json").write_text("{}")
     said = subprocess.run(
         ["sh", CLUSTERS / "sweep_or_resume.sh", run, "a cohort", "--trials", "3"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True,
     ).stdout.split("|")[:-1]  # fmt: skip
-    sweep = ["sweep", "a cohort", "--trials", "3", "--out", str(run), "--address", "auto"]
-    assert said == (["resume", str(run), "--address", "auto"] if there else sweep)
+    assert said == ["sweep", "a cohort", "--trials", "3", "--out", str(run), "--address", "auto", "--resume"]
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_the_script_asks_at_an_address_whether_a_run_is_there(tmp_path, monkeypatch, there):
-    for name, script in {"python": 'exec "$PYTHON" "$@"', "brainsweep": 'echo "$1"'}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
+def test_a_run_at_an_address_is_found(tmp_path, monkeypatch, there):
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     with s3_server("brains") as options:
@@ -338,12 +331,7 @@ def test_the_script_asks_at_an_address_whether_a_run_is_there(tmp_path, monkeypa
         if there:
             (tmp_path / "run.json").write_text("{}")
             upload_file(tmp_path / "run.json", run, "run.json")
-        said = subprocess.run(
-            ["sh", CLUSTERS / "sweep_or_resume.sh", run, "cohort"],
-            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **KEYS},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    assert said.stdout.split() == ["resume" if there else "sweep"]
+        assert is_run(place_of_run(run)) == there
 
 
 def test_the_slurm_job_has_a_token_of_its_own_and_a_local_dashboard():

@@ -4,13 +4,10 @@ import json
 import shutil
 
 import pytest
-from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
 from distributed.run.folder import cohort_of, create_run, open_run
-from distributed.sweeps.request import ResumeRequest
-from distributed.sweeps.resume import resume_sweep
 
 
 @pytest.fixture
@@ -68,11 +65,6 @@ def test_a_run_in_an_object_store_is_refused_before_anything_is_made(study, tmp_
     with pytest.raises(UserError, match="s3 address"):
         create_run("s3://bucket/run", "sweep", {}, {}, cohort)
     assert not (tmp_path / "s3:").exists()
-
-
-def test_a_sweep_killed_before_its_study_was_filled_is_not_resumed_as_another(study):
-    with pytest.raises(UserError, match="stopped before its first trial"):
-        resume_sweep(study / "runs" / "mine", ResumeRequest(), None, Console(quiet=True))
 
 
 def test_a_run_and_its_cohort_that_moved_together_are_found_though_another_cohort_took_the_old_place(

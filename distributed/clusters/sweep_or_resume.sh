@@ -8,12 +8,4 @@
 set -eu
 run=$1
 shift
-# -P: do not import a core.py from the current folder.
-case "$run" in
-*://*) begun() { python -P -m distributed.run.working_copy "$run"; } ;;
-*) begun() { [ -e "$run/run.json" ]; } ;;
-esac
-if begun; then
-    exec brainsweep resume "$run" --address auto
-fi
-exec brainsweep sweep "$@" --out "$run" --address auto
+exec brainsweep sweep "$@" --out "$run" --address auto --resume

@@ -97,13 +97,21 @@ def sweep(
             help="run folder, or s3://bucket/folder; runs/DATE-sweep if absent",
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="continue the run at --out if there is one; for batch jobs that start again"
+        ),
+    ] = False,
     address: Address = None,
 ) -> None:
     """Search for the best configuration, refit it, and look at the held-out subjects once."""
-    from distributed.sweeps.nested import run_nested
+    from distributed.sweeps.nested import run_nested, run_or_resume
     from distributed.sweeps.sweep import run_sweep
 
-    run = run_sweep if request.outer is None else run_nested
+    if resume and out is None:
+        raise UserError("--resume needs --out RUN: the run that this command begins or continues")
+    run = run_or_resume if resume else run_sweep if request.outer is None else run_nested
     run(cohort, request, out or _new_run("sweep"), address, console, enqueue)
 
 
@@ -139,7 +147,7 @@ def demo(
 @app.command(epilog="Example: brainsweep resume runs/demo")
 @asks(ResumeRequest)
 def resume(run: RunArgument, request: ResumeRequest, address: Address = None) -> None:
-    """Continue an interrupted sweep. Finished trials are not repeated; the others continue from their last epoch."""
+    """Continue an interrupted run. Finished trials are not repeated; the others continue from their last epoch."""
     from distributed.sweeps.nested import resume_run
 
     resume_run(run, request, address, console)

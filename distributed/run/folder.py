@@ -23,7 +23,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from core.files.places import is_url
 from core.files.tables import write_table
 from core.files.writing import write_text
 from core.run_description import CohortOfRun, RunDescription, find_cohort
-from core.run_names import ACCESS, BASELINE, CONFIRMED, JOURNAL, REFITS, RUN_JSON, SPLITS, TRIALS, TUNE
+from core.run_names import ACCESS, BASELINE, CONFIRMED, JOURNAL, LOCK, REFITS, RUN_JSON, SPLITS, TRIALS, TUNE
 from core.volumes.cohort.reader import Cohort
 from distributed.run.code import code_version
 from distributed.run.lock import refuse_url
@@ -93,9 +93,14 @@ class RunFolder:
 
 
 def create_run(
-    out: Path, kind: str, request: Mapping[str, JsonValue], settings: Settings, cohort: Cohort
+    out: Path,
+    kind: str,
+    request: Mapping[str, JsonValue],
+    settings: Settings,
+    cohort: Cohort,
+    first: Mapping[str, Sequence[Mapping[str, object]]] | None = None,
 ) -> RunFolder:
-    """A new run folder with its run.json.
+    """A new run folder with its run.json; `first` are the configurations to try first, see `RunDescription`.
 
     Raises:
         UserError: the folder exists and is not empty, or cannot be written.
@@ -112,9 +117,12 @@ def create_run(
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        # A process that was killed here leaves a lock, or a file half written.
+        if any(path.name != LOCK and path.suffix != ".tmp" for path in out.iterdir()):
             raise UserError(f"the output folder {out} is not empty; give another --out")
-        about = _describe(kind, request, settings, cohort, out)
+        about = _describe(kind, request, settings, cohort, out).model_copy(
+            update={"first": dict(first or {})}
+        )
         write_text(out / RUN_JSON, about.model_dump_json(indent=2))
     except OSError as error:
         raise UserError(f"cannot write a run to {out}: {error.strerror or error}") from None

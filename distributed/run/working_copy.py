@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
@@ -261,11 +260,3 @@ def kept_up(run: Path, console: Console) -> Iterator[None]:
 def send_driver(run: Path) -> None:
     """Send what the driver has written of a run."""
     send(run, (*LEFT_OUT, *BY_WORKERS))
-
-
-# For scripts: exit code 0 if there is a run at an address. For an address that cannot be read the exit code is 1, and
-# the sweep that follows reports the error.
-if __name__ == "__main__":
-    with contextlib.suppress(OSError, UserError):
-        sys.exit(0 if exists(sys.argv[1], RUN_JSON) else 1)
-    sys.exit(1)

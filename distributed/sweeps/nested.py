@@ -19,20 +19,22 @@ from pathlib import Path
 from rich.console import Console
 
 from core.errors import UserError
+from core.files.places import exists, shown
 from core.report.nested import print_nested, write_nested
-from core.run_names import NESTED
+from core.run_names import NESTED, RUN_JSON, TRAIN
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import Volumes
 from distributed.run.folder import RunFolder, cohort_of, create_run, now, open_run
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
-from distributed.run.working_copy import address_of, bring_run
+from distributed.run.working_copy import address_of, bring_run, run_as_typed
 from distributed.slots.cluster import connect
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import resume_sweep
 from distributed.sweeps.sweep import check_subjects, run_sweep
+from distributed.sweeps.train_one import resume_training
 
 ENQUEUED_FILE = "enqueued.yaml"
 
@@ -58,7 +60,7 @@ class NestedSearch:
 
     def is_finished(self, number: int) -> bool:
         """Whether the sweep for this hold-out has ended, and was not interrupted."""
-        return (self.child(number) / "run.json").exists() and open_run(
+        return (self.child(number) / RUN_JSON).exists() and open_run(
             self.child(number)
         ).about.finished is not None
 
@@ -94,11 +96,11 @@ class NestedSearch:
     def _run(self, number: int, time_budget: float | None, volumes: Volumes) -> None:
         """Begin the sweep for this hold-out, or continue it."""
         child = self.child(number)
-        if (child / "run.json").exists() and open_run(child).about.begun:
+        if (child / RUN_JSON).exists():
             asked = ResumeRequest(cohort=self.cohort.address, time_budget=time_budget)
             resume_sweep(child, asked, self.address, self.console, volumes)
             return
-        # It was stopped before its first trial: there is nothing in it.
+        # What a process has left that was stopped before it had described the run.
         shutil.rmtree(child, ignore_errors=True)
         hours = self.request.accelerator_hours
         request = self.request.model_copy(
@@ -146,23 +148,72 @@ def run_nested(
     return NestedSearch(folder, request, opened, console, address).go_on(request.time_budget)
 
 
-def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Console) -> RunFolder:
-    """Continue a sweep, or a nested search.
+def run_or_resume(
+    cohort: str | Path,
+    request: SweepRequest,
+    out: Path,
+    address: str | None,
+    console: Console,
+    enqueued: Path | None = None,
+) -> RunFolder:
+    """Begin a sweep, nested or not; or continue the one that is at `out`, whatever state it is in.
+
+    So a batch system may start the same command again. A run that is there goes on as it was recorded.
 
     Raises:
-        UserError: see `resume_sweep`; or a change is asked of a nested search.
+        UserError: see `run_sweep`, `run_nested` and `resume_run`.
+    """
+    if not is_run(out):
+        begin = run_sweep if request.outer is None else run_nested
+        return begin(cohort, request, out, address, console, enqueued)
+    bring_run(out, console)
+    recorded, given = open_run(out).about.sweep, request.model_dump(mode="json")
+    others = [
+        f"{name.replace('_', '-')} {recorded[name]}, not {given[name]}"
+        for name in sorted(recorded.keys() & given.keys() - {"time_budget", "outer_fold"})
+        if recorded[name] != given[name]
+    ]
+    if others:
+        console.print(
+            f"note: {run_as_typed(out)} goes on as it was recorded: {'; '.join(others)}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+    asked = ResumeRequest(cohort=str(cohort), time_budget=request.time_budget)
+    return resume_run(out, asked, address, console)
+
+
+def is_run(out: Path) -> bool:
+    """Whether there is a run, also one that was stopped before its first trial."""
+    place = address_of(out)
+    if place is None:
+        return (out / RUN_JSON).exists()
+    try:
+        return exists(place[0], RUN_JSON)
+    except OSError as error:
+        raise UserError(f"cannot read {shown(place[0])}: {error}") from error
+
+
+def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Console) -> RunFolder:
+    """Continue a run: a sweep, a nested search, or a training run.
+
+    Raises:
+        UserError: see `resume_sweep`; or a change is asked of a run that is no sweep.
     """
     bring_run(run, console)
     folder = open_run(run)
-    if folder.about.kind != NESTED:
+    if folder.about.kind not in (NESTED, TRAIN):
         return resume_sweep(run, asked, address, console)
     quiet()
     given = asked.model_dump(exclude={"cohort", "time_budget"}, exclude_defaults=True)
     if given:
+        what = "a nested search" if folder.about.kind == NESTED else "a training run"
         raise UserError(
-            f"a nested search cannot be changed (--{next(iter(given)).replace('_', '-')}): its hold-outs could not be "
-            f"compared; start a new run"
+            f"{what} cannot be changed (--{next(iter(given)).replace('_', '-')}): start a new run instead"
         )
+    if folder.about.kind == TRAIN:
+        return resume_training(folder, asked.cohort, address, console)
     request = SweepRequest.model_validate(folder.about.sweep)
     search = NestedSearch(folder, request, cohort_of(folder, asked.cohort), console, address)
     if folder.about.finished and all(search.is_finished(number) for number in range(search.hold_outs)):

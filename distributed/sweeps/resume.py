@@ -19,7 +19,7 @@ from distributed.batches.in_process import Volumes
 from distributed.run.assignment import read_progress
 from distributed.run.code import code_version
 from distributed.run.folder import RunFolder, cohort_of, now, open_run
-from distributed.run.journal import mend_journal
+from distributed.run.journal import copy_of, mend_journal
 from distributed.run.quiet import quiet
 from distributed.run.working_copy import DAMAGED, bring_run, forget, run_as_typed
 from distributed.search.population_methods import POPULATIONS
@@ -29,7 +29,7 @@ from distributed.sweeps.baseline import baseline_finished
 from distributed.sweeps.looks import looks_of, tell_looks
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search, splits_of
-from distributed.sweeps.sweep import Sweep, held
+from distributed.sweeps.sweep import Sweep, check_subjects, held
 from search_spaces import fixed_by
 
 CHANGE = "--change-search"
@@ -45,7 +45,7 @@ def resume_sweep(
     console: Console,
     volumes: Volumes | None = None,
 ) -> RunFolder:
-    """Continue a sweep: unfinished trials first, each from its last epoch.
+    """Continue a sweep: unfinished trials first, each from its last epoch. One that has not begun begins.
 
     Args:
         run: the folder of the run.
@@ -55,33 +55,33 @@ def resume_sweep(
         volumes: those of the cohort, if they are held already.
 
     Raises:
-        UserError: the run is not a sweep, the cohort or the splits are others, or the search changed without
-            `change_search`.
+        UserError: the cohort or the splits are others, or the search changed without `change_search`.
     """
     quiet()
     bring_run(run, console)
     folder = open_run(run)
-    about = folder.about
-    if about.kind != "sweep":
-        raise UserError(f"{run} is not a sweep but a '{about.kind}' run; only sweeps are resumed")
-    if not about.begun:
-        raise UserError(
-            f"{run} was stopped before its first trial: there is nothing to resume; delete it, and start a new run"
-        )
-    recorded = SweepRequest.model_validate(about.sweep)
-    request = _combined(recorded, asked)
-    # Lock the folder before the study is read, because the trials of a running sweep look interrupted.
+    # Lock the folder before the study is read, because the trials of a running sweep look interrupted, and a sweep that
+    # is just beginning looks stopped.
     with held(folder, console):
+        about = folder.about
+        recorded = SweepRequest.model_validate(about.sweep)
+        request = _combined(recorded, asked)
         for mended in mend_journal(folder.journal):
             console.print(f"note: {mended}", highlight=False, soft_wrap=True)
         _mend_progress(folder, console)
         cohort = cohort_of(folder, asked.cohort)
-        splits = _same_subjects(folder, request, cohort)
         search = resolve_search(request, cohort, about.settings)
+        if not about.begun:
+            _forget_beginning(folder, asked)
+            splits = check_subjects(request, search, cohort)
+        else:
+            splits = same_splits(folder, splits_of(request, cohort.manifest), cohort)
         study = open_study(
             folder.journal, request.sampler, request.search_seed, request.objectives, about.study
         )
         sweep = Sweep(folder, request, search, cohort, splits, study, console, address, volumes)
+        if not about.begun:
+            return sweep.begin().execute()
         changed = _what_changed(recorded, request, about.searched, search.profile.as_json())
         if changed:
             _check_change(sweep, recorded, changed, is_meant=asked.change_search)
@@ -132,9 +132,25 @@ def _combined(recorded: SweepRequest, asked: ResumeRequest) -> SweepRequest:
     return recorded.model_copy(update=given | {"time_budget": asked.time_budget, "changes": fixed})
 
 
-def _same_subjects(folder: RunFolder, request: SweepRequest, cohort: Cohort) -> Splits:
-    """The splits of the run; UserError if the cohort or the splits have changed."""
-    splits, path = splits_of(request, cohort.manifest), folder.path / SPLITS
+def _forget_beginning(folder: RunFolder, asked: ResumeRequest) -> None:
+    """Delete what a run has that was stopped before its first trial, and that it begins with again.
+
+    UserError if its search would be changed, too.
+    """
+    given = asked.model_dump(exclude={"cohort", "time_budget"}, exclude_defaults=True)
+    if given:
+        raise UserError(
+            f"{run_as_typed(folder.path)} was stopped before its first trial, so its search cannot be changed "
+            f"(--{next(iter(given)).replace('_', '-')}): resume it as it is, or start a new run"
+        )
+    with writing_to(folder.path):
+        for path in (folder.journal, copy_of(folder.journal), folder.path / SPLITS):
+            path.unlink(missing_ok=True)
+
+
+def same_splits(folder: RunFolder, splits: Splits, cohort: Cohort) -> Splits:
+    """`splits`, if the run has recorded the same ones; UserError if it has not."""
+    path = folder.path / SPLITS
     try:
         recorded = read_table(path, ("subject", "role"))
     except FileNotFoundError:

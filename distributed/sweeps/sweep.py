@@ -20,7 +20,7 @@ from core.files.writing import writing_to
 from core.report.answer.record import read_run
 from core.report.answer.tables import print_leaderboard
 from core.report.page import write_report
-from core.run_names import ENQUEUED, PUBLISHED, REASON
+from core.run_names import ENQUEUED, PUBLISHED, REASON, SWEEP
 from core.tasks import TASKS
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
@@ -90,8 +90,13 @@ class Sweep:
     volumes: Volumes | None = None
     """Those of the cohort, if Ray is connected and they are held already, for several searches."""
 
-    def begin(self, first: Mapping[str, Points], grid: Points) -> Sweep:
-        """Record the splits and the searched settings; enqueue `first` (points by label), then `grid`."""
+    def begin(self) -> Sweep:
+        """Record the splits and the searched settings; enqueue the points to try first, then those of the grid."""
+        request = self.request
+        first: Mapping[str, Points] = self.folder.about.first
+        grid: Points = []
+        if request.sampler == GRID:
+            grid = grid_points(self.search.space, request.grid_points, request.search_seed)
         self.folder.update(searched=self.search.profile.as_json())
         write_splits(self.folder, self.splits, self.cohort)
         for label, points in first.items():
@@ -308,16 +313,15 @@ def run_sweep(
         )
     refuse_taken(out)
     first = _first_points(search, enqueued, console)
-    grid: Points = []
     if request.sampler == GRID:
         grid = grid_points(search.space, request.grid_points, request.search_seed)
         request = _with_whole_grid(request, first, grid)
     splits = check_subjects(request, search, opened)
-    folder = create_run(out, "sweep", request.model_dump(mode="json"), search.base, opened)
+    folder = create_run(out, SWEEP, request.model_dump(mode="json"), search.base, opened, first)
     with held(folder, console):
         study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives)
         sweep = Sweep(folder, request, search, opened, splits, study, console, address, volumes)
-        return sweep.begin(first, grid).execute()
+        return sweep.begin().execute()
 
 
 def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort) -> Splits:

@@ -14,16 +14,19 @@ from core.errors import UserError
 from core.evaluation.splits import Splits, make_splits
 from core.files.tables import write_table
 from core.files.writing import writing_to
+from core.run_names import SPLITS, TRAIN
 from core.tasks import TASKS
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import Answer, Assignment, assign, read_progress
-from distributed.run.folder import RunFolder, create_run, keep_best, write_splits
+from distributed.run.folder import RunFolder, cohort_of, create_run, keep_best, write_splits
+from distributed.run.lock import claim
 from distributed.run.quiet import quiet
 from distributed.slots.cluster import connect, fit_slots
 from distributed.slots.slot import WorkerGroup, pack
 from distributed.sweeps.request import TrainRequest
+from distributed.sweeps.resume import same_splits
 from distributed.sweeps.tables import calibrate_best, finish
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner, make_runner
@@ -65,28 +68,71 @@ def train_one(
         )
     TASKS[settings.task].check_cohort(opened.manifest, splits)
     asked, resolved = request.model_dump(mode="json"), settings.model_dump(mode="json")
-    folder = create_run(out, "train", asked, resolved, opened)
+    folder = create_run(out, TRAIN, asked, resolved, opened)
     write_splits(folder, splits, opened)
+    return _train(folder, request, opened, splits, address, console)
+
+
+def resume_training(
+    folder: RunFolder, cohort: str | None, address: str | None, console: Console
+) -> RunFolder:
+    """Continue a training run from its last epoch.
+
+    Args:
+        folder: of the run.
+        cohort: where its cohort is now, if it was moved.
+        address: the address of a Ray cluster.
+        console: where to print the progress.
+
+    Raises:
+        UserError: the cohort or its splits are others, or the training failed.
+    """
+    if folder.about.finished:
+        console.print(f"nothing left to do: {folder.path} is finished")
+        return folder
+    request = TrainRequest.model_validate(folder.about.sweep)
+    opened = cohort_of(folder, cohort)
+    splits = make_splits(opened.manifest, request.folds)
+    if (folder.path / SPLITS).exists():
+        same_splits(folder, splits, opened)
+    else:
+        # It was stopped before it had written them.
+        write_splits(folder, splits, opened)
+    return _train(folder, request, opened, splits, address, console)
+
+
+def _train(
+    folder: RunFolder,
+    request: TrainRequest,
+    cohort: Cohort,
+    splits: Splits,
+    address: str | None,
+    console: Console,
+) -> RunFolder:
+    """Train to the end, from the checkpoint if there is one, and write the results."""
+    resolved = folder.about.settings
+    settings = resolve(resolved)
     cell = {"fold": request.fold, "seed": request.seed}
     assignment = assign(folder.trial(NAME), resolved, [cell], keep_model=True)
-    if request.workers == 1 and address is None and request.data_mode == "auto":
-        runner = Runner(Subjects.of(opened, splits, InMemory.of(opened)))
-        answer = _run(runner, assignment, settings, console)
-    else:
-        with connect(address, console):
-            group = _worker_group(request, opened, splits, folder)
-            group.start()
-            try:
-                answer = _run(group.run, assignment, settings, console)
-            finally:
-                group.stop()
-    if "failed" in answer:
-        raise UserError(f"training failed: {answer['failed']}")
-    with writing_to(folder.path):
-        keep_best(folder, folder.trial(NAME) / f"model-{request.seed}")
-        calibrate_best(folder, folder.trial(NAME), f"fold {request.fold}")
-        finish(folder)
-        _write_history(folder)
+    with claim(folder.path, console):
+        if request.workers == 1 and address is None and request.data_mode == "auto":
+            runner = Runner(Subjects.of(cohort, splits, InMemory.of(cohort)))
+            answer = _run(runner, assignment, settings, console)
+        else:
+            with connect(address, console):
+                group = _worker_group(request, cohort, splits, folder)
+                group.start()
+                try:
+                    answer = _run(group.run, assignment, settings, console)
+                finally:
+                    group.stop()
+        if "failed" in answer:
+            raise UserError(f"training failed: {answer['failed']}")
+        with writing_to(folder.path):
+            keep_best(folder, folder.trial(NAME) / f"model-{request.seed}")
+            calibrate_best(folder, folder.trial(NAME), f"fold {request.fold}")
+            finish(folder)
+            _write_history(folder)
     return folder
 
 
@@ -106,7 +152,7 @@ def _run(run_epoch: RunEpoch, assignment: Assignment, settings: RunSettings, con
             if "note" in answer:
                 console.print(f"note: {answer['note']}", highlight=False, soft_wrap=True, markup=False)
             now = f"loss {answer.get('loss', float('nan')):.3f}  validation MAE {answer['value']:.2f} y"
-            progress.update(task, advance=1, now=now)
+            progress.update(task, completed=answer["epochs"], now=now)
             if answer["done"]:
                 return answer
 
