@@ -55,6 +55,15 @@ class CodeVersion(_Part):
     """Digits of the SHA-256 of all source files."""
 
 
+class SpaceFile(_Part):
+    """The Python file of the space, which every resume executes."""
+
+    path: str
+    sha256: str
+    owner: int
+    """The user id of its owner."""
+
+
 class BestTrial(_Part):
     """The winner of the search."""
 
@@ -119,6 +128,8 @@ class RunDescription(_Part):
     """The published configuration with the changes of the user, from which every trial starts."""
     sweep: dict[str, JsonValue] = {}
     """The request: values by the names of the options."""
+    space_file: SpaceFile | None = None
+    """None if the space is one of ours, and before version 0.3."""
     first: dict[str, list[dict[str, JsonValue]]] = {}
     """The configurations to try before the sampler is asked, by label, as parameters of the space."""
     study: str = STUDY

@@ -34,13 +34,20 @@ def load_space(name: str) -> tuple[Space, Settings]:
     Raises:
         UserError: no such space, file or function.
     """
-    if ":" not in name and not name.endswith(".py"):
+    path = file_of(name)
+    if path is None:
         return look_up(SPACES, name, "space"), published(name)
-    path_text, _, function = name.rpartition(":") if ":" in name else (name, "", "space")
-    path = Path(path_text)
+    function = name.rpartition(":")[2] if ":" in name else "space"
     space = _function_of(path, function)
     beside = path.with_suffix(".yaml")
     return space, read_settings(beside) if beside.exists() else published(DEFAULT)
+
+
+def file_of(name: str) -> Path | None:
+    """The Python file of the space `FILE.py:FUNCTION`; None for the spaces of this package."""
+    if ":" not in name and not name.endswith(".py"):
+        return None
+    return Path(name.rpartition(":")[0] if ":" in name else name)
 
 
 def pin(space: Space, changes: Mapping[str, object]) -> Space:

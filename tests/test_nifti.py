@@ -4,6 +4,7 @@ import errno
 import gzip
 import itertools
 import os
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from reference_resample import affine_of, rotation
 
 from core.errors import UserError
-from core.volumes.images.nifti import read_geometry, read_volume
+from core.volumes.images.nifti import UNPACKED_RATIO, read_geometry, read_volume
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SHAPE = (4, 5, 6)
@@ -359,3 +360,33 @@ def test_real_stiffness_map_is_turned_from_las_to_ras():
     voxels, affine = read_volume(path)
     np.testing.assert_array_equal(voxels, np.asarray(stored.dataobj)[::-1])
     np.testing.assert_array_equal(affine, affine_of([2, 2, 2], [-90, -126, -72]))
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused_in_words(tmp_path, monkeypatch):
+    """A quarter of a megabyte of packed zeros, but for one voxel, is a gigabyte of float32."""
+    shape = (640, 640, 640)
+    voxels = np.zeros(shape, np.uint8)
+    voxels[1, 2, 3] = 1
+    path = tmp_path / "bomb.nii.gz"
+    path.write_bytes(gzip.compress(nib.Nifti1Image(voxels, np.eye(4)).to_bytes(), 9))
+    size = path.stat().st_size
+    assert size < 300_000
+    with pytest.raises(
+        UserError, match=rf"would take 1,049 MB of memory, {4 * voxels.size / size:,.0f} times"
+    ) as refused:
+        read_volume(path)
+    (remedy,) = re.findall(rf"set {UNPACKED_RATIO}=(\d+)", str(refused.value))
+    monkeypatch.setenv(UNPACKED_RATIO, remedy)
+    assert read_geometry(path)[0] == shape
+    monkeypatch.setenv(UNPACKED_RATIO, str(int(remedy) - 1))
+    with pytest.raises(UserError, match="times as much"):
+        read_geometry(path)
+
+
+def test_a_map_that_packs_very_well_is_read(tmp_path):
+    path = tmp_path / "mask.nii.gz"
+    mask = np.zeros((256, 256, 256), np.float32)
+    mask[100:150, 100:150, 100:150] = 1
+    nib.save(nib.Nifti1Image(mask, np.eye(4)), path)
+    assert mask.nbytes / path.stat().st_size > 200
+    np.testing.assert_array_equal(read_volume(path)[0], mask)

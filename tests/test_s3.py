@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from s3_server import s3_server
+from s3_server import KEYS, s3_server
 
 from core.errors import UserError
 from core.volumes.cohort.describe import describe
@@ -19,8 +19,10 @@ KINDS = [("hdf5", "none"), ("parquet", "none"), ("hdf5", "blosc"), ("parquet", "
 @pytest.fixture(scope="module")
 def address():
     """Addresses in the bucket "brains" of an S3 server."""
-    with s3_server("brains") as options:
-        yield lambda path: f"s3://key:secret@{path}?{options}"
+    with pytest.MonkeyPatch.context() as patch, s3_server("brains") as options:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        yield lambda path: f"s3://{path}?{options}"
 
 
 def write(folder: Path, storage: str, compression: str) -> Cohort:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -53,11 +54,39 @@ def shown(location: str | Path) -> str:
     return f"{kind}{sign}{rest.rsplit('@', 1)[-1]}" if sign else kind
 
 
+def check_name(location: str | Path, name: str) -> str:
+    """`name`; UserError if it leads out of the folder that it is said to be in.
+
+    Names come from listings of stores and from tables of cohorts, which others may have written.
+    """
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise UserError(
+            f"{shown(location)} names the file {name!r}, which is not below it: this is damage or an attack, and it is "
+            "not touched"
+        )
+    return name
+
+
+def check_keyless(location: str | Path) -> None:
+    """UserError if an address contains keys: run.json, logs and the list of processes would show them to everyone."""
+    _, sign, rest = str(location).partition("://")
+    path, _, options = rest.partition("?")
+    before, at, _ = path.rpartition("@")
+    secret = re.search(r"(?:^|[&;])[^=&;]*(?:key|secret|token|passw|credential|sig)[^=&;]*=", options, re.I)
+    if sign and ((at and ":" in before) or secret):
+        raise UserError(
+            f"{shown(location)}: an address must not contain keys, because run.json and logs would show them; "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your store"
+        )
+
+
 def open_file(location: str | Path, name: str) -> OpenFile:
     """The file `name` below `location`, open for `seek` and `readinto`, without a buffer in between.
 
-    FileNotFoundError or another OSError as for any file; UserError where the store cannot be reached at all.
+    FileNotFoundError or another OSError as for any file; UserError where the store cannot be reached at all, or `name`
+    leads out of `location`.
     """
+    check_name(location, name)
     if not is_url(location):
         return open(f"{location}/{name}", "rb", buffering=0)
     filesystem, root = _store(str(location))
@@ -71,13 +100,16 @@ def open_file(location: str | Path, name: str) -> OpenFile:
 
 
 def list_files(location: str | Path, folder: str = "") -> Iterator[tuple[str, int]]:
-    """Name below `location` (or a folder there) and size in bytes of every file, in order of name."""
+    """Name below `location` (or a folder there) and size in bytes of every file, in order of name.
+
+    UserError for a name that leads out of it.
+    """
     filesystem, root = _store(str(location)) if is_url(location) else (fs.LocalFileSystem(), str(location))
     root = f"{root}/{folder}".rstrip("/")
     found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-    for info in sorted(found, key=lambda info: info.path):
-        if info.type == fs.FileType.File:
-            yield str(info.path)[len(root) :].lstrip("/"), int(info.size)
+    files = sorted((str(info.path), int(info.size)) for info in found if info.type == fs.FileType.File)
+    # All names are checked before the first one is used.
+    yield from [(check_name(location, path[len(root) :].removeprefix("/")), size) for path, size in files]
 
 
 def upload(folder: Path, url: str, last: str) -> None:
@@ -105,6 +137,7 @@ def exists(url: str, name: str) -> bool:
 def upload_file(file: Path, url: str, name: str) -> None:
     """Copy `file` to `name` below `url`, whole or not at all; OSError where the store cannot be written."""
     filesystem, root = _store(url)
+    check_name(url, name)
     with _words(f"cannot write to {shown(url)}"):
         if not isinstance(filesystem, fs.S3FileSystem):
             filesystem.create_dir(os.path.dirname(f"{root}/{name}"), recursive=True)
@@ -114,6 +147,7 @@ def upload_file(file: Path, url: str, name: str) -> None:
 def download(url: str, name: str, file: Path) -> None:
     """Copy `name` below `url` to `file`; OSError where it cannot be read."""
     filesystem, root = _store(url)
+    check_name(url, name)
     with _words(f"cannot read {beneath(url, name)}"):
         fs.copy_files(f"{root}/{name}", str(file), source_filesystem=filesystem, use_threads=False)
 
@@ -121,6 +155,7 @@ def download(url: str, name: str, file: Path) -> None:
 def remove(url: str, name: str) -> None:
     """Delete the file or folder `name` below `url`, if it is there; OSError where the store cannot be written."""
     filesystem, root = _store(url)
+    check_name(url, name)
     with _words(f"cannot write to {shown(url)}"):
         kind = filesystem.get_file_info(f"{root}/{name}").type
         if kind == fs.FileType.Directory:
@@ -148,6 +183,7 @@ def _store(url: str) -> tuple[fs.FileSystem, str]:
 @functools.lru_cache(maxsize=16)
 def _connected(url: str, _process: int) -> tuple[fs.FileSystem, str]:
     """Connected once per process: the clients of object stores do not survive a fork."""
+    check_keyless(url)
     try:
         filesystem, root = fs.FileSystem.from_uri(_patient_for_a_while(url))
         bucket = root.split("/")[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
@@ -22,7 +23,7 @@ from urllib.parse import quote, unquote
 from rich.console import Console
 
 from core.errors import UserError
-from core.files.places import download, exists, is_url, list_files, remove, shown, upload_file
+from core.files.places import check_keyless, download, exists, is_url, list_files, remove, shown, upload_file
 from core.files.writing import replacing
 from core.run_names import (
     ACCESS,
@@ -66,12 +67,44 @@ def place_of_run(text: str) -> Path:
     """
     if not is_url(text):
         return Path(text)
-    if "@" in text:
+    check_keyless(text)
+    return (Path(os.environ.get(SCRATCH) or _default_scratch()) / quote(text.rstrip("/"), safe="")).absolute()
+
+
+def _default_scratch() -> Path:
+    return Path(tempfile.gettempdir()) / f"brainsweep-{os.getuid()}"
+
+
+def own_working_copy(path: Path) -> None:
+    """Make the working copy that `path` is in, for this user alone; nothing happens for other paths.
+
+    Everyone may write to the folder for temporary files: somebody else could have made our folder before us.
+
+    Raises:
+        UserError: the folder is another user's, or a link.
+    """
+    for index, part in enumerate(path.parts):
+        if SIGN in part:
+            copy = Path(*path.parts[: index + 1])
+            for folder in (copy.parent, copy) if copy.parent.name == _default_scratch().name else (copy,):
+                _own(folder)
+
+
+def _own(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.lstat()
+    except OSError as error:
         raise UserError(
-            f"{shown(text)}: a run's address must not carry keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"cannot make {folder}: {error.strerror}; set {SCRATCH} to a folder of yours"
+        ) from None
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+        what = "is a link" if stat.S_ISLNK(about.st_mode) else f"belongs to user {about.st_uid}"
+        raise UserError(
+            f"{folder} {what}, so others could change what runs are made of; set {SCRATCH} to a folder of yours"
         )
-    scratch = os.environ.get(SCRATCH) or f"{tempfile.gettempdir()}/brainsweep-{os.getuid()}"
-    return Path(scratch).absolute() / quote(text.rstrip("/"), safe="")
+    if about.st_mode & 0o077:
+        folder.chmod(0o700)
 
 
 def address_of(path: Path) -> tuple[str, str] | None:
@@ -140,11 +173,13 @@ def bring(path: Path, leave_out: Collection[str] = (), checkpoints: bool = True)
     if place is None:
         return
     address, folder = place
+    own_working_copy(path)
     there = set()
     for name, _ in list_files(address, folder):
         if _is_left_out(name, leave_out, checkpoints):
             continue
         there.add(path / name)
+        _refuse_links(path, name)
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError), replacing(path / name) as fresh:
             download(address, f"{folder}/{name}".lstrip("/"), fresh)
@@ -152,6 +187,15 @@ def bring(path: Path, leave_out: Collection[str] = (), checkpoints: bool = True)
         name = file.relative_to(path).as_posix()
         if file.is_file() and file not in there and not _is_left_out(name, leave_out, checkpoints):
             file.unlink(missing_ok=True)
+
+
+def _refuse_links(folder: Path, name: str) -> None:
+    """UserError if a folder on the way to the file is a link: the file would be written somewhere else."""
+    for above in (folder / name).parents:
+        if above == folder.parent:
+            return
+        if above.is_symlink():
+            raise UserError(f"{above} is a link, and a working copy has none; remove it")
 
 
 def _is_left_out(name: str, leave_out: Collection[str], checkpoints: bool) -> bool:
@@ -177,7 +221,7 @@ def bring_run(run: Path, console: Console) -> None:
     try:
         if not exists(place[0], RUN_JSON):
             raise UserError(f"{shown(place[0])} is not a run: it has no run.json")
-        run.mkdir(parents=True, exist_ok=True)
+        own_working_copy(run)
         with contextlib.suppress(HeldError), claim(run, console):
             bring(run, LEFT_OUT, checkpoints=False)
     except OSError as error:
@@ -185,8 +229,9 @@ def bring_run(run: Path, console: Console) -> None:
 
 
 def refuse_taken(run: Path) -> None:
-    """UserError if the address of a new run is not empty."""
+    """UserError if the address of a new run is not empty, or its working copy cannot be made for this user alone."""
     place = address_of(run)
+    own_working_copy(run)
     if place is not None and (first := next(list_files(place[0]), None)) is not None:
         address = shown(place[0])
         raise UserError(

@@ -28,11 +28,12 @@ from distributed.batches.in_process import Volumes
 from distributed.run.folder import RunFolder, cohort_of, create_run, now, open_run
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
+from distributed.run.trust import check_trusted, describe_space
 from distributed.run.working_copy import address_of, bring_run, run_as_typed
 from distributed.slots.cluster import connect
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
-from distributed.sweeps.resume import resume_sweep
+from distributed.sweeps.resume import NO_CHANGES, resume_sweep
 from distributed.sweeps.sweep import check_subjects, run_sweep
 from distributed.sweeps.train_one import resume_training
 
@@ -48,6 +49,7 @@ class NestedSearch:
     cohort: Cohort
     console: Console
     address: str | None = None
+    trusts_space: bool = False
 
     @property
     def hold_outs(self) -> int:
@@ -97,7 +99,9 @@ class NestedSearch:
         """Begin the sweep for this hold-out, or continue it."""
         child = self.child(number)
         if (child / RUN_JSON).exists():
-            asked = ResumeRequest(cohort=self.cohort.address, time_budget=time_budget)
+            asked = ResumeRequest(
+                cohort=self.cohort.address, time_budget=time_budget, trust_space=self.trusts_space
+            )
             resume_sweep(child, asked, self.address, self.console, volumes)
             return
         # What a process has left that was stopped before it had described the run.
@@ -143,6 +147,7 @@ def run_nested(
     for number in range(request.outer or 0):
         check_subjects(request.model_copy(update={"outer_fold": number}), search, opened)
     folder = create_run(out, NESTED, request.model_dump(mode="json"), search.base, opened)
+    folder.update(space_file=describe_space(request.space))
     if enqueued is not None:
         shutil.copyfile(enqueued, folder.path / ENQUEUED_FILE)
     return NestedSearch(folder, request, opened, console, address).go_on(request.time_budget)
@@ -180,7 +185,9 @@ def run_or_resume(
             soft_wrap=True,
             markup=False,
         )
-    asked = ResumeRequest(cohort=str(cohort), time_budget=request.time_budget)
+    # The user has typed the same space just now.
+    is_trusted = recorded.get("space") == given["space"]
+    asked = ResumeRequest(cohort=str(cohort), time_budget=request.time_budget, trust_space=is_trusted)
     return resume_run(out, asked, address, console)
 
 
@@ -206,7 +213,7 @@ def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Co
     if folder.about.kind not in (NESTED, TRAIN):
         return resume_sweep(run, asked, address, console)
     quiet()
-    given = asked.model_dump(exclude={"cohort", "time_budget"}, exclude_defaults=True)
+    given = asked.model_dump(exclude=NO_CHANGES, exclude_defaults=True)
     if given:
         what = "a nested search" if folder.about.kind == NESTED else "a training run"
         raise UserError(
@@ -215,7 +222,10 @@ def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Co
     if folder.about.kind == TRAIN:
         return resume_training(folder, asked.cohort, address, console)
     request = SweepRequest.model_validate(folder.about.sweep)
-    search = NestedSearch(folder, request, cohort_of(folder, asked.cohort), console, address)
+    check_trusted(folder, request.space, console, is_trusted=asked.trust_space)
+    search = NestedSearch(
+        folder, request, cohort_of(folder, asked.cohort), console, address, trusts_space=asked.trust_space
+    )
     if folder.about.finished and all(search.is_finished(number) for number in range(search.hold_outs)):
         console.print(f"nothing left to do: all {search.hold_outs} searches of {run} are finished")
         return folder

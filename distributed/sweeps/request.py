@@ -114,6 +114,9 @@ class ResumeRequest(_Request):
     change_search: bool = Field(
         False, description="search another space, fix settings with --set, or try more trials"
     )
+    trust_space: bool = Field(
+        False, description="execute the FILE.py of the space though it, or its owner, has changed"
+    )
 
 
 class TrainRequest(_Request):

@@ -21,6 +21,7 @@ from distributed.run.code import code_version
 from distributed.run.folder import RunFolder, cohort_of, now, open_run
 from distributed.run.journal import copy_of, mend_journal
 from distributed.run.quiet import quiet
+from distributed.run.trust import check_trusted, describe_space
 from distributed.run.working_copy import DAMAGED, bring_run, forget, run_as_typed
 from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID
@@ -33,6 +34,8 @@ from distributed.sweeps.sweep import Sweep, check_subjects, held
 from search_spaces import fixed_by
 
 CHANGE = "--change-search"
+NO_CHANGES = {"cohort", "time_budget", "trust_space"}
+"""What a `ResumeRequest` asks that does not change the search."""
 
 Searched = dict[str, list[str]]
 """Every searched setting, and the distributions that it has in parts of the space; see `Profile.as_json`."""
@@ -69,6 +72,8 @@ def resume_sweep(
         for mended in mend_journal(folder.journal):
             console.print(f"note: {mended}", highlight=False, soft_wrap=True)
         _mend_progress(folder, console)
+        if asked.space is None:
+            check_trusted(folder, recorded.space, console, is_trusted=asked.trust_space)
         cohort = cohort_of(folder, asked.cohort)
         search = resolve_search(request, cohort, about.settings)
         if not about.begun:
@@ -137,7 +142,7 @@ def _forget_beginning(folder: RunFolder, asked: ResumeRequest) -> None:
 
     UserError if its search would be changed, too.
     """
-    given = asked.model_dump(exclude={"cohort", "time_budget"}, exclude_defaults=True)
+    given = asked.model_dump(exclude=NO_CHANGES, exclude_defaults=True)
     if given:
         raise UserError(
             f"{run_as_typed(folder.path)} was stopped before its first trial, so its search cannot be changed "
@@ -248,6 +253,7 @@ def _change(sweep: Sweep, recorded: SweepRequest, changed: list[str]) -> Sweep:
         study=study.study_name,
         sweep=request.model_copy(update={"time_budget": recorded.time_budget}).model_dump(mode="json"),
         searched=search.profile.as_json(),
+        space_file=describe_space(request.space),
         changes=(*about.changes, change),
     )
     return dataclasses.replace(sweep, study=study)

@@ -30,6 +30,7 @@ from distributed.run.assignment import assign, trial_name
 from distributed.run.folder import RunFolder, create_run, keep_best, write_splits
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
+from distributed.run.trust import describe_space
 from distributed.run.working_copy import (
     address_of,
     bring_results,
@@ -97,7 +98,7 @@ class Sweep:
         grid: Points = []
         if request.sampler == GRID:
             grid = grid_points(self.search.space, request.grid_points, request.search_seed)
-        self.folder.update(searched=self.search.profile.as_json())
+        self.folder.update(searched=self.search.profile.as_json(), space_file=describe_space(request.space))
         write_splits(self.folder, self.splits, self.cohort)
         for label, points in first.items():
             # If a population evolves, the published configuration is tried after it.

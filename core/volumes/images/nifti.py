@@ -11,6 +11,7 @@ import gzip
 import io
 import logging
 import math
+import os
 import stat
 import zlib
 from pathlib import Path
@@ -36,6 +37,10 @@ _HEADERS: tuple[type[nib.Nifti1Header], ...] = (nib.Nifti1Header, nib.Nifti2Head
 _HEADER_ERROR = 40  # level of nibabel: faults that it can only correct by guessing
 _LONGEST_HEADER = 540  # bytes; NIfTI-2
 _DEFLATE_LIMIT = 1032  # no deflate stream expands more than this (zlib's technical notes)
+UNPACKED_RATIO = "BRAINSWEEP_UNPACKED_RATIO"
+"""How many times its size a packed file may take in memory; 1,000 if it is not set."""
+SMALL_ENOUGH = 2**28
+"""Bytes of float32 voxels that a file of any size may have: 400 voxels a side. A map of one class packs well."""
 _SLACK = 2**20  # bytes that may follow the voxels
 _PIECE = 2**20  # bytes of a stream unpacked at a time
 _UNREADABLE = (
@@ -107,6 +112,7 @@ def _open(path: Path) -> _Stored:
             f"{path} claims {claimed:,} bytes (shape {sides}, {dtype}, from byte {offset:,}), but has only "
             f"{size:,}; it is truncated or its header is damaged"
         )
+    _check_ratio(path, size, 4 * math.prod(sides))
     _check_affine(path, affine)
     return _Stored(header, sides, affine, is_packed, claimed)
 
@@ -155,6 +161,17 @@ def _checked_shape(
             f"{path} claims shape {shape}, more than {MAX_VOXELS:,} voxels; is the header damaged?"
         )
     return shape[0], shape[1], shape[2]
+
+
+def _check_ratio(path: Path, size: int, unpacked: int) -> None:
+    """UserError for a small file that would fill the memory."""
+    limit = float(os.environ.get(UNPACKED_RATIO, 1_000))
+    if unpacked > max(SMALL_ENOUGH, limit * size):
+        raise UserError(
+            f"{path} has {size / 1e6:.1f} MB and would take {unpacked / 1e6:,.0f} MB of memory, {unpacked / size:,.0f} "
+            f"times as much, and the limit is {limit:,.0f}; if the file is right, set "
+            f"{UNPACKED_RATIO}={math.ceil(unpacked / size)}"
+        )
 
 
 def _check_affine(path: Path, affine: Affine) -> None:
