@@ -87,22 +87,24 @@ def own_working_copy(path: Path) -> None:
         if SIGN in part:
             copy = Path(*path.parts[: index + 1])
             for folder in (copy.parent, copy) if copy.parent.name == _default_scratch().name else (copy,):
-                _own(folder)
+                own_folder(folder, SCRATCH)
 
 
-def _own(folder: Path) -> None:
+def own_folder(folder: Path, variable: str) -> None:
+    """Make `folder` for this user alone; `variable` is what the user can set to have another one.
+
+    Raises:
+        UserError: the folder is another user's, or a link, or cannot be made.
+    """
+    remedy = f"set {variable} to a folder of yours"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.lstat()
     except OSError as error:
-        raise UserError(
-            f"cannot make {folder}: {error.strerror}; set {SCRATCH} to a folder of yours"
-        ) from None
+        raise UserError(f"cannot make {folder}: {error.strerror}; {remedy}") from None
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
         what = "is a link" if stat.S_ISLNK(about.st_mode) else f"belongs to user {about.st_uid}"
-        raise UserError(
-            f"{folder} {what}, so others could change what runs are made of; set {SCRATCH} to a folder of yours"
-        )
+        raise UserError(f"{folder} {what}, so others could change what lies in it; {remedy}")
     if about.st_mode & 0o077:
         folder.chmod(0o700)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from rich.console import Console
 
 from core.errors import UserError
 from distributed.run.quiet import quiet
-from distributed.run.working_copy import address_of
+from distributed.run.working_copy import address_of, own_folder
 from distributed.slots.slot import Workers
 
 QUIET = {
@@ -32,6 +34,12 @@ QUIET = {
     "RAY_worker_maximum_startup_concurrency": "8",
 }
 ANSWER_TIMEOUT_S = 10
+TOKEN = "RAY_AUTH_TOKEN"
+"""The variable with the token that protects a Ray cluster; workers inherit it."""
+SOCKET = "/ray/session_2026-11-26_17-14-31_741148_1234567/sockets/plasma_store"
+"""What Ray adds to its folder for the longest path of a socket."""
+LONGEST_SOCKET = 107
+"""Bytes that the path of a socket may have (Linux, sun_path)."""
 PACKAGES_FOLDER = Path(__file__).parents[2]
 """The folder in which `core`, `distributed` and `search_spaces` lie."""
 PATIENCE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -59,11 +67,13 @@ def connect(address: str | None, console: Console) -> Iterator[None]:
             # contain a core.py. A submitted job has a folder of its own, which Ray puts before this one.
             with contextlib.chdir(PACKAGES_FOLDER):
                 if where is None:
+                    _ensure_token()
                     ray.init(
                         address="local",
                         include_dashboard=False,
                         log_to_driver=False,
                         logging_level=logging.ERROR,
+                        _temp_dir=_short_folder(),
                     )
                 else:
                     ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
@@ -72,10 +82,40 @@ def connect(address: str | None, console: Console) -> Iterator[None]:
                 f"no Ray cluster at {where}, or its token (RAY_AUTH_MODE, ~/.ray/auth_token) is not yours: "
                 f"{' '.join(str(error).split())[:160]}"
             ) from None
+        # What Ray raises has no common class: a machine that is too busy is a plain Exception.
+        except Exception as error:
+            raise UserError(
+                f"Ray did not start{f' at {where}' if where else ''}: {' '.join(str(error).split())[:300]}; see that "
+                f"there is room in memory and in {tempfile.gettempdir()} (TMPDIR gives Ray another folder), and try "
+                "again when the machine is less busy"
+            ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _ensure_token() -> None:
+    """Give the Ray of this machine a token if it cannot keep one in ~/.ray, because HOME cannot be written."""
+    if TOKEN in os.environ or f"{TOKEN}_PATH" in os.environ:
+        return
+    folder = Path("~/.ray").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable and not (folder / "auth_token").exists():
+        os.environ[TOKEN] = secrets.token_hex(32)
+
+
+def _short_folder() -> str | None:
+    """Another folder for the files of Ray if TMPDIR is too long for the paths of its sockets; None if it is not."""
+    if len(tempfile.gettempdir()) + len(SOCKET) <= LONGEST_SOCKET:
+        return None
+    folder = Path("/tmp") / f"brainsweep-ray-{os.getuid()}"
+    own_folder(folder, "TMPDIR")
+    return str(folder)
 
 
 def _check_answers(where: str) -> None:
