@@ -3,6 +3,7 @@
 RUN/run.json                       request, resolved settings, seeds, versions, the cohort's hash
     splits.csv                     subject, role
     study.journal                  the Optuna study: the one record of the search
+    study.journal.copy             the same lines with checksums, from which damage is mended
     trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs;
                                    predictions-FOLD-SEED.csv for the validation subjects of every finished cell
     baseline/0003/…                the same, of a trial of the L1 baseline (--baseline-trials)
