@@ -1,6 +1,11 @@
-"""Kill a sweep's driver again and again at random moments, resume it each time, and count what was lost.
+"""Kill the processes of sweeps at random moments, let every sweep end, and count what was lost.
 
-    python -m benchmarks.survival --kills 10
+    python -m benchmarks.survival --kills 100 --out FOLDER
+
+Killed with SIGKILL are the driver (which is then started again with the same command, `sweep --resume`), a worker that
+trains, a slot, or a mailbox; at its start, in the first or last epoch of a trial, during a refit, during the report,
+right after a write to the journal, or at any moment. Both are drawn at random, with a seed. FOLDER keeps the record of
+every kill: the same command continues a campaign that was stopped.
 
 A finished trial is lost or repeated if its record in the study changes after a kill. A finished epoch is lost or
 repeated if its row in the history of the trial changes; each row has the time of its first step, so a repeated epoch is
@@ -13,17 +18,20 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from rich.console import Console
@@ -32,31 +40,88 @@ from rich.table import Table
 from core.run_names import STUDY
 from core.volumes.cohort.writer import CohortWriter
 
-TRIALS, FOLDS, EPOCHS, SLOTS = 10, 2, 10, 2
+TRIALS, FOLDS, EPOCHS, SLOTS = 4, 2, 6, 1
 SMALL = {
     "model.width": 0.0625, "model.head.dimension": 8, "training.epochs": EPOCHS, "training.batch_size": 4,
     "objective.neighbours": "null",
 }  # fmt: skip
-STARTING_SHARE = 0.25
-"""The share of kills during the start of the driver, up to `STARTING_S` seconds after its first instruction."""
-STARTING_S, TRAINING_S = 20.0, 5.0
-"""The other kills come up to `TRAINING_S` seconds after the first epoch is on disk, about the duration of a trial."""
+KILLS_PER_SWEEP = 6
+"""Then a sweep may end: a trial whose slot crashes again and again is given up on purpose."""
+PATIENCE_S = 300.0
+"""Without any epoch for so long, a sweep hangs: that is a finding, and the campaign stops."""
+PROCESSES = {
+    "worker": ("ray::RayTrainWorker",),
+    "slot": ("ray::Slot", "ray::ResourceTrainable"),
+    "mailbox": ("ray::Mailbox",),
+}
+"""What the names of the processes begin with."""
+MOMENTS = {
+    "driver": ("start", "first epoch", "last epoch", "refit", "report", "journal write", "any"),
+    "worker": ("first epoch", "last epoch", "refit", "any"),
+    "slot": ("first epoch", "last epoch", "refit", "any"),
+    "mailbox": ("first epoch", "last epoch", "refit", "any"),
+}
+MARK = "BRAINSWEEP_SURVIVAL"
+"""The environment variable by which the processes of a sweep are found, and no others."""
 
 History = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL of a driver: the state at that moment, and the differences to the state at the end."""
+    """One SIGKILL: the state at that moment, and the differences to the state at the end of the sweep."""
 
+    sweep: int
+    victim: str
+    moment: str
     after_s: float
-    """From the driver's start."""
-    during: str
+    """From the start of the driver."""
     finished: int
     running: int
     epochs: int
     finished_lost: int = -1
     epochs_lost: int = -1
+    complete: bool = False
+    """Whether the sweep ended with every trial complete and each epoch of each fold once, in order."""
+
+
+@dataclass
+class Sweep:
+    """A sweep under fire."""
+
+    folder: Path
+    number: int
+    driver: subprocess.Popen[bytes] | None = None
+    began: float = 0.0
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run."""
+        return self.folder / f"run-{self.number:03d}"
+
+    def start(self) -> None:
+        """Begin the sweep, or continue it: the command is the same."""
+        environment = {**os.environ, MARK: f"{self.run}", "OMP_NUM_THREADS": "1"}
+        with (self.folder / f"run-{self.number:03d}.log").open("ab") as log:
+            self.driver = subprocess.Popen(
+                _command(self.run), cwd=self.folder, stdout=log, stderr=log, env=environment
+            )
+        self.began = time.time()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the driver lives."""
+        return self.driver is not None and self.driver.poll() is None
+
+    def processes(self, victim: str) -> list[int]:
+        """The processes of a kind that belong to this sweep."""
+        if victim == "driver":
+            return [self.driver.pid] if self.is_running and self.driver is not None else []
+        return [pid for pid, name in _marked(str(self.run)) if name.startswith(PROCESSES[victim])]
+
+    def state(self) -> tuple[dict[int, Any], History, int]:
+        """Finished trials, all epochs, and the number of running trials."""
+        return _finished(self.run), _histories(self.run), _unfinished(self.run)
 
 
 def write_cohort(folder: Path, subjects: int = 30) -> Path:
@@ -74,79 +139,192 @@ def write_cohort(folder: Path, subjects: int = 30) -> Path:
     return folder
 
 
-def campaign(folder: Path, kills: int, seed: int, starting_share: float = STARTING_SHARE) -> list[Kill]:
-    """Start a sweep in `folder`/run, kill it `kills` times, let it end, and return the cost of each kill.
-
-    The sweep is resumed directly after a kill, while the processes of the killed Ray session are still ending.
-
-    Args:
-        folder: the folder for the cohort and the run.
-        kills: the number of kills; there are fewer if the sweep ends before.
-        seed: the seed for the moments of the kills.
-        starting_share: see `STARTING_SHARE`.
-    """
+def plan(kills: int, seed: int) -> list[tuple[str, str, float]]:
+    """Victim, moment, and how long to wait after it (a share of the longest wait), of every kill."""
     generator = random.Random(seed)
-    write_cohort(folder / "cohort")
-    run, seen = folder / "run", []
-    while len(seen) < kills:
-        began, before = time.time(), sum(map(len, _histories(run).values()))
-        driver = subprocess.Popen(
-            _command(run), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    made = []
+    for _ in range(kills):
+        victim = generator.choices(list(MOMENTS), weights=[4, 2, 2, 2])[0]
+        made.append((victim, generator.choice(MOMENTS[victim]), generator.random()))
+    return made
+
+
+def campaign(folder: Path, kills: int, seed: int, console: Console | None = None) -> list[Kill]:
+    """Run sweeps in `folder` and kill their processes as planned; returns the cost of each kill.
+
+    What an earlier campaign in this folder has recorded counts; the sweep that it left open is run again.
+    """
+    console = console or Console(quiet=True)
+    record = folder / "kills.jsonl"
+    if not (folder / "cohort").exists():
+        write_cohort(folder / "cohort")
+    done = [Kill(**json.loads(line)) for line in record.read_text().splitlines()] if record.exists() else []
+    orders = plan(kills, seed)
+    while len(done) < kills:
+        sweep = Sweep(folder, 1 + max((kill.sweep for kill in done), default=-1))
+        shutil.rmtree(sweep.run, ignore_errors=True)
+        made = list(_one_sweep(sweep, orders[len(done) : len(done) + KILLS_PER_SWEEP], console))
+        if not made:
+            raise RuntimeError(f"{sweep.run} ended before any kill")
+        with record.open("a") as file:
+            file.writelines(f"{json.dumps(asdict(kill))}\n" for kill in made)
+        done += made
+        console.print(f"{len(done)} of {kills} kills; the last sweep: {complete(sweep.run)}", highlight=False)
+    return done
+
+
+def _one_sweep(sweep: Sweep, orders: list[tuple[str, str, float]], console: Console) -> Iterator[Kill]:
+    """Kill the processes of one sweep in turn, let it end, and compare."""
+    seen = []
+    try:
+        for victim, moment, share in orders:
+            if not sweep.is_running:
+                sweep.start()
+            if not _await(sweep, victim, moment, share):
+                break
+            state, after = sweep.state(), time.time() - sweep.began
+            killed = sweep.processes(victim)
+            if not killed:
+                break
+            for process in killed[:1]:
+                os.kill(process, signal.SIGKILL)
+            if victim == "driver" and sweep.driver is not None:
+                sweep.driver.wait()
+            console.print(f"  {victim} killed: {moment}, after {after:.1f} s", highlight=False)
+            seen.append((victim, moment, after, state))
+        _let_end(sweep)
+    finally:
+        _end_all(sweep)
+    finished, histories, _ = sweep.state()
+    is_complete = complete(sweep.run) == WHOLE
+    for victim, moment, after, (finished_then, histories_then, running) in seen:
+        yield Kill(
+            sweep=sweep.number,
+            victim=victim,
+            moment=moment,
+            after_s=after,
+            finished=len(finished_then),
+            running=running,
+            epochs=sum(map(len, histories_then.values())),
+            finished_lost=sum(finished.get(number) != what for number, what in finished_then.items()),
+            epochs_lost=_epochs_lost(histories_then, histories),
+            complete=is_complete,
         )
-        if generator.random() < starting_share:
-            time.sleep(generator.uniform(0, STARTING_S))
-        else:
-            while driver.poll() is None and sum(map(len, _histories(run).values())) == before:
-                time.sleep(0.05)
-            time.sleep(generator.uniform(0, TRAINING_S))
-        if driver.poll() is not None:
-            # The sweep has ended by itself.
-            break
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-        seen.append((time.time() - began, _finished(run), _histories(run), _unfinished(run)))
-    last = subprocess.run(_command(run), cwd=folder, capture_output=True, text=True, check=False)
-    if last.returncode != 0:
-        raise RuntimeError(f"the last resume failed: {last.stdout[-2000:]}{last.stderr[-2000:]}")
-    finished, histories = _finished(run), _histories(run)
-    return [_compare(*before, finished, histories) for before in seen]
+
+
+def _await(sweep: Sweep, victim: str, moment: str, share: float) -> bool:
+    """Wait for the moment; False if the sweep ended before."""
+    before = len(_finished(sweep.run)), sum(map(len, _histories(sweep.run).values()))
+    if moment == "start":
+        time.sleep(20 * share)
+        return sweep.is_running
+    if moment == "journal write":
+        journal = sweep.run / "study.journal"
+        size = journal.stat().st_size if journal.exists() else 0
+        changes = 1 + int(30 * share)
+        for _ in range(changes):
+            if not _until(sweep, lambda: journal.exists() and journal.stat().st_size != size, pause=0.001):  # noqa: B023
+                return False
+            size = journal.stat().st_size
+        return True
+    is_there: dict[str, Callable[[], bool]] = {
+        "any": lambda: sum(map(len, _histories(sweep.run).values())) > before[1],
+        "first epoch": lambda: 1 in _running_epochs(sweep.run, before[1]),
+        "last epoch": lambda: FOLDS * EPOCHS - 1 in _running_epochs(sweep.run, before[1]),
+        "refit": lambda: any((sweep.run / "refits").glob("*/progress.json")),
+        "report": lambda: _refitted(sweep.run) == 3,
+    }
+    wait = {"any": 5.0, "refit": 1.5, "report": 6.0}.get(moment, 0.2)
+    if not _until(sweep, is_there[moment]):
+        return False
+    time.sleep(wait * share)
+    return sweep.is_running and bool(sweep.processes(victim))
+
+
+def _until(sweep: Sweep, condition: Callable[[], bool], pause: float = 0.02) -> bool:
+    """Wait until `condition` holds; False if the sweep ended before it did."""
+    deadline = time.time() + PATIENCE_S
+    while not condition():
+        if not sweep.is_running:
+            return False
+        if time.time() > deadline:
+            raise RuntimeError(f"{sweep.run} hangs: nothing has happened for {PATIENCE_S:.0f} s")
+        time.sleep(pause)
+    return True
+
+
+def _let_end(sweep: Sweep) -> None:
+    for _ in range(3):
+        if not sweep.is_running:
+            sweep.start()
+        if sweep.driver is not None and sweep.driver.wait(timeout=600) == 0:
+            return
+    raise RuntimeError(f"{sweep.run} did not end; see {sweep.run}.log")
+
+
+def _end_all(sweep: Sweep) -> None:
+    """End what the killed sessions of Ray have left, and nothing else."""
+    for process, _ in _marked(str(sweep.run)):
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _marked(mark: str) -> list[tuple[int, str]]:
+    """Processes with the mark in their environment, and their names."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(
+                b"\0"
+            ):
+                name = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found.append((int(entry.name), name))
+        except OSError:
+            continue
+    return found
+
+
+WHOLE = {"trials": TRIALS, "complete": TRIALS, "visited as planned": TRIALS, "refits": 3, "report": True}
 
 
 def complete(run: Path) -> dict[str, Any]:
     """Whether the run is complete: all trials, and each epoch of each fold once, in order."""
     wanted = [[fold, epoch] for fold in range(FOLDS) for epoch in range(1, EPOCHS + 1)]
     histories = _histories(run)
-    visited = [[[row["fold"], row["epoch"]] for row in histories[f"{n:04d}"]] for n in range(TRIALS)]
-    states = [trial.state for trial in _study(run).get_trials()]
+    visited = [
+        [[row["fold"], row["epoch"]] for row in histories.get(f"{number:04d}", [])]
+        for number in range(TRIALS)
+    ]
+    states = [trial.state for trial in _trials(run)]
     return {
         "trials": len(states),
         "complete": sum(state == TrialState.COMPLETE for state in states),
         "visited as planned": sum(visits == wanted for visits in visited),
+        "refits": _refitted(run),
         "report": (run / "report.html").exists(),
     }
 
 
 def _command(run: Path) -> list[str]:
-    """The command that begins the sweep, or resumes it if it has begun."""
-    brainsweep = [sys.executable, "-m", "distributed"]
-    if (run / "splits.csv").exists():
-        return [*brainsweep, "resume", str(run)]
+    """The command that begins the sweep or continues it."""
     asked = {"--trials": TRIALS, "--folds": FOLDS, "--slots": SLOTS, "--scheduler": "none", "--out": run}
     options = [str(word) for option in asked.items() for word in option]
     changes = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
-    return [*brainsweep, "sweep", "cohort", *options, *changes]
-
-
-def _study(run: Path) -> optuna.Study:
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(run / "study.journal")))
-    return optuna.load_study(study_name=STUDY, storage=storage)
+    return [sys.executable, "-m", "distributed", "sweep", "cohort", *options, *changes, "--resume"]
 
 
 def _trials(run: Path) -> list[optuna.trial.FrozenTrial]:
+    journal = run / "study.journal"
     try:
-        return _study(run).get_trials() if (run / "study.journal").exists() else []
-    # The driver was killed after it made the journal, and before it made the study in it.
-    except KeyError:
+        # Opening a journal that is not there would make it.
+        if not journal.exists():
+            return []
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+        return optuna.load_study(study_name=STUDY, storage=storage).get_trials()
+    # Killed before the study was in it, or in the middle of a line.
+    except (KeyError, ValueError):
         return []
 
 
@@ -167,21 +345,35 @@ def _histories(run: Path) -> History:
     return {file.parent.name: json.loads(file.read_text())["history"] for file in files}
 
 
-def _compare(
-    moment: float, finished: dict[int, Any], histories: History, running: int, finished_in_the_end: dict[int, Any],
-    histories_in_the_end: History,
-) -> Kill:  # fmt: skip
-    lost = [number for number, what in finished.items() if finished_in_the_end.get(number) != what]
-    epochs_lost = 0
-    for name, rows in histories.items():
-        now = histories_in_the_end.get(name, [])
-        epochs_lost += sum(str(row) != str(after) for row, after in zip(rows, now, strict=False))
-        epochs_lost += max(0, len(rows) - len(now))
-    during = (
-        "refits" if {"winner", "published", "l1"} & histories.keys() else "trials" if histories else "start"
-    )
-    epochs = sum(map(len, histories.values()))
-    return Kill(moment, during, len(finished), running, epochs, len(lost), epochs_lost)
+def _running_epochs(run: Path, before: int) -> set[int]:
+    """The epochs done of every trial that has not ended, once more epochs are done than `before`."""
+    histories = {name: rows for name, rows in _histories(run).items() if name.isdigit()}
+    if sum(map(len, histories.values())) <= before:
+        return set()
+    return {len(rows) for rows in histories.values() if len(rows) < FOLDS * EPOCHS}
+
+
+def _refitted(run: Path) -> int:
+    answers = (json.loads(file.read_text())["answer"] for file in run.glob("refits/*/progress.json"))
+    return sum(answer is not None for answer in answers)
+
+
+def _epochs_lost(then: History, now: History) -> int:
+    lost = 0
+    for name, rows in then.items():
+        after = now.get(name, [])
+        lost += sum(str(row) != str(other) for row, other in zip(rows, after, strict=False))
+        lost += max(0, len(rows) - len(after))
+    return lost
+
+
+def table_of(kills: list[Kill]) -> pd.DataFrame:
+    """One row per victim and moment: kills, what was lost, and sweeps that did not end complete."""
+    table = pd.DataFrame([asdict(kill) for kill in kills])
+    grouped = table.assign(incomplete=~table["complete"]).groupby(["victim", "moment"])
+    columns = {"kills": ("sweep", "size"), "finished": ("finished", "sum"), "epochs": ("epochs", "sum")}
+    lost = {name: (name, "sum") for name in ("finished_lost", "epochs_lost", "incomplete")}
+    return grouped.agg(**columns, **lost).reset_index()
 
 
 def main() -> None:
@@ -191,19 +383,21 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, help="where sweeps and records are kept, so that it can be continued"
+    )
     arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     console, began = Console(), time.time()
-    with tempfile.TemporaryDirectory(prefix="survival-") as temporary:
-        kills = campaign(Path(temporary), arguments.kills, arguments.seed)
-        left = complete(Path(temporary) / "run")
-    table = Table(*(field.name.replace("_", " ") for field in fields(Kill)), title="SIGKILL of the driver")
-    for kill in kills:
-        table.add_row(
-            *(f"{value:.1f}" if isinstance(value, float) else str(value) for value in vars(kill).values())
-        )
+    folder = arguments.out or Path(tempfile.mkdtemp(prefix="survival-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    kills = campaign(folder.resolve(), arguments.kills, arguments.seed, console)
+    made = table_of(kills)
+    table = Table(*(name.replace("_", " ") for name in made.columns), title="SIGKILL")
+    for row in made.itertuples(index=False):
+        table.add_row(*map(str, row))
     console.print(table)
-    console.print(f"{len(kills)} kills in {time.time() - began:.0f} s; in the end: {left}")
+    sweeps = len({kill.sweep for kill in kills})
+    console.print(f"{len(kills)} kills in {sweeps} sweeps, {time.time() - began:.0f} s; records in {folder}")
 
 
 if __name__ == "__main__":
