@@ -118,7 +118,8 @@ def load_predictor(folder: Path) -> Predictor:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"the model in {folder} cannot be read: {' '.join(str(error).split())[:200]}"
+            f"the model in {folder} cannot be read: {' '.join(str(error).split())[:200]}; put it back from a backup, "
+            "or from refits/winner/model-SEED of a sweep"
         ) from None
     statistics = inputs["statistics"]
     return Predictor(

@@ -18,6 +18,7 @@ WORDS = ("label", "reason", "note")
 """Columns of text that may be absent: then they are empty."""
 ACTING = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes text that begins with one of these for a formula."""
+REMEDY = "put it back from a backup"
 GUARD = "'"
 """What spreadsheets take for the sign of text, and do not show."""
 
@@ -45,16 +46,16 @@ def read_table(path: Path | IO[bytes], every: Collection[str] | None = None) -> 
         content = path.read_bytes() if isinstance(path, Path) else path.read()
         text = content.decode()
     except UnicodeDecodeError:
-        raise UserError(f"{where} is damaged: it is not text") from None
+        raise UserError(f"{where} is damaged: it is not text; {REMEDY}") from None
     if not text.strip():
-        raise UserError(f"{where} is empty")
+        raise UserError(f"{where} is empty: {REMEDY}")
     try:
         table = _parse(text, everything_is_text=every is not None)
     except ValueError as error:
-        raise UserError(f"{where} is damaged: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{where} is damaged: {str(error).strip().splitlines()[0]}; {REMEDY}") from None
     absent = [name for name in every or () if name not in table]
     if absent:
-        raise UserError(f"{where} is damaged: it has no column '{absent[0]}'")
+        raise UserError(f"{where} is damaged: it has no column '{absent[0]}'; {REMEDY}")
     return table
 
 

@@ -16,7 +16,7 @@ from core.files.tables import write_table
 from core.files.writing import writing_to
 from core.inference import Predictor, load_predictor, prepare_file
 from core.run_description import CohortOfRun
-from core.run_names import NESTED, RUN_JSON
+from core.run_names import NESTED, RUN_JSON, SPLITS
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
 from distributed.commands.known_scans import KnownScans, roles_of
@@ -183,7 +183,14 @@ def _rows_to_judge(folder: RunFolder, cohort: Cohort) -> tuple[np.ndarray, tuple
     """All rows of another cohort; in the cohort of the run itself the rows on which the model was not trained."""
     roles = pd.Series(roles_of(folder), dtype=str)
     if cohort.description.hash == _cohort_of(folder).hash:
-        held_out = cohort.manifest["subject"].map(roles).eq("holdout").to_numpy()
+        role = cohort.manifest["subject"].map(roles)
+        if role.isna().any():
+            unknown = cohort.manifest["subject"][role.isna()].iloc[0]
+            raise UserError(
+                f"{folder.path / SPLITS} is damaged: it does not say whether {unknown} was held out; put it back from "
+                "a backup"
+            )
+        held_out = role.eq("holdout").to_numpy()
         people = cohort.manifest["subject"][held_out].nunique()
         note = f"this is the run's own cohort: only its {people} held-out subjects are judged"
         return np.flatnonzero(held_out), (note,)

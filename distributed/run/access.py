@@ -8,6 +8,7 @@ their checksums comes before; this is not a use of a subject and is not noted.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import socket
@@ -75,8 +76,10 @@ def _lines(folder: Path) -> Iterator[tuple[float, int, list[int]]]:
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             for line in csv.reader(file):
-                if len(line) == len(COLUMNS):
-                    yield float(line[0]), int(line[2]), [int(row) for row in line[4].split()]
-                elif len(line) == 3:
-                    # Version 0.2 and before: the first use only, as time, row, fold.
-                    yield float(line[0]), int(line[2]), [int(line[1])]
+                # A process that was killed may leave a part of a line.
+                with contextlib.suppress(ValueError):
+                    if len(line) == len(COLUMNS):
+                        yield float(line[0]), int(line[2]), [int(row) for row in line[4].split()]
+                    elif len(line) == 3:
+                        # Version 0.2 and before: the first use only, as time, row, fold.
+                        yield float(line[0]), int(line[2]), [int(line[1])]

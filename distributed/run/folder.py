@@ -140,7 +140,7 @@ def open_run(path: Path) -> RunFolder:
         raise UserError(f"{path} is not a run: it has no run.json") from None
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"{path}/run.json cannot be read: {first}") from None
+        raise UserError(f"{path}/run.json cannot be read: {first}; put it back from a backup") from None
     return folder
 
 

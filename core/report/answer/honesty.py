@@ -119,8 +119,16 @@ def access_line(record: RunRecord) -> str:
     """When held-out subjects were first and last read, and by which part of the run; empty without records."""
     if record.access.empty or record.splits.empty:
         return ""
+    try:
+        return _access_line(record)
+    # A time or a fold that is none.
+    except ValueError:
+        return "access.csv is damaged: put it back from a backup. The records of the workers are in access/."
+
+
+def _access_line(record: RunRecord) -> str:
     held_out = set(record.splits.loc[record.splits["role"] == "holdout", "subject"])
-    first = pd.to_datetime(record.access["first_read"], utc=True)
+    first = pd.to_datetime(record.access["first_read"], utc=True, format="ISO8601")
     of_held_out = first[record.access["subject"].isin(held_out)]
     read = f"Access records of the workers: {count(record.access['subject'].nunique(), 'subject')} read"
     if of_held_out.empty:
@@ -131,7 +139,7 @@ def access_line(record: RunRecord) -> str:
         return f"{read}. {count(people, 'held-out subject')} WERE READ BY THE SEARCH: its result is void."
     times = f"the first held-out one at {of_held_out.min():%Y-%m-%d %H:%M:%S} UTC"
     if "last_read" in record.access and len(record.about.looks) > 1:
-        last = pd.to_datetime(record.access["last_read"], utc=True)
+        last = pd.to_datetime(record.access["last_read"], utc=True, format="ISO8601")
         times += f", the last at {last[record.access['subject'].isin(held_out)].max():%Y-%m-%d %H:%M:%S} UTC"
     return f"{read}; {times}, by a refit."
 

@@ -260,7 +260,10 @@ def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
 
 def _read_optional(path: Path, name: str, missing: list[str]) -> pd.DataFrame:
     try:
-        return read_table(path)
+        table = read_table(path)
+        if not set(OPTIONAL_TABLES[name]) <= set(table.columns):
+            raise UserError(f"it lacks one of the columns {', '.join(OPTIONAL_TABLES[name])}")
+        return table
     except FileNotFoundError:
         return _empty(name)
     except (OSError, UserError) as error:

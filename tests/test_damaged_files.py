@@ -1,0 +1,100 @@
+"""A small file of a run may be empty, cut off or changed: a command works without it, or says so in one line."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from core.errors import UserError
+from distributed.commands.app import app
+from distributed.sweeps import sweep as sweeps
+
+RUN = Path(__file__).parent / "fixtures" / "run_0_1"
+DAMAGES = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "changed": lambda content: content[: len(content) // 3] + b"\xff" + content[len(content) // 3 + 1 :],
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A copy of a run and its cohort; every test puts back what it damages."""
+    return shutil.copytree(RUN, tmp_path_factory.mktemp("damaged") / "study")
+
+
+def outcome(*arguments):
+    """The error of a command, "" if it worked; anything but the error for people is raised."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(done.exception, UserError):
+        assert "\n" not in str(done.exception)
+        return str(done.exception)
+    if done.exception is not None:
+        raise done.exception
+    return ""
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "splits.csv",
+        "best/input.json",
+        "best/probe.json",
+        "best/settings.json",
+        "best/model.safetensors",
+    ],
+)
+def test_evaluate_names_what_it_cannot_read(study, name, damage):
+    path = study / "run" / name
+    content = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](content))
+    try:
+        said = outcome("evaluate", study / "run", study / "cohort")
+        # A changed weight, or a letter in a text that nothing reads, cannot be told.
+        assert said or (damage == "changed" and name in ("best/model.safetensors", "run.json"))
+        if said:
+            assert str(path) in said or path.parent.name in said
+            assert "backup" in said
+    finally:
+        path.write_bytes(content)
+    assert outcome("evaluate", study / "run", study / "cohort") == ""
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["splits.csv", "trials/0001/progress.json", "study.journal"])
+def test_resume_mends_or_names_what_is_damaged(tmp_path, monkeypatch, name, damage):
+    monkeypatch.setattr(sweeps.Sweep, "execute", lambda sweep: sweep.folder)
+    shutil.copytree(RUN, tmp_path / "study")
+    run = tmp_path / "study" / "run"
+    if name == "study.journal":
+        assert outcome("resume", run, "--trials", 7, "--change-search") == ""  # it makes the copy
+    path = run / name
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    said = outcome("resume", run)
+    assert bool(said) == (name == "splits.csv")
+    assert not said or (str(path) in said and "backup" in said)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "subject,first_read,fold\nsub-000,not a time,0\n", "subject,first\nsub-000,1\n"]
+)
+def test_the_report_is_made_without_a_damaged_table(study, content):
+    path = study / "run" / "access.csv"
+    kept = path.read_bytes()
+    path.write_text(content)
+    try:
+        assert outcome("report", study / "run") == ""
+        page = (study / "run" / "report.html").read_text()
+        assert "access.csv" in page
+    finally:
+        path.write_bytes(kept)
+
+
+def test_half_a_line_of_an_access_record_costs_that_line_alone(tmp_path):
+    from distributed.run.access import read_access
+
+    (tmp_path / "a-1.csv").write_text("1.0,0000,0,0,1 2\n2.0,0000,0,0,3 x\n3.0,0000,1,0,4\n4.0,0000,on")
+    assert list(read_access(tmp_path)["row"]) == [1, 2, 4]
