@@ -40,12 +40,12 @@ from rich.table import Table
 from core.run_names import STUDY
 from core.volumes.cohort.writer import CohortWriter
 
-TRIALS, FOLDS, EPOCHS, SLOTS = 4, 2, 6, 1
+TRIALS, FOLDS, EPOCHS, SLOTS = 8, 2, 15, 1
 SMALL = {
     "model.width": 0.0625, "model.head.dimension": 8, "training.epochs": EPOCHS, "training.batch_size": 4,
     "objective.neighbours": "null",
 }  # fmt: skip
-KILLS_PER_SWEEP = 6
+KILLS_PER_SWEEP = 8
 """Then a sweep may end: a trial whose slot crashes again and again is given up on purpose."""
 PATIENCE_S = 300.0
 """Without any epoch for so long, a sweep hangs: that is a finding, and the campaign stops."""
@@ -238,7 +238,8 @@ def _await(sweep: Sweep, victim: str, moment: str, share: float) -> bool:
     if not _until(sweep, is_there[moment]):
         return False
     time.sleep(wait * share)
-    return sweep.is_running and bool(sweep.processes(victim))
+    # A slot that was killed before may just be starting again.
+    return _until(sweep, lambda: bool(sweep.processes(victim)))
 
 
 def _until(sweep: Sweep, condition: Callable[[], bool], pause: float = 0.02) -> bool:

@@ -104,6 +104,15 @@ def test_a_folder_with_what_is_no_run_is_not_taken(begin, tmp_path):
         begin("mine")
 
 
+def test_a_run_of_another_kind_is_not_continued_as_a_sweep(begin, tmp_path):
+    begin("run")
+    open_run(tmp_path / "run").update(kind="train")
+    with pytest.raises(
+        UserError, match="is a 'train' run, and this command begins or continues a 'sweep' run"
+    ):
+        begin("run")
+
+
 def test_what_is_recorded_wins_and_is_said(begin, tmp_path):
     assert "goes on as it was recorded" not in begin("run")
     assert "goes on as it was recorded" not in begin("run")

@@ -21,7 +21,7 @@ from rich.console import Console
 from core.errors import UserError
 from core.files.places import exists, shown
 from core.report.nested import print_nested, write_nested
-from core.run_names import NESTED, RUN_JSON, TRAIN
+from core.run_names import NESTED, RUN_JSON, SWEEP, TRAIN
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import Volumes
@@ -172,7 +172,13 @@ def run_or_resume(
         begin = run_sweep if request.outer is None else run_nested
         return begin(cohort, request, out, address, console, enqueued)
     bring_run(out, console)
-    recorded, given = open_run(out).about.sweep, request.model_dump(mode="json")
+    about, wanted = open_run(out).about, SWEEP if request.outer is None else NESTED
+    if about.kind != wanted:
+        raise UserError(
+            f"{run_as_typed(out)} is a '{about.kind}' run, and this command begins or continues a '{wanted}' run; give "
+            "another --out"
+        )
+    recorded, given = about.sweep, request.model_dump(mode="json")
     others = [
         f"{name.replace('_', '-')} {recorded[name]}, not {given[name]}"
         for name in sorted(recorded.keys() & given.keys() - {"time_budget", "outer_fold"})
