@@ -29,7 +29,8 @@ from ray import train, tune
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distributed.run.assignment import Answer, Assignment, failed
+from core.errors import UserError
+from distributed.run.assignment import Answer, Assignment, failed, read_progress
 from distributed.slots.mailbox import Mailbox
 from distributed.slots.reservations import Holder, holder, record, release, release_left, somebody_waits
 
@@ -37,6 +38,7 @@ WORKER_START_TIMEOUT_S = "900"
 """Autoscaled GPU nodes take minutes to start, and the default of Ray Train is 60 s."""
 WORKER_RESTARTS = 2
 GROUP_RESTARTS = 1
+"""How often a worker group is replaced for the same epoch; then it is the trial that ends its workers."""
 POLL_S = 1.0
 IDLE_S = 5.0
 """Seconds without a trial after which a slot checks whether another slot waits for resources."""
@@ -204,7 +206,10 @@ class Slot(tune.Trainable):
         threading.Thread(target=self._give_way, name="slot-idle", daemon=True).start()
 
     def step(self) -> dict[str, object]:
-        """Run one epoch. A worker group that has ended is replaced once; if that one ends too, the trial has failed."""
+        """Run one epoch. A worker group that ended is replaced; if that one ends in the same epoch, the trial fails.
+
+        So a trial that ends its workers is given up, and one whose workers end now and then for other reasons is not.
+        """
         with self.in_use:
             try:
                 return {**self._step()}
@@ -212,15 +217,20 @@ class Slot(tune.Trainable):
                 self.idle_since = time.monotonic()
 
     def _step(self) -> Answer:
-        for _ in range(GROUP_RESTARTS + 1):
+        assignment, ended = self.config["assignment"], 0
+        known = _epochs_kept(assignment)
+        while True:
             group = self.group or self._begin_group()
             try:
-                return group.run(self.config["assignment"])
-            except WorkersEndedError as ended:
-                reason = str(ended)
+                return group.run(assignment)
+            except WorkersEndedError as error:
                 group.stop()
                 self.group = None
-        return failed(f"its workers ended: {reason}")
+                # An epoch may be kept, and its answer lost on the way.
+                before, known = known, _epochs_kept(assignment)
+                ended = ended + 1 if known == before else 0
+                if ended > GROUP_RESTARTS:
+                    return failed(f"its workers ended: {error}")
 
     def _begin_group(self) -> WorkerGroup:
         self.group = self.make_group()
@@ -260,6 +270,14 @@ class Slot(tune.Trainable):
         with self.in_use:
             if self.group is not None:
                 self.group.stop()
+
+
+def _epochs_kept(assignment: Assignment) -> int:
+    """The epochs of a trial that are in its folder, as far as this node sees it."""
+    try:
+        return len(read_progress(Path(assignment["folder"]))["history"])
+    except UserError:
+        return 0
 
 
 def _reason(failure: BaseException | None) -> str:
