@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,18 +253,22 @@ def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
     except (OSError, ValueError, UserError) as error:
         missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
         return _empty(name)
+    return _with_columns(table, columns, csv.name, what, missing)
+
+
+def _with_columns(
+    table: pd.DataFrame, columns: Sequence[str], file: str, what: str, missing: list[str]
+) -> pd.DataFrame:
+    """`table` with all `columns`; those that it lacks are NaN, and are noted in `missing`."""
     absent = [column for column in columns if column not in table]
     if absent:
-        missing.append(f"{csv.name} has no column {', '.join(absent)}: {what} may be incomplete")
+        missing.append(f"{file} has no column {', '.join(absent)}: {what} may be incomplete")
     return table.assign(**dict.fromkeys(absent, float("nan")))
 
 
 def _read_optional(path: Path, name: str, missing: list[str]) -> pd.DataFrame:
     try:
-        table = read_table(path)
-        if not set(OPTIONAL_TABLES[name]) <= set(table.columns):
-            raise UserError(f"it lacks one of the columns {', '.join(OPTIONAL_TABLES[name])}")
-        return table
+        return _with_columns(read_table(path), OPTIONAL_TABLES[name], path.name, name, missing)
     except FileNotFoundError:
         return _empty(name)
     except (OSError, UserError) as error:
