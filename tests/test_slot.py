@@ -71,9 +71,9 @@ def test_two_slots_where_one_fits_take_turns(cluster, tmp_path):
         storage=str(tmp_path),
     )
     slot = ray.remote(num_cpus=0)(trainable)
-    first = slot.remote({"assignment": {"name": "a"}})
+    first = slot.remote({"assignment": {"name": "a", "folder": str(tmp_path / "a-files")}})
     assert ray.get(first.train.remote(), timeout=100)["epochs"] == 1
-    second = slot.remote({"assignment": {"name": "b"}})
+    second = slot.remote({"assignment": {"name": "b", "folder": str(tmp_path / "b-files")}})
     assert ray.get(second.train.remote(), timeout=100)["epochs"] == 1
     assert ray.get(first.train.remote(), timeout=100)["epochs"] == 2
     ray.get([first.stop.remote(), second.stop.remote()], timeout=100)
@@ -89,16 +89,16 @@ def test_a_slot_answers_for_a_trial_that_always_kills_it_and_serves_the_next(clu
         runner=pack(make_counter, folder=str(tmp_path)),
         storage=str(tmp_path),
     )
-    slot = trainable({"assignment": {"name": "bad", "raise": True}})
+    slot = trainable({"assignment": {"name": "bad", "folder": str(tmp_path / "bad-files"), "raise": True}})
     try:
         answer = slot.train()
         assert answer["done"]
         assert math.isnan(answer["value"])
         assert "no such luck" in answer["failed"]
-        slot.reset({"assignment": {"name": "good"}})
+        slot.reset({"assignment": {"name": "good", "folder": str(tmp_path / "good-files")}})
         assert slot.train()["epochs"] == 1
         ray.kill(slot.group.mailbox)
-        slot.reset({"assignment": {"name": "after"}})
+        slot.reset({"assignment": {"name": "after", "folder": str(tmp_path / "after-files")}})
         assert slot.train()["epochs"] == 1
     finally:
         slot.stop()

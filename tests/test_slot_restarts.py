@@ -44,7 +44,7 @@ class Group:
 def test_workers_are_replaced_as_long_as_the_trial_gets_on(tmp_path, kept, survives):
     groups = iter([Group(tmp_path, epochs) for epochs in kept])
     slot = Slot.__new__(Slot)
-    slot.group, slot.make_group = None, lambda: next(groups)
+    slot.group, slot.make_group, slot.heard = None, lambda: next(groups), 0
     slot.config = {"assignment": assign(tmp_path, {}, [{"fold": 0, "seed": 0}])}
     answer = slot._step()
     assert GROUP_RESTARTS == 1

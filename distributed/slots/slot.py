@@ -201,7 +201,7 @@ class Slot(tune.Trainable):
         self.make_group: Callable[[], WorkerGroup] = lambda: WorkerGroup(workers, runner, storage)
         self.group: WorkerGroup | None = None
         self.in_use, self.closed = threading.Lock(), threading.Event()
-        self.idle_since = math.inf
+        self.idle_since, self.heard = math.inf, 0
         self._begin_group()
         threading.Thread(target=self._give_way, name="slot-idle", daemon=True).start()
 
@@ -218,11 +218,13 @@ class Slot(tune.Trainable):
 
     def _step(self) -> Answer:
         assignment, ended = self.config["assignment"], 0
-        known = _epochs_kept(assignment)
+        known = self.heard
         while True:
             group = self.group or self._begin_group()
             try:
-                return group.run(assignment)
+                answer = group.run(assignment)
+                self.heard = answer.get("epochs", 0)
+                return answer
             except WorkersEndedError as error:
                 group.stop()
                 self.group = None
@@ -251,7 +253,8 @@ class Slot(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial; the workers receive it with the next order."""
-        self.config = new_config
+        # The epochs of the trial that this slot has heard of.
+        self.config, self.heard = new_config, 0
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
