@@ -77,7 +77,7 @@ def test_a_trial_that_takes_all_memory_is_ended_a_few_times_then_fails_and_the_n
         runner=pack(make_glutton, folder=str(tmp_path)),
         storage=str(tmp_path),
     )
-    slot = trainable({"assignment": {"name": "glutton", "folder": str(tmp_path / "glutton")}})
+    slot = trainable({"assignment": {"name": "glutton", "folder": str(tmp_path / "glutton-files")}})
     try:
         answer = slot.train()
         attempts = (tmp_path / "glutton").read_text().split()
@@ -85,7 +85,7 @@ def test_a_trial_that_takes_all_memory_is_ended_a_few_times_then_fails_and_the_n
         assert math.isnan(answer["value"])
         assert "memory" in answer["failed"], answer["failed"]
         assert 2 <= len(set(attempts)) == len(attempts) <= 6  # each in a fresh worker, and not for ever
-        slot.reset({"assignment": {"name": "modest", "folder": str(tmp_path / "modest")}})
+        slot.reset({"assignment": {"name": "modest", "folder": str(tmp_path / "modest-files")}})
         assert slot.train()["value"] == 1.0
     finally:
         slot.stop()
