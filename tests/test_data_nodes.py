@@ -12,7 +12,7 @@ from distributed.batches.in_process import bytes_of_a_volume
 from distributed.batches.resident import Resident
 from distributed.slots.cluster import connect
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MEMORY = 80_000_000
 
 

@@ -18,7 +18,7 @@ from distributed.run.code import code_version
 from distributed.run.folder import create_run
 from distributed.slots.cluster import check_shared, connect, fit_slots
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MEMORY = 80_000_000
 ROOT = Path(__file__).parents[1]
 

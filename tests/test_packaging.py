@@ -215,7 +215,7 @@ def in_environment(wheel, elsewhere):
 
     def run(*words, **more):
         return subprocess.run(
-            list(map(str, words)), cwd=elsewhere, env=given | more, capture_output=True, text=True, timeout=240,
+            list(map(str, words)), cwd=elsewhere, env=given | more, capture_output=True, text=True, timeout=400,
             check=False,
         )  # fmt: skip
 
@@ -224,7 +224,7 @@ def in_environment(wheel, elsewhere):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_an_installed_brainsweep_sweeps_reports_and_resumes_beside_a_core_of_the_user(
     in_environment, elsewhere
 ):

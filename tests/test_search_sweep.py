@@ -11,7 +11,7 @@ from small_cohort import write_small_cohort
 from core.report.answer.honesty import access_line, measured_again
 from core.report.answer.record import read_run, reported
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OBJECTIVES = ("mae", "site_balanced_accuracy", "accelerator_seconds")
 SPACE = """

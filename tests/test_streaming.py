@@ -26,7 +26,7 @@ from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner
 from search_spaces import published
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CPU = torch.device("cpu")
 CELLS = [{"fold": 0, "seed": 0}, {"fold": 1, "seed": 0}]
