@@ -10,8 +10,11 @@ Compared are, on people whom nothing has seen:
 - out-of-fold encoders: the penalty is chosen on unseen fifths (one of them, or all five), each with an encoder of its
   own; the encoder that is judged is trained on everybody;
 - other cells: the penalty is chosen on the validation subjects of the other folds of the same configuration, which
-  costs nothing more; this is what a trial does (`core.tasks.brain_age.cross_fit`);
+  costs nothing more; this is what a trial does (`core.tasks.brain_age.cross_fit`, which is called here);
 - the best penalty there is, which no method can know; direct regression (L1); and the median.
+
+"reported" and "same, on unseen" say whether a trial tells the truth: the error that its cells report for their own
+validation subjects, and the error of the same models on people whom nothing has seen; means over folds.
 
 Without `--cohort` a synthetic cohort is made: 100 subjects to draw from, and 150 others to judge on.
 """
@@ -33,7 +36,7 @@ from core.config import RunSettings, Settings, merge, resolve
 from core.evaluation import Floats
 from core.evaluation.probes import ALPHAS, fit_age_probe, standardisation
 from core.evaluation.splits import Rows, Splits, make_splits
-from core.tasks.brain_age import Embedded
+from core.tasks.brain_age import Embedded, JudgedCell, cross_fit, judge
 from core.volumes.cohort.reader import Cohort
 from core.volumes.phantom.cohort import write_phantom_cohort
 from core.volumes.phantom.settings import PhantomSettings
@@ -87,18 +90,25 @@ def compare(
 ) -> dict[str, float]:
     """MAE in years of every way to choose the penalty, for the cell of the first fold, on the `judged` rows."""
     ages = subjects.manifest["age"].to_numpy(float)
-    everybody = np.sort(np.concatenate(folds))
-    trained = np.setdiff1d(everybody, folds[0])
-    fitted, unseen = embedded(subjects, settings, trained, judged, seed)
-    by_penalty = errors_by_penalty(fitted, unseen)
+    splits = Splits(judged, tuple(folds))
+    trained = splits.training(0)
+    cells, unseen_of = [], []
+    for fold, rows in enumerate(folds):
+        known = splits.training(fold)
+        fitted_fold, both = embedded(subjects, settings, known, np.concatenate([rows, judged]), seed)
+        of_fold, unseen = take(both, slice(None, len(rows))), take(both, slice(len(rows), None))
+        outcome = judge(fitted_fold, of_fold, sites=False, folds=splits.fold_of(known))
+        cells.append(JudgedCell(fold, outcome.by_penalty, of_fold.ages, of_fold.subjects, outcome.without))
+        unseen_of.append(errors_by_penalty(fitted_fold, unseen))
+        if fold == 0:
+            fitted, unseen_first = fitted_fold, unseen
+    made = [metrics for metrics, _ in cross_fit(cells)]
+    same = [errors[ALPHAS.index(each["penalty"])] for errors, each in zip(unseen_of, made, strict=True)]
+    by_penalty = unseen_of[0]
 
     def chosen(curves: Sequence[Floats]) -> float:
         return float(by_penalty[int(np.argmin(np.mean(curves, axis=0)))])
 
-    others = [
-        errors_by_penalty(*embedded(subjects, settings, np.setdiff1d(everybody, fold), fold, seed))
-        for fold in folds[1:]
-    ]
     inner = []
     for number, part in enumerate(parts_of(trained, ages, seed)):
         rest = np.setdiff1d(trained, part)
@@ -113,17 +123,19 @@ def compare(
     own = fit_age_probe(fitted.embeddings, fitted.ages, fitted.subjects)
     return {
         "median": float(np.abs(np.median(ages[trained]) - ages[judged]).mean()),
-        "seen subjects": float(np.abs(own.predict(unseen.embeddings) - unseen.ages).mean()),
+        "seen subjects": float(np.abs(own.predict(unseen_first.embeddings) - unseen_first.ages).mean()),
         "one unseen part": float(one_part),
         "one out-of-fold encoder": chosen(inner[:1]),
         "five out-of-fold encoders": chosen(inner),
-        "other cells": chosen(others),
+        "other cells": float(same[0]),
         "best penalty": float(by_penalty.min()),
         "direct L1": float(np.abs(regressed.predicted - regressed.ages).mean()),
         "penalty of seen subjects": own.alpha,
         "penalty of five": ALPHAS[int(np.argmin(np.mean(inner, axis=0)))],
-        "penalty of cells": ALPHAS[int(np.argmin(np.mean(others, axis=0)))],
+        "penalty of cells": made[0]["penalty"],
         "penalty best": ALPHAS[int(np.argmin(by_penalty))],
+        "reported": float(np.mean([each["mae"] for each in made])),
+        "same, on unseen": float(np.mean(same)),
     }
 
 

@@ -9,9 +9,9 @@ from sklearn.linear_model import Ridge
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
-from core.evaluation.probes import fit_age_probe
+from core.evaluation.probes import ALPHAS, fit_age_probe
 from core.evaluation.splits import Splits
-from core.tasks.brain_age import Embedded, judge
+from core.tasks.brain_age import Embedded, JudgedCell, cross_fit, judge
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import HOLDOUT, Cell
 from distributed.training.loop import CellTraining
@@ -92,3 +92,75 @@ def test_the_probe_and_its_penalty_depend_on_the_training_subjects_alone():
     np.testing.assert_allclose(outcome.predicted, ridge.predict((clean - mean) / sd), rtol=1e-9)
     median_error = np.abs(evaluation.ages - np.median(training.ages)).mean()
     assert outcome.metrics["median_mae"] == pytest.approx(median_error, rel=1e-12)
+
+
+def of_scans(embeddings, ages, subjects, scans):
+    return Embedded(embeddings[scans], ages[scans], np.full(len(scans), "a"), subjects[scans])
+
+
+def judged_in_folds(embeddings, ages, subjects, splits):
+    """What a trial makes of frozen embeddings (n, d) for its cells: metrics and predictions by fold."""
+    cells = []
+    for fold, rows in enumerate(splits.folds):
+        training, judged = (
+            of_scans(embeddings, ages, subjects, scans) for scans in (splits.training(fold), rows)
+        )
+        outcome = judge(training, judged, folds=splits.fold_of(splits.training(fold)))
+        cells.append(JudgedCell(fold, outcome.by_penalty, judged.ages, judged.subjects, outcome.without))
+    return cross_fit(cells)
+
+
+def frozen(seed, people=18, scans=2, features=12, folds=4):
+    """Embeddings in which a little about age is found, of people with two scans each."""
+    draws = np.random.default_rng(seed)
+    subjects = np.repeat([f"s{index:02}" for index in range(people)], scans)
+    ages = np.repeat(draws.uniform(20, 80, people), scans)
+    embeddings = draws.normal(size=(len(ages), features))
+    embeddings[:, 0] += ages / 20
+    of_person = draws.permutation(np.arange(people) % folds)
+    of_scan = np.repeat(of_person, scans)
+    splits = Splits(np.arange(0), tuple(np.flatnonzero(of_scan == fold) for fold in range(folds)))
+    return embeddings, ages, subjects, splits
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_age_of_a_judged_person_has_a_part_in_the_prediction(seed):
+    """All of nested cross-validation: with embeddings that do not change, a person's age changes no own prediction."""
+    embeddings, ages, subjects, splits = frozen(seed)
+    before = judged_in_folds(embeddings, ages, subjects, splits)
+    for fold, rows in enumerate(splits.folds):
+        changed = ages.copy()
+        changed[subjects == subjects[rows[0]]] = 200.0
+        after = judged_in_folds(embeddings, changed, subjects, splits)
+        assert after[fold][0]["penalty"] == before[fold][0]["penalty"]
+        np.testing.assert_array_equal(after[fold][1], before[fold][1])
+
+
+def test_the_penalty_of_a_fold_is_that_of_nested_cross_validation():
+    """By a slow loop over people of other folds, with scikit-learn's Ridge on standardised features."""
+    embeddings, ages, subjects, splits = frozen(99, scans=1)
+    for fold, (metrics, predicted) in enumerate(judged_in_folds(embeddings, ages, subjects, splits)):
+        curves = []
+        for inner, rows in enumerate(splits.folds):
+            if inner == fold:
+                continue
+            known = np.setdiff1d(np.arange(len(ages)), np.concatenate([rows, splits.folds[fold]]))
+            mean, sd = embeddings[known].mean(axis=0), embeddings[known].std(axis=0)
+            curves.append(
+                [
+                    np.mean(np.abs(ridge.predict((embeddings[rows] - mean) / sd) - ages[rows]))
+                    for alpha in ALPHAS
+                    for ridge in [Ridge(alpha=alpha).fit((embeddings[known] - mean) / sd, ages[known])]
+                ]
+            )
+        best = ALPHAS[int(np.argmin(np.mean(curves, axis=0)))]
+        assert metrics["penalty"] == best
+        known = splits.training(fold)
+        probe = fit_age_probe(embeddings[known], ages[known], penalty=best)
+        np.testing.assert_allclose(predicted, probe.predict(embeddings[splits.folds[fold]]), rtol=1e-6)
+
+
+def test_the_fold_of_a_row():
+    splits = Splits(np.array([0, 4]), (np.array([2, 5]), np.array([1, 6]), np.array([3])))
+    assert splits.fold_of(np.array([1, 2, 3, 5, 6])).tolist() == [1, 0, 2, 0, 1]
+    assert splits.fold_of(splits.training(1)).tolist() == [0, 2, 0]

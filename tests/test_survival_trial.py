@@ -51,7 +51,7 @@ class Planted:
 def subjects(tmp_path_factory):
     cohort = write_small_cohort(tmp_path_factory.mktemp("cohort") / "small")
     return Subjects(
-        InMemory.of(cohort), cohort.manifest, make_splits(cohort.manifest, folds=2), ("stiffness",)
+        InMemory.of(cohort), cohort.manifest, make_splits(cohort.manifest, folds=3), ("stiffness",)
     )
 
 
@@ -218,6 +218,27 @@ def test_files_of_an_older_version_are_taken(subjects, settings, tmp_path):
     answer = Runner(subjects)(assignment)
     assert answer["epochs"] == 2
     assert "note" not in answer
+
+
+def test_a_trial_that_version_0_2_began_keeps_the_penalties_that_its_cells_chose_alone(
+    subjects, settings, tmp_path
+):
+    """Its checkpoint has no predictions of the finished cells, so later cells choose nothing for them."""
+    cells = [{"fold": fold, "seed": 0} for fold in range(3)]
+    assignment = assign(tmp_path / "0000", settings, cells)
+    runner = Runner(subjects)
+    first = [runner(assignment) for _ in range(SMALL["training.epochs"])][-1]
+    checkpoint = tmp_path / "0000" / CHECKPOINT
+    saved = torch.load(checkpoint, weights_only=True)
+    for name in ("of", "judged", "after_cells"):
+        del saved[name]
+    torch.save(saved, checkpoint)
+    last = run_all(Runner(subjects), assignment)[-1]
+    assert last["finished"]
+    assert last["cells"][0] == first["cells"][0]
+    assert "penalty" not in last
+    values = [cell["mae"] for cell in last["cells"]]
+    assert last["after_cells"] == [values[:1], values[:2], values]
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture
 def subjects(cohort):
-    splits = make_splits(cohort.manifest, folds=2)
+    splits = make_splits(cohort.manifest, folds=3)
     return Subjects(Recorded(InMemory.of(cohort)), cohort.manifest, splits, ("stiffness",))
 
 
@@ -81,30 +81,44 @@ def test_a_trial_visits_its_cells_in_order_and_its_value_is_their_mean(subjects,
     assert answers[3]["n"] == 2
 
 
-def test_the_penalty_of_every_cell_is_that_of_the_other_fold_and_a_refit_takes_the_best_of_all(
-    subjects, tmp_path
-):
+def test_other_folds_choose_the_penalty_of_a_cell_and_a_refit_takes_the_best_of_all(cohort, tmp_path):
     """From the predictions on disk and from probes fitted anew; the encoders are trained a second time."""
-    answers = run_all(Runner(subjects), assign(tmp_path / "0000", settings(), CELLS))
-    cells = json.loads((tmp_path / "0000" / "progress.json").read_text())["cells"]
-    curves = []
-    for cell in CELLS:
+    splits = make_splits(cohort.manifest, folds=3)
+    subjects = Subjects(Recorded(InMemory.of(cohort)), cohort.manifest, splits, ("stiffness",))
+    cells = [{"fold": fold, "seed": 0} for fold in range(3)]
+    answers = run_all(Runner(subjects), assign(tmp_path / "0000", settings(), cells))
+    rows = json.loads((tmp_path / "0000" / "progress.json").read_text())["cells"]
+
+    def curve(fold, without):
+        """The error of every penalty in the cell of `fold`, whose probe does not know the fold `without`."""
+        known, unseen, of_known = embedded[fold]
+        kept = ~np.isin(of_known, splits.folds[without]) if without != fold else np.full(len(of_known), True)
+        errors = []
+        for alpha in ALPHAS:
+            probe = fit_age_probe(known.embeddings[kept], known.ages[kept], penalty=alpha)
+            errors.append(np.abs(probe.predict(unseen.embeddings) - unseen.ages).mean())
+        return np.array(errors)
+
+    embedded = []
+    for cell in cells:
         training = CellTraining(resolve(settings()), subjects, Cell(**cell), Place())
         for _ in range(2):
             training.run_epoch()
         known, unseen = training._embed(training.training_rows), training._embed(training.evaluation_rows)
-        curves.append([])
-        for alpha in ALPHAS:
-            probe = fit_age_probe(known.embeddings, known.ages, known.subjects, penalty=alpha)
-            curves[-1].append(np.abs(probe.predict(unseen.embeddings) - unseen.ages).mean())
-    chosen = [int(np.argmin(curve)) for curve in curves]
-    assert [cell["penalty"] for cell in cells] == [ALPHAS[chosen[1]], ALPHAS[chosen[0]]]
-    expected = [curves[0][chosen[1]], curves[1][chosen[0]]]
-    assert [cell["mae"] for cell in cells] == pytest.approx(expected, rel=1e-5)
-    for cell, error in zip(CELLS, expected, strict=True):
-        table = pd.read_csv(tmp_path / "0000" / f"predictions-{cell['fold']}-{cell['seed']}.csv")
+        embedded.append((known, unseen, training.training_rows))
+    for fold in range(3):
+        chosen = int(np.argmin(np.mean([curve(other, fold) for other in {0, 1, 2} - {fold}], axis=0)))
+        error = curve(fold, fold)[chosen]
+        assert (rows[fold]["penalty"], rows[fold]["mae"]) == (ALPHAS[chosen], pytest.approx(error, rel=1e-5))
+        table = pd.read_csv(tmp_path / "0000" / f"predictions-{fold}-0.csv")
         assert np.abs(table["predicted"] - table["age"]).mean() == pytest.approx(error, rel=1e-5)
-    assert answers[-1]["penalty"] == ALPHAS[int(np.argmin(np.mean(curves, axis=0)))]
+    # The values as they were after each cell: the first cell chose alone, the second one changed it.
+    assert [len(values) for values in answers[-1]["after_cells"]] == [1, 2, 3]
+    assert answers[-1]["after_cells"][0] == [answers[1]["value"]]
+    assert np.mean(answers[-1]["after_cells"][1]) == pytest.approx(answers[3]["value"])
+    assert answers[-1]["after_cells"][2] == [row["mae"] for row in rows]
+    of_all = np.mean([curve(fold, fold) for fold in range(3)], axis=0)
+    assert answers[-1]["penalty"] == ALPHAS[int(np.argmin(of_all))]
     refit = assign(
         tmp_path / "winner",
         settings(),

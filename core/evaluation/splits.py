@@ -34,6 +34,13 @@ class Splits:
             raise UserError(f"fold {fold} does not exist; there are folds 0 to {len(self.folds) - 1}")
         return np.setdiff1d(self.development, self.folds[fold])
 
+    def fold_of(self, rows: Rows) -> Rows:
+        """The fold in which each of these development rows is validated."""
+        folds = np.repeat(np.arange(len(self.folds)), [len(fold) for fold in self.folds])
+        place = np.argsort(np.concatenate(self.folds))
+        of_row: Rows = folds[place][np.searchsorted(self.development, rows)]
+        return of_row
+
     def to_frame(self, manifest: pd.DataFrame) -> pd.DataFrame:
         """Columns subject and role ("holdout", "fold 0", "fold 1", …), one line per row of the manifest."""
         role = np.full(len(manifest), "holdout", dtype=object)

@@ -10,8 +10,8 @@ Shape suffixes: B subjects, V views, C channels, X, Y, Z, E embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ from core.evaluation.probes import (
 )
 from core.evaluation.regression import median_baseline, regression_metrics
 from core.evaluation.site import site_balanced_accuracy
-from core.evaluation.splits import Splits
+from core.evaluation.splits import Rows, Splits
 from core.losses.settings import REGRESSION_LOSSES
 from core.models import build_encoder, build_projection_head
 from core.models.heads import RegressionHead
@@ -110,6 +110,8 @@ class Outcome:
     probe: AgeProbe | None
     by_penalty: Floats | None = None
     """The ages (P, m) predicted with every penalty of the probe (`ALPHAS`), if they were asked for."""
+    without: Mapping[int, Floats] = field(default_factory=dict)
+    """By fold, the error (P,) of every penalty if the people of this fold are not among those of the probe."""
 
 
 def build_model(settings: RunSettings, in_channels: int, training_ages: Floats) -> AgeModel:
@@ -188,7 +190,7 @@ def judge(
     *,
     sites: bool = True,
     penalty: float | None = None,
-    by_penalty: bool = False,
+    folds: Rows | None = None,
 ) -> Outcome:
     """Fit the probe on the training subjects only, and measure it on the evaluation subjects.
 
@@ -197,17 +199,18 @@ def judge(
         evaluation: scans that it was not trained on.
         sites: whether to measure how well the site can be told from the embedding, which costs more than the rest.
         penalty: of the probe; chosen on the training subjects if None.
-        by_penalty: whether to predict with every penalty, for `cross_fit`.
+        folds: the fold (n,) of every training scan. If it is given, every penalty is tried, for `cross_fit`.
     """
-    probe, every = None, None
+    probe, every, without = None, None, {}
     predicted = evaluation.predicted
     if predicted is None:
         probe = fit_age_probe(training.embeddings, training.ages, training.subjects, penalty=penalty)
         predicted = probe.predict(evaluation.embeddings)
-        if by_penalty:
+        if folds is not None:
             every = predictions_by_penalty(
                 training.embeddings, training.ages, evaluation.embeddings, training.subjects
             )
+            without = _errors_without_folds(training, evaluation, folds)
     metrics = regression_metrics(predicted, evaluation.ages, evaluation.subjects)
     median = median_baseline(training.ages, evaluation.ages, training.subjects, evaluation.subjects)
     metrics["median_mae"] = median["mae"]
@@ -222,7 +225,29 @@ def judge(
             evaluation.subjects,
         )
     metrics["site_balanced_accuracy"] = math.nan if accuracy is None else accuracy
-    return Outcome(metrics, predicted, probe, every)
+    return Outcome(metrics, predicted, probe, every, without)
+
+
+def _errors_without_folds(training: Embedded, evaluation: Embedded, folds: Rows) -> dict[int, Floats]:
+    """By fold, the error (P,) of every penalty if the probe is fitted without the people of this fold.
+
+    A fold is left out if too few people remain without it.
+    """
+    errors = {}
+    for fold in np.unique(folds):
+        rest = folds != fold
+        if len(np.unique(training.subjects[rest])) >= FEWEST_SUBJECTS:
+            every = predictions_by_penalty(
+                training.embeddings[rest], training.ages[rest], evaluation.embeddings, training.subjects[rest]
+            )
+            errors[int(fold)] = errors_by_penalty(every, evaluation.ages, evaluation.subjects)
+    return errors
+
+
+def errors_by_penalty(by_penalty: Floats, ages: Floats, subjects: Names) -> Floats:
+    """The mean absolute error over people (P,) in years of predictions (P, m) for m scans."""
+    errors: Floats = np.average(np.abs(by_penalty - ages), axis=1, weights=subject_weights(subjects))
+    return errors
 
 
 @dataclass(frozen=True)
@@ -234,28 +259,38 @@ class JudgedCell:
     """(P, m) in years."""
     ages: Floats
     subjects: Names
+    without: Mapping[int, Floats]
+    """See `Outcome`."""
 
     @property
     def errors(self) -> Floats:
         """The mean absolute error over people (P,) in years with every penalty."""
-        weights = subject_weights(self.subjects)
-        errors: Floats = np.average(np.abs(self.by_penalty - self.ages), axis=1, weights=weights)
-        return errors
+        return errors_by_penalty(self.by_penalty, self.ages, self.subjects)
 
 
 def cross_fit(cells: Sequence[JudgedCell]) -> list[tuple[dict[str, float], Floats]]:
-    """The metrics of every cell, and its predictions (m,), with the penalty that is best in the cells of other folds.
+    """The metrics of every cell, and its predictions (m,), with a penalty that the cells of other folds choose.
 
-    The people of those folds are unknown to their encoders, so the penalty is not chosen on embeddings that are too
-    good, and no error of a person has a part in the choice of the penalty for the same person. An empty list if all
-    cells are of one fold.
+    In those cells people are judged whom neither encoder nor probe knows, so the penalty is not chosen on embeddings
+    that follow age too closely. The people of the cell itself have no part in it as far as probes can tell: for
+    them the probes of the other cells are fitted, and judged, without them (nested cross-validation). What remains:
+    the encoders of the other cells were trained with them.
+
+    An empty list if a cell finds no other one that can choose for it: with two folds or fewer, or with very few people.
     """
-    if len({cell.fold for cell in cells}) < 2:
+    chosen = [
+        [
+            other.without[cell.fold]
+            for other in cells
+            if other.fold != cell.fold and cell.fold in other.without
+        ]
+        for cell in cells
+    ]
+    if not all(chosen):
         return []
-    errors, made = [cell.errors for cell in cells], []
-    for cell in cells:
-        others = [curve for other, curve in zip(cells, errors, strict=True) if other.fold != cell.fold]
-        penalty = chosen_penalty(others)
+    made = []
+    for cell, curves in zip(cells, chosen, strict=True):
+        penalty = chosen_penalty(curves)
         predicted = cell.by_penalty[ALPHAS.index(penalty)]
         measured = regression_metrics(predicted, cell.ages, cell.subjects)
         made.append((measured | {"penalty": penalty}, predicted))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PRUNABLE_EPOCHS = "prunable_epochs"
 """The key of an answer that schedulers look for: a trial whose answers do not have it is never stopped early."""
+METRIC = "value"
+"""The key of the value by which schedulers compare answers: the first objective."""
 HOLDOUT = -1
 """The fold of a refit, which is trained on all development subjects and judged on the hold-out."""
 
@@ -113,6 +115,9 @@ class Answer(EpochRow, total=False):
     """Whether the trial ends here, finished or failed."""
     penalty: float
     """The penalty of the probe for a refit, once all cells are done; see `core.evaluation.probes.chosen_penalty`."""
+    after_cells: list[list[float]]
+    """Once all cells are done: the objective in the finished cells, as it was after each of them. With every cell the
+    choice of the probe's penalty changes, so only values after equally many cells can be compared."""
     failed: str
     """Why the trial cannot go on."""
     note: str

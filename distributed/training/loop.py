@@ -103,8 +103,14 @@ class CellTraining:
         """How many people the cell is judged on."""
         return int(self.subjects.manifest["subject"].iloc[self.evaluation_rows].nunique())
 
-    def judge(self, *, sites: bool = True, penalty: float | None = None, by_penalty: bool = False) -> Outcome:
-        """Fit a probe on the training subjects, and measure it on the evaluation subjects; arguments: see the task."""
+    def judge(self, *, sites: bool = True, penalty: float | None = None, in_search: bool = False) -> Outcome:
+        """Fit a probe on the training subjects, and measure it on the evaluation subjects.
+
+        Args:
+            sites: see the task.
+            penalty: see the task.
+            in_search: whether the outcome holds what the cells of one trial choose a penalty from.
+        """
         training, evaluation = self._embed(self.training_rows), self._embed(self.evaluation_rows)
         for embedded in (training, evaluation):
             if not np.isfinite(embedded.embeddings).all():
@@ -112,7 +118,11 @@ class CellTraining:
                     f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}"
                 )
         outcome: Outcome = self.task.judge(
-            training, evaluation, sites=sites, penalty=penalty, by_penalty=by_penalty
+            training,
+            evaluation,
+            sites=sites,
+            penalty=penalty,
+            folds=self.subjects.splits.fold_of(self.training_rows) if in_search else None,
         )
         return outcome
 

@@ -58,6 +58,7 @@ class JudgedFold(TypedDict):
 
     fold: int
     by_penalty: torch.Tensor
+    without: dict[int, torch.Tensor]
 
 
 class Saved(TypedDict):
@@ -71,6 +72,8 @@ class Saved(TypedDict):
     finished: list[CellRow]
     judged: list[JudgedFold]
     """Of every finished cell, for the choice of the probe's penalty; empty where there is no probe."""
+    after_cells: list[list[float]]
+    """See `Answer`."""
     begin: str | None
     """See `Assignment`. A checkpoint with another `begin` is older than the exchange, and the trial does not use it."""
     of: str
@@ -134,6 +137,7 @@ class Trial:
         self.history: list[EpochRow] = []
         self.finished: list[CellRow] = []
         self.judged: list[JudgedFold] = []
+        self.after_cells: list[list[float]] = []
         self.answer: Answer | None = None
         self.training: CellTraining | None = None
         self.identity = identity(assignment)
@@ -161,9 +165,7 @@ class Trial:
         if last_epoch or self._judges_every_epoch:
             # A refit has the penalty that its configuration had in the search; the cells of a trial find it.
             in_search = last_epoch and not is_refit(self.assignment)
-            outcome = training.judge(
-                sites=sites, penalty=self.assignment.get("penalty"), by_penalty=in_search
-            )
+            outcome = training.judge(sites=sites, penalty=self.assignment.get("penalty"), in_search=in_search)
         row["mae"] = outcome.metrics["mae"] if outcome else math.nan
         value = measure(metric, outcome.metrics) if outcome else math.nan
         row["spent_seconds"] = time.perf_counter() - started
@@ -173,7 +175,7 @@ class Trial:
         answer = cast(Answer, row) | standing(self.assignment, self.history, self.finished, value)
         row["value"] = answer["value"]
         if answer["done"]:
-            self.answer = answer | self._best_penalty()
+            self.answer = answer | self._best_penalty() | Answer(after_cells=self.after_cells)
             answer = self.answer
         self._save()
         return answer | self._told()
@@ -213,13 +215,20 @@ class Trial:
                 if self.assignment["keep_model"]:
                     training.write_model(outcome, self.folder / f"model-{cell.seed}")
         if outcome.by_penalty is not None:
-            self.judged.append({"fold": cell.fold, "by_penalty": torch.as_tensor(outcome.by_penalty)})
+            without = {fold: torch.as_tensor(errors) for fold, errors in outcome.without.items()}
+            by_penalty = torch.as_tensor(outcome.by_penalty)
+            self.judged.append({"fold": cell.fold, "by_penalty": by_penalty, "without": without})
             self._cross_fit(training)
+        self.after_cells.append(self._values())
         training.close()
         self.training = None
 
+    def _values(self) -> list[float]:
+        """The objective in every finished cell."""
+        return [measure(self.assignment["metric"], cell) for cell in self.finished]
+
     def _cross_fit(self, training: CellTraining) -> None:
-        """Judge every finished cell anew, with the penalty of the probe that is best in the cells of other folds."""
+        """Judge every finished cell anew, with the penalty that the cells of other folds choose for it."""
         if len(self.judged) < len(self.finished):
             # This trial was begun by version 0.2, which kept no predictions.
             return
@@ -233,16 +242,16 @@ class Trial:
                     self.subjects.write_predictions(fold, predicted, path)
 
     def _best_penalty(self) -> Answer:
-        """The penalty for a refit of this configuration; nothing if no cell could tell."""
-        cells = [self._judged(cell) for cell in self.judged]
-        if is_refit(self.assignment) or len({cell.fold for cell in cells}) < 2:
+        """The penalty for a refit of this configuration; nothing if its cells did not choose for each other."""
+        if is_refit(self.assignment) or any("penalty" not in cell for cell in self.finished):
             return Answer()
-        return Answer(penalty=chosen_penalty([cell.errors for cell in cells]))
+        return Answer(penalty=chosen_penalty([self._judged(cell).errors for cell in self.judged]))
 
     def _judged(self, cell: JudgedFold) -> JudgedCell:
         of_scan = self.subjects.manifest.iloc[self.subjects.rows_of(cell["fold"])[1]]
         ages, subjects = of_scan["age"].to_numpy(float), of_scan["subject"].to_numpy(str)
-        return JudgedCell(cell["fold"], cell["by_penalty"].numpy(), ages, subjects)
+        without = {fold: errors.numpy() for fold, errors in cell["without"].items()}
+        return JudgedCell(cell["fold"], cell["by_penalty"].numpy(), ages, subjects, without)
 
     def _save(self) -> None:
         """Rank 0 writes the checkpoint, then the file for people and the driver; each is replaced in one step."""
@@ -256,7 +265,7 @@ class Trial:
             state = self.training.state_dict() if self.training else None
             saved = Saved(
                 cell=len(self.finished), state=state, history=self.history, finished=self.finished, judged=self.judged,
-                begin=self.assignment["begin"], of=self.identity,
+                after_cells=self.after_cells, begin=self.assignment["begin"], of=self.identity,
             )  # fmt: skip
             content = _serialised(saved)
             with replacing(self.folder / CHECKPOINT) as path:
@@ -292,6 +301,10 @@ class Trial:
             return
         self.history, self.finished = saved["history"], saved["finished"]
         self.judged = saved.get("judged", [])
+        # Before version 0.3 no later cell changed the value of an earlier one.
+        earlier = self._values()
+        before = [earlier[: count + 1] for count in range(len(earlier))]
+        self.after_cells = saved.get("after_cells", before)
         if saved["state"] is not None:
             self._current_cell().load_state_dict(saved["state"])
 
