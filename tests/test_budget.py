@@ -1,5 +1,6 @@
 """Budgets: what they count, whom they stop, and when the terminator says that it is enough."""
 
+import dataclasses
 import io
 import math
 from types import SimpleNamespace
@@ -60,19 +61,66 @@ def test_one_trial_is_completed_whatever_the_budget_says():
     assert spent("b", result("0001", 9.0, epochs=1, progress=0.1, epoch=1))
 
 
+def told_twice(budget, name, spent, epochs=1):
+    """The second answer is `spent` more than the first: the first epoch also warms up, and does not count."""
+    for done in (0, 1):
+        more = {"epochs": epochs + done, "epoch": epochs + done, "progress": (epochs + done) / 100}
+        budget("a", result(name, 30.0 + spent * done, **more))
+
+
 @pytest.mark.parametrize(("each", "refused"), [(3.9, False), (6.0, True)])
 def test_a_sweep_whose_first_trial_ends_far_beyond_the_budget_is_refused_with_the_figures(each, refused):
     """22 more epochs of 3.9 s are about 86 s, of 6 s 132 s; twice the budget of 50 s is 100 s."""
     budget = Budget(seconds=50.0, completes="0000", epochs=24)
-    for epochs in (1, 2):  # the first epoch also warms up, and does not count
-        budget(
-            "a", result("0000", 30.0 + each * (epochs - 1), epochs=epochs, progress=epochs / 12, epoch=epochs)
-        )
-        assert budget.hopeless is None or epochs == 2
+    told_twice(budget, "0000", each)
     assert (budget.hopeless is not None, budget.interrupted) == (refused, refused)
     if refused:
-        assert "(24 epochs in all, 6 s each) needs about 132 s, more than 2 times" in budget.hopeless
-        assert "--time-budget 133" in budget.hopeless
+        assert "(22 more epochs of 6 s) needs about 132 s in all, more than 2 times" in budget.hopeless
+        assert "budget of 50 s; give --time-budget 133 or more" in budget.hopeless
+
+
+@pytest.mark.parametrize(
+    ("budget", "seconds"),
+    [
+        (
+            Budget(seconds=50.0, completes="0000", epochs=24, elapsed=60.0),
+            22 * 2.0 + 60,
+        ),  # after the L1 baseline
+        (Budget(seconds=50.0, completes="l1-0000", epochs=24, later_epochs=24, share=0.1), (22 + 24) * 2.5),
+        (
+            Budget(seconds=50.0, epochs=24, later_epochs=24),
+            24 * 4.5,
+        ),  # members of a population, which may be cut
+    ],
+)
+def test_everything_that_is_completed_in_any_case_is_counted(budget, seconds):
+    """Of two trials of the same length each alone would fit; 1 s less and the sweep is begun."""
+    each = (seconds - budget.elapsed) / (22 * bool(budget.completes) + budget.later_epochs)
+    begun = dataclasses.replace(budget, first_answers={}, seconds=seconds / 2 + 1)
+    told_twice(begun, budget.completes or "0003", each)
+    assert begun.hopeless is None
+    told_twice(budget, budget.completes or "0003", each)
+    assert f"about {seconds:.0f} s in all" in budget.hopeless
+
+
+def test_a_sweep_that_was_found_to_fit_is_not_refused_later():
+    budget = Budget(seconds=50.0, completes="0000", epochs=24)
+    told_twice(budget, "0000", 1.0)
+    told_twice(budget, "0001", 100.0)
+    assert budget.hopeless is None
+
+
+def test_the_advice_inside_a_nested_search_is_about_what_the_user_gave():
+    """Five hold-outs share 250 s; each needs 132 s."""
+    budget = Budget(seconds=50.0, completes="0000", epochs=24, shares=5)
+    told_twice(budget, "0000", 6.0)
+    said, _, advice = budget.hopeless.partition("; give --time-budget ")
+    assert said.endswith("the time budget of 50 s that each of 5 hold-outs has")
+    assert 660 <= int(advice.removesuffix(" or more")) <= 662
+    hours = Budget(accelerator_hours=0.01, completes="0000", epochs=24, shares=5)
+    told_twice(hours, "0000", 6.0)
+    needed = 5 * (36 + 22 * 6) / 3600
+    assert f"give --accelerator-hours {needed:.2g} or more" in hours.hopeless
 
 
 def test_accelerator_hours_of_the_first_trial_are_projected_with_what_it_used_before():
@@ -80,7 +128,9 @@ def test_accelerator_hours_of_the_first_trial_are_projected_with_what_it_used_be
     budget("a", result("0000", 100.0, epochs=10, progress=0.5, epoch=10))
     budget("a", result("0000", 110.0, epochs=11, progress=0.6, epoch=11))
     hours = (110 + 13 * 10) * 2 / 3600
-    assert f"needs about {hours:.2g} CPU-hours, more than 2 times the 0.05" in budget.hopeless
+    assert (
+        f"needs about {hours:.2g} CPU-hours in all, more than 2 times the budget of 0.05" in budget.hopeless
+    )
 
 
 def test_accelerator_hours_are_those_of_all_trials_times_the_devices_of_a_slot():

@@ -11,10 +11,10 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from core.errors import UserError
-from core.run_names import CELL_VALUES, LABEL, PUBLISHED
-from distributed.run.assignment import trial_name
+from core.run_names import AFTER_CELLS, CELL_VALUES, LABEL, PUBLISHED
+from distributed.run.assignment import METRIC, trial_name
+from distributed.search.budget import Budget
 from distributed.search.schedulers import (
-    METRIC,
     SCHEDULERS,
     TIME,
     Hyperband,
@@ -22,6 +22,7 @@ from distributed.search.schedulers import (
     make_scheduler,
     pruner_threshold,
     replay,
+    spares,
 )
 from distributed.search.study import report_missing
 
@@ -151,12 +152,22 @@ def test_what_a_killed_search_did_not_hear_is_recorded_once():
 def test_startup_trials_are_compared_and_never_stopped(name):
     """Others see them as without the option: with values that get worse, those after them are stopped alike."""
     curves = [[float(5 + number)] * 8 for number in range(10)]
-    plain, spared = (make_scheduler(name, epochs=4, cells=2, startup_trials=number) for number in (0, 6))
+    plain, spared = (make_scheduler(name, 4, 2, spares(number, Budget())) for number in (0, 6))
     assert min(run(plain, number, curve) for number, curve in enumerate(curves[:6])) < 8
     assert [run(spared, number, curve) for number, curve in enumerate(curves[:6])] == [8] * 6
     later = [run(spared, number, curve) for number, curve in enumerate(curves[6:], start=6)]
     assert min(later) < 8
     assert later[0] == run(plain, 6, curves[6])
+
+
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
+def test_the_trial_that_has_to_be_completed_is_compared_and_never_stopped(name):
+    budget = Budget(completes="0007")
+    plain, sparing = make_scheduler(name, 4, 2), make_scheduler(name, 4, 2, spares(0, budget))
+    curves = [[float(5 + number)] * 8 for number in range(8)]
+    stopped = [run(plain, number, curve) for number, curve in enumerate(curves)]
+    assert [run(sparing, number, curve) for number, curve in enumerate(curves[:7])] == stopped[:7]
+    assert (stopped[7] < 8, run(sparing, 7, curves[7])) == (True, 8)
 
 
 def test_the_pruner_spares_startup_trials_too():
@@ -165,8 +176,8 @@ def test_the_pruner_spares_startup_trials_too():
     done.set_user_attr(CELL_VALUES, [1.0] * 6)
     study.tell(done, 1.0)
     bad = {TIME: 20, "done": False, "name": "0003", "cells": [{"mae": 9.0 + index} for index in range(5)]}
-    assert Wilcoxon(0.1, study, "mae", 6, startup_trials=3)("id", bad)
-    assert not Wilcoxon(0.1, study, "mae", 6, startup_trials=4)("id", bad)
+    assert Wilcoxon(0.1, study, "mae", 6, spares(3, Budget()))("id", bad)
+    assert not Wilcoxon(0.1, study, "mae", 6, spares(4, Budget()))("id", bad)
 
 
 def test_asha_stops_the_worse_half_and_never_a_refit():
@@ -272,6 +283,19 @@ def test_wilcoxon_leaves_refits_the_published_and_the_first_trial_alone():
     assert "p = 0.0" in stopper.reasons["a"]
     assert not stopper("b", {"epochs": 6, "done": False, "cells": worse})
     assert not Wilcoxon(0.1, optuna.create_study(), "mae", 8)("c", {TIME: 6, "done": False, "cells": worse})
+
+
+def test_wilcoxon_compares_values_after_equally_many_cells():
+    """With the fifth cell the best trial's other cells became better: what it was after four is compared with four."""
+    study = optuna.create_study()
+    best = study.ask()
+    best.set_user_attr(CELL_VALUES, [3.0] * 6)
+    best.set_user_attr(AFTER_CELLS, [[8.0] * cells for cells in range(1, 5)] + [[3.0] * 5, [3.0] * 6])
+    study.tell(best, 3.0)
+    stopper = Wilcoxon(0.1, study, "mae", 6)
+    for cells, stopped in [(4, False), (5, True)]:
+        result = {TIME: cells, "done": False, "cells": [{"mae": 7.0}] * cells}
+        assert stopper("a", result) is stopped
 
 
 @pytest.mark.parametrize(

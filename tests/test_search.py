@@ -16,9 +16,9 @@ from core.report.answer.record import reported
 from core.run_names import CELL_VALUES
 from distributed.run.assignment import Answer, assign
 from distributed.search.budget import FEWEST_TRIALS, Budget
-from distributed.search.schedulers import Wilcoxon
+from distributed.search.schedulers import Wilcoxon, spares
 from distributed.search.searcher import SLOT_CRASHES, Judgement, Proposals, StudySearch
-from distributed.search.study import check_space, open_study, published_parameters
+from distributed.search.study import carry_over, check_space, open_study, owed_trial, published_parameters
 from search_spaces import load_space, pin, published
 
 
@@ -98,7 +98,7 @@ def test_diverged_and_crashed_fail_with_the_reason(study):
     assert "crashed" in second.user_attrs["reason"]
 
 
-@pytest.mark.parametrize("budget", [Budget(interrupted=True), Budget(deadline=0.0)])
+@pytest.mark.parametrize("budget", [Budget(interrupted=True), Budget(deadline=0.0, cut={"a"})])
 def test_interrupted_is_neither_and_can_be_continued(study, budget):
     search = searcher(study)
     suggested = search.suggest("a")["assignment"]
@@ -135,6 +135,90 @@ def test_without_a_published_configuration_the_first_trial_is_completed(study):
     assert again.suggest("x")["assignment"]["name"] == again.budget.completes == "0000"
     assert again.suggest("y") is None
     assert [trial.number for trial in again.proposals.continued] == [1]
+
+
+PUBLISHED_POINT = {"optimiser.learning_rate": 1e-4}
+
+
+def with_published(study, label="published"):
+    study.enqueue_trial(PUBLISHED_POINT, user_attrs={"label": label})
+
+
+def failing(**more):
+    return result(math.nan, 1, done=True, failed="the loss became NaN", **more)
+
+
+def test_if_the_published_configuration_fails_the_first_of_the_others_is_completed(study):
+    """The other one was cut by the budget before; nothing stops it now, and after it nothing begins."""
+    with_published(study)
+    search = searcher(study)
+    for name in "abc":
+        search.suggest(name)
+    search.budget.deadline = 0.0
+    for name in "bc":
+        assert search.budget(name, result(9.0, 1, name="0001" if name == "b" else "0002", spent_seconds=1.0))
+        search.on_trial_complete(name, result(9.0, 1))
+    assert search.suggest("d") is None  # the published one still runs
+    search.on_trial_complete("a", failing())
+    assert search.suggest("e")["assignment"]["name"] == search.budget.completes == "0001"
+    assert not search.budget("e", result(9.0, 1, name="0001", spent_seconds=1.0, epoch=1, progress=0.1))
+    assert search.suggest("f") is None
+    search.on_trial_complete("e", result(7.0, 2, n=2, finished=True, done=True))
+    assert search.budget.completes == ""
+    assert search.suggest("g") == Searcher.FINISHED
+    assert states(study) == [TrialState.FAIL, TrialState.COMPLETE, TrialState.RUNNING]
+
+
+def test_if_everything_has_failed_another_trial_begins_but_not_for_ever(study):
+    with_published(study)
+    search = searcher(study, trials=3)
+    search.suggest("a")
+    search.budget.seconds, search.budget.deadline = 1e10, 0.0
+    search.on_trial_complete("a", failing())
+    assert search.suggest("b")["assignment"]["name"] == search.budget.completes == "0001"
+    search.on_trial_complete("b", failing())
+    search.budget.seconds = 1e9  # more than twice of it have passed
+    assert search.suggest("c") == Searcher.FINISHED
+
+
+def test_a_published_configuration_outside_a_changed_space_is_no_result(study, tmp_path):
+    with_published(study)
+    search = searcher(study)
+    search.suggest("a")
+    search.on_trial_complete("a", result(8.0, 2, n=2, finished=True, done=True))
+    assert owed_trial(study) is None
+    outside = open_study(tmp_path / "study.journal", "tpe", 0, name="other")
+    carry_over(study, outside, lambda trial: {"views.noise": trial.suggest_float("views.noise", 0.0, 1.0)})
+    again = searcher(outside, budget=Budget(deadline=0.0))
+    assert again.suggest("b")["assignment"]["name"] == again.budget.completes == "0001"
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+def test_as_long_as_there_is_no_result_the_scheduler_stops_every_trial_but_one(study, is_published):
+    """With the published point outside the space the first trial is that one, whatever its value is."""
+    if is_published:
+        with_published(study)
+    search = searcher(study, trials=9)
+    is_spared = spares(0, search.budget)
+    names = [search.suggest(name)["assignment"]["name"] for name in "abc"]
+    assert [is_spared(name) for name in names] == [True, False, False]
+    search.on_trial_complete("a", result(8.0, 2, n=2, finished=True, done=True))
+    assert not any(map(is_spared, names))
+
+
+def test_what_the_scheduler_stopped_after_the_end_of_the_budget_was_not_cut_by_the_budget(study):
+    with_published(study)
+    search = searcher(study)
+    for name in "abc":
+        search.suggest(name)
+    search.budget.seconds, search.budget.deadline = 1e9, 0.0
+    near = result(9.0, 9, name="0001", spent_seconds=1.0, epoch=9, progress=0.9)
+    assert not search.budget("b", near)
+    search.on_trial_complete("b", near)
+    early = result(9.0, 1, name="0002", spent_seconds=1e9, epoch=1, progress=0.1)
+    assert search.budget("c", early)
+    search.on_trial_complete("c", early)
+    assert states(study) == [TrialState.RUNNING, TrialState.PRUNED, TrialState.RUNNING]
 
 
 def test_a_budget_that_is_spent_does_not_hide_what_finished(study):

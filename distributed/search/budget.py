@@ -27,7 +27,7 @@ from distributed.run.assignment import HOLDOUT
 NEAR = 0.1
 """A trial may finish its cell beyond a budget if this takes at most this share of the budget."""
 HOPELESS = 2.0
-"""A sweep is refused if the trial that is always completed would end beyond so many times the budget."""
+"""A sweep is refused if what is always completed would end beyond so many times the budget."""
 FEWEST_TRIALS = 20
 """The number of completed trials before a terminator is asked, as in Optuna."""
 
@@ -93,11 +93,18 @@ class Budget(tune.Stopper):
     """The name of the trial that runs to its end whatever the budget says, so that there is a result."""
     epochs: int = 0
     """The epochs of a whole trial, over all cells."""
+    later_epochs: int = 0
+    """The epochs of a trial that is completed after this search: of the published one, if this is a population."""
     hopeless: str | None = None
-    """Why the sweep is refused: even that one trial would end far beyond the budget."""
-    spent_before: float | None = None
-    """The seconds that this trial had used at its last answer in this session; None before its first one."""
+    """Why the sweep is refused: even what is always completed would end far beyond the budget."""
+    first_answers: dict[str, float] = field(default_factory=dict)
+    """The seconds that trials had used at their first answer in this session, by name."""
     checked: bool = False
+    """Whether it was found out in this session that the budget is not hopeless."""
+    cut: set[str] = field(default_factory=set)
+    """The ids in Tune of the trials that this budget has stopped."""
+    shares: int = 1
+    """In how many equal parts the sweeps of a nested search share what the user gave."""
     share: float = 1.0
     """The part of both budgets that this search may use; the rest is for another search of the run."""
     elapsed: float = 0.0
@@ -137,6 +144,13 @@ class Budget(tune.Stopper):
         return out_of_time or self.out_of_hours
 
     @property
+    def far_beyond(self) -> bool:
+        """Whether even a search without a result ends now, and begins no further trial."""
+        late = self.seconds is not None and self.elapsed + self.running_for > HOPELESS * self.seconds
+        hours = self.accelerator_hours
+        return late or (hours is not None and self.hours_used > HOPELESS * hours)
+
+    @property
     def is_over(self) -> bool:
         """Whether no further trial begins."""
         return self.spent or self.unlikely or self.interrupted
@@ -162,36 +176,43 @@ class Budget(tune.Stopper):
             self.deadline = time.time() + self.own_seconds
         if "spent_seconds" in result:
             self.used[result["name"]] = result["spent_seconds"] * self.devices
-        if self.completes and result.get("name") == self.completes:
-            self._refuse_if_hopeless(result.get("spent_seconds", 0.0), result.get("epochs", 0))
+        is_owed = bool(self.completes) and result.get("name") == self.completes
+        if is_owed or (self.later_epochs and not self.completes):
+            own_left = self.epochs - result.get("epochs", 0) if is_owed else 0
+            self._refuse_if_hopeless(result.get("name", ""), result.get("spent_seconds", 0.0), own_left)
+        if is_owed or not self.spent or result["done"] or self._finishes_soon(result):
             return False
-        return self.spent and not result["done"] and not self._finishes_soon(result)
+        self.cut.add(trial_id)
+        return True
 
-    def _refuse_if_hopeless(self, spent: float, epochs: int) -> None:
-        """Asked at the second answer of this session, because the first epoch also warms up.
+    def _refuse_if_hopeless(self, name: str, spent: float, own_left: int) -> None:
+        """Asked once in a session, at the second answer of a trial, because its first epoch also warms up.
 
         Args:
-            spent: seconds that the trial has used so far.
-            epochs: its epochs so far, over all cells.
+            name: of the trial.
+            spent: seconds that it has used so far.
+            own_left: epochs that it will go on for, over all cells, whatever the budget says.
         """
-        before, self.spent_before = self.spent_before, spent
-        left = self.epochs - epochs
-        if before is None or self.checked or left <= 0:
+        is_first = name not in self.first_answers
+        each = spent - self.first_answers.setdefault(name, spent)
+        left = own_left + self.later_epochs
+        # The time of a member of a population may go back, when it takes the weights of another one.
+        if is_first or self.checked or left <= 0 or each <= 0:
             return
         self.checked = True
-        each = spent - before
-        seconds = left * each + self.running_for
-        hours = (spent + left * each) * self.devices / 3600
-        trial = f"the first configuration alone ({self.epochs} epochs in all, {each:.2g} s each)"
+        seconds = self.elapsed + self.running_for + left * each
+        hours = self.hours_used + left * each * self.devices / 3600
+        needed = f"what is completed in any case ({left} more epochs of {each:.2g} s) needs"
+        each_of = f" that each of {self.shares} hold-outs has" if self.shares > 1 else ""
         if self.seconds is not None and seconds > HOPELESS * self.seconds:
             self.hopeless = (
-                f"{trial} needs about {seconds:.0f} s, more than {HOPELESS:g} times the time budget of "
-                f"{self.seconds:g} s; give --time-budget {math.ceil(seconds)} or more"
+                f"{needed} about {seconds:.0f} s in all, more than {HOPELESS:g} times the time budget of "
+                f"{self.seconds:g} s{each_of}; give --time-budget {math.ceil(seconds * self.shares)} or more"
             )
         elif self.accelerator_hours is not None and hours > HOPELESS * self.accelerator_hours:
             self.hopeless = (
-                f"{trial} needs about {hours:.2g} {self.unit}-hours, more than {HOPELESS:g} times the "
-                f"{self.accelerator_hours:g} of the budget; give --accelerator-hours {hours:.2g} or more"
+                f"{needed} about {hours:.2g} {self.unit}-hours in all, more than {HOPELESS:g} times the budget of "
+                f"{self.accelerator_hours:g}{each_of}; give --accelerator-hours {hours * self.shares:.2g} or more"
             )
         self.interrupted = self.interrupted or self.hopeless is not None
 

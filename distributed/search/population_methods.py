@@ -22,7 +22,7 @@ from ray.tune.schedulers.pb2 import PB2
 from core.config import Settings, merge
 from core.errors import UserError
 from core.schedules import then
-from distributed.search.schedulers import METRIC
+from distributed.run.assignment import METRIC
 from search_spaces.points import Profile
 
 CHANGEABLE = (

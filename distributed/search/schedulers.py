@@ -7,7 +7,7 @@ that reports no `TIME`: the published trial and the refits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,11 +24,13 @@ from core.errors import UserError
 from core.lookup import look_up
 from core.objectives import measure
 from core.report.answer.record import reported
-from core.run_names import CELL_VALUES, LABEL, PUBLISHED
-from distributed.run.assignment import PRUNABLE_EPOCHS, Answer, trial_name, trial_number
+from core.run_names import AFTER_CELLS, CELL_VALUES, LABEL, PUBLISHED
+from distributed.run.assignment import METRIC, PRUNABLE_EPOCHS, Answer, trial_name, trial_number
+from distributed.search.budget import Budget
+from distributed.search.population_methods import POPULATIONS
 
-METRIC, TIME = "value", PRUNABLE_EPOCHS
-"""The keys of a result that a scheduler uses: the first objective, and the epochs done in all cells."""
+TIME = PRUNABLE_EPOCHS
+"""The key of the epochs done in all cells."""
 HYPERBAND_REDUCTION = 3
 
 
@@ -128,14 +130,31 @@ SCHEDULERS: dict[str, Callable[[int, int], TrialScheduler]] = {
     "none": lambda epochs, cells: FIFOScheduler(),
 }
 """(epochs of a cell, cells) -> scheduler; `population_methods.py` has the methods that change settings in training."""
-POPULATION_SCHEDULERS = ("pbt", "pb2")
-"""Trials that follow the evolution of a population are compared on all cells: no scheduler stops them early."""
 
 
-def make_scheduler(name: str, epochs: int, cells: int, startup_trials: int = 0) -> TrialScheduler:
-    """The scheduler `name` for trials of `cells` cells of `epochs` epochs each; see `ByName` for `startup_trials`."""
-    known = SCHEDULERS | dict.fromkeys(POPULATION_SCHEDULERS, SCHEDULERS["none"])
-    return ByName(look_up(known, name, "scheduler")(epochs, cells), startup_trials)
+Spares = Callable[[str], bool]
+"""Whether nothing stops the trial of this name early."""
+
+
+def spares(startup_trials: int, budget: Budget) -> Spares:
+    """Nothing stops the first `startup_trials`, and the one that has to be completed so that there is a result."""
+
+    def is_spared(name: str) -> bool:
+        number = trial_number(name)
+        return name == budget.completes or (number is not None and number < startup_trials)
+
+    return is_spared
+
+
+def _nobody(name: str) -> bool:
+    return False
+
+
+def make_scheduler(name: str, epochs: int, cells: int, is_spared: Spares = _nobody) -> TrialScheduler:
+    """The scheduler `name` for trials of `cells` cells of `epochs` epochs each; see `ByName` for `is_spared`."""
+    # What follows the evolution of a population is compared on all cells: no scheduler stops it early.
+    known = SCHEDULERS | dict.fromkeys(POPULATIONS, SCHEDULERS["none"])
+    return ByName(look_up(known, name, "scheduler")(epochs, cells), is_spared)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +172,12 @@ class ByName(FIFOScheduler):
     only the id takes it for a new trial: at its first report, in epoch 8, ASHA would record this value at the rung of
     epoch 6, although the trial has a value of epoch 6.
 
-    The values of the first `startup_trials` count for the others, but these trials are not stopped.
+    The values of trials that are spared count for the others, but these trials are not stopped.
     """
 
-    def __init__(self, scheduler: TrialScheduler, startup_trials: int = 0) -> None:
+    def __init__(self, scheduler: TrialScheduler, is_spared: Spares = _nobody) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray left it untyped
-        self.scheduler, self.startup_trials = scheduler, startup_trials
+        self.scheduler, self.is_spared = scheduler, is_spared
         self.trials: dict[str, Trial] = {}
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -171,7 +190,7 @@ class ByName(FIFOScheduler):
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
         """The decision of the scheduler."""
         decision = self.scheduler.on_trial_result(tune_controller, self._known(trial), result)
-        return self.CONTINUE if is_startup(trial.config, self.startup_trials) else decision
+        return self.CONTINUE if self.is_spared(trial.config["assignment"]["name"]) else decision
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Result) -> None:
         """Tell the scheduler the last value."""
@@ -189,12 +208,6 @@ class ByName(FIFOScheduler):
 
     def _known(self, trial: Trial) -> Trial:
         return self.trials[trial.config["assignment"]["name"]]
-
-
-def is_startup(config: Mapping[str, Mapping[str, object]], startup_trials: int) -> bool:
-    """Whether a trial with this configuration in Tune is one of the first trials of the search."""
-    number = trial_number(str(config["assignment"]["name"]))
-    return number is not None and number < startup_trials
 
 
 def replay(
@@ -236,14 +249,14 @@ class Wilcoxon(tune.Stopper):
     study: optuna.Study
     metric: str
     cells: int
-    startup_trials: int = 0
+    is_spared: Spares = _nobody
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, trial_id: str, result: Result) -> bool:
         """Whether to stop the trial; `reasons` keeps the reason."""
         answer = cast(Answer, result)
         finished = answer.get("cells") or []
-        if is_startup({"assignment": {"name": answer.get("name", "")}}, self.startup_trials):
+        if self.is_spared(answer.get("name", "")):
             return False
         if TIME not in answer or answer["done"] or not 2 <= len(finished) < self.cells:
             return False
@@ -263,9 +276,12 @@ class Wilcoxon(tune.Stopper):
         judged = [trial for trial in completed if CELL_VALUES in trial.user_attrs]
         if not judged:
             return 1.0
-        best = min(judged, key=lambda trial: (trial.values[0], trial.number)).user_attrs[CELL_VALUES]
-        differences = np.subtract(values, best[: len(values)])
-        if np.mean(values) <= np.mean(best):
+        best = min(judged, key=lambda trial: (trial.values[0], trial.number)).user_attrs
+        # The pruner compares trials as they are, or were, after equally many cells.
+        after_cells = best.get(AFTER_CELLS)
+        others = after_cells[len(values) - 1] if after_cells else best[CELL_VALUES][: len(values)]
+        differences = np.subtract(values, others)
+        if np.mean(values) <= np.mean(best[CELL_VALUES]):
             return 1.0
         return float(wilcoxon(differences, alternative="greater", zero_method="zsplit").pvalue)
 

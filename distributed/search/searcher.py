@@ -22,6 +22,7 @@ from ray import tune
 from core.config import Settings
 from core.objectives import COST, OBJECTIVES, mean_of, measure
 from core.run_names import (
+    AFTER_CELLS,
     CELL_VALUES,
     CELLS_DONE,
     IDLE_SECONDS,
@@ -32,10 +33,17 @@ from core.run_names import (
     SD,
     SECONDS,
 )
-from distributed.run.assignment import Answer, Assignment, forget_checkpoint, trial_name
+from distributed.run.assignment import METRIC, Answer, Assignment, forget_checkpoint, trial_name
 from distributed.search.budget import Budget, judge_improvement
-from distributed.search.schedulers import METRIC, Wilcoxon
-from distributed.search.study import certain_trial, report_cells, report_value, settings_of, trials_begun
+from distributed.search.schedulers import Wilcoxon
+from distributed.search.study import (
+    best_trial,
+    owed_trial,
+    report_cells,
+    report_value,
+    settings_of,
+    trials_begun,
+)
 from search_spaces.points import Space
 
 SLOT_CRASHES = 2
@@ -160,7 +168,7 @@ class StudySearch(tune.search.Searcher):
         failed = "its slot crashed; see error.txt under tune/" if error else answer.get("failed")
         if failed is None and answer.get("finished"):
             failed = self._undefined(answer)
-        elif failed is None and (self.budget.interrupted or self.budget.spent):
+        elif failed is None and (self.budget.interrupted or trial_id in self.budget.cut):
             return
         self._describe(trial, trial_id, answer)
         if failed is not None:
@@ -169,6 +177,7 @@ class StudySearch(tune.search.Searcher):
             self._tell_completed(trial, answer)
         else:
             self._tell_pruned(trial, trial_id, answer)
+        self._name_owed()
         self.proposals.secure()
         self._forget_checkpoint(trial)
 
@@ -195,18 +204,33 @@ class StudySearch(tune.search.Searcher):
         return proposals.study.ask() if trials_begun(proposals.study) < proposals.trials else None
 
     def _owed(self) -> optuna.Trial | None:
-        """The trial that is completed whatever the budget says, if it has not begun in this session."""
-        study, continued = self.proposals.study, self.proposals.continued
-        owed = certain_trial(study)
-        if self.budget.interrupted or owed is None or owed.state.is_finished():
+        """The trial that is completed whatever the budget says, if it does not run; None if there is none.
+
+        If nothing has completed and nothing is unfinished, another trial begins.
+        """
+        study, proposals = self.proposals.study, self.proposals
+        if self.budget.interrupted:
+            return None
+        owed = owed_trial(study)
+        if owed is None:
+            may_begin = trials_begun(study) < proposals.trials and not self.budget.far_beyond
+            return study.ask() if best_trial(study) is None and may_begin else None
+        if owed.number in {trial.number for trial in self.running.values()}:
             return None
         if owed.state == TrialState.WAITING:
             return study.ask()
-        unfinished = next((trial for trial in continued if trial.number == owed.number), None)
-        if unfinished is None:
-            return None
-        continued.remove(unfinished)
-        return optuna.Trial(study, unfinished._trial_id)
+        proposals.continued[:] = [trial for trial in proposals.continued if trial.number != owed.number]
+        return optuna.Trial(study, owed._trial_id)
+
+    def _name_owed(self) -> None:
+        """Tell the budget which trial it may not stop now."""
+        owed = owed_trial(self.proposals.study)
+        is_running = owed is not None and owed.state == TrialState.RUNNING
+        self.budget.completes = self._name(owed.number) if owed is not None and is_running else ""
+
+    def _name(self, number: int) -> str:
+        """The name of a trial's assignment."""
+        return self.proposals.assignment(trial_name(number), {}, True)["name"]
 
     def _assignment(self, trial: optuna.Trial) -> Assignment | None:
         """The assignment of a trial; None if the space or the settings refuse it, and then the trial has ended.
@@ -218,11 +242,9 @@ class StudySearch(tune.search.Searcher):
             reason = trial.user_attrs[REASON]
             self.proposals.tell(f"trial {trial_name(trial.number)} did not begin: {reason}")
             return None
-        name, certain = trial_name(trial.number), certain_trial(self.proposals.study)
-        assignment = self.proposals.assignment(name, settings, trial.user_attrs.get(LABEL) != PUBLISHED)
-        if certain is not None and certain.number == trial.number:
-            self.budget.completes = assignment["name"]
-        return assignment
+        self._name_owed()
+        prunable = trial.user_attrs.get(LABEL) != PUBLISHED
+        return self.proposals.assignment(trial_name(trial.number), settings, prunable)
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:
@@ -278,6 +300,8 @@ class StudySearch(tune.search.Searcher):
         for name in others:
             is_cost = name == COST
             values.append(trial.user_attrs[COST] if is_cost else mean_of(name, answer["cells"]))
+        if "after_cells" in answer:
+            trial.set_user_attr(AFTER_CELLS, answer["after_cells"])
         if "penalty" in answer:
             trial.set_user_attr(PENALTY, answer["penalty"])
         report_cells(trial, [measure(first, cell) for cell in answer["cells"]])

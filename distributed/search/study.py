@@ -322,14 +322,22 @@ def _without_notes(trial: FrozenTrial) -> FrozenTrial:
     return copied
 
 
-def certain_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The trial that no budget stops, so that every search has a result: the published one, or else the first one.
+def owed_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The unfinished trial that no budget and no scheduler stops, so that every search has a result.
 
-    Members of a population are trained on one cell only, so none of them is a result.
+    The published one; once it has ended, and as long as there is no result, the first of the unfinished ones. None if
+    none is owed, or none is unfinished. Members of a population are trained on one cell only, and trials outside the
+    space cannot win: none of them is a result.
     """
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(LABEL) != MEMBER]
-    published = (trial for trial in trials if trial.user_attrs.get(LABEL) == PUBLISHED)
-    return next(published, min(trials, key=lambda trial: trial.number, default=None))
+    unfinished = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+        if trial.user_attrs.get(LABEL) != MEMBER and OUTSIDE not in trial.user_attrs
+    ]
+    published = [trial for trial in unfinished if trial.user_attrs.get(LABEL) == PUBLISHED]
+    if published or best_trial(study) is None:
+        return min(published or unfinished, key=lambda trial: trial.number, default=None)
+    return None
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:

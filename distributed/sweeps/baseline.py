@@ -20,14 +20,14 @@ from distributed.run.assignment import Assignment, assign, baseline_name
 from distributed.run.folder import RunFolder
 from distributed.run.working_copy import send
 from distributed.search.budget import Budget
-from distributed.search.schedulers import make_scheduler, replay
+from distributed.search.schedulers import make_scheduler, replay, spares
 from distributed.search.searcher import Proposals, StudySearch
 from distributed.search.study import (
     best_trial,
-    certain_trial,
     enqueue,
     hear_missed,
     open_study,
+    owed_trial,
     published_parameters,
 )
 from distributed.sweeps.display import Display, TensorBoard
@@ -83,6 +83,7 @@ class Baseline:
             broken = self._search(study, own, executor)
         budget.used |= own.used
         budget.elapsed = own.running_for
+        budget.checked = own.checked
         budget.hopeless, budget.interrupted = own.hopeless, budget.interrupted or own.interrupted
         return broken
 
@@ -106,6 +107,8 @@ class Baseline:
             devices=budget.devices,
             unit=budget.unit,
             epochs=self.search.epochs * len(request.cells),
+            later_epochs=budget.later_epochs,
+            shares=budget.shares,
             share=request.baseline_trials / (request.trials + request.baseline_trials),
             used=accelerator_seconds(study, budget.devices, self.folder.baseline, baseline_name),
         )
@@ -124,12 +127,11 @@ class Baseline:
             secure=lambda: send(self.folder.journal),
             tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
-        return StudySearch(proposals, own, judgement(request, self.search.profile, study))
+        return StudySearch(proposals, own, judgement(request, self.search.profile, study, own))
 
     def _is_left(self, study: optuna.Study, own: Budget) -> bool:
         trials = study.get_trials(deepcopy=False)
-        certain = certain_trial(study)
-        has_result = certain is not None and certain.state.is_finished()
+        has_result = owed_trial(study) is None and best_trial(study) is not None
         ended = sum(trial.state.is_finished() for trial in trials) >= self.request.baseline_trials
         return not ended and not (own.spent and has_result)
 
@@ -137,9 +139,8 @@ class Baseline:
         request, first = self.request, self.request.objectives[0]
         hear_missed(study, _running(study), self.folder.baseline)
         searcher = self.searcher(study, own)
-        scheduler = make_scheduler(
-            request.scheduler, self.search.epochs, len(request.cells), request.startup_trials
-        )
+        is_spared = spares(request.startup_trials, own)
+        scheduler = make_scheduler(request.scheduler, self.search.epochs, len(request.cells), is_spared)
         replay(scheduler, study.get_trials(deepcopy=False), baseline_name)
         display = Display(
             self.console, request.baseline_trials, self.search.epochs, own, first, what="L1 baseline"

@@ -83,7 +83,7 @@ class Evolution:
             if not budget.is_over:
                 self._try_next()
             elif not budget.interrupted:
-                self._try_published()
+                self._try_published(in_any_case=True)
         return None
 
     def _members(self) -> tuple[dict[str, Member], int]:
@@ -115,19 +115,27 @@ class Evolution:
             members[trial_name(number)] = begin_member(method, ranges, assignment)
         return members, 0
 
-    def _try_published(self) -> set[str | None]:
-        """Enqueue the published configuration, once; returns the labels of all trials before."""
-        labels = {trial.user_attrs.get(LABEL) for trial in self.study.get_trials(deepcopy=False)}
-        published = published_parameters(self.search.space, self.search.base)
-        if published is not None and PUBLISHED not in labels:
-            enqueue(self.study, [published], PUBLISHED)
+    def _try_published(self, *, in_any_case: bool) -> set[str | None]:
+        """Enqueue the published configuration, once; returns the labels of all trials before.
+
+        It may lie outside the space. Then it is tried if there is nothing else, `in_any_case`.
+        """
+        study, base = self.study, self.search.base
+        labels = {trial.user_attrs.get(LABEL) for trial in study.get_trials(deepcopy=False)}
+        published = published_parameters(self.search.space, base)
+        if PUBLISHED in labels:
+            return labels
+        if published is not None:
+            enqueue(study, [published], PUBLISHED)
+        elif in_any_case:
+            study.enqueue_trial({}, user_attrs={LABEL: PUBLISHED, SETTINGS: json.dumps(base)})
         return labels
 
     def _try_next(self) -> None:
         """Enqueue the published configuration and the schedule of the best member, once; write `schedule.yaml`."""
         folder, study = self.folder, self.study
-        labels = self._try_published()
         best = best_member(study)
+        labels = self._try_published(in_any_case=best is None)
         if best is not None and FOUND not in labels:
             write_schedule(folder.path / SCHEDULE, best)
             noted = {name: best.user_attrs[name] for name in (SETTINGS, LINEAGE) if name in best.user_attrs}

@@ -13,10 +13,10 @@ from core.evaluation.splits import Splits, make_splits, nested_splits
 from core.objectives import check_objectives
 from core.tasks.brain_age import CONTRASTIVE_ONLY
 from core.volumes.cohort.reader import Cohort
-from distributed.search.budget import make_terminator
+from distributed.search.budget import Budget, make_terminator
 from distributed.search.population_methods import POPULATIONS, check_population
 from distributed.search.samplers import GRID, check_sampler
-from distributed.search.schedulers import Wilcoxon, make_scheduler, pruner_threshold
+from distributed.search.schedulers import Wilcoxon, make_scheduler, pruner_threshold, spares
 from distributed.search.searcher import Judgement
 from distributed.search.study import check_space
 from distributed.sweeps.request import SweepRequest
@@ -68,19 +68,33 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
     if request.scheduler in POPULATIONS:
         _check_population(request, profile, settings)
     pruner_threshold(request.pruner, len(request.cells))
+    if is_new:
+        _check_startup(request)
     make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always))
     baseline = _resolve_baseline(request, space, settings, is_new=is_new) if request.baseline_trials else None
     return ResolvedSearch(space, base, profile, baseline)
 
 
-def judgement(request: SweepRequest, profile: Profile, study: optuna.Study) -> Judgement:
-    """How the trials of `study` are judged, a study of a space with this `profile`."""
+def _check_startup(request: SweepRequest) -> None:
+    """UserError if there is nothing that would stop the startup trials early."""
+    stops = request.pruner != "none" or request.scheduler not in ("none", *POPULATIONS)
+    if request.startup_trials and not stops:
+        raise UserError(
+            f"--startup-trials {request.startup_trials} cannot act: --scheduler {request.scheduler} stops no trial "
+            "early, and there is no --pruner; leave it out, or use --scheduler asha"
+        )
+
+
+def judgement(request: SweepRequest, profile: Profile, study: optuna.Study, budget: Budget) -> Judgement:
+    """How the trials of `study` are judged, a study of a space with this `profile`; `budget` is that of its search."""
     cells, first = len(request.cells), request.objectives[0]
     threshold = pruner_threshold(request.pruner, cells)
     return Judgement(
         request.objectives,
         request.scheduler,
-        Wilcoxon(threshold, study, first, cells, request.startup_trials) if threshold else None,
+        Wilcoxon(threshold, study, first, cells, spares(request.startup_trials, budget))
+        if threshold
+        else None,
         make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always)),
     )
 

@@ -42,7 +42,7 @@ from distributed.run.working_copy import (
 from distributed.search.budget import Budget
 from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID, grid_points, sampler_note
-from distributed.search.schedulers import make_scheduler, replay
+from distributed.search.schedulers import make_scheduler, replay, spares
 from distributed.search.searcher import Proposals, StudySearch
 from distributed.search.study import (
     POINTS_TRIED,
@@ -50,6 +50,7 @@ from distributed.search.study import (
     enqueue,
     hear_missed,
     open_study,
+    owed_trial,
     published_parameters,
     read_points,
 )
@@ -119,7 +120,9 @@ class Sweep:
 
     def execute(self) -> RunFolder:
         """Run what is left of the sweep on Ray, and write its results."""
-        budget = Budget(self.request.time_budget, self.request.accelerator_hours)
+        request = self.request
+        shares = 1 if request.outer_fold is None or request.outer is None else request.outer
+        budget = Budget(request.time_budget, request.accelerator_hours, shares=shares)
         with resumable(self.folder):
             searcher = self._searcher(budget)
             with self._connected(), interruptible(budget, self.console):
@@ -188,14 +191,13 @@ class Sweep:
             secure=lambda: send(self.folder.journal),
             tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
-        return StudySearch(proposals, budget, judgement(request, self.search.profile, study))
+        return StudySearch(proposals, budget, judgement(request, self.search.profile, study, budget))
 
     def _run(self, searcher: StudySearch, budget: Budget) -> None:
         """Evolve the population if there is one, then search, in slots."""
         request = self.request
-        scheduler = make_scheduler(
-            request.scheduler, self.search.epochs, len(request.cells), request.startup_trials
-        )
+        is_spared = spares(request.startup_trials, budget)
+        scheduler = make_scheduler(request.scheduler, self.search.epochs, len(request.cells), is_spared)
         replay(scheduler, self._earlier())
         workers, slots = fit_slots(
             request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials, self.console
@@ -211,6 +213,8 @@ class Sweep:
         pruner = searcher.judgement.pruner
         tuner = executor.search(searcher, scheduler, CombinedStopper(budget, pruner) if pruner else budget)
         evolves = self.evolves
+        if owed_trial(self.study) is not None or best_trial(self.study) is None:
+            budget.later_epochs = budget.epochs
         if self.search.baseline is not None:
             baseline = Baseline(self.folder, request, self.search.baseline, self.console)
             searcher.broken = baseline.run(budget, executor)
@@ -219,6 +223,9 @@ class Sweep:
                 evolution = Evolution(self.folder, request, self.search, self.study)
                 searcher.broken = evolution.run(budget, executor)
                 searcher.proposals.trials = len(self.study.get_trials(deepcopy=False))
+                # What it has cost is known, and not a reason to give up the rest.
+                budget.checked = True
+            budget.later_epochs = 0
             if not budget.interrupted:
                 tuner.fit()
 
