@@ -47,7 +47,7 @@ SMALL = {
 }  # fmt: skip
 KILLS_PER_SWEEP = 8
 """Then a sweep may end: a trial whose slot crashes again and again is given up on purpose."""
-PATIENCE_S = 300.0
+PATIENCE_S = 1200.0
 """Without any epoch for so long, a sweep hangs: that is a finding, and the campaign stops."""
 PROCESSES = {
     "worker": ("ray::RayTrainWorker",),
