@@ -232,6 +232,9 @@ def test_from_nifti_files_to_predictions(brainsweep, tmp_path):
     code, out, _ = brainsweep("evaluate", run, cohort)
     assert code == 0
     assert "only its 2 held-out subjects are judged" in out
+    assert "look 1 of this run" in out
+    _, again, _ = brainsweep("evaluate", run, cohort)
+    assert "look 2 of this run at its held-out subjects. Whoever chooses" in " ".join(again.split())
     from_cohort = pd.read_csv(next((run / "evaluations").iterdir()), index_col="subject")["predicted"]
     assert sorted(from_cohort.index) == sorted(held_out)
     # the cohort stores voxels with fewer digits than the files

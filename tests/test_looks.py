@@ -3,16 +3,19 @@
 import io
 
 import optuna
+import pandas as pd
 import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 from small_cohort import write_small_cohort
 
-from core.run_names import LABEL, PUBLISHED, SETTINGS
-from distributed.run.access import AccessRecord, read_access
+from core.files.tables import write_table
+from core.run_names import LABEL, OUTSIDE, PUBLISHED, SETTINGS
+from core.volumes.cohort.reader import Cohort
+from distributed.run.access import EVALUATION, AccessRecord, read_access
 from distributed.run.assignment import HOLDOUT, Cell
 from distributed.run.folder import create_run
-from distributed.sweeps.looks import looks_of, tell_looks
+from distributed.sweeps.looks import count_looks, looks_beside, looks_of, tell_looks
 from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import SweepRequest
 
@@ -74,6 +77,19 @@ def test_refits_that_are_continued_are_one_look_and_those_after_more_trials_anot
     assert [(look.trials, look.winner) for look in run.about.looks] == [(1, 0), (2, 1)]
 
 
+def test_another_winner_among_the_same_trials_is_another_look(run):
+    """The space was changed, and the former winner lies outside: nothing ran since, and somebody else is refitted."""
+    study = study_of([4.0, 5.0])
+    after_search(run, SweepRequest(), study)
+    changed = optuna.create_study()
+    for trial in study.get_trials():
+        if trial.number == 0:
+            trial.user_attrs[OUTSIDE] = {}
+        changed.add_trial(trial)
+    after_search(run, SweepRequest(), changed)
+    assert [(look.trials, look.winner) for look in run.about.looks] == [(2, 0), (2, 1)]
+
+
 def test_a_search_that_went_on_without_finishing_a_trial_has_looked_again(run):
     """Its unfinished trials were there to be seen."""
     study = study_of([5.0])
@@ -102,3 +118,35 @@ def test_a_run_of_version_0_2_that_was_refitted_has_been_looked_at(run):
     run.refit("published").mkdir(parents=True)
     (look,) = looks_of(run)
     assert (look.when, look.winner, look.trials) == ("2026-11-20T09:00:00+00:00", 3, None)
+
+
+def test_evaluations_of_the_own_hold_out_are_counted_here_and_in_runs_beside(run, tmp_path):
+    """Of three runs of one cohort two held out the same people; a third one other people."""
+
+    def held(folder, people):
+        write_table(
+            pd.DataFrame(
+                {
+                    "subject": ["a", "b", "c"],
+                    "role": ["holdout" if each in people else "fold 0" for each in "abc"],
+                }
+            ),
+            folder / "splits.csv",
+        )
+
+    cohort = Cohort.open(tmp_path / "cohort")
+    same, other = (
+        create_run(tmp_path / name, "train", {}, {"task": "brain_age"}, cohort) for name in ("same", "other")
+    )
+    held(run.path, "ab")
+    held(same.path, "b")
+    held(other.path, "c")
+    assert (count_looks(run), looks_beside(run, {"a", "b"})) == (0, {})
+    for each in (same, same, other, run):
+        AccessRecord(each.access).note([0, 1], Cell(HOLDOUT, 0, EVALUATION))
+        AccessRecord(each.access).note([0, 1], Cell(HOLDOUT, 1, "winner"))  # a refit is counted in run.json
+    assert (count_looks(run), looks_beside(run, {"a", "b"})) == (1, {"same": 2})
+    after_search(run, SweepRequest(), study_of([5.0]))
+    assert count_looks(run) == 2
+    (tmp_path / "same" / "run.json").write_text("{")
+    assert looks_beside(run, {"a", "b"}) == {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,10 @@ from core.run_names import NESTED, RUN_JSON, SPLITS
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
 from distributed.commands.known_scans import KnownScans, roles_of
+from distributed.run.access import EVALUATION, AccessRecord
+from distributed.run.assignment import HOLDOUT, Cell
 from distributed.run.folder import RunFolder, open_run
+from distributed.sweeps.looks import count_looks, looks_beside
 
 NO_CALIBRATION = (
     "this run has kept no out-of-fold predictions, so there is neither a correction for the age bias nor a prediction "
@@ -179,6 +182,22 @@ def _check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> Non
         )
 
 
+def _look(folder: RunFolder, rows: np.ndarray, people: Collection[str]) -> str:
+    """Record that the held-out `rows` are used now; returns how often this was done, here and in runs beside this one.
+
+    A run whose folder cannot be written is evaluated nowhere, because its table would have no place.
+    """
+    AccessRecord(folder.access).note(rows, Cell(HOLDOUT, 0, EVALUATION))
+    own, beside = count_looks(folder), looks_beside(folder, people)
+    note = f"look {own} of this run at its held-out subjects"
+    if beside:
+        others = ", ".join(f"{name} {looks}" for name, looks in beside.items())
+        note += f"; other runs beside it have looked at some of them, too ({others})"
+    if own + sum(beside.values()) > 1:
+        note += ". Whoever chooses by such looks has searched on the hold-out, and its error is too good"
+    return note
+
+
 def _rows_to_judge(folder: RunFolder, cohort: Cohort) -> tuple[np.ndarray, tuple[str, ...]]:
     """All rows of another cohort; in the cohort of the run itself the rows on which the model was not trained."""
     roles = pd.Series(roles_of(folder), dtype=str)
@@ -191,9 +210,9 @@ def _rows_to_judge(folder: RunFolder, cohort: Cohort) -> tuple[np.ndarray, tuple
                 "a backup"
             )
         held_out = role.eq("holdout").to_numpy()
-        people = cohort.manifest["subject"][held_out].nunique()
-        note = f"this is the run's own cohort: only its {people} held-out subjects are judged"
-        return np.flatnonzero(held_out), (note,)
+        people = set(cohort.manifest["subject"][held_out])
+        note = f"this is the run's own cohort: only its {len(people)} held-out subjects are judged"
+        return np.flatnonzero(held_out), (note, _look(folder, np.flatnonzero(held_out), people))
     known = cohort.manifest["subject"].drop_duplicates()
     shared = known.isin(roles.index[roles != "holdout"]).sum()
     notes: tuple[str, ...] = ()

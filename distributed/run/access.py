@@ -27,6 +27,9 @@ from distributed.run.working_copy import send
 COLUMNS = ("time", "trial", "fold", "seed", "rows")
 """Of a line: seconds since 1970, whose cell it is, and rows of the cohort, separated by spaces."""
 
+EVALUATION = "evaluate"
+"""In the place of a trial: `brainsweep evaluate` of the run on its own cohort."""
+
 
 @dataclass
 class AccessRecord:
@@ -54,6 +57,11 @@ class AccessRecord:
             send(path)
 
 
+def evaluations(folder: Path) -> list[float]:
+    """When `brainsweep evaluate` used the held-out subjects, in seconds since 1970."""
+    return sorted(when for when, trial, _, _ in _lines(folder) if trial == EVALUATION)
+
+
 def read_access(folder: Path) -> pd.DataFrame:
     """Who used what: one line for every row of the cohort and every fold that used it, in order of the first use.
 
@@ -61,7 +69,7 @@ def read_access(folder: Path) -> pd.DataFrame:
     continued counts again).
     """
     found: dict[tuple[int, int], tuple[float, float, int]] = {}
-    for when, fold, rows in _lines(folder):
+    for when, _, fold, rows in _lines(folder):
         for row in rows:
             first, last, uses = found.get((row, fold), (when, when, 0))
             found[row, fold] = (min(first, when), max(last, when), uses + 1)
@@ -71,15 +79,15 @@ def read_access(folder: Path) -> pd.DataFrame:
     return table.sort_values(["first", "row"], ignore_index=True)
 
 
-def _lines(folder: Path) -> Iterator[tuple[float, int, list[int]]]:
-    """When, the fold, and the rows of every line."""
+def _lines(folder: Path) -> Iterator[tuple[float, str, int, list[int]]]:
+    """When, the trial, the fold, and the rows of every line."""
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             for line in csv.reader(file):
                 # A process that was killed may leave a part of a line.
                 with contextlib.suppress(ValueError):
                     if len(line) == len(COLUMNS):
-                        yield float(line[0]), int(line[2]), [int(row) for row in line[4].split()]
+                        yield float(line[0]), line[1], int(line[2]), [int(row) for row in line[4].split()]
                     elif len(line) == 3:
                         # Version 0.2 and before: the first use only, as time, row, fold.
-                        yield float(line[0]), int(line[2]), [int(line[1])]
+                        yield float(line[0]), "", int(line[2]), [int(line[1])]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import optuna
 from rich.console import Console
 
+from core.errors import UserError
+from core.files.tables import read_table
 from core.run_description import Look
-from distributed.run.folder import RunFolder, now
+from core.run_names import RUN_JSON, SPLITS
+from distributed.run.access import evaluations
+from distributed.run.folder import RunFolder, now, open_run
 from distributed.search.study import trials_begun
 
 
@@ -28,8 +34,9 @@ def record_look(folder: RunFolder, study: optuna.Study, winner: int, baseline: i
     look = Look(
         when=now(), trials=finished_trials(study), begun=trials_begun(study), winner=winner, baseline=baseline
     )
-    # Nothing more was known, so the refits that were begun then are continued now.
-    same = looks and looks[-1].model_copy(update={"when": look.when, "winner": winner}) == look
+    # Nothing more was known, so the refits that were begun then are continued now. With another winner (if the former
+    # one lies outside a changed space) it is another look.
+    same = looks and looks[-1].model_copy(update={"when": look.when}) == look
     if not same:
         folder.update(looks=(*looks, look))
 
@@ -40,6 +47,33 @@ def looks_of(folder: RunFolder) -> tuple[Look, ...]:
     if about.looks or not folder.refit("published").exists():
         return about.looks
     return (Look(when=about.finished or about.created, winner=about.refitted),)
+
+
+def count_looks(folder: RunFolder) -> int:
+    """How often the hold-out was looked at so far: by sets of refits, and by `brainsweep evaluate`."""
+    return len(looks_of(folder)) + len(evaluations(folder.access))
+
+
+def looks_beside(folder: RunFolder, held_out: Collection[str]) -> dict[str, int]:
+    """The looks of the other runs in the same folder at any of these people, by the name of the run.
+
+    Whoever trains and evaluates again and again, and keeps the best, has searched on the hold-out.
+    """
+    cohort, found = folder.about.cohort, {}
+    for path in sorted(folder.path.parent.glob(f"*/{RUN_JSON}")):
+        try:
+            other = open_run(path.parent)
+            about = other.about.cohort
+            if other.path == folder.path or about is None or cohort is None or about.hash != cohort.hash:
+                continue
+            splits = read_table(other.path / SPLITS, ("subject", "role"))
+        except (UserError, OSError):
+            # It cannot be read, or it was stopped before it had splits.
+            continue
+        looks = count_looks(other)
+        if looks and set(splits.loc[splits["role"] == "holdout", "subject"]) & set(held_out):
+            found[other.path.name] = looks
+    return found
 
 
 def tell_looks(
