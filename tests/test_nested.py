@@ -3,7 +3,9 @@
 import io
 import json
 import shutil
+from contextlib import nullcontext
 
+import numpy as np
 import pandas as pd
 import pytest
 from fake_run import make_run
@@ -15,9 +17,11 @@ from core.evaluation.bootstrap import studentised_interval
 from core.report.nested import is_nested, lines, outer_table, print_nested, read_nested, write_nested
 from core.run_names import MEDIAN, WINNER
 from distributed.run.folder import create_run, open_run
+from distributed.search.study import published_parameters
 from distributed.sweeps.nested import NestedSearch, resume_run, run_nested
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import splits_of
+from search_spaces import load_space
 
 
 def quiet():
@@ -45,19 +49,23 @@ def judged(tmp_path_factory):
 def test_everybody_counts_once_over_all_hold_outs(judged):
     """Mean and interval against the tables of the sweeps, read without our reader."""
     write_nested(judged)
-    errors, means = [], []
+    errors, means, of_median = [], [], []
     for number in range(1, 4):
         table = pd.read_csv(judged / f"outer-{number}" / "predictions.csv", dtype={"subject": str})
         winner = table[table["method"] == WINNER]
         errors += list((winner["predicted"] - winner["age"]).abs().groupby(winner["subject"]).mean())
+        median = table[table["method"] == MEDIAN]
+        of_median += list((median["predicted"] - median["age"]).abs().groupby(median["subject"]).mean())
         holdout = pd.read_csv(judged / f"outer-{number}" / "holdout.csv")
         means.append(holdout.loc[holdout["method"] == WINNER, "mae"].mean())
     low, high = studentised_interval(pd.Series(errors).to_numpy(), 0.95)
     page = (judged / "report.html").read_text()
-    mean = pd.Series(means)
-    assert f"{mean.mean():.2f} ± {mean.std():.2f} years over 3 hold-outs" in page
-    assert f"{low:.2f} to {high:.2f}" in page
-    assert f"({len(errors)} subjects, each held out once" in page
+    said = (
+        f"{np.mean(errors):.2f} years over {len(errors)} subjects, each held out once, 95 % interval {low:.2f} to "
+        f"{high:.2f} (SD over 3 hold-outs {np.std(means, ddof=1):.2f}); predicting the training median: "
+        f"{np.mean(of_median):.2f}."
+    )
+    assert said in page
     assert len(pd.read_csv(judged / "outer.csv")) == 3
     assert page.count("<svg") == 3
 
@@ -88,13 +96,120 @@ def test_a_nested_search_that_is_not_done_says_so(judged, tmp_path):
         read_nested(half / "outer-1")
 
 
+def test_what_has_no_part_in_the_result_is_named(judged, tmp_path):
+    """A hold-out whose search ended without a result, one whose budget ended it, and a folder that is none."""
+    half = tmp_path / "half"
+    shutil.copytree(judged, half)
+    shutil.copytree(half / "outer-1", half / "outer-1-backup")
+    predictions = half / "outer-2" / "predictions.csv"
+    predictions.write_text(predictions.read_text().partition("\n")[0] + "\n")
+    open_run(half / "outer-2").update(finished="2026-11-26T09:00:00+00:00")
+    open_run(half / "outer-3").update(ended="the time budget of 5 s was used up")
+    write_nested(half)
+    page = (half / "report.html").read_text()
+    assert "No result for hold-out 2: no trial was completed there." in page
+    assert "So far" not in page
+    assert "(hold-out 3: the time budget of 5 s was used up)" in page
+    for number in (1, 3):
+        table = half / f"outer-{number}" / "predictions.csv"
+        table.write_text(table.read_text().partition("\n")[0] + "\n")
+        open_run(half / f"outer-{number}").update(finished="2026-11-26T09:00:00+00:00")
+    with pytest.raises(UserError, match=r"no hold-out of .* has a result"):
+        read_nested(half)
+
+
 def test_what_cannot_work_is_refused_before_anything_starts(tmp_path):
     cohort = write_small_cohort(tmp_path / "cohort", 6)
     with pytest.raises(UserError, match=r"--holdout 0\.3 cannot act"):
         run_nested(cohort.address, SweepRequest(outer=3, holdout=0.3), tmp_path / "run", None, quiet())
     with pytest.raises(UserError, match="needs at least 7"):
         run_nested(cohort.address, SweepRequest(outer=7, changes=SMALL), tmp_path / "run", None, quiet())
+    larger = write_small_cohort(tmp_path / "larger", 24)
+    grid = SweepRequest(outer=3, folds=2, sampler="grid", grid_points=3, trials=2)
+    with pytest.raises(UserError, match="the grid of this space has more than"):
+        run_nested(larger.address, grid, tmp_path / "run", None, quiet())
+    points = tmp_path / "missing.yaml"
+    with pytest.raises(UserError, match=r"cannot read .*missing\.yaml"):
+        run_nested(
+            larger.address, SweepRequest(outer=3, changes=SMALL), tmp_path / "run", None, quiet(), points
+        )
     assert not (tmp_path / "run").exists()
+
+
+class Failing:
+    """Sweeps of a nested search: that of `failing` ends without a result, that of `broken` does not end."""
+
+    def __init__(self, judged, failing=(), broken=()):
+        self.judged, self.failing, self.broken = judged, failing, broken
+        self.begun = []
+
+    def __call__(self, cohort, request, out, address, console, shared):
+        self.begun.append((request.outer_fold + 1, shared.first))
+        number = request.outer_fold + 1
+        if number in self.broken:
+            shutil.copytree(self.judged / f"outer-{number}", out)
+            open_run(out).update(finished=None)
+            raise UserError("the disk is full")
+        shutil.copytree(self.judged / f"outer-{number}", out)
+        open_run(out).update(finished="2026-11-26T09:00:00+00:00")
+        if number in self.failing:
+            table = out / "predictions.csv"
+            table.write_text(table.read_text().partition("\n")[0] + "\n")
+            raise UserError("all 8 trials failed; the first: the loss became NaN")
+
+
+@pytest.fixture
+def nested_of(judged, tmp_path, monkeypatch):
+    """A nested search of three hold-outs, without Ray: (what becomes of the sweeps) -> (the run, the sweeps, said)."""
+
+    def begin(**fates):
+        cohort = write_small_cohort(tmp_path / "cohort", 24)
+        sweeps, console = Failing(judged, **fates), quiet()
+        monkeypatch.setattr("distributed.sweeps.nested.run_sweep", sweeps)
+        monkeypatch.setattr("distributed.sweeps.nested.connect", lambda *_: nullcontext())
+        monkeypatch.setattr("distributed.sweeps.nested.hold", lambda *_: None)
+        points = tmp_path / "points.yaml"
+        points.write_text(
+            f"- {json.dumps(published_parameters(*load_space('brain_age')) | {'views.noise': 0.05})}\n"
+        )
+        request = SweepRequest(outer=3, folds=2, changes=SMALL)
+        try:
+            run_nested(cohort.address, request, tmp_path / "run", None, console, points)
+        except UserError as error:
+            console.print(str(error))
+        return tmp_path / "run", sweeps, " ".join(console.file.getvalue().split())
+
+    return begin
+
+
+def test_a_hold_out_without_a_result_does_not_stop_the_others_and_is_named(nested_of):
+    run, sweeps, said = nested_of(failing=[1])
+    assert [number for number, _ in sweeps.begun] == [1, 2, 3]
+    assert "hold-out 1 has no result: all 8 trials failed; the first: the loss became NaN" in said
+    assert "No result for hold-out 1" in said
+    assert open_run(run).about.finished
+    assert "No result for hold-out 1" in (run / "report.html").read_text()
+
+
+def test_a_sweep_that_was_stopped_stops_the_search_and_nothing_is_called_finished(nested_of):
+    run, sweeps, said = nested_of(broken=[2])
+    assert [number for number, _ in sweeps.begun] == [1, 2]
+    assert said.endswith("the disk is full")
+    assert open_run(run).about.finished is None
+
+
+def test_a_search_without_any_result_is_not_called_finished(nested_of):
+    run, _, said = nested_of(failing=[1, 2, 3])
+    assert said.endswith("has a result; read what each of its sweeps says")
+    assert open_run(run).about.finished is None
+
+
+def test_every_sweep_begins_with_the_points_of_the_user(nested_of):
+    """They are read once, so the file may change, or vanish, before the last sweep begins."""
+    run, sweeps, _ = nested_of()
+    recorded = open_run(run).about.first
+    assert recorded["enqueued"][0]["views.noise"] == 0.05
+    assert all(first == recorded for _, first in sweeps.begun)
 
 
 def test_the_search_of_a_nested_run_cannot_be_changed(judged):

@@ -11,7 +11,6 @@ from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.errors import UserError
-from distributed.run.folder import RunFolder
 from distributed.sweeps.interruption import resumable
 from distributed.sweeps.request import ResumeRequest, SweepRequest, TrainRequest
 from distributed.sweeps.resolve import resolve_search
@@ -129,10 +128,10 @@ def test_a_disk_that_is_full_for_a_callback_of_tune_stops_the_sweep_in_one_line(
 
     with (
         pytest.raises(UserError, match=r"stopped: No space left on device\. .* brainsweep resume"),
-        resumable(RunFolder(tmp_path)),
+        resumable(tmp_path),
     ):
         fail(errno.ENOSPC)
-    with pytest.raises(TuneError), resumable(RunFolder(tmp_path)):
+    with pytest.raises(TuneError), resumable(tmp_path):
         fail(errno.EACCES)
 
 

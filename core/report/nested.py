@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +19,7 @@ from core.files.writing import writing_to
 from core.report.answer.describe import describe
 from core.report.answer.record import RunRecord, read_run
 from core.report.answer.tables import ABSENT, count, mean_and_sd
-from core.report.answer.verdict import LEVEL, comparisons, error_interval, verdict
+from core.report.answer.verdict import LEVEL, absolute_errors, comparisons, error_interval, verdict
 from core.report.figures import subjects as figures
 from core.report.html import load_page, write_page
 from core.report.page import draw
@@ -43,6 +43,8 @@ class Nested:
     """Of the hold-outs that were judged, in their order."""
     predictions: pd.DataFrame
     """Of everyone who was held out so far: columns of `predictions` of a sweep, and outer (from 1)."""
+    begun: Mapping[int, RunRecord]
+    """The sweeps that have begun, by hold-out (from 1)."""
 
     @property
     def hold_outs(self) -> int:
@@ -58,10 +60,16 @@ class Nested:
 
 def is_nested(run: Path) -> bool:
     """Whether the folder `run` holds a nested search."""
+    return _description(run) is not None
+
+
+def _description(run: Path) -> RunDescription | None:
+    """The description of the nested search in folder `run`; None if there is none."""
     try:
-        return RunDescription.model_validate_json((run / RUN_JSON).read_bytes()).kind == NESTED
+        about = RunDescription.model_validate_json((run / RUN_JSON).read_bytes())
     except (OSError, ValueError):
-        return False
+        return None
+    return about if about.kind == NESTED else None
 
 
 def read_nested(run: Path) -> Nested:
@@ -70,20 +78,22 @@ def read_nested(run: Path) -> Nested:
     Raises:
         UserError: there is none, or none of its hold-outs was judged yet.
     """
-    if not is_nested(run):
+    about = _description(run)
+    if about is None:
         raise UserError(f"{run} is no nested search: --outer makes one")
-    about = RunDescription.model_validate_json((run / RUN_JSON).read_bytes())
-    folders = sorted(run.glob("outer-*/"), key=lambda path: int(path.name.partition("-")[2]))
-    records = {
-        int(path.name.partition("-")[2]): read_run(path) for path in folders if (path / RUN_JSON).exists()
-    }
+    asked = about.sweep.get("outer")
+    numbers = range(1, (asked if isinstance(asked, int) else 0) + 1)
+    folders = {number: run / f"outer-{number}" for number in numbers}
+    records = {number: read_run(path) for number, path in folders.items() if (path / RUN_JSON).exists()}
     judged = {number: record for number, record in records.items() if not record.predictions.empty}
     if not judged:
+        if any(record.about.finished for record in records.values()):
+            raise UserError(f"no hold-out of {run} has a result; read what each of its sweeps says")
         raise UserError(f"no hold-out of {run} was judged yet; continue it with `brainsweep resume {run}`")
     together = pd.concat(
         [record.predictions.assign(outer=number) for number, record in judged.items()], ignore_index=True
     )
-    return Nested(run, about, tuple(judged.values()), together)
+    return Nested(run, about, tuple(judged.values()), together, records)
 
 
 def outer_table(nested: Nested) -> pd.DataFrame:
@@ -112,19 +122,30 @@ def _kind(record: RunRecord) -> str:
 
 
 def headline(nested: Nested) -> str:
-    """The result in one sentence: mean and SD over hold-outs, and the interval over subjects."""
-    table = outer_table(nested)
+    """The result in one sentence: the mean over subjects with its interval, and the SD over hold-outs."""
+    table, errors = outer_table(nested), absolute_errors(nested.predictions)
     low, high = error_interval(nested.predictions, WINNER)
     subjects = count(nested.predictions["subject"].nunique(), "subject")
-    interval = "" if low != low else f"; {100 * LEVEL:.0f} % interval over subjects {low:.2f} to {high:.2f}"
-    unfinished = (
-        "" if len(table) == nested.hold_outs else f" So far {len(table)} of {nested.hold_outs} hold-outs."
-    )
+    interval = "" if low != low else f", {100 * LEVEL:.0f} % interval {low:.2f} to {high:.2f}"
+    spread = f"SD over {count(len(table), 'hold-out')} {table[WINNER].std():.2f}" if len(table) > 1 else ""
+    median = f"; predicting the training median: {errors[MEDIAN].mean():.2f}" if MEDIAN in errors else ""
     return (
-        f"Held-out MAE of the search: {mean_and_sd(table[WINNER].mean(), table[WINNER].std())} years over "
-        f"{count(len(table), 'hold-out')} ({subjects}, each held out once{interval}); predicting the training median: "
-        f"{mean_and_sd(table[MEDIAN].mean(), table[MEDIAN].std())}.{unfinished}"
+        f"Held-out MAE of the search: {errors[WINNER].mean():.2f} years over {subjects}, each held out once"
+        f"{interval}{f' ({spread})' if spread else ''}{median}.{_missing(nested)}"
     )
+
+
+def _missing(nested: Nested) -> str:
+    """Which hold-outs have no part in the result, and why; empty if all have."""
+    judged = set(nested.predictions["outer"].unique())
+    without = [
+        number for number, record in nested.begun.items() if number not in judged and record.about.finished
+    ]
+    left = nested.hold_outs - len(judged) - len(without)
+    said = ""
+    if without:
+        said = f" No result for hold-out {', '.join(map(str, without))}: no trial was completed there."
+    return said + (f" So far {len(judged)} of {nested.hold_outs} hold-outs." if left else "")
 
 
 def lines(nested: Nested) -> list[str]:
@@ -156,6 +177,18 @@ def caveats(nested: Nested) -> list[str]:
     if looked:
         which = ", ".join(map(str, looked))
         made.insert(0, f"The searches of hold-outs {which} went on after a look at their held-out subjects.")
+    cut = {
+        number: record.about.ended
+        for number, record in zip(nested.predictions["outer"].unique(), nested.sweeps, strict=True)
+        if record.about.ended
+    }
+    if cut:
+        told = "; ".join(f"hold-out {number}: {reason}" for number, reason in cut.items())
+        made.insert(
+            0,
+            f"Some searches ended early ({told}). They are not continued, because they have looked at their hold-out: "
+            "for longer searches begin a new run.",
+        )
     if nested.sweeps[0].is_synthetic:
         made.insert(0, "These brains are synthetic: the errors say nothing about real people.")
     return made

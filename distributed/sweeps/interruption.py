@@ -7,13 +7,13 @@ import errno
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ray.tune import TuneError
 from rich.console import Console
 
 from core.errors import UserError
-from distributed.run.folder import RunFolder
 from distributed.run.working_copy import run_as_typed
 from distributed.search.budget import Budget
 
@@ -22,15 +22,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def resumable(folder: RunFolder) -> Iterator[None]:
-    """Stop the sweep with one line when the disk is full, also when Tune, pandas or another library was writing."""
+def resumable(run: Path) -> Iterator[None]:
+    """Stop `run` with one line when the disk is full, also when Tune, pandas or another library was writing."""
     try:
         yield
     except (OSError, UserError, TuneError) as error:
         full = next((each for each in _causes(error) if getattr(each, "errno", None) in FULL), None)
         if full is None:
             raise
-        raise stopped(folder, os.strerror(full.errno)) from error
+        raise stopped(run, os.strerror(full.errno)) from error
 
 
 def _causes(error: BaseException | None) -> Iterator[Any]:
@@ -40,11 +40,11 @@ def _causes(error: BaseException | None) -> Iterator[Any]:
         error = error.__cause__ or error.__context__
 
 
-def stopped(folder: RunFolder, reason: str | None) -> UserError:
+def stopped(run: Path, reason: str | None) -> UserError:
     """The message of a sweep that was stopped for `reason`, and how to continue it."""
     return UserError(
         f"the sweep stopped: {reason}. Finished epochs are kept; when the cause is fixed, continue with: "
-        f"brainsweep resume {run_as_typed(folder.path)}"
+        f"brainsweep resume {run_as_typed(run)}"
     )
 
 

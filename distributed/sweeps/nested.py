@@ -6,7 +6,6 @@ about one configuration, because every hold-out has a winner of its own.
 
 RUN/run.json                 the request; kind `nested`
     outer-1/ … outer-5/      a sweep for each hold-out, with everything that a sweep has
-    enqueued.yaml            the configurations of the user, if there were any
     outer.csv, predictions.csv, report.html
 """
 
@@ -24,20 +23,23 @@ from core.report.nested import print_nested, write_nested
 from core.run_names import NESTED, RUN_JSON, SWEEP, TRAIN
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
-from distributed.batches.in_process import Volumes
 from distributed.run.folder import RunFolder, cohort_of, create_run, now, open_run
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
 from distributed.run.trust import check_trusted, describe_space
-from distributed.run.working_copy import address_of, bring_run, run_as_typed
+from distributed.run.working_copy import address_of, bring_run, refuse_taken, run_as_typed
 from distributed.slots.cluster import connect
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import NO_CHANGES, resume_sweep
-from distributed.sweeps.sweep import check_subjects, run_sweep
+from distributed.sweeps.sweep import (
+    Shared,
+    check_subjects,
+    first_points,
+    run_sweep,
+    with_whole_grid,
+)
 from distributed.sweeps.train_one import resume_training
-
-ENQUEUED_FILE = "enqueued.yaml"
 
 
 @dataclass(frozen=True)
@@ -66,43 +68,69 @@ class NestedSearch:
             self.child(number)
         ).about.finished is not None
 
-    def go_on(self, time_budget: float | None) -> RunFolder:
+    def go_on(self, time_budget: float | None, accelerator_hours: float | None = None) -> RunFolder:
         """Run the sweeps that are left, one after another; then judge them together.
+
+        A sweep that has ended stays as it is, also if its budget ended it: it has looked at its hold-out. A sweep
+        without a result does not stop the others.
 
         Args:
             time_budget: seconds for all that are left, in equal shares.
+            accelerator_hours: for the whole nested search, if it is another number than was recorded.
         """
         with claim(self.folder.path, self.console):
             left = [number for number in range(self.hold_outs) if not self.is_finished(number)]
             if left:
                 share = None if time_budget is None else time_budget / len(left)
+                hours = None if accelerator_hours is None else accelerator_hours / self.hold_outs
                 with connect(self.address, self.console):
                     # Once for all hold-outs.
-                    volumes = hold(self.cohort, self.request.data_mode)
+                    shared = Shared(hold(self.cohort, self.request.data_mode), self.folder.about.first)
                     for number in left:
                         self.console.print(f"\nhold-out {number + 1} of {self.hold_outs}", style="bold")
-                        self._run(number, share, volumes)
-                        if not self.is_finished(number):
+                        if not self._ends(number, share, hours, shared):
                             self.console.print(
                                 "\nThe nested search is unfinished. Continue with\n"
                                 f"  brainsweep resume {self.folder.path}",
                                 highlight=False,
                             )
                             return self.folder
-            self.folder.update(finished=now())
             page = write_nested(self.folder.path)
+            self.folder.update(finished=now())
         print_nested(self.console, self.folder.path)
         self.console.print(f"\nNext:\n  open {page}", highlight=False)
         return self.folder
 
-    def _run(self, number: int, time_budget: float | None, volumes: Volumes) -> None:
+    def _ends(
+        self, number: int, time_budget: float | None, accelerator_hours: float | None, shared: Shared
+    ) -> bool:
+        """Run the sweep for this hold-out; False if it was interrupted before its end."""
+        try:
+            self._run(number, time_budget, accelerator_hours, shared)
+        except UserError as error:
+            if not self.is_finished(number):
+                raise
+            self.console.print(
+                f"hold-out {number + 1} has no result: {error}",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
+        return self.is_finished(number)
+
+    def _run(
+        self, number: int, time_budget: float | None, accelerator_hours: float | None, shared: Shared
+    ) -> None:
         """Begin the sweep for this hold-out, or continue it."""
         child = self.child(number)
         if (child / RUN_JSON).exists():
             asked = ResumeRequest(
-                cohort=self.cohort.address, time_budget=time_budget, trust_space=self.trusts_space
+                cohort=self.cohort.address,
+                time_budget=time_budget,
+                accelerator_hours=accelerator_hours,
+                trust_space=self.trusts_space,
             )
-            resume_sweep(child, asked, self.address, self.console, volumes)
+            resume_sweep(child, asked, self.address, self.console, shared.volumes)
             return
         # What a process has left that was stopped before it had described the run.
         shutil.rmtree(child, ignore_errors=True)
@@ -115,11 +143,7 @@ class NestedSearch:
                 "accelerator_hours": None if hours is None else hours / self.hold_outs,
             }
         )
-        enqueued = self.folder.path / ENQUEUED_FILE
-        run_sweep(
-            self.cohort.address, request, child, self.address, self.console,
-            enqueued if enqueued.exists() else None, volumes,
-        )  # fmt: skip
+        run_sweep(self.cohort.address, request, child, self.address, self.console, shared=shared)
 
 
 def run_nested(
@@ -146,10 +170,11 @@ def run_nested(
     search = resolve_search(request, opened)
     for number in range(request.outer or 0):
         check_subjects(request.model_copy(update={"outer_fold": number}), search, opened)
-    folder = create_run(out, NESTED, request.model_dump(mode="json"), search.base, opened)
+    refuse_taken(out)
+    first = first_points(search, enqueued, console)
+    request = with_whole_grid(request, search, first)
+    folder = create_run(out, NESTED, request.model_dump(mode="json"), search.base, opened, first)
     folder.update(space_file=describe_space(request.space))
-    if enqueued is not None:
-        shutil.copyfile(enqueued, folder.path / ENQUEUED_FILE)
     return NestedSearch(folder, request, opened, console, address).go_on(request.time_budget)
 
 
@@ -219,7 +244,8 @@ def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Co
     if folder.about.kind not in (NESTED, TRAIN):
         return resume_sweep(run, asked, address, console)
     quiet()
-    given = asked.model_dump(exclude=NO_CHANGES, exclude_defaults=True)
+    allowed = NO_CHANGES if folder.about.kind == NESTED else {"cohort", "trust_space"}
+    given = asked.model_dump(exclude=allowed, exclude_defaults=True)
     if given:
         what = "a nested search" if folder.about.kind == NESTED else "a training run"
         raise UserError(
@@ -228,6 +254,9 @@ def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Co
     if folder.about.kind == TRAIN:
         return resume_training(folder, asked.cohort, address, console)
     request = SweepRequest.model_validate(folder.about.sweep)
+    if asked.accelerator_hours is not None:
+        request = request.model_copy(update={"accelerator_hours": asked.accelerator_hours})
+        folder.update(sweep=request.model_dump(mode="json"))
     check_trusted(folder, request.space, console, is_trusted=asked.trust_space)
     search = NestedSearch(
         folder, request, cohort_of(folder, asked.cohort), console, address, trusts_space=asked.trust_space
@@ -235,4 +264,4 @@ def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Co
     if folder.about.finished and all(search.is_finished(number) for number in range(search.hold_outs)):
         console.print(f"nothing left to do: all {search.hold_outs} searches of {run} are finished")
         return folder
-    return search.go_on(asked.time_budget)
+    return search.go_on(asked.time_budget, asked.accelerator_hours)

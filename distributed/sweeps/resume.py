@@ -34,7 +34,7 @@ from distributed.sweeps.sweep import Sweep, check_subjects, held
 from search_spaces import fixed_by
 
 CHANGE = "--change-search"
-NO_CHANGES = {"cohort", "time_budget", "trust_space"}
+NO_CHANGES = {"cohort", "time_budget", "accelerator_hours", "trust_space"}
 """What a `ResumeRequest` asks that does not change the search."""
 
 Searched = dict[str, list[str]]
@@ -69,6 +69,10 @@ def resume_sweep(
         about = folder.about
         recorded = SweepRequest.model_validate(about.sweep)
         request = _combined(recorded, asked)
+        if asked.accelerator_hours is not None:
+            # They are those of the whole run, so later sessions have them, too.
+            kept = recorded.model_copy(update={"accelerator_hours": asked.accelerator_hours})
+            folder.update(sweep=kept.model_dump(mode="json"))
         for mended in mend_journal(folder.journal):
             console.print(f"note: {mended}", highlight=False, soft_wrap=True)
         _mend_progress(folder, console)

@@ -73,6 +73,16 @@ Points = Sequence[Mapping[str, object]]
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What the sweeps of a nested search have in common: it was found out, or brought into memory, once."""
+
+    volumes: Volumes
+    """Those of the cohort; Ray is connected."""
+    first: Mapping[str, Points]
+    """The configurations to try first, by label."""
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A sweep in progress: the request, the cohort, and the folder of the run.
 
@@ -123,15 +133,15 @@ class Sweep:
         request = self.request
         shares = 1 if request.outer_fold is None or request.outer is None else request.outer
         budget = Budget(request.time_budget, request.accelerator_hours, shares=shares)
-        with resumable(self.folder):
+        with resumable(self.to_continue):
             searcher = self._searcher(budget)
             with self._connected(), interruptible(budget, self.console):
                 self._run(searcher, budget)
             if searcher.broken is not None:
-                raise stopped(self.folder, searcher.broken)
+                raise stopped(self.to_continue, searcher.broken)
             if budget.hopeless is not None:
                 raise UserError(
-                    f"{budget.hopeless}; what is done is kept for `brainsweep resume {run_as_typed(self.folder.path)}`"
+                    f"{budget.hopeless}; what is done is kept for `brainsweep resume {run_as_typed(self.to_continue)}`"
                 )
             return self.conclude(budget)
 
@@ -169,6 +179,11 @@ class Sweep:
         print_leaderboard(self.console, read_run(folder.path))
         self._say_next(page, budget)
         return folder
+
+    @property
+    def to_continue(self) -> Path:
+        """The run that a user continues: that of the nested search, if this is one of its sweeps."""
+        return self.folder.path if self.request.outer_fold is None else self.folder.path.parent
 
     @property
     def evolves(self) -> bool:
@@ -275,6 +290,9 @@ class Sweep:
                 f"\nOf the L1 baseline {ended} of {self.request.baseline_trials} trials ended.",
                 highlight=False,
             )
+        if self.request.outer_fold is not None:
+            # Whoever continued it by itself would search on after a look; the nested search says what follows.
+            return
         if budget.interrupted or unfinished or missing:
             self.console.print(
                 f"\n{unfinished + missing} trial(s) unfinished. Continue with\n  brainsweep resume {run}"
@@ -295,7 +313,7 @@ def run_sweep(
     address: str | None,
     console: Console,
     enqueued: Path | None = None,
-    volumes: Volumes | None = None,
+    shared: Shared | None = None,
 ) -> RunFolder:
     """Search, refit, look at the hold-out once, report. Returns the run's folder.
 
@@ -306,7 +324,7 @@ def run_sweep(
         address: the address of a Ray cluster; this machine if None.
         console: where to print the progress.
         enqueued: a YAML file with configurations to try after the published one.
-        volumes: those of the cohort, if they are held already.
+        shared: what a nested search gives to its sweeps.
 
     Raises:
         UserError: a part of the request cannot work; this is raised before anything starts.
@@ -320,14 +338,13 @@ def run_sweep(
             "other's checkpoints"
         )
     refuse_taken(out)
-    first = _first_points(search, enqueued, console)
-    if request.sampler == GRID:
-        grid = grid_points(search.space, request.grid_points, request.search_seed)
-        request = _with_whole_grid(request, first, grid)
+    first = first_points(search, enqueued, console) if shared is None else shared.first
+    request = with_whole_grid(request, search, first)
     splits = check_subjects(request, search, opened)
     folder = create_run(out, SWEEP, request.model_dump(mode="json"), search.base, opened, first)
     with held(folder, console):
         study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives)
+        volumes = None if shared is None else shared.volumes
         sweep = Sweep(folder, request, search, opened, splits, study, console, address, volumes)
         return sweep.begin().execute()
 
@@ -346,7 +363,7 @@ def held(folder: RunFolder, console: Console) -> Iterator[None]:
         yield
 
 
-def _first_points(search: ResolvedSearch, enqueued: Path | None, console: Console) -> dict[str, Points]:
+def first_points(search: ResolvedSearch, enqueued: Path | None, console: Console) -> dict[str, Points]:
     """The points to try before the sampler is asked, by label: the published configuration, then those of the user."""
     published = published_parameters(search.space, search.base)
     if published is None:
@@ -355,8 +372,13 @@ def _first_points(search: ResolvedSearch, enqueued: Path | None, console: Consol
     return {PUBLISHED: [published] if published is not None else [], ENQUEUED: own}
 
 
-def _with_whole_grid(request: SweepRequest, first: Mapping[str, Points], grid: Points) -> SweepRequest:
-    """`request` with one trial for each point of the grid and before it; UserError if it asks for fewer trials."""
+def with_whole_grid(
+    request: SweepRequest, search: ResolvedSearch, first: Mapping[str, Points]
+) -> SweepRequest:
+    """`request`, for a grid with one trial for each point and those before; UserError if it asks for fewer trials."""
+    if request.sampler != GRID:
+        return request
+    grid = grid_points(search.space, request.grid_points, request.search_seed)
     before = [point for points in first.values() for point in points if point not in grid]
     needed = len(grid) + len(before)
     if request.trials < needed:
