@@ -26,9 +26,15 @@ from distributed.run.folder import create_run
 from distributed.run.working_copy import BY_WORKERS
 from distributed.search.budget import Budget
 from distributed.search.schedulers import make_scheduler, replay
-from distributed.search.study import check_space, open_study
+from distributed.search.study import check_space, open_study, progress_reader
 from distributed.sweeps import baseline as module
-from distributed.sweeps.baseline import Baseline, baseline_finished, baseline_study, best_baseline
+from distributed.sweeps.baseline import (
+    Baseline,
+    baseline_finished,
+    baseline_progress,
+    baseline_study,
+    best_baseline,
+)
 from distributed.sweeps.display import Display
 from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import ResumeRequest, SweepRequest
@@ -502,15 +508,16 @@ def test_a_space_of_which_nothing_is_left_does_not_end_a_run_whose_baseline_is_f
 def test_the_table_has_the_columns_of_the_trials_also_before_the_first_trial(made):
     baseline = made()
     folder, request = baseline.folder, baseline.request
-    write_baseline(folder, baseline_study(folder, request))
-    write_tables(folder, open_study(folder.journal, "tpe", 0))  # interrupted before the search had a trial
+    write_baseline(folder, baseline_study(folder, request), baseline_progress(folder, request))
+    # Interrupted before the search had a trial.
+    write_tables(folder, open_study(folder.journal, "tpe", 0), progress_reader(folder.trial, [], "mae"))
     record = read_run(folder.path)
     assert record.baseline.empty
     assert record.trials.empty
     assert not [line for line in record.missing if line.startswith(("baseline", "trials"))]
     baseline.begin(baseline_study(folder, request))
     end(baseline_study(folder, request), 9.0, 7.0)
-    write_baseline(folder, baseline_study(folder, request))
+    write_baseline(folder, baseline_study(folder, request), baseline_progress(folder, request))
     record = read_run(folder.path)
     assert record.baseline["label"].tolist()[0] == PUBLISHED
     assert record.best_baseline["value"] == 7.0

@@ -117,6 +117,25 @@ def test_new_people_are_inside_as_often_as_promised(n, scans):
     assert share < LEVEL + 1 / (n + 1) + 3 * error
 
 
+@pytest.mark.parametrize("age", [30.0, 30.1, 0.1])
+def test_people_of_one_age_say_nothing_about_how_gaps_depend_on_age(age):
+    """The mean of twelve times 30.1 is not 30.1: the line through this rounding had a slope of 1e14."""
+    predicted, _, subjects = people(12)
+    calibration = calibrate(predicted, np.full(12, age), subjects)
+    assert (math.isnan(calibration.slope), calibration.half_width is None) == (True, False)
+    (said,) = calibration.lacks
+    assert said.startswith("all people of this run are of one age")
+    table = gap_table(calibration, predicted, np.full(12, age))
+    assert table[["corrected_gap", "corrected_prediction"]].isna().all().all()
+    assert Calibration.from_json(calibration.to_json()).lacks == calibration.lacks
+
+
+def test_errors_that_are_not_finite_give_no_interval():
+    predicted, ages, subjects = people(12)
+    predicted[:6] = math.nan
+    assert calibrate(predicted, ages, subjects).half_width is None
+
+
 def test_a_person_counts_once_with_all_scans_and_seeds():
     predicted, ages, subjects = people(20, seed=1)
     once = calibrate(predicted, ages, subjects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -20,7 +21,7 @@ from core.errors import UserError
 from core.evaluation.bootstrap import studentised_interval
 from core.report import page as page_module
 from core.report.answer.describe import describe
-from core.report.answer.findings import caveats, headline, importance_note
+from core.report.answer.findings import caveats, headline, importance_note, verdict_lines
 from core.report.answer.importance import importances_of, unassessed_settings
 from core.report.answer.record import NothingToShow, RunRecord, read_run
 from core.report.answer.tables import (
@@ -110,6 +111,23 @@ def test_leaderboard_ranks_completed_trials_only_and_always_shows_the_published_
     everything = leaderboard(trials, top=10)
     assert everything["trial"].tolist() == [1, 4, 0, 2]
     assert everything.iloc[-1].tolist() == ["–", 2, "supcon", "5.00", "1", "PRUNED, epoch 4"]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (None, "it is the winner, because nothing was compared with it."),
+        ("FAIL", "it is the winner, because nothing was compared with it."),
+        ("PRUNED", "it is the winner. 1 other trial stopped early"),
+        ("COMPLETE", "The search found nothing better than the published configuration"),
+    ],
+)
+def test_a_published_winner_is_called_alone_only_if_nothing_was_compared_with_it(run, other, said) -> None:
+    rows = [(0, "published", "COMPLETE", 6.0, 1.0, 6, 60, 1.0, None)]
+    if other is not None:
+        rows.append((1, None, other, 8.0, 1.0, 1, 10, 1.0, None))
+    record = dataclasses.replace(read_run(run), trials=_trials(*rows))
+    assert any(said in line for line in verdict_lines(record))
 
 
 def test_the_winner_is_the_best_completed_trial_inside_the_space() -> None:

@@ -1,5 +1,6 @@
 """What stops trials early: against laws, Optuna's own pruner, and what a resumed search would have decided."""
 
+import json
 import math
 from collections import Counter
 from itertools import count
@@ -11,8 +12,8 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from core.errors import UserError
-from core.run_names import AFTER_CELLS, CELL_VALUES, LABEL, PUBLISHED
-from distributed.run.assignment import METRIC, trial_name
+from core.run_names import AFTER_CELLS, CELL_VALUES, LABEL, PUBLISHED, SETTINGS
+from distributed.run.assignment import METRIC, assign, identity, trial_name
 from distributed.search.budget import Budget
 from distributed.search.schedulers import (
     SCHEDULERS,
@@ -24,7 +25,8 @@ from distributed.search.schedulers import (
     replay,
     spares,
 )
-from distributed.search.study import report_missing
+from distributed.search.study import hear_missed, progress_reader, report_missing
+from distributed.sweeps.tables import accelerator_seconds
 
 
 class Trial:
@@ -136,6 +138,24 @@ def test_the_published_trial_is_no_measure_after_a_resume_either():
     scheduler = make_scheduler("asha", epochs=4, cells=2)
     replay(scheduler, study.get_trials())
     assert run(scheduler, 1, [9.0] * 8) == 8
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_search_hears_nothing_of_another_configuration_with_the_same_number(tmp_path, is_own):
+    """After a study has lost its end: the folder of the number still holds what another configuration did."""
+    study, cells = optuna.create_study(), [{"fold": 0, "seed": 0}]
+    trial = study.ask()
+    trial.set_user_attr(SETTINGS, json.dumps({"optimiser.learning_rate": 0.01}))
+    settings = {"optimiser.learning_rate": 0.01 if is_own else 0.1}
+    made = identity(assign(tmp_path / "0000", settings, cells))
+    (tmp_path / "0000").mkdir()
+    history = [{"value": 9.0, "spent_seconds": 3.0}, {"value": 8.0, "spent_seconds": 4.0}]
+    progress = {"of": made, "history": history, "cells": [], "answer": None}
+    (tmp_path / "0000" / "progress.json").write_text(json.dumps(progress))
+    read = progress_reader(lambda name: tmp_path / name, cells, "mae")
+    assert accelerator_seconds(study, 2.0, read) == {"0000": 14.0 if is_own else 0.0}
+    hear_missed(study, study.get_trials(), read)
+    assert study.get_trials()[0].intermediate_values == ({1: 9.0, 2: 8.0} if is_own else {})
 
 
 def test_what_a_killed_search_did_not_hear_is_recorded_once():

@@ -67,7 +67,12 @@ class Calibration:
             lacks.append(
                 f"no interval: it needs out-of-fold predictions of {FEWEST} people, and this run has {self.subjects}"
             )
-        if not self.stretches:
+        if math.isnan(self.slope):
+            lacks.append(
+                "all people of this run are of one age: how gaps depend on age is not known, so there is neither a "
+                "corrected prediction nor a corrected gap"
+            )
+        elif not self.stretches:
             lacks.append(
                 f"predictions hardly follow age (by {1 + self.slope:.2f} years for each year of age): there is no "
                 "corrected prediction, and gaps, corrected or not, say nothing about people"
@@ -127,7 +132,8 @@ def _conformal(errors_n: Floats, subjects_n: Names) -> float | None:
     needed = (len(np.unique(subjects_n)) + 1) * LEVEL
     # Without a margin for rounding, 0.9 · 10 is more than 9 people.
     enough = np.flatnonzero(people_n >= needed - 1e-9)
-    return float(errors_n[order[enough[0]]]) if enough.size else None
+    half_width = float(errors_n[order[enough[0]]]) if enough.size else math.nan
+    return half_width if math.isfinite(half_width) else None
 
 
 def gap_table(

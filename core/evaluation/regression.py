@@ -45,14 +45,15 @@ class AgeBias:
 
 
 def fit_age_bias(predicted_n: Floats, ages_n: Floats, weights_n: Floats | None = None) -> AgeBias:
-    """Least-squares line of the gap (predicted - age) on age; NaN with fewer than two different ages."""
+    """Least-squares line of the gap (predicted - age) on age; NaN if all ages are equal, or differ by rounding only."""
     ages_n = np.asarray(ages_n, dtype=np.float64)
     gap_n = np.asarray(predicted_n, dtype=np.float64) - ages_n
     mean_age, mean_gap = np.average(ages_n, weights=weights_n), np.average(gap_n, weights=weights_n)
     centred_n = ages_n - mean_age
     weighed_n = centred_n if weights_n is None else weights_n * centred_n
     spread = float(weighed_n @ centred_n)
-    if spread == 0:
+    # A mean of equal ages differs from them in the last digit.
+    if np.ptp(ages_n) <= 1e-9 * np.abs(ages_n).max():
         return AgeBias(float("nan"), float("nan"))
     slope = float(weighed_n @ gap_n) / spread
     return AgeBias(slope, float(mean_gap - slope * mean_age))

@@ -221,6 +221,7 @@ def predict(
     ] = None,
 ) -> None:
     """Predict the age of single NIfTI files with the best model of a run, with an interval and the brain-age gap."""
+    from core.evaluation.calibration import LEVEL
     from distributed.commands.predicting import predict_files
     from distributed.run.working_copy import bring_run
 
@@ -234,7 +235,7 @@ def predict(
         console.print(f"note: {who}: {said}", style="yellow", highlight=False, soft_wrap=True)
     shown = {
         "predicted": "predicted age",
-        "interval": "90 % interval",
+        "interval": f"{100 * LEVEL:.0f} % interval",
         "corrected_prediction": "corrected prediction",
         "gap": "gap",
         "corrected_gap": "corrected gap",

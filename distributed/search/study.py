@@ -25,7 +25,7 @@ from core.objectives import OBJECTIVES
 from core.report.answer.record import reported
 from core.run_names import LABEL, MEMBER, OUTSIDE, OUTSIDE_LABEL, PUBLISHED, REASON, SETTINGS, STUDY, VALUE_AT
 from core.tasks import TASKS
-from distributed.run.assignment import read_progress, trial_name
+from distributed.run.assignment import Progress, assign, identity, read_progress, trial_name
 from distributed.run.journal import Journal
 from distributed.search.samplers import make_sampler
 from search_spaces.points import (
@@ -219,10 +219,36 @@ def report_missing(study: optuna.Study, trial: FrozenTrial, values: Mapping[int,
         report_value(open_trial, values[epochs], epochs)
 
 
-def hear_missed(study: optuna.Study, unfinished: Sequence[FrozenTrial], place: Callable[[str], Path]) -> None:
-    """Record for all `unfinished` trials what the study does not know; `place` is the folder of a trial by its name."""
+ReadProgress = Callable[[FrozenTrial], Progress]
+
+
+def progress_reader(place: Callable[[str], Path], cells: list[dict[str, int]], metric: str) -> ReadProgress:
+    """Reads the progress of trials. It is empty if a folder holds another configuration that had the same number.
+
+    This is so between the moment when a study has lost its end and the moment when a worker sets the folder aside.
+
+    Args:
+        place: the folder of a trial, by the name of the folder.
+        cells: of every trial.
+        metric: its first objective.
+    """
+
+    def read(trial: FrozenTrial) -> Progress:
+        folder = place(trial_name(trial.number))
+        progress, settings = read_progress(folder), trial.user_attrs.get(SETTINGS)
+        # The settings of a member of a population change while it trains.
+        if progress["of"] is None or settings is None or trial.user_attrs.get(LABEL) == MEMBER:
+            return progress
+        own = identity(assign(folder, json.loads(settings), cells, metric=metric))
+        return progress if progress["of"] == own else Progress(of=None, history=[], cells=[], answer=None)
+
+    return read
+
+
+def hear_missed(study: optuna.Study, unfinished: Sequence[FrozenTrial], read: ReadProgress) -> None:
+    """Record for all `unfinished` trials what the study does not know."""
     for trial in unfinished:
-        done = enumerate(read_progress(place(trial_name(trial.number)))["history"], start=1)
+        done = enumerate(read(trial)["history"], start=1)
         answered = {epochs: row.get("value", math.nan) for epochs, row in done}
         report_missing(
             study, trial, {epochs: value for epochs, value in answered.items() if math.isfinite(value)}

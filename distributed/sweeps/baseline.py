@@ -23,11 +23,13 @@ from distributed.search.budget import Budget
 from distributed.search.schedulers import make_scheduler, replay, spares
 from distributed.search.searcher import Proposals, StudySearch
 from distributed.search.study import (
+    ReadProgress,
     best_trial,
     enqueue,
     hear_missed,
     open_study,
     owed_trial,
+    progress_reader,
     published_parameters,
 )
 from distributed.sweeps.display import Display, TensorBoard
@@ -41,6 +43,11 @@ from distributed.sweeps.tables import accelerator_seconds
 def baseline_study(folder: RunFolder, request: SweepRequest) -> optuna.Study:
     """The study of the L1 baseline, made if absent."""
     return open_study(folder.journal, request.sampler, request.search_seed, request.objectives, L1_STUDY)
+
+
+def baseline_progress(folder: RunFolder, request: SweepRequest) -> ReadProgress:
+    """Reads the progress of a trial of the L1 baseline."""
+    return progress_reader(folder.baseline, request.cells, request.objectives[0])
 
 
 def best_baseline(folder: RunFolder, request: SweepRequest) -> FrozenTrial | None:
@@ -87,6 +94,11 @@ class Baseline:
         budget.hopeless, budget.interrupted = own.hopeless, budget.interrupted or own.interrupted
         return broken
 
+    @property
+    def progress(self) -> ReadProgress:
+        """Reads the progress of a trial."""
+        return baseline_progress(self.folder, self.request)
+
     def begin(self, study: optuna.Study) -> None:
         """Enqueue the first trial, once: the published settings with L1, which nothing stops early."""
         if study.get_trials(deepcopy=False):
@@ -110,7 +122,7 @@ class Baseline:
             later_epochs=budget.later_epochs,
             shares=budget.shares,
             share=request.baseline_trials / (request.trials + request.baseline_trials),
-            used=accelerator_seconds(study, budget.devices, self.folder.baseline, baseline_name),
+            used=accelerator_seconds(study, budget.devices, self.progress, baseline_name),
         )
 
     def searcher(self, study: optuna.Study, own: Budget) -> StudySearch:
@@ -137,7 +149,7 @@ class Baseline:
 
     def _search(self, study: optuna.Study, own: Budget, executor: Executor) -> str | None:
         request, first = self.request, self.request.objectives[0]
-        hear_missed(study, _running(study), self.folder.baseline)
+        hear_missed(study, _running(study), self.progress)
         searcher = self.searcher(study, own)
         is_spared = spares(request.startup_trials, own)
         scheduler = make_scheduler(request.scheduler, self.search.epochs, len(request.cells), is_spared)

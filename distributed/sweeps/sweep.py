@@ -46,18 +46,20 @@ from distributed.search.schedulers import make_scheduler, replay, spares
 from distributed.search.searcher import Proposals, StudySearch
 from distributed.search.study import (
     POINTS_TRIED,
+    ReadProgress,
     best_trial,
     enqueue,
     hear_missed,
     open_study,
     owed_trial,
+    progress_reader,
     published_parameters,
     read_points,
 )
 from distributed.slots.cluster import check_shared, connect, fit_slots
 from distributed.slots.slot import Slot, Workers, pack
 from distributed.sweeps import tables
-from distributed.sweeps.baseline import Baseline, baseline_finished, baseline_study
+from distributed.sweeps.baseline import Baseline, baseline_finished, baseline_progress, baseline_study
 from distributed.sweeps.display import Display, TensorBoard
 from distributed.sweeps.evolution import Evolution
 from distributed.sweeps.executor import Executor
@@ -157,9 +159,10 @@ class Sweep:
         folder, study = self.folder, self.study
         with writing_to(folder.path):
             bring_results(folder.path)
-            tables.write_tables(folder, study)
+            tables.write_tables(folder, study, self.progress)
             if self.request.baseline_trials:
-                tables.write_baseline(folder, baseline_study(folder, self.request))
+                of_baseline = baseline_progress(folder, self.request)
+                tables.write_baseline(folder, baseline_study(folder, self.request), of_baseline)
             tables.write_confirmed(folder)
             tables.write_access(folder, self.cohort)
             tables.write_holdout(folder, self.cohort, self.splits)
@@ -179,6 +182,11 @@ class Sweep:
         print_leaderboard(self.console, read_run(folder.path))
         self._say_next(page, budget)
         return folder
+
+    @property
+    def progress(self) -> ReadProgress:
+        """Reads the progress of a trial."""
+        return progress_reader(self.folder.trial, self.request.cells, self.request.objectives[0])
 
     @property
     def to_continue(self) -> Path:
@@ -264,7 +272,7 @@ class Sweep:
     def _earlier(self) -> list[optuna.trial.FrozenTrial]:
         """The trials of earlier sessions with all values that they have answered."""
         unfinished = [] if self.evolves else self.study.get_trials(False, (TrialState.RUNNING,))
-        hear_missed(self.study, unfinished, self.folder.trial)
+        hear_missed(self.study, unfinished, self.progress)
         return self.study.get_trials(deepcopy=False)
 
     def _finished(self) -> list[optuna.trial.FrozenTrial]:
@@ -275,7 +283,7 @@ class Sweep:
         budget.unit = "GPU" if workers.gpus else "CPU"
         budget.epochs = self.search.epochs * len(self.request.cells)
         budget.devices = workers.count * (workers.gpus or workers.cpus)
-        budget.used = tables.accelerator_seconds(self.study, budget.devices, self.folder.trial)
+        budget.used = tables.accelerator_seconds(self.study, budget.devices, self.progress)
 
     def _say_next(self, page: Path, budget: Budget) -> None:
         run = run_as_typed(self.folder.path)

@@ -23,13 +23,13 @@ from core.volumes.cohort.reader import Cohort
 from distributed.run.access import read_access
 from distributed.run.assignment import read_progress, trial_name
 from distributed.run.folder import RunFolder, now
-from distributed.search.study import best_trial
+from distributed.search.study import ReadProgress, best_trial
 
 
-def write_tables(folder: RunFolder, study: optuna.Study) -> None:
+def write_tables(folder: RunFolder, study: optuna.Study, read: ReadProgress) -> None:
     """Write the tables of the trials of a run, from its study and from the progress.json of each trial."""
     trials = study.get_trials(deepcopy=False)
-    progress = {trial.number: read_progress(folder.trial(trial_name(trial.number))) for trial in trials}
+    progress = {trial.number: read(trial) for trial in trials}
     rows = [trial_row(trial, len(progress[trial.number]["history"])) for trial in trials]
     table = pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS)
     write_table(table, folder.path / "trials.csv")
@@ -41,20 +41,16 @@ def write_tables(folder: RunFolder, study: optuna.Study) -> None:
     write_table(pd.DataFrame(history), folder.path / "history.csv")
 
 
-def write_baseline(folder: RunFolder, study: optuna.Study) -> None:
+def write_baseline(folder: RunFolder, study: optuna.Study, read: ReadProgress) -> None:
     """Write baseline.csv: the trials of the L1 baseline, with the columns of trials.csv."""
-    trials = study.get_trials(deepcopy=False)
-    rows = [
-        trial_row(trial, len(read_progress(folder.baseline(trial_name(trial.number)))["history"]))
-        for trial in trials
-    ]
+    rows = [trial_row(trial, len(read(trial)["history"])) for trial in study.get_trials(deepcopy=False)]
     write_table(pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS), folder.path / "baseline.csv")
 
 
 def accelerator_seconds(
     study: optuna.Study,
     devices: float,
-    place: Callable[[str], Path],
+    read: ReadProgress,
     named: Callable[[int], str] = trial_name,
 ) -> dict[str, float]:
     """The accelerator-seconds of each trial so far, by its name: as recorded at its end, or the sum of its epochs.
@@ -62,12 +58,12 @@ def accelerator_seconds(
     Args:
         study: of the trials.
         devices: of a slot.
-        place: the folder of a trial, by the name of the folder.
+        read: see `progress_reader`.
         named: the name of a trial, by its number.
     """
     used = {}
     for trial in study.get_trials(deepcopy=False):
-        epochs = read_progress(place(trial_name(trial.number)))["history"]
+        epochs = read(trial)["history"]
         so_far = sum(row.get("spent_seconds", 0.0) for row in epochs) * devices
         used[named(trial.number)] = trial.user_attrs.get(COST, so_far)
     return used

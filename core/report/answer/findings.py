@@ -77,7 +77,14 @@ def verdict_lines(record: RunRecord) -> list[str]:
 
 
 def _published_wins(record: RunRecord) -> str:
-    if (record.trials["state"] == "COMPLETE").sum() == 1:
+    states = record.trials["state"]
+    if (states == "COMPLETE").sum() == 1:
+        pruned = int((states == "PRUNED").sum())
+        if pruned:
+            return (
+                f"Only the published configuration was completed: it is the winner. {count(pruned, 'other trial')} "
+                "stopped early, because others were ahead by then."
+            )
         return "Only the published configuration was completed: it is the winner, because nothing was compared with it."
     return "The search found nothing better than the published configuration, which is its winner."
 
