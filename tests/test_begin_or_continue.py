@@ -19,6 +19,7 @@ from distributed.sweeps import sweep as sweeps
 from distributed.sweeps import train_one as training
 from distributed.sweeps.nested import resume_run, run_or_resume
 from distributed.sweeps.request import ResumeRequest, SweepRequest, TrainRequest
+from distributed.sweeps.sweep import Launch
 from distributed.training.trial import Runner
 
 RATE = "optimiser.learning_rate"
@@ -48,7 +49,7 @@ def begin(cohort, tmp_path, monkeypatch):
     def command(name, **changes):
         request = SweepRequest(space=f"{tmp_path}/mine.py:space", folds=2, trials=6, changes=SMALL, **changes)
         said = Console(file=io.StringIO(), width=300)
-        run_or_resume(cohort.address, request, tmp_path / name, None, said, tmp_path / "points.yaml")
+        run_or_resume(Launch(cohort.address, request, tmp_path / name, None, said, tmp_path / "points.yaml"))
         return said.file.getvalue()
 
     return command

@@ -21,6 +21,7 @@ from distributed.search.study import published_parameters
 from distributed.sweeps.nested import NestedSearch, resume_run, run_nested
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import splits_of
+from distributed.sweeps.sweep import Launch
 from search_spaces import load_space
 
 
@@ -121,17 +122,23 @@ def test_what_has_no_part_in_the_result_is_named(judged, tmp_path):
 def test_what_cannot_work_is_refused_before_anything_starts(tmp_path):
     cohort = write_small_cohort(tmp_path / "cohort", 6)
     with pytest.raises(UserError, match=r"--holdout 0\.3 cannot act"):
-        run_nested(cohort.address, SweepRequest(outer=3, holdout=0.3), tmp_path / "run", None, quiet())
+        run_nested(
+            Launch(cohort.address, SweepRequest(outer=3, holdout=0.3), tmp_path / "run", None, quiet())
+        )
     with pytest.raises(UserError, match="needs at least 7"):
-        run_nested(cohort.address, SweepRequest(outer=7, changes=SMALL), tmp_path / "run", None, quiet())
+        run_nested(
+            Launch(cohort.address, SweepRequest(outer=7, changes=SMALL), tmp_path / "run", None, quiet())
+        )
     larger = write_small_cohort(tmp_path / "larger", 24)
     grid = SweepRequest(outer=3, folds=2, sampler="grid", grid_points=3, trials=2)
     with pytest.raises(UserError, match="the grid of this space has more than"):
-        run_nested(larger.address, grid, tmp_path / "run", None, quiet())
+        run_nested(Launch(larger.address, grid, tmp_path / "run", None, quiet()))
     points = tmp_path / "missing.yaml"
     with pytest.raises(UserError, match=r"cannot read .*missing\.yaml"):
         run_nested(
-            larger.address, SweepRequest(outer=3, changes=SMALL), tmp_path / "run", None, quiet(), points
+            Launch(
+                larger.address, SweepRequest(outer=3, changes=SMALL), tmp_path / "run", None, quiet(), points
+            )
         )
     assert not (tmp_path / "run").exists()
 
@@ -143,7 +150,8 @@ class Failing:
         self.judged, self.failing, self.broken = judged, failing, broken
         self.begun = []
 
-    def __call__(self, cohort, request, out, address, console, shared):
+    def __call__(self, launch, shared):
+        request, out = launch.request, launch.out
         self.begun.append((request.outer_fold + 1, shared.first))
         number = request.outer_fold + 1
         if number in self.broken:
@@ -174,7 +182,7 @@ def nested_of(judged, tmp_path, monkeypatch):
         )
         request = SweepRequest(outer=3, folds=2, changes=SMALL)
         try:
-            run_nested(cohort.address, request, tmp_path / "run", None, console, points)
+            run_nested(Launch(cohort.address, request, tmp_path / "run", None, console, points))
         except UserError as error:
             console.print(str(error))
         return tmp_path / "run", sweeps, " ".join(console.file.getvalue().split())
@@ -232,7 +240,7 @@ def test_a_nested_search_that_is_killed_goes_on_and_everyone_is_held_out_once(tm
     with monkeypatch.context() as patch:
         patch.setattr(NestedSearch, "_run", killed_in_the_second)
         with pytest.raises(KeyboardInterrupt):
-            run_nested(cohort.address, request, run, None, console)
+            run_nested(Launch(cohort.address, request, run, None, console))
     first = (run / "outer-1" / "predictions.csv").read_bytes()
     resume_run(run, ResumeRequest(), None, console)
     assert open_run(run).about.finished

@@ -15,7 +15,7 @@ from distributed.sweeps.interruption import resumable
 from distributed.sweeps.request import ResumeRequest, SweepRequest, TrainRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import _combined, _what_changed
-from distributed.sweeps.sweep import run_sweep
+from distributed.sweeps.sweep import Launch, run_sweep
 from distributed.sweeps.train_one import train_one
 
 SPACE = """
@@ -75,7 +75,9 @@ def test_sites_are_needed_by_what_measures_them(place, cohort):
 
 def test_a_grid_is_run_whole_or_not_at_all(place, tmp_path):
     def sweep(**asked):
-        run_sweep(place / "cohort", request(place, **asked), tmp_path / "run", None, Console(quiet=True))
+        run_sweep(
+            Launch(place / "cohort", request(place, **asked), tmp_path / "run", None, Console(quiet=True))
+        )
 
     with pytest.raises(UserError, match=r"is a number from 0.0001 to 0.01; give it a step"):
         sweep(sampler="grid")
@@ -151,7 +153,9 @@ def test_a_cohort_that_can_teach_nothing_is_refused_at_start(place, tmp_path, su
     opened.setattr("core.volumes.cohort.reader.Cohort.open", lambda location: cohort)
     try:
         for start in (
-            lambda: run_sweep(cohort.location, request(place), tmp_path / "run", None, Console(quiet=True)),
+            lambda: run_sweep(
+                Launch(cohort.location, request(place), tmp_path / "run", None, Console(quiet=True))
+            ),
             lambda: train_one(
                 cohort.location, TrainRequest(folds=2), tmp_path / "run", None, Console(quiet=True)
             ),

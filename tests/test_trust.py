@@ -18,6 +18,7 @@ from distributed.run.working_copy import SCRATCH, bring, own_working_copy, place
 from distributed.sweeps import sweep as sweeps
 from distributed.sweeps.nested import resume_run, run_or_resume
 from distributed.sweeps.request import ResumeRequest, SweepRequest
+from distributed.sweeps.sweep import Launch
 
 SPACE = """
 from pathlib import Path
@@ -161,7 +162,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(SPACE)
     request = SweepRequest(space=f"{tmp_path}/mine.py:space", folds=2, trials=3, changes=SMALL)
     command = (cohort.address, request, tmp_path / "run", None)
-    run_or_resume(*command, Console(quiet=True))
+    run_or_resume(Launch(*command, Console(quiet=True)))
     (tmp_path / "mine.executed").unlink()
     return command
 
@@ -183,7 +184,7 @@ def test_resume_says_what_it_executes_and_executes_nothing_that_changed(run, tmp
     assert "trusted by you" in resumed(folder, trust_space=True)
     assert "unchanged" in resumed(folder)  # what was trusted is known from now on
     mine.write_text(SPACE)
-    run_or_resume(*run, Console(quiet=True))  # typed again, so it is meant
+    run_or_resume(Launch(*run, Console(quiet=True)))  # typed again, so it is meant
 
 
 def test_a_file_of_another_owner_or_named_by_another_is_not_executed(run, tmp_path, monkeypatch):

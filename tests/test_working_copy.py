@@ -36,7 +36,7 @@ from distributed.run.working_copy import (
 )
 from distributed.search.study import open_study
 from distributed.sweeps.request import SweepRequest
-from distributed.sweeps.sweep import run_sweep
+from distributed.sweeps.sweep import Launch, run_sweep
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner
 from search_spaces import published
@@ -237,7 +237,7 @@ def test_what_is_no_run_or_no_bucket_is_said_in_one_line(run, server):
 def test_a_new_run_does_not_begin_where_something_lies_nor_with_a_population(run, tmp_path):
     cohort = write_small_cohort(tmp_path / "cohort")
     with pytest.raises(UserError, match="pbt needs --out on storage that all nodes mount"):
-        run_sweep(cohort.folder, SweepRequest(scheduler="pbt", trials=6), run, None, QUIET)
+        run_sweep(Launch(cohort.folder, SweepRequest(scheduler="pbt", trials=6), run, None, QUIET))
     (run / "run.json").parent.mkdir(parents=True)
     (run / "run.json").write_text("{}")
     send(run)
@@ -245,7 +245,7 @@ def test_a_new_run_does_not_begin_where_something_lies_nor_with_a_population(run
     with pytest.raises(
         UserError, match=r"is not empty: it has run.json; continue a run with `brainsweep resume s3:"
     ):
-        run_sweep(cohort.folder, SweepRequest(), run, None, QUIET)
+        run_sweep(Launch(cohort.folder, SweepRequest(), run, None, QUIET))
     refuse_taken(tmp_path)  # a folder is looked at by others
 
 

@@ -107,12 +107,12 @@ def sweep(
 ) -> None:
     """Search for the best configuration, refit it, and look at the held-out subjects once."""
     from distributed.sweeps.nested import run_nested, run_or_resume
-    from distributed.sweeps.sweep import run_sweep
+    from distributed.sweeps.sweep import Launch, run_sweep
 
     if resume and out is None:
         raise UserError("--resume needs --out RUN: the run that this command begins or continues")
     run = run_or_resume if resume else run_sweep if request.outer is None else run_nested
-    run(cohort, request, out or _new_run("sweep"), address, console, enqueue)
+    run(Launch(cohort, request, out or _new_run("sweep"), address, console, enqueue))
 
 
 @app.command(epilog="Example: brainsweep demo --out runs/demo")
@@ -127,7 +127,7 @@ def demo(
     from core.volumes.phantom.settings import PhantomSettings
     from distributed.run.quiet import quiet
     from distributed.sweeps.demo import measure_epoch, size_of, slots_here
-    from distributed.sweeps.sweep import run_sweep
+    from distributed.sweeps.sweep import Launch, run_sweep
 
     quiet()
     console.print(f"synthetic brains in {cohort} …", highlight=False)
@@ -141,7 +141,7 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
-    run_sweep(cohort, request, out or _new_run("demo"), None, console)
+    run_sweep(Launch(cohort, request, out or _new_run("demo"), None, console))
 
 
 @app.command(epilog="Example: brainsweep resume runs/demo")

@@ -33,6 +33,7 @@ from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import NO_CHANGES, resume_sweep
 from distributed.sweeps.sweep import (
+    Launch,
     Shared,
     check_subjects,
     first_points,
@@ -143,59 +144,46 @@ class NestedSearch:
                 "accelerator_hours": None if hours is None else hours / self.hold_outs,
             }
         )
-        run_sweep(self.cohort.address, request, child, self.address, self.console, shared=shared)
+        run_sweep(Launch(self.cohort.address, request, child, self.address, self.console), shared)
 
 
-def run_nested(
-    cohort: str | Path,
-    request: SweepRequest,
-    out: Path,
-    address: str | None,
-    console: Console,
-    enqueued: Path | None = None,
-) -> RunFolder:
-    """Search once for every one of `request.outer` hold-outs; the arguments are those of `run_sweep`.
+def run_nested(launch: Launch) -> RunFolder:
+    """Search once for every one of the hold-outs that the user asks for.
 
     Raises:
         UserError: a part of the request cannot work; this is raised before anything starts.
     """
     quiet()
+    request, out = launch.request, launch.out
     if address_of(out):
         raise UserError("--outer needs --out on a disk, not at an address: give a folder")
     if request.holdout != SweepRequest().holdout:
         raise UserError(
             f"--holdout {request.holdout:g} cannot act: --outer {request.outer} holds everyone out once"
         )
-    opened = Cohort.open(cohort)
+    opened = Cohort.open(launch.cohort)
     search = resolve_search(request, opened)
     for number in range(request.outer or 0):
         check_subjects(request.model_copy(update={"outer_fold": number}), search, opened)
     refuse_taken(out)
-    first = first_points(search, enqueued, console)
+    first = first_points(search, launch)
     request = with_whole_grid(request, search, first)
     folder = create_run(out, NESTED, request.model_dump(mode="json"), search.base, opened, first)
     folder.update(space_file=describe_space(request.space))
-    return NestedSearch(folder, request, opened, console, address).go_on(request.time_budget)
+    return NestedSearch(folder, request, opened, launch.console, launch.address).go_on(request.time_budget)
 
 
-def run_or_resume(
-    cohort: str | Path,
-    request: SweepRequest,
-    out: Path,
-    address: str | None,
-    console: Console,
-    enqueued: Path | None = None,
-) -> RunFolder:
-    """Begin a sweep, nested or not; or continue the one that is at `out`, whatever state it is in.
+def run_or_resume(launch: Launch) -> RunFolder:
+    """Begin a sweep, nested or not; or continue the one that is at `launch.out`, whatever state it is in.
 
     So a batch system may start the same command again. A run that is there goes on as it was recorded.
 
     Raises:
         UserError: see `run_sweep`, `run_nested` and `resume_run`.
     """
+    request, out, console = launch.request, launch.out, launch.console
     if not is_run(out):
-        begin = run_sweep if request.outer is None else run_nested
-        return begin(cohort, request, out, address, console, enqueued)
+        return run_sweep(launch) if request.outer is None else run_nested(launch)
     bring_run(out, console)
     about, wanted = open_run(out).about, SWEEP if request.outer is None else NESTED
     if about.kind != wanted:
@@ -218,8 +206,8 @@ def run_or_resume(
         )
     # The user has typed the same space just now.
     is_trusted = recorded.get("space") == given["space"]
-    asked = ResumeRequest(cohort=str(cohort), time_budget=request.time_budget, trust_space=is_trusted)
-    return resume_run(out, asked, address, console)
+    asked = ResumeRequest(cohort=str(launch.cohort), time_budget=request.time_budget, trust_space=is_trusted)
+    return resume_run(out, asked, launch.address, console)
 
 
 def is_run(out: Path) -> bool:

@@ -75,6 +75,23 @@ Points = Sequence[Mapping[str, object]]
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How a user begins a search."""
+
+    cohort: str | Path
+    """The folder or the URL of the cohort."""
+    request: SweepRequest
+    out: Path
+    """The folder of the run, which is made."""
+    address: str | None
+    """The address of a Ray cluster; this machine if None."""
+    console: Console
+    """Where to print the progress."""
+    enqueued: Path | None = None
+    """A YAML file with configurations to try after the published one."""
+
+
+@dataclass(frozen=True)
 class Shared:
     """What the sweeps of a nested search have in common: it was found out, or brought into memory, once."""
 
@@ -314,31 +331,19 @@ class Sweep:
         )
 
 
-def run_sweep(
-    cohort: str | Path,
-    request: SweepRequest,
-    out: Path,
-    address: str | None,
-    console: Console,
-    enqueued: Path | None = None,
-    shared: Shared | None = None,
-) -> RunFolder:
+def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
     """Search, refit, look at the hold-out once, report. Returns the run's folder.
 
     Args:
-        cohort: the folder or the URL of the cohort.
-        request: the request of the user.
-        out: the folder of the run, made here.
-        address: the address of a Ray cluster; this machine if None.
-        console: where to print the progress.
-        enqueued: a YAML file with configurations to try after the published one.
+        launch: how the user began it.
         shared: what a nested search gives to its sweeps.
 
     Raises:
         UserError: a part of the request cannot work; this is raised before anything starts.
     """
     quiet()
-    opened = Cohort.open(cohort)
+    request, out, console = launch.request, launch.out, launch.console
+    opened = Cohort.open(launch.cohort)
     search = resolve_search(request, opened)
     if address_of(out) and request.scheduler in POPULATIONS:
         raise UserError(
@@ -346,14 +351,14 @@ def run_sweep(
             "other's checkpoints"
         )
     refuse_taken(out)
-    first = first_points(search, enqueued, console) if shared is None else shared.first
+    first = first_points(search, launch) if shared is None else shared.first
     request = with_whole_grid(request, search, first)
     splits = check_subjects(request, search, opened)
     folder = create_run(out, SWEEP, request.model_dump(mode="json"), search.base, opened, first)
     with held(folder, console):
         study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives)
         volumes = None if shared is None else shared.volumes
-        sweep = Sweep(folder, request, search, opened, splits, study, console, address, volumes)
+        sweep = Sweep(folder, request, search, opened, splits, study, console, launch.address, volumes)
         return sweep.begin().execute()
 
 
@@ -371,12 +376,14 @@ def held(folder: RunFolder, console: Console) -> Iterator[None]:
         yield
 
 
-def first_points(search: ResolvedSearch, enqueued: Path | None, console: Console) -> dict[str, Points]:
+def first_points(search: ResolvedSearch, launch: Launch) -> dict[str, Points]:
     """The points to try before the sampler is asked, by label: the published configuration, then those of the user."""
     published = published_parameters(search.space, search.base)
     if published is None:
-        console.print("note: the starting settings lie outside this space; they are refitted, not searched")
-    own = read_points(enqueued, search.space) if enqueued else []
+        launch.console.print(
+            "note: the starting settings lie outside this space; they are refitted, not searched"
+        )
+    own = read_points(launch.enqueued, search.space) if launch.enqueued else []
     return {PUBLISHED: [published] if published is not None else [], ENQUEUED: own}
 
 
