@@ -241,7 +241,7 @@ MUTANTS = (
         "core/report/answer/record.py",
         "self._best_of(self.baseline)",
         'self._best_of(self.baseline.assign(state="COMPLETE", value=9.0))',
-        ("tests/test_baseline.py::test_the_report_says_how_the_baseline_was_tuned",),
+        ("tests/test_baseline_report.py::test_the_report_says_how_the_baseline_was_tuned",),
     ),
 )
 

@@ -6,19 +6,15 @@ import time
 from dataclasses import dataclass, replace
 
 import optuna
-import pandas as pd
 import pytest
 import torch
-from fake_run import make_run
 from optuna.trial import TrialState
 from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.config import flatten, merge, resolve
 from core.errors import UserError
-from core.report.answer.findings import caveats
 from core.report.answer.record import read_run
-from core.report.answer.tables import print_leaderboard
 from core.run_names import LABEL, PUBLISHED, SETTINGS
 from core.tasks.brain_age import CONTRASTIVE_ONLY, build_model
 from distributed.run.assignment import PRUNABLE_EPOCHS, Answer, baseline_name, clock, trial_number
@@ -35,7 +31,6 @@ from distributed.sweeps.baseline import (
     baseline_study,
     best_baseline,
 )
-from distributed.sweeps.display import Display
 from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
@@ -410,27 +405,6 @@ def test_names_of_the_baseline_are_those_of_trials_and_no_others():
     assert baseline_name(7) == "l1-0007"
 
 
-def test_the_display_counts_the_trials_of_the_baseline():
-    from types import SimpleNamespace
-
-    console = Console(file=io.StringIO(), width=120)
-    display = Display(console, 3, 2, Budget(), what="L1 baseline")
-    assignment = {
-        "name": "l1-0001",
-        "settings": {"objective": {"name": "l1"}},
-        "cells": [{"fold": 0, "seed": 0}],
-    }
-    trial = SimpleNamespace(trial_id="a", config={"assignment": assignment})
-    display.on_trial_start(0, [], trial)
-    display.on_trial_result(0, [], trial, {"value": 4.25, "epochs": 2, "fold": 0, "finished": True})
-    display.on_trial_complete(0, [], trial)
-    assert (
-        console.file.getvalue().strip()
-        == "trial l1-0001 finished after 2 epochs, MAE 4.25 y  best 4.25 y (trial l1-0001)"
-    )
-    assert display.done == 1
-
-
 def main_study(folder, *values):
     study = open_study(folder.journal, "tpe", 0)
     end(study, *values)
@@ -521,38 +495,3 @@ def test_the_table_has_the_columns_of_the_trials_also_before_the_first_trial(mad
     record = read_run(folder.path)
     assert record.baseline["label"].tolist()[0] == PUBLISHED
     assert record.best_baseline["value"] == 7.0
-
-
-def tuning(run, rows=None):
-    """What the report says of the tuning, and what is printed, with these (state, value, sd) in baseline.csv."""
-    if rows is not None:
-        table = pd.DataFrame(rows, columns=["state", "value", "sd"])
-        table.assign(number=range(len(table))).to_csv(run / "baseline.csv", index=False)
-    record = read_run(run)
-    console = Console(file=io.StringIO(), width=200)
-    print_leaderboard(console, record)
-    (line,) = [line for line in caveats(record) if "held-out subjects: a few other people" in line]
-    return line[line.index("with the winner. ") + len("with the winner. ") :], console.file.getvalue()
-
-
-def test_the_report_says_how_the_baseline_was_tuned(tmp_path):
-    run = make_run(tmp_path / "run", trials=6)
-    said, printed = tuning(run)
-    assert said == "The winner was tuned, and the L1 baseline was not."
-    assert "L1 baseline: " not in printed
-    tried = [("COMPLETE", 9.0, 0.5), ("COMPLETE", 7.25, 0.75), ("PRUNED", 6.0, None), ("RUNNING", 5.0, None)]
-    said, printed = tuning(run, tried)
-    assert said == (
-        "The L1 baseline was tuned as well: it is the best of 3 trials on the same cells (validation MAE 7.25 ± 0.75 "
-        "years), and the winner the best of 6."
-    )
-    assert "L1 baseline: validation MAE 7.25 ± 0.75 years, the best of 3 trials" in printed
-    assert "and the winner the best of as many." in tuning(run, tried * 2)[0]
-    said, _ = tuning(run, tried[:1])
-    assert said == "The winner was tuned, and of the L1 baseline only one configuration was tried."
-    said, printed = tuning(run, [("FAIL", None, None)] * 2)
-    assert (
-        said
-        == "None of 2 trials of the L1 baseline was completed: it was refitted untuned, and the winner was tuned."
-    )
-    assert "L1 baseline: " not in printed
