@@ -170,8 +170,8 @@ MUTANTS = (
     Mutant(
         "the published trial may be stopped early",
         "distributed/search/searcher.py",
-        "settings, trial.user_attrs.get(LABEL) != PUBLISHED)",
-        "settings, True)",
+        "prunable = trial.user_attrs.get(LABEL) != PUBLISHED",
+        "prunable = True",
         ("tests/test_search.py::test_only_the_published_trial_is_safe_from_pruning",),
     ),
     Mutant(
@@ -242,6 +242,50 @@ MUTANTS = (
         "self._best_of(self.baseline)",
         'self._best_of(self.baseline.assign(state="COMPLETE", value=9.0))',
         ("tests/test_baseline_report.py::test_the_report_says_how_the_baseline_was_tuned",),
+    ),
+    Mutant(
+        "people have a part in the penalty for their own prediction",
+        "core/tasks/brain_age.py",
+        "            other.without[cell.fold]\n",
+        "            other.errors\n",
+        ("tests/test_leaks.py::test_no_age_of_a_judged_person_has_a_part_in_the_prediction",),
+    ),
+    Mutant(
+        "a budget may end with nothing after the published trial has failed",
+        "distributed/search/study.py",
+        "    if published or best_trial(study) is None:",
+        "    if published:",
+        (
+            "tests/test_search.py::test_if_the_published_configuration_fails_the_first_of_the_others_is_completed",
+        ),
+    ),
+    Mutant(
+        "a scheduler may stop the only trial that has to be completed",
+        "distributed/search/schedulers.py",
+        "return name == budget.completes or (",
+        "return (",
+        ("tests/test_schedulers.py::test_the_trial_that_has_to_be_completed_is_compared_and_never_stopped",),
+    ),
+    Mutant(
+        "what comes before the search is not part of its projected end",
+        "distributed/search/budget.py",
+        "seconds = self.elapsed + self.running_for + left * each",
+        "seconds = self.running_for + left * each",
+        ("tests/test_budget.py::test_everything_that_is_completed_in_any_case_is_counted",),
+    ),
+    Mutant(
+        "the search of another winner is called the same look",
+        "distributed/sweeps/looks.py",
+        'update={"when": look.when})',
+        'update={"when": look.when, "winner": winner})',
+        ("tests/test_looks.py::test_another_winner_among_the_same_trials_is_another_look",),
+    ),
+    Mutant(
+        "the pruner compares values after unequally many cells",
+        "distributed/search/schedulers.py",
+        "others = after_cells[len(values) - 1] if after_cells else",
+        "others =",
+        ("tests/test_schedulers.py::test_wilcoxon_compares_values_after_equally_many_cells",),
     ),
 )
 
