@@ -33,7 +33,7 @@ DISCRIMINATORS = ("name", "shape")
 class Frozen(BaseModel):
     """A settings block: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSettings(Frozen):

@@ -111,25 +111,33 @@ def load_predictor(folder: Path) -> Predictor:
         probe = None if probe_text.strip() == "null" else AgeProbe.from_json(probe_text)
         model = TASKS[settings.task].build_model(settings, len(inputs["channels"]), np.zeros(1))
         load_model(model, str(folder / "model.safetensors"))
-        calibration = _read_calibration(folder)
+        calibration, statistics = _read_calibration(folder), inputs["statistics"]
+        intensity = (
+            IntensityStatistics(tuple(statistics["mean"]), tuple(statistics["sd"])) if statistics else None
+        )
     except FileNotFoundError as error:
         raise UserError(
             f"no trained model in {folder}: {Path(error.filename or '').name} is missing"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise UserError(
             f"the model in {folder} cannot be read: {' '.join(str(error).split())[:200]}; put it back from a backup, "
             "or from refits/winner/model-SEED of a sweep"
         ) from None
-    statistics = inputs["statistics"]
     return Predictor(
         settings=settings,
         model=model,
         probe=probe,
         channels=tuple(inputs["channels"]),
-        statistics=IntensityStatistics(tuple(statistics["mean"]), tuple(statistics["sd"]))
-        if statistics
-        else None,
+        statistics=intensity,
         calibration=calibration,
     )
 

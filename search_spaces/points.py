@@ -49,17 +49,29 @@ def propose(space: Space, trial: optuna.trial.BaseTrial) -> Mapping[str, object]
     try:
         # A space says that it takes an `optuna.Trial`; it uses what all trials have.
         proposed = space(trial)  # type: ignore[arg-type]
-    except (UserError, optuna.TrialPruned, OutsideSpaceError, StorageError):
+    except (RefusedPointError, optuna.TrialPruned, OutsideSpaceError, StorageError):
         raise
-    # The function is the user's, so it may raise anything.
-    except Exception as error:
-        said = " ".join(str(error).split())[:300]
+    # The function is the user's, so it may raise anything, and end the process.
+    except (Exception, SystemExit) as error:
+        said = _said(error)
         raise RefusedPointError(
             f"the space raised {type(error).__name__}{': ' if said else ''}{said}"
         ) from error
     if not isinstance(proposed, Mapping):
         raise RefusedPointError(f"the space must return a dict of settings, got {type(proposed).__name__}")
+    odd = next((name for name in proposed if not isinstance(name, str)), None)
+    if odd is not None:
+        raise RefusedPointError(f"the space must return settings by their names, got {odd!r}")
     return proposed
+
+
+def _said(error: BaseException) -> str:
+    """What an exception says, in one line; empty if it cannot say anything."""
+    try:
+        return " ".join(str(error).split())[:300]
+    # The exception may be of the user's own class.
+    except Exception:
+        return ""
 
 
 def _check_compatible(name: str, one: BaseDistribution, other: BaseDistribution) -> None:

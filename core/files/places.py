@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
+from urllib.parse import unquote
 
 from pyarrow import fs
 
@@ -50,8 +51,11 @@ def beneath(location: str | Path, name: str) -> str:
 
 def shown(location: str | Path) -> str:
     """A location for messages: without the keys and options that a URL can contain."""
-    kind, sign, rest = str(location).split("?")[0].rstrip("/").partition("://")
-    return f"{kind}{sign}{rest.rsplit('@', 1)[-1]}" if sign else kind
+    kind, sign, rest = str(location).partition("://")
+    if not sign:
+        return kind.split("?")[0].rstrip("/")
+    # A key may have a slash or a question mark in it.
+    return f"{kind}{sign}{rest.rpartition('@')[2].split('?')[0].split('#')[0].rstrip('/')}"
 
 
 def check_name(location: str | Path, name: str) -> str:
@@ -69,11 +73,18 @@ def check_name(location: str | Path, name: str) -> str:
 
 def check_keyless(location: str | Path) -> None:
     """UserError if an address contains keys: run.json, logs and the list of processes would show them to everyone."""
-    _, sign, rest = str(location).partition("://")
-    path, _, options = rest.partition("?")
+    kind, sign, rest = str(location).partition("://")
+    path, _, options = unquote(rest).partition("?")
     before, at, _ = path.rpartition("@")
-    secret = re.search(r"(?:^|[&;])[^=&;]*(?:key|secret|token|passw|credential|sig)[^=&;]*=", options, re.I)
-    if sign and ((at and ":" in before) or secret):
+    store = path.partition("/")[0].removeprefix("anonymous@")
+    # The store of Azure is written container@account. A key may have a slash in it.
+    has_user = (at and ":" in before) or ("@" in store and not kind.startswith(("abfs", "wasb")))
+    secret = re.search(
+        r"(?:^|[&;])[^=&;]*(?:key|secret|token|passw|pwd|credential(?!_kind)|sig|sas|auth(?!ority))[^=&;]*=",
+        options,
+        re.I,
+    )
+    if sign and (has_user or "@" in options or "#" in rest or secret):
         raise UserError(
             f"{shown(location)}: an address must not contain keys, because run.json and logs would show them; "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your store"

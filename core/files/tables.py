@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -27,7 +28,11 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write `table` without its index as CSV, in one step; text that a spreadsheet would execute gets a guard."""
     safe = _changed(table, _guarded)
     with replacing(path) as temporary:
-        safe.to_csv(temporary, index=False)
+        # A carriage return begins a new line for readers, and CSV writers quote only the line ends that they write.
+        returns = any(
+            isinstance(value, str) and "\r" in value for value in (*safe.columns, *safe.to_numpy().flat)
+        )
+        safe.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
 
 
 def read_table(path: Path | IO[bytes], every: Collection[str] | None = None) -> pd.DataFrame:
@@ -49,6 +54,8 @@ def read_table(path: Path | IO[bytes], every: Collection[str] | None = None) -> 
         raise UserError(f"{where} is damaged: it is not text; {REMEDY}") from None
     if not text.strip():
         raise UserError(f"{where} is empty: {REMEDY}")
+    if not text.endswith("\n"):
+        raise UserError(f"{where} is damaged: its end is missing; {REMEDY}")
     try:
         table = _parse(text, everything_is_text=every is not None)
     except ValueError as error:

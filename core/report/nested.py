@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from core.errors import UserError
 from core.files.tables import write_table
@@ -237,9 +237,9 @@ def print_nested(console: Console, run: Path) -> None:
     table = Table("hold-out", "subjects", *METHODS, "objective", box=None, padding=(0, 2))
     for row in _shown(nested):
         values = [row["outer"], row["subjects"], *(row[method] for method in METHODS), row["kind"]]
-        table.add_row(*(escape(str(value)) for value in values))
+        table.add_row(*(Text(str(value)) for value in values))
     console.print("\nHold-outs of the nested search (MAE in years)", style="bold")
     console.print(table)
-    console.print(escape(headline(nested)), style="bold")
+    console.print(headline(nested), style="bold", markup=False)
     for line in lines(nested):
-        console.print(f"  {escape(line)}")
+        console.print(f"  {line}", markup=False)

@@ -284,6 +284,12 @@ def main() -> None:
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {_escape(error)}", highlight=False)
         sys.exit(2)
+    except UnicodeEncodeError as error:
+        text = ascii(error.object)[:200]
+        Console(stderr=True, soft_wrap=True, markup=False).print(
+            f"error: {text} is no text in UTF-8; rename the file, folder or subject", highlight=False
+        )
+        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

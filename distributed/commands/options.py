@@ -21,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from core.errors import UserError
 
 # A log file has no width, and 80 columns are not enough for the tables.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
+# Names of people's folders and subjects may hold [brackets], which are no markup.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110, markup=False)
 
 CohortFolder = Annotated[
     str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,9 @@ def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
     ages, subjects = of_scan["age"].to_numpy(float), of_scan["subject"].to_numpy(str)
     gaps = gap_table(predictor.calibration, predicted, ages)
     table = pd.concat([of_scan, gaps.drop(columns="age")], axis=1)
-    path = folder.path / "evaluations" / f"{opened.description.name}-{opened.description.hash[:8]}.csv"
+    # Others may have written the cohort: its name must not lead out of this folder.
+    named = re.sub(r"[^\w.-]", "_", f"{opened.description.name}-{opened.description.hash[:8]}").lstrip(".")
+    path = folder.path / "evaluations" / f"{named[-100:]}.csv"
     path.parent.mkdir(exist_ok=True)
     with writing_to(path.parent):
         write_table(table, path)

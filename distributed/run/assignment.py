@@ -191,7 +191,10 @@ def read_progress(folder: Path) -> Progress:
     path = folder / PROGRESS
     try:
         content = json.loads(path.read_bytes())
-        if isinstance(content, dict) and {"history", "cells", "answer"} <= content.keys():
+        kinds = {"history": list, "cells": list, "answer": dict | None}
+        if isinstance(content, dict) and all(
+            name in content and isinstance(content[name], kind) for name, kind in kinds.items()
+        ):
             return Progress(
                 of=content.get("of"),
                 history=content["history"],

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 import tempfile
 import threading
@@ -65,10 +66,17 @@ def place_of_run(text: str) -> Path:
     Raises:
         UserError: the address contains keys, which would be visible in paths and logs.
     """
-    if not is_url(text):
-        return Path(text)
-    check_keyless(text)
-    return (Path(os.environ.get(SCRATCH) or _default_scratch()) / quote(text.rstrip("/"), safe="")).absolute()
+    scratch = Path(os.environ.get(SCRATCH) or _default_scratch()).absolute()
+    if is_url(text):
+        check_keyless(text)
+        return scratch / quote(text.rstrip("/"), safe="")
+    path = Path(text)
+    if (place := address_of(path.absolute())) is not None and not path.absolute().is_relative_to(scratch):
+        raise UserError(
+            f"{text} has the name of a working copy of {shown(place[0])} and is not one of yours: its files would be "
+            "replaced by those at that address; give the address, or rename the folder"
+        )
+    return path
 
 
 def _default_scratch() -> Path:
@@ -240,6 +248,11 @@ def refuse_taken(run: Path) -> None:
             f"{address} is not empty: it has {first[0]}; continue a run with `brainsweep resume {address}`, or give "
             "another --out"
         )
+    if place is not None and (run / RUN_JSON).exists():
+        # A process was killed before it had sent anything: only the files at the address are valid.
+        with claim(run, Console(quiet=True)):
+            shutil.rmtree(run)
+        own_working_copy(run)
 
 
 def send_report(page: Path) -> None:

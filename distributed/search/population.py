@@ -12,7 +12,7 @@ import json
 import math
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypedDict, cast
@@ -266,22 +266,44 @@ class _StopWhereStorageFails:
         return True
 
 
-def read_members(state: Path, running: set[str]) -> tuple[dict[str, Member], int]:
+def read_members(
+    state: Path, running: set[str], place: Callable[[str], Path]
+) -> tuple[dict[str, Member], int]:
     """The members of an interrupted population that are still `running`, in their state at its last exchange.
 
     They repeat the epochs since this exchange, with the same numbers: at most one interval each. So no member is past
     the next exchange before it takes place.
+
+    Args:
+        state: the file.
+        running: the names of the trials that have not ended.
+        place: the folder of a trial, by its name. No path of the file is used: the run may have been moved, and others
+            may have written the file.
+
+    Raises:
+        UserError: the file is damaged.
     """
-    content = json.loads(state.read_text())
-    boundary, members = content["boundary"], {}
-    for name in sorted(running & content["members"].keys()):
-        member = Member(**content["members"][name])
-        folder = Path(member.assignment["folder"])
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-        begun_here = member.lineage and member.lineage[-1]["epoch"] == boundary
-        if boundary and not begun_here:
-            member.assignment["begin"] = str(kept_checkpoint(folder, boundary))
-        members[name] = member
+    members = {}
+    try:
+        content = json.loads(state.read_text())
+        boundary = int(content["boundary"])
+        for name in sorted(running & content["members"].keys()):
+            member = Member(**content["members"][name])
+            folder, begin = place(name), member.assignment["begin"]
+            if begin is not None:
+                begin = str(place(Path(begin).parent.name) / Path(begin).name)
+            member.assignment["name"], member.assignment["folder"] = name, str(folder)
+            member.assignment["begin"] = begin
+            begun_here = member.lineage and member.lineage[-1]["epoch"] == boundary
+            if boundary and not begun_here:
+                member.assignment["begin"] = str(kept_checkpoint(folder, boundary))
+            members[name] = member
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{state} is damaged ({type(error).__name__}): put it back from a backup, or start a new run"
+        ) from None
+    for name in members:
+        (place(name) / CHECKPOINT).unlink(missing_ok=True)
     return members, boundary
 
 

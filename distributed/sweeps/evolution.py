@@ -91,7 +91,7 @@ class Evolution:
         folder, request, search, study = self.folder, self.request, self.search, self.study
         state = folder.path / STATE
         if state.exists():
-            return read_members(state, {trial_name(trial.number) for trial in _running(study)})
+            return read_members(state, {trial_name(trial.number) for trial in _running(study)}, folder.trial)
         asked = {trial.number: optuna.Trial(study, trial._trial_id) for trial in _running(study)}
         others = 1 + (published_parameters(search.space, search.base) is not None)
         while trials_begun(study) < request.trials - others:

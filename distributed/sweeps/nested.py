@@ -125,6 +125,12 @@ class NestedSearch:
         """Begin the sweep for this hold-out, or continue it."""
         child = self.child(number)
         if (child / RUN_JSON).exists():
+            recorded = open_run(child).about.sweep.get("space")
+            if recorded != self.request.space:
+                raise UserError(
+                    f"{child / RUN_JSON} names the space {recorded}, and the nested search {self.request.space}: this "
+                    "is damage or an attack; put the file back from a backup"
+                )
             asked = ResumeRequest(
                 cohort=self.cohort.address,
                 time_budget=time_budget,

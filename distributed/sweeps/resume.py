@@ -30,7 +30,7 @@ from distributed.sweeps.baseline import baseline_finished
 from distributed.sweeps.looks import looks_of, tell_looks
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search, splits_of
-from distributed.sweeps.sweep import Sweep, check_subjects, held
+from distributed.sweeps.sweep import Sweep, check_place, check_subjects, held
 from search_spaces import fixed_by
 
 CHANGE = "--change-search"
@@ -76,6 +76,7 @@ def resume_sweep(
         for mended in mend_journal(folder.journal):
             console.print(f"note: {mended}", highlight=False, soft_wrap=True)
         _mend_progress(folder, console)
+        check_place(run, request)
         if asked.space is None:
             check_trusted(folder, recorded.space, console, is_trusted=asked.trust_space)
         cohort = cohort_of(folder, asked.cohort)

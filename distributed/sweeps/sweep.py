@@ -345,11 +345,7 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
     request, out, console = launch.request, launch.out, launch.console
     opened = Cohort.open(launch.cohort)
     search = resolve_search(request, opened)
-    if address_of(out) and request.scheduler in POPULATIONS:
-        raise UserError(
-            f"--scheduler {request.scheduler} needs --out on storage that all nodes mount: its members begin from each "
-            "other's checkpoints"
-        )
+    check_place(out, request)
     refuse_taken(out)
     first = first_points(search, launch) if shared is None else shared.first
     request = with_whole_grid(request, search, first)
@@ -360,6 +356,15 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
         volumes = None if shared is None else shared.volumes
         sweep = Sweep(folder, request, search, opened, splits, study, console, launch.address, volumes)
         return sweep.begin().execute()
+
+
+def check_place(out: Path, request: SweepRequest) -> None:
+    """UserError if the run of a population is at an address."""
+    if address_of(out) and request.scheduler in POPULATIONS:
+        raise UserError(
+            f"--scheduler {request.scheduler} needs --out on storage that all nodes mount: its members begin from each "
+            "other's checkpoints"
+        )
 
 
 def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort) -> Splits:

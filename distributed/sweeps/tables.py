@@ -119,7 +119,7 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
         for cell in cells:
             measured = {key: cell[key] for key in ("seed", "mae", "r2", "site_balanced_accuracy")}
             rows.append({"method": REFITTED[name], **measured, **sizes})
-            table = read_table(folder.refit(name) / f"predictions-{cell['seed']}.csv")
+            table = read_table(folder.refit(name) / f"predictions-{int(cell['seed'])}.csv")
             predictions.append(table.assign(method=REFITTED[name], seed=cell["seed"]))
     write_table(pd.DataFrame(rows), folder.path / "holdout.csv")
     write_table(pd.concat(predictions), folder.path / "predictions.csv")

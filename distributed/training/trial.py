@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -287,7 +286,9 @@ class Trial:
         progress = self._own(PROGRESS, read_progress)
         saved = self._own(CHECKPOINT, lambda folder: _read_checkpoint(folder / CHECKPOINT))
         if self._is_of_another(progress) or self._is_of_another(saved):
-            self._set_aside()
+            # What a member of a population has kept is of use to other members, so its folder stays where it is.
+            if self.assignment["begin"] is None:
+                self._set_aside()
             progress, saved = None, None
         self.answer = progress["answer"] if progress else None
         if self.answer is not None:
@@ -326,9 +327,10 @@ class Trial:
             return None
 
     def _is_of_another(self, kept: Progress | Saved | None) -> bool:
-        """Whether a file is of another configuration that had this number, in a study that has lost its end."""
+        """Whether a file is of another configuration: one that had this number in a study that has lost its end, or the
+        one that a member of a population had before an exchange."""
         known = kept.get("of") if kept else None
-        return self.assignment["begin"] is None and known not in (None, self.identity)
+        return known not in (None, self.identity)
 
     def _set_aside(self) -> None:
         """Rename the folder, so that nothing of it is taken for this trial."""
@@ -346,9 +348,15 @@ def _read_checkpoint(path: Path) -> Saved:
     try:
         # With `weights_only` no pickled code is executed.
         saved: Saved = torch.load(path, map_location="cpu", weights_only=True)
+        absent = {"state", "history", "finished"} - saved.keys()
+        if absent:
+            raise ValueError(f"it has no {min(absent)}")
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path} to begin from") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    # A damaged file makes torch.load raise nearly anything.
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
         first = str(error).strip().partition("\n")[0][:160]
         raise UserError(f"checkpoint {path} is damaged or was not written by a sweep: {first}") from None
     return saved

@@ -284,7 +284,8 @@ def _read_study(path: Path, name: str, missing: list[str]) -> optuna.Study | Non
     backend = JournalFileBackend(str(path))
     try:
         return optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
-    except (KeyError, OSError, ValueError) as error:
+    # A flipped byte in a journal makes Optuna raise nearly anything.
+    except Exception as error:
         missing.append(
             f"{path.name} cannot be read ({_first_line(error)}): parameter importance and learning curves"
         )

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from core.report.answer.describe import describe, is_absent, number
 from core.report.answer.population import found_in_words, found_schedule, values_of
@@ -190,17 +190,17 @@ def print_leaderboard(console: Console, record: RunRecord) -> None:
         trials = count(ended(record.baseline), "trial")
         console.print(f"L1 baseline: {record.objective.words} {value}, the best of {trials}", highlight=False)
     for failed in failed_trials(record.trials).head(SHOWN_FAILURES).itertuples():
-        console.print(escape(f"Trial {failed.trial} failed: {failed.reason}"))
+        console.print(f"Trial {failed.trial} failed: {failed.reason}", markup=False)
     if record.holdout.empty:
         console.print("Held-out subjects: not looked at yet.")
         return
     title = "Held-out subjects (MAE in years, mean ± SD over refit seeds; its interval over subjects)"
     console.print(_rich(holdout_table(record.holdout, record.predictions), title, None))
-    console.print(escape(verdict(record.predictions)), style="bold")
+    console.print(verdict(record.predictions), style="bold", markup=False)
     if looked := after_a_look(record.about.looks):
-        console.print(escape(looked), style="bold")
+        console.print(looked, style="bold", markup=False)
     for comparison in comparisons(record.predictions):
-        console.print(f"  {escape(comparison.sentence())}")
+        console.print(f"  {comparison.sentence()}", markup=False)
 
 
 def _rich(table: pd.DataFrame, title: str, best: int | None) -> Table:
@@ -211,5 +211,5 @@ def _rich(table: pd.DataFrame, title: str, best: int | None) -> Table:
         drawn.add_column(str(name), justify="left" if is_wide else "right", no_wrap=name != "what")
     for _, row in table.iterrows():
         is_best = best is not None and row["trial"] == best
-        drawn.add_row(*(escape(str(value)) for value in row), style="bold" if is_best else None)
+        drawn.add_row(*(Text(str(value)) for value in row), style="bold" if is_best else None)
     return drawn

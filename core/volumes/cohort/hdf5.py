@@ -56,6 +56,10 @@ def pack(
 def unpack(file: OpenFile, column: str, positions: Sequence[int]) -> Iterator[StoredVoxels]:
     """The arrays of a column at `positions`, decompressed; OSError, KeyError, … where the file is damaged."""
     with h5py.File(file, "r") as opened:
-        dataset = opened[column]
+        # Others may have written the file: links, external storage and virtual data sets read other files.
+        is_own = isinstance(opened.get(column, getlink=True), h5py.HardLink)
+        dataset = opened[column] if is_own else None
+        if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+            raise OSError(f"'{column}' is not stored in the file itself")
         for position in positions:
             yield np.asarray(dataset[position])

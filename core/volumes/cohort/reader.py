@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,10 @@ _DAMAGE = (OSError, EOFError, KeyError, IndexError, ValueError, RuntimeError)
 """What reading a damaged file raises; pyarrow's errors are ValueErrors."""
 
 
+Side = Annotated[int, Field(ge=1, le=2048)]
+"""Voxels along an axis; more than 2,048 are a damaged or planted file."""
+
+
 class CohortDescription(BaseModel):
     """What `cohort.json` says: everything that holds for all volumes of a cohort."""
 
@@ -56,7 +60,7 @@ class CohortDescription(BaseModel):
 
     name: str
     channels: tuple[str, ...] = Field(description="what each channel shows, such as T1w or stiffness")
-    shape: tuple[int, int, int] = Field(description="voxels along X, Y, Z")
+    shape: tuple[Side, Side, Side] = Field(description="voxels along X, Y, Z")
     spacing: float = Field(description="edge of a voxel in mm", gt=0)
     affine: tuple[tuple[float, ...], ...] = Field(description="4 x 4, voxel index to RAS mm of the grid")
     dtype: StoredType = Field(description="how voxels are stored; `read` always gives float32")

@@ -165,7 +165,11 @@ def _checked_shape(
 
 def _check_ratio(path: Path, size: int, unpacked: int) -> None:
     """UserError for a small file that would fill the memory."""
-    limit = float(os.environ.get(UNPACKED_RATIO, 1_000))
+    given = os.environ.get(UNPACKED_RATIO) or "1000"
+    try:
+        limit = float(given)
+    except ValueError:
+        raise UserError(f"{UNPACKED_RATIO} must be a number, such as 1000, got {given!r}") from None
     if unpacked > max(SMALL_ENOUGH, limit * size):
         raise UserError(
             f"{path} has {size / 1e6:.1f} MB and would take {unpacked / 1e6:,.0f} MB of memory, {unpacked / size:,.0f} "
