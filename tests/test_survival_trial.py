@@ -142,6 +142,33 @@ def test_the_planted_files_are_dangerous(tmp_path):
         os.unlink(tmp_path / "witness")
 
 
+@pytest.mark.parametrize("saved", [[1], {"a": 1}, torch.zeros(2), "text"])
+def test_a_checkpoint_of_another_shape_is_set_aside(subjects, settings, tmp_path, saved):
+    """The trial begins again from its settings, and ends as if nothing had happened."""
+    assignment, whole = (assign(tmp_path / name, settings, CELLS) for name in ("0000", "0001"))
+    Runner(subjects)(assignment)
+    torch.save(saved, tmp_path / "0000" / CHECKPOINT)
+    first, *_, last = run_all(Runner(subjects), assignment)
+    assert "was set aside" in first["note"]
+    assert first["epochs"] == 1
+    assert last["value"] == run_all(Runner(subjects), whole)[-1]["value"]
+
+
+def test_a_member_of_a_population_takes_no_answer_of_another_configuration(subjects, settings, tmp_path):
+    """Its folder stays where it is, because other members begin from what it has kept."""
+    donor = assign(tmp_path / "0001", settings, CELLS[:1], keep_every=1)
+    Runner(subjects)(donor)
+    member = assign(tmp_path / "0000", settings, CELLS[:1])
+    finished = run_all(Runner(subjects), member)[-1]
+    changed = merge(settings, {"optimiser.learning_rate": 0.005})
+    again = assign(tmp_path / "0000", changed, CELLS[:1])
+    again["begin"] = str(tmp_path / "0001" / "checkpoint-1.pt")
+    answers = run_all(Runner(subjects), again)
+    assert answers[0]["epochs"] == 2
+    assert answers[-1]["value"] != finished["value"]
+    assert not list(tmp_path.glob("*-set-aside"))
+
+
 @pytest.mark.parametrize("kind", planted_files(Path("nowhere")))
 def test_a_planted_checkpoint_is_refused_and_nothing_of_it_runs(subjects, settings, tmp_path, kind):
     assignment = assign(tmp_path / "0000", settings, CELLS)

@@ -132,14 +132,18 @@ def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
     ages, subjects = of_scan["age"].to_numpy(float), of_scan["subject"].to_numpy(str)
     gaps = gap_table(predictor.calibration, predicted, ages)
     table = pd.concat([of_scan, gaps.drop(columns="age")], axis=1)
-    # Others may have written the cohort: its name must not lead out of this folder.
-    named = re.sub(r"[^\w.-]", "_", f"{opened.description.name}-{opened.description.hash[:8]}").lstrip(".")
-    path = folder.path / "evaluations" / f"{named[-100:]}.csv"
+    path = evaluation_table(folder.path, opened.description.name, opened.description.hash)
     path.parent.mkdir(exist_ok=True)
     with writing_to(path.parent):
         write_table(table, path)
     metrics = regression_metrics(predicted, ages, subjects) | gap_metrics(gaps, subjects)
     return Evaluation(table, metrics, notes + _lacks(predictor.calibration), path)
+
+
+def evaluation_table(run: Path, name: str, digest: str) -> Path:
+    """Where the table of a cohort is written. Others may have written the cohort: its `name` leads nowhere else."""
+    plain = re.sub(r"[^\w.-]", "_", name).lstrip(".")[:80] or "cohort"
+    return run / "evaluations" / f"{plain}-{re.sub('[^0-9a-f]', '_', digest[:8])}.csv"
 
 
 def _open_single(run: Path) -> RunFolder:
