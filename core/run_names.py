@@ -7,6 +7,8 @@ from __future__ import annotations
 
 # Files of a run; `distributed.run.folder` says what each of them contains.
 RUN_JSON, JOURNAL, SPLITS, LOCK = "run.json", "study.journal", "splits.csv", "writer.lock"
+REPORT = "report.html"
+"""The page, the last file of a sweep."""
 JOURNAL_COPY = "study.journal.copy"
 """The journal of the study again, with a checksum before every line."""
 TRIALS, REFITS, CONFIRMED, ACCESS, TUNE = "trials", "refits", "confirmed", "access", "tune"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -465,6 +466,11 @@ def test_resume_neither_forgets_nor_changes_a_baseline_that_is_unfinished(made, 
     with pytest.raises(UserError, match=r"of the L1 baseline of .* 0 of 2 trials have ended"):
         _check_change(changed, request, ["objective.temperature is fixed at 0.1"], is_meant=True)
     end(baseline_study(folder, request), 9.0, 7.0)
+    assert _go_on(sweep) == "executed"  # it was killed before its page was written
+    (folder.path / "report.html").write_text("")
+    os.utime(folder.path / "report.html", (0, 0))
+    assert _go_on(sweep) == "executed"  # the page of an earlier session
+    (folder.path / "report.html").touch()
     assert _go_on(sweep) == folder
     assert "nothing left to do" in console.file.getvalue()
     _check_change(changed, request, ["objective.temperature is fixed at 0.1"], is_meant=True)

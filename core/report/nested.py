@@ -24,7 +24,7 @@ from core.report.figures import subjects as figures
 from core.report.html import load_page, write_page
 from core.report.page import draw
 from core.run_description import RunDescription
-from core.run_names import MEDIAN, METHODS, NESTED, RUN_JSON, WINNER
+from core.run_names import MEDIAN, METHODS, NESTED, REPORT, RUN_JSON, WINNER
 
 FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "gains": ("Do the winners predict better?", figures.gains),
@@ -200,7 +200,7 @@ def write_nested(run: Path) -> Path:
     with writing_to(run):
         write_table(outer_table(nested), run / "outer.csv")
         write_table(nested.predictions, run / "predictions.csv")
-    return write_page(render(nested), run / "report.html", "report")
+    return write_page(render(nested), run / REPORT, "report")
 
 
 def render(nested: Nested) -> str:

@@ -57,6 +57,7 @@ from core.report.figures.front import pareto_figure
 from core.report.figures.style import as_svg
 from core.report.html import load_page, write_page
 from core.run_description import CodeVersion, CohortOfRun
+from core.run_names import REPORT
 
 FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "gains": ("Does the winner predict better?", subject_figures.gains),
@@ -96,7 +97,7 @@ def write_report(run: Path) -> Path:
     """
     run = Path(run)
     page = render(read_run(run))
-    return write_page(page, run / "report.html", "report")
+    return write_page(page, run / REPORT, "report")
 
 
 def render(record: RunRecord) -> str:

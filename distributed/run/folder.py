@@ -37,7 +37,19 @@ from core.files.places import is_url
 from core.files.tables import write_table
 from core.files.writing import write_text
 from core.run_description import CohortOfRun, RunDescription, find_cohort
-from core.run_names import ACCESS, BASELINE, CONFIRMED, JOURNAL, LOCK, REFITS, RUN_JSON, SPLITS, TRIALS, TUNE
+from core.run_names import (
+    ACCESS,
+    BASELINE,
+    CONFIRMED,
+    JOURNAL,
+    LOCK,
+    REFITS,
+    REPORT,
+    RUN_JSON,
+    SPLITS,
+    TRIALS,
+    TUNE,
+)
 from core.volumes.cohort.reader import Cohort
 from distributed.run.code import code_version
 from distributed.run.lock import refuse_url
@@ -86,6 +98,14 @@ class RunFolder:
     def tune(self) -> Path:
         """The folder of Ray Tune, of use to a running sweep only."""
         return self.path / TUNE
+
+    @property
+    def is_concluded(self) -> bool:
+        """Whether the run has ended, and its page was written after that: the process may be killed in between."""
+        finished, page = self.about.finished, self.path / REPORT
+        if finished is None or not page.exists():
+            return False
+        return page.stat().st_mtime >= datetime.datetime.fromisoformat(finished).timestamp()
 
     def update(self, **changes: object) -> None:
         """Replace fields of run.json."""

@@ -11,6 +11,7 @@ RUN/run.json                 the request; kind `nested`
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.console import Console
 from core.errors import UserError
 from core.files.places import exists, shown
 from core.report.nested import print_nested, write_nested
+from core.report.page import write_report
 from core.run_names import NESTED, RUN_JSON, SWEEP, TRAIN
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
@@ -96,11 +98,21 @@ class NestedSearch:
                                 highlight=False,
                             )
                             return self.folder
+            self._write_missing_pages()
             page = write_nested(self.folder.path)
             self.folder.update(finished=now())
         print_nested(self.console, self.folder.path)
         self.console.print(f"\nNext:\n  open {page}", highlight=False)
         return self.folder
+
+    def _write_missing_pages(self) -> None:
+        """Write the page of a sweep that ended, and whose process was killed before it had written it."""
+        for number in range(self.hold_outs):
+            child = open_run(self.child(number))
+            if not child.is_concluded:
+                # All its trials failed: then it has none.
+                with contextlib.suppress(UserError):
+                    write_report(child.path)
 
     def _ends(
         self, number: int, time_budget: float | None, accelerator_hours: float | None, shared: Shared

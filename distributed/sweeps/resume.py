@@ -104,7 +104,7 @@ def _go_on(sweep: Sweep) -> RunFolder:
     folder, trials = sweep.folder, sweep.request.trials
     states = [trial.state for trial in sweep.study.get_trials(deepcopy=False)]
     of_baseline = sweep.request.baseline_trials - baseline_finished(folder, sweep.request)
-    if folder.about.finished and sum(state.is_finished() for state in states) >= trials and not of_baseline:
+    if folder.is_concluded and sum(state.is_finished() for state in states) >= trials and not of_baseline:
         sweep.console.print(
             f"nothing left to do: all {trials} trials of {run_as_typed(folder.path)} are finished"
         )

@@ -131,8 +131,8 @@ def _train(
         with writing_to(folder.path):
             keep_best(folder, folder.trial(NAME) / f"model-{request.seed}")
             calibrate_best(folder, folder.trial(NAME), f"fold {request.fold}")
-            finish(folder)
             _write_history(folder)
+            finish(folder)
     return folder
 
 
