@@ -301,7 +301,8 @@ class Trial:
         if saved is None:
             return
         self.history, self.finished = saved["history"], saved["finished"]
-        self.judged = saved.get("judged", [])
+        # Version 0.2 kept none, and versions before 0.3 was released not all of it: then its cells choose nothing.
+        self.judged = [cell for cell in saved.get("judged", []) if "without" in cell]
         # Before version 0.3 no later cell changed the value of an earlier one.
         earlier = self._values()
         before = [earlier[: count + 1] for count in range(len(earlier))]
