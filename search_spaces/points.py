@@ -32,6 +32,10 @@ class OutsideSpaceError(ValueError):
     """A point is not in a space; the message names the setting and says why."""
 
 
+class ContinuousError(UserError):
+    """A grid cannot have all values of a continuous setting."""
+
+
 class RefusedPointError(UserError):
     """The function of a space, or the settings, cannot take a point; other points may be right."""
 
@@ -49,7 +53,7 @@ def propose(space: Space, trial: optuna.trial.BaseTrial) -> Mapping[str, object]
     try:
         # A space says that it takes an `optuna.Trial`; it uses what all trials have.
         proposed = space(trial)  # type: ignore[arg-type]
-    except (RefusedPointError, optuna.TrialPruned, OutsideSpaceError, StorageError):
+    except (RefusedPointError, ContinuousError, optuna.TrialPruned, OutsideSpaceError, StorageError):
         raise
     # The function is the user's, so it may raise anything, and end the process.
     except (Exception, SystemExit) as error:
@@ -305,7 +309,7 @@ def _values(name: str, distribution: BaseDistribution, points: int | None) -> li
             low + index * distribution.step for index in range(round((high - low) / distribution.step) + 1)
         ]
     if points is None:
-        raise UserError(
+        raise ContinuousError(
             f"a grid needs finitely many values, but '{name}' is {_in_words(distribution)}; give it a step, "
             "or --grid-points N"
         )
