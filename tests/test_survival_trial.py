@@ -290,7 +290,7 @@ def test_a_planted_file_of_a_model_is_refused_and_nothing_of_it_runs(model, tmp_
     assert not (tmp_path / "witness").exists()
 
 
-def test_storage_that_fails_is_told_from_a_trial_that_fails(subjects, settings, tmp_path, is_0_2):
+def test_storage_that_fails_is_told_from_a_trial_that_fails(subjects, settings, tmp_path):
     (tmp_path / "file").write_text("")
     answer = Runner(subjects)(assign(tmp_path / "file" / "0000", settings, CELLS))
     assert answer["storage"]
