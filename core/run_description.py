@@ -120,6 +120,8 @@ class RunDescription(_Part):
     begun: bool = True
     """False until the splits and the first points of a sweep are written."""
     finished: str | None = None
+    concluded: bool = True
+    """Whether the page was written after the end."""
     seconds: float | None = None
     versions: dict[str, str] = {}
     code: CodeVersion | None = None

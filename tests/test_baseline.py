@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import time
 from dataclasses import dataclass, replace
 
@@ -37,7 +36,7 @@ from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import _check_change, _combined, _go_on
 from distributed.sweeps.sweep import Sweep
-from distributed.sweeps.tables import write_baseline, write_tables
+from distributed.sweeps.tables import finish, write_baseline, write_tables
 from search_spaces import load_space, without
 from search_spaces import published as published_settings
 from search_spaces.points import is_under
@@ -468,9 +467,9 @@ def test_resume_neither_forgets_nor_changes_a_baseline_that_is_unfinished(made, 
     end(baseline_study(folder, request), 9.0, 7.0)
     assert _go_on(sweep) == "executed"  # it was killed before its page was written
     (folder.path / "report.html").write_text("")
-    os.utime(folder.path / "report.html", (0, 0))
+    finish(folder, study)
     assert _go_on(sweep) == "executed"  # the page of an earlier session
-    (folder.path / "report.html").touch()
+    folder.update(concluded=True)
     assert _go_on(sweep) == folder
     assert "nothing left to do" in console.file.getvalue()
     _check_change(changed, request, ["objective.temperature is fixed at 0.1"], is_meant=True)

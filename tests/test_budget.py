@@ -103,6 +103,14 @@ def test_everything_that_is_completed_in_any_case_is_counted(budget, seconds):
     assert f"about {seconds:.0f} s in all" in budget.hopeless
 
 
+def test_after_a_step_back_in_time_the_next_epoch_is_measured_alone():
+    """A member took the weights of one that had used less time: 8, 5, then 11 s are an epoch of 6 s, not two of 1.5."""
+    budget = Budget(seconds=50.0, epochs=24, later_epochs=24)
+    for done, spent in enumerate((8.0, 5.0, 11.0), start=1):
+        budget("a", result("0003", spent, epochs=done, epoch=done, progress=done / 100))
+    assert "(24 more epochs of 6 s)" in budget.hopeless
+
+
 def test_a_sweep_that_was_found_to_fit_is_not_refused_later():
     budget = Budget(seconds=50.0, completes="0000", epochs=24)
     told_twice(budget, "0000", 1.0)
@@ -112,12 +120,12 @@ def test_a_sweep_that_was_found_to_fit_is_not_refused_later():
 
 def test_the_advice_inside_a_nested_search_is_about_what_the_user_gave():
     """Five hold-outs share 250 s; each needs 132 s."""
-    budget = Budget(seconds=50.0, completes="0000", epochs=24, shares=5)
+    budget = Budget(seconds=50.0, completes="0000", epochs=24, time_shares=5)
     told_twice(budget, "0000", 6.0)
     said, _, advice = budget.hopeless.partition("; give --time-budget ")
     assert said.endswith("the time budget of 50 s that each of 5 hold-outs has")
     assert 660 <= int(advice.removesuffix(" or more")) <= 662
-    hours = Budget(accelerator_hours=0.01, completes="0000", epochs=24, shares=5)
+    hours = Budget(accelerator_hours=0.01, completes="0000", epochs=24, hour_shares=5)
     told_twice(hours, "0000", 6.0)
     needed = 5 * (36 + 22 * 6) / 3600
     assert f"give --accelerator-hours {needed:.2g} or more" in hours.hopeless

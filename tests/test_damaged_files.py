@@ -94,7 +94,7 @@ def test_the_report_is_made_without_a_damaged_table(study, content):
 
 
 def test_half_a_line_of_an_access_record_costs_that_line_alone(tmp_path):
-    from distributed.run.access import read_access
+    from core.run_access import read_access
 
     (tmp_path / "a-1.csv").write_text("1.0,0000,0,0,1 2\n2.0,0000,0,0,3 x\n3.0,0000,1,0,4\n4.0,0000,on")
     assert list(read_access(tmp_path)["row"]) == [1, 2, 4]

@@ -100,6 +100,10 @@ def of_scans(embeddings, ages, subjects, scans):
 
 def judged_in_folds(embeddings, ages, subjects, splits):
     """What a trial makes of frozen embeddings (n, d) for its cells: metrics and predictions by fold."""
+    return cross_fit(cells_of(embeddings, ages, subjects, splits))
+
+
+def cells_of(embeddings, ages, subjects, splits):
     cells = []
     for fold, rows in enumerate(splits.folds):
         training, judged = (
@@ -107,7 +111,7 @@ def judged_in_folds(embeddings, ages, subjects, splits):
         )
         outcome = judge(training, judged, folds=splits.fold_of(splits.training(fold)))
         cells.append(JudgedCell(fold, outcome.by_penalty, judged.ages, judged.subjects, outcome.without))
-    return cross_fit(cells)
+    return cells
 
 
 def frozen(seed, people=18, scans=2, features=12, folds=4):
@@ -158,6 +162,23 @@ def test_the_penalty_of_a_fold_is_that_of_nested_cross_validation():
         known = splits.training(fold)
         probe = fit_age_probe(embeddings[known], ages[known], penalty=best)
         np.testing.assert_allclose(predicted, probe.predict(embeddings[splits.folds[fold]]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_enough"), [((2, 2, 3), False), ((3, 3, 3), True), ((1, 2, 2, 2), True)]
+)
+def test_cells_choose_for_each_other_from_the_second_on_or_never(sizes, is_enough):
+    """Without the folds of two and two a probe has three people, and without any other two it has two: too few."""
+    people = sum(sizes)
+    draws, ends = np.random.default_rng(0), np.cumsum(sizes)
+    splits = Splits(
+        np.arange(0), tuple(np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True))
+    )
+    subjects = np.array([f"s{index}" for index in range(people)])
+    cells = cells_of(draws.normal(size=(people, 4)), draws.uniform(20, 80, people), subjects, splits)
+    assert [bool(cross_fit(cells[: count + 1])) for count in range(1, len(sizes))] == [is_enough] * (
+        len(sizes) - 1
+    )
 
 
 def test_the_fold_of_a_row():

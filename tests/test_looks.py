@@ -5,16 +5,21 @@ import io
 import optuna
 import pandas as pd
 import pytest
+from fake_run import make_run
 from optuna.trial import TrialState
 from rich.console import Console
 from small_cohort import write_small_cohort
 
 from core.files.tables import write_table
+from core.report.answer.honesty import looks_in_words
+from core.report.answer.record import read_run
+from core.run_access import EVALUATION, read_access
+from core.run_description import Look
 from core.run_names import LABEL, OUTSIDE, PUBLISHED, SETTINGS
 from core.volumes.cohort.reader import Cohort
-from distributed.run.access import EVALUATION, AccessRecord, read_access
+from distributed.run.access import AccessRecord
 from distributed.run.assignment import HOLDOUT, Cell
-from distributed.run.folder import create_run
+from distributed.run.folder import create_run, open_run
 from distributed.sweeps.looks import count_looks, looks_beside, looks_of, tell_looks
 from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import SweepRequest
@@ -107,7 +112,7 @@ def test_resume_says_that_the_hold_out_was_seen_before_it_goes_on(run):
 
     assert told(trials=3) == ""
     after_search(run, SweepRequest(), study_of([5.0]))
-    assert "were looked at once (" in told(trials=3)
+    assert "were looked at once (last refits: " in told(trials=3)
     assert "after 1 trial)" in told(trials=3)
     assert told(trials=1) == ""  # only refits are left
 
@@ -150,3 +155,43 @@ def test_evaluations_of_the_own_hold_out_are_counted_here_and_in_runs_beside(run
     assert count_looks(run) == 2
     (tmp_path / "same" / "run.json").write_text("{")
     assert looks_beside(run, {"a", "b"}) == {}
+
+
+def test_looks_of_nested_searches_are_found_from_outside_and_from_inside(run, tmp_path):
+    """A hold-out of the nested search has the same people; seen from it, so has the run beside the nested search."""
+    cohort = Cohort.open(tmp_path / "cohort")
+    create_run(tmp_path / "nested", "nested", {"outer": 2}, {"task": "brain_age"}, cohort)
+    child, other = (
+        create_run(tmp_path / "nested" / f"outer-{number}", "sweep", {}, {"task": "brain_age"}, cohort)
+        for number in (1, 2)
+    )
+    for folder, held_out in ((run, "ab"), (child, "ab"), (other, "c")):
+        roles = ["holdout" if each in held_out else "fold 0" for each in "abc"]
+        write_table(pd.DataFrame({"subject": list("abc"), "role": roles}), folder.path / "splits.csv")
+        AccessRecord(folder.access).note([0, 1], Cell(HOLDOUT, 0, EVALUATION))
+    assert looks_beside(run, {"a", "b"}) == {"nested/outer-1": 1}
+    assert looks_beside(child, {"a", "b"}) == {"run": 1}
+
+
+def test_evaluations_are_on_the_page_and_in_what_resume_says(tmp_path):
+    folder = make_run(tmp_path / "run")
+    record = read_run(folder)
+    assert looks_in_words(record) == "once, after the search"
+    open_run(folder).update(looks=(Look(when="2026-11-20T09:14:05+00:00", trials=6),))
+    (folder / "access").mkdir()
+    lines = [
+        "1.79e9,evaluate,-1,0,3 4",
+        "1.78e9,evaluate,-1,0,3 4",
+        "1.79e300,evaluate,-1,0,3",
+        "1.5e9,winner,-1,1,3",
+    ]
+    (folder / "access" / "node-1.csv").write_text("\n".join([*lines, ""]))
+    told = looks_in_words(read_run(folder))
+    by = "UTC, by `brainsweep evaluate`"
+    assert (
+        told
+        == f"3 times (2026-05-28 20:26 {by}; 2026-09-21 14:13 {by}; 2026-11-20 09:14 UTC, after 6 trials)"
+    )
+    console = Console(file=io.StringIO(), width=500)
+    tell_looks(open_run(folder), study_of([5.0]), 3, console)
+    assert "were looked at 3 times (last refits: 2026-11-20" in console.file.getvalue()

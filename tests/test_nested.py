@@ -14,7 +14,15 @@ from small_cohort import SMALL, write_small_cohort
 
 from core.errors import UserError
 from core.evaluation.bootstrap import studentised_interval
-from core.report.nested import is_nested, lines, outer_table, print_nested, read_nested, write_nested
+from core.report.nested import (
+    headline,
+    is_nested,
+    lines,
+    outer_table,
+    print_nested,
+    read_nested,
+    write_nested,
+)
 from core.run_names import MEDIAN, WINNER
 from distributed.run.folder import create_run, open_run
 from distributed.search.study import published_parameters
@@ -105,6 +113,9 @@ def test_what_has_no_part_in_the_result_is_named(judged, tmp_path):
     predictions = half / "outer-2" / "predictions.csv"
     predictions.write_text(predictions.read_text().partition("\n")[0] + "\n")
     open_run(half / "outer-2").update(finished="2026-11-26T09:00:00+00:00")
+    (half / "outer-2" / "trials.parquet").unlink(missing_ok=True)
+    trials = half / "outer-2" / "trials.csv"
+    trials.write_text(trials.read_text().replace("COMPLETE", "FAIL"))
     open_run(half / "outer-3").update(ended="the time budget of 5 s was used up")
     write_nested(half)
     page = (half / "report.html").read_text()
@@ -117,6 +128,32 @@ def test_what_has_no_part_in_the_result_is_named(judged, tmp_path):
         open_run(half / f"outer-{number}").update(finished="2026-11-26T09:00:00+00:00")
     with pytest.raises(UserError, match=r"no hold-out of .* has a result"):
         read_nested(half)
+
+
+def test_people_without_a_prediction_of_the_winner_are_not_counted(judged, tmp_path):
+    """In one hold-out the refit of the winner failed, and those of the other methods did not."""
+    half = tmp_path / "half"
+    shutil.copytree(judged, half)
+    path = half / "outer-2" / "predictions.csv"
+    table = pd.read_csv(path, dtype={"subject": str})
+    table[table["method"] != WINNER].to_csv(path, index=False)
+    open_run(half / "outer-2").update(finished="2026-11-26T09:00:00+00:00")
+    people = sum(
+        pd.read_csv(half / f"outer-{number}" / "predictions.csv", dtype={"subject": str})["subject"].nunique()
+        for number in (1, 3)
+    )
+    said = headline(read_nested(half))
+    assert f" over {people} subjects, each held out once" in said
+    assert said.endswith(" No result for hold-out 2: the refit of the winner failed there.")
+    for number in (1, 3):
+        shutil.copy(path, half / f"outer-{number}")
+        open_run(half / f"outer-{number}").update(finished="2026-11-26T09:00:00+00:00")
+    with pytest.raises(UserError, match=r"no hold-out of .* has a result"):
+        read_nested(half)
+
+
+def test_what_is_judged_is_the_search_with_its_refit_in_every_sentence(judged):
+    assert not [line for line in lines(read_nested(judged)) if "search winner" in line.lower()]
 
 
 def test_what_cannot_work_is_refused_before_anything_starts(tmp_path):

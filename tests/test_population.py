@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from optuna.trial import TrialState
 from process_helpers import marked, run, start, study_of, wait_until
 from small_cohort import SMALL, write_small_cohort
@@ -25,7 +26,8 @@ from core.report.figures.population import followed_values
 from core.run_names import LINEAGE, MEMBER, MEMBER_VALUE
 from core.schedules import as_schedule, then
 from distributed.batches.in_process import InMemory
-from distributed.run.assignment import assign, kept_checkpoint
+from distributed.run.assignment import assign, kept_checkpoint, read_progress
+from distributed.run.folder import open_run
 from distributed.search.population import begin_member
 from distributed.search.population_methods import (
     POPULATIONS,
@@ -34,7 +36,7 @@ from distributed.search.population_methods import (
     changeable_ranges,
     check_population,
 )
-from distributed.search.study import check_space
+from distributed.search.study import check_space, published_parameters
 from distributed.training.loop import build_optimiser, set_rates
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner
@@ -323,3 +325,48 @@ def test_a_killed_population_goes_on_from_its_last_exchange(workplace, evolved):
     values = [trial.user_attrs.get(MEMBER_VALUE) for trial in trials]
     whole = [trial.user_attrs.get(MEMBER_VALUE) for trial in study_of(evolved("pbt")).get_trials()]
     assert values == whole  # what a population without the kill came to
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+def test_a_budget_cuts_the_evolution_and_the_published_configuration_survives_a_kill(workplace):
+    """The user has enqueued its point, too: this is a member, and the published configuration is tried all the same.
+
+    Nobody looks at the hold-out before the published configuration has ended.
+    """
+    folder, mark = workplace / "cut", f"cut-{os.getpid()}"
+    point = {"optimiser.learning_rate": 1e-4, "objective.temperature": 0.1}
+    inside = published_parameters(load_space(f"{workplace}/mine.py:space")[0], load_space("brain_age")[1])
+    (workplace / "own.yaml").write_text(yaml.safe_dump([inside, point]))
+    asked = [*swept(workplace, "cut"), "--enqueue", "own.yaml", "--time-budget", 0.5]
+    asked[asked.index("training.epochs=6")] = "training.epochs=40"
+    sweep = start(*asked, cwd=workplace, mark=mark)
+    progress = folder / "trials" / "0004" / "progress.json"
+    try:
+        assert wait_until(
+            lambda: progress.exists() and len(read_progress(progress.parent)["history"]) > 5, 400
+        )
+    finally:
+        sweep.send_signal(signal.SIGKILL)
+        sweep.wait()
+    assert wait_until(lambda: not marked(mark), 240), "Ray outlived its driver"
+    before = study_of(folder).get_trials()
+    assert [trial.user_attrs.get("label") for trial in before] == [MEMBER] * 4 + ["published"]
+    assert (before[0].params, before[4].state) == (inside, TrialState.RUNNING)
+    done = run("resume", "cut", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    trials = study_of(folder).get_trials()
+    assert [trial.state for trial in trials] == [TrialState.PRUNED] * 4 + [TrialState.COMPLETE] * 2
+    assert before[4].intermediate_values.items() <= trials[4].intermediate_values.items()
+    (look,) = open_run(folder).about.looks
+    assert look.trials == 6
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+def test_a_population_that_cannot_fit_is_refused_with_figures(workplace):
+    asked = [*swept(workplace, "hopeless"), "--time-budget", 0.01]
+    done = run(*asked, cwd=workplace)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+    assert "more than 2 times the time budget of 0.01 s; give --time-budget " in done.stderr
+    assert open_run(workplace / "hopeless").about.looks == ()

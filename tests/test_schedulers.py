@@ -318,6 +318,17 @@ def test_wilcoxon_compares_values_after_equally_many_cells():
         assert stopper("a", result) is stopped
 
 
+def test_a_mean_that_got_worse_later_does_not_spare_whoever_is_worse_after_equally_many_cells():
+    """The best trial had 5 in each of five cells, and its sixth cell is bad: the others had 6 in five."""
+    study = optuna.create_study()
+    best = study.ask()
+    best.set_user_attr(CELL_VALUES, [5.0] * 5 + [50.0])
+    best.set_user_attr(AFTER_CELLS, [[5.0] * cells for cells in range(1, 6)] + [[5.0] * 5 + [50.0]])
+    study.tell(best, 12.5)
+    stopper = Wilcoxon(0.1, study, "mae", 6)
+    assert stopper("a", {TIME: 5, "done": False, "cells": [{"mae": 6.0}] * 5})
+
+
 @pytest.mark.parametrize(
     ("text", "cells", "message"),
     [

@@ -126,6 +126,22 @@ def test_a_spent_budget_still_begins_the_published_configuration_and_nothing_els
     assert states(study) == [TrialState.COMPLETE, TrialState.WAITING]
 
 
+def test_what_is_owed_begins_before_what_has_waited_longer(study):
+    """A population tries the published configuration last; what the user has enqueued still waits then."""
+    study.enqueue_trial({"optimiser.learning_rate": 1e-3}, user_attrs={"label": "enqueued"})
+    study.enqueue_trial({"optimiser.learning_rate": 1e-4}, user_attrs={"label": "published"})
+    search = searcher(study, budget=Budget(deadline=0.0))
+    given = search.suggest("a")["assignment"]
+    assert (given["name"], given["settings"]["optimiser"]["learning_rate"]) == ("0001", 1e-4)
+    assert states(study) == [TrialState.WAITING, TrialState.RUNNING]
+
+
+def test_an_interrupted_search_hands_out_no_refit_which_would_be_a_look(study):
+    search = searcher(study, trials=1, budget=Budget(interrupted=True))
+    search.proposals.refits = lambda study: pytest.fail("looked at the hold-out")
+    assert search.suggest("a") == Searcher.FINISHED
+
+
 def test_without_a_published_configuration_the_first_trial_is_completed(study):
     search = searcher(study)
     for name in "ab":

@@ -37,6 +37,15 @@ def points(tmp_path, text):
     return read_points(tmp_path / "mine.yaml", space)
 
 
+def test_a_member_of_a_population_is_no_trial_of_the_point_with_which_it_began(tmp_path):
+    study = open_study(tmp_path / "study.journal", "tpe", 0)
+    point = {"optimiser.learning_rate": 1e-3, "objective.name": "exponential"}
+    assert enqueue(study, [point], "enqueued") == 1
+    study.ask().set_user_attr("label", "member of the population")
+    assert enqueue(study, [point], "published") == 1
+    assert enqueue(study, [point], "published") == 0
+
+
 def test_own_configurations_are_tried_next_in_their_order_and_once(tmp_path):
     mine = points(
         tmp_path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,7 +86,9 @@ def read_nested(run: Path) -> Nested:
     numbers = range(1, (asked if isinstance(asked, int) else 0) + 1)
     folders = {number: run / f"outer-{number}" for number in numbers}
     records = {number: read_run(path) for number, path in folders.items() if (path / RUN_JSON).exists()}
-    judged = {number: record for number, record in records.items() if not record.predictions.empty}
+    judged = {
+        number: record for number, record in records.items() if (record.predictions["method"] == WINNER).any()
+    }
     if not judged:
         if any(record.about.finished for record in records.values()):
             raise UserError(f"no hold-out of {run} has a result; read what each of its sweeps says")
@@ -103,7 +106,8 @@ def outer_table(nested: Nested) -> pd.DataFrame:
         errors = record.holdout.groupby("method")["mae"].mean()
         best = record.best
         settings = {} if best is None else record.trial(best)
-        row: dict[str, object] = {"outer": int(number), "subjects": record.predictions["subject"].nunique()}
+        of_winner = record.predictions[record.predictions["method"] == WINNER]
+        row: dict[str, object] = {"outer": int(number), "subjects": of_winner["subject"].nunique()}
         row |= {method: errors.get(method, float("nan")) for method in METHODS}
         row |= {
             "trial": best,
@@ -125,7 +129,7 @@ def headline(nested: Nested) -> str:
     """The result in one sentence: the mean over subjects with its interval, and the SD over hold-outs."""
     table, errors = outer_table(nested), absolute_errors(nested.predictions)
     low, high = error_interval(nested.predictions, WINNER)
-    subjects = count(nested.predictions["subject"].nunique(), "subject")
+    subjects = count(int(errors[WINNER].count()), "subject")
     interval = "" if low != low else f", {100 * LEVEL:.0f} % interval {low:.2f} to {high:.2f}"
     spread = f"SD over {count(len(table), 'hold-out')} {table[WINNER].std():.2f}" if len(table) > 1 else ""
     median = f"; predicting the training median: {errors[MEDIAN].mean():.2f}" if MEDIAN in errors else ""
@@ -142,22 +146,34 @@ def _missing(nested: Nested) -> str:
         number for number, record in nested.begun.items() if number not in judged and record.about.finished
     ]
     left = nested.hold_outs - len(judged) - len(without)
-    said = ""
-    if without:
-        said = f" No result for hold-out {', '.join(map(str, without))}: no trial was completed there."
+    reasons = {
+        "no trial was completed there": [number for number in without if nested.begun[number].best is None],
+        "the refit of the winner failed there": [
+            number for number in without if nested.begun[number].best is not None
+        ],
+    }
+    said = "".join(
+        f" No result for hold-out {', '.join(map(str, numbers))}: {reason}."
+        for reason, numbers in reasons.items()
+        if numbers
+    )
     return said + (f" So far {len(judged)} of {nested.hold_outs} hold-outs." if left else "")
 
 
 def lines(nested: Nested) -> list[str]:
     """The verdict over all subjects, each comparison with its numbers, and how alike the winners were."""
-    said = verdict(nested.predictions).replace("The search winner", "The search with its refit", 1)
+    said = [verdict(nested.predictions), *(each.sentence() for each in comparisons(nested.predictions))]
+    said = [
+        re.sub("(T|t)he search winner", lambda found: f"{found[1]}he search with its refit", line)
+        for line in said
+    ]
     table = outer_table(nested)
     kinds = Counter(table["kind"])
     named = ", ".join(f"{kind} {times} of {len(table)}" for kind, times in kinds.most_common())
     published = int(table["is_published"].sum())
     times = f"{published} of {len(table)} times"
     winners = f"Objective of the winner: {named}. The published configuration itself won {times}."
-    return [said, *(each.sentence() for each in comparisons(nested.predictions)), winners]
+    return [*said, winners]
 
 
 def caveats(nested: Nested) -> list[str]:

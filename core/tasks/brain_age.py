@@ -2,7 +2,7 @@
 
     model = build_model(settings, in_channels)
     loss, log = training_loss(model, objective, views, ages, progress)
-    outcome = judge(model, settings, training, evaluation)
+    outcome = judge(training, evaluation)
 
 Shape suffixes: B subjects, V views, C channels, X, Y, Z, E embedding.
 """
@@ -231,16 +231,19 @@ def judge(
 def _errors_without_folds(training: Embedded, evaluation: Embedded, folds: Rows) -> dict[int, Floats]:
     """By fold, the error (P,) of every penalty if the probe is fitted without the people of this fold.
 
-    A fold is left out if too few people remain without it.
+    Empty if without any two folds too few people remain for a probe. So this is the same in all cells of a trial.
     """
+    people = [len(np.unique(training.subjects[folds == fold])) for fold in np.unique(folds)]
+    people.append(len(np.unique(evaluation.subjects)))
+    if sum(sorted(people)[:-2]) < FEWEST_SUBJECTS:
+        return {}
     errors = {}
     for fold in np.unique(folds):
         rest = folds != fold
-        if len(np.unique(training.subjects[rest])) >= FEWEST_SUBJECTS:
-            every = predictions_by_penalty(
-                training.embeddings[rest], training.ages[rest], evaluation.embeddings, training.subjects[rest]
-            )
-            errors[int(fold)] = errors_by_penalty(every, evaluation.ages, evaluation.subjects)
+        every = predictions_by_penalty(
+            training.embeddings[rest], training.ages[rest], evaluation.embeddings, training.subjects[rest]
+        )
+        errors[int(fold)] = errors_by_penalty(every, evaluation.ages, evaluation.subjects)
     return errors
 
 

@@ -16,12 +16,13 @@ from core.evaluation.regression import regression_metrics
 from core.files.tables import write_table
 from core.files.writing import writing_to
 from core.inference import Predictor, load_predictor, prepare_file
+from core.run_access import EVALUATION
 from core.run_description import CohortOfRun
 from core.run_names import NESTED, RUN_JSON, SPLITS
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
 from distributed.commands.known_scans import KnownScans, roles_of
-from distributed.run.access import EVALUATION, AccessRecord
+from distributed.run.access import AccessRecord
 from distributed.run.assignment import HOLDOUT, Cell
 from distributed.run.folder import RunFolder, open_run
 from distributed.sweeps.looks import count_looks, looks_beside

@@ -102,10 +102,8 @@ class RunFolder:
     @property
     def is_concluded(self) -> bool:
         """Whether the run has ended, and its page was written after that: the process may be killed in between."""
-        finished, page = self.about.finished, self.path / REPORT
-        if finished is None or not page.exists():
-            return False
-        return page.stat().st_mtime >= datetime.datetime.fromisoformat(finished).timestamp()
+        about = self.about
+        return about.finished is not None and about.concluded and (self.path / REPORT).exists()
 
     def update(self, **changes: object) -> None:
         """Replace fields of run.json."""

@@ -103,8 +103,10 @@ class Budget(tune.Stopper):
     """Whether it was found out in this session that the budget is not hopeless."""
     cut: set[str] = field(default_factory=set)
     """The ids in Tune of the trials that this budget has stopped."""
-    shares: int = 1
-    """In how many equal parts the sweeps of a nested search share what the user gave."""
+    time_shares: int = 1
+    hour_shares: int = 1
+    """In how many equal parts the sweeps of a nested search share what the user gave: those that were left when this
+    session began share the time, and all of them the accelerator-hours."""
     share: float = 1.0
     """The part of both budgets that this search may use; the rest is for another search of the run."""
     elapsed: float = 0.0
@@ -196,23 +198,30 @@ class Budget(tune.Stopper):
         is_first = name not in self.first_answers
         each = spent - self.first_answers.setdefault(name, spent)
         left = own_left + self.later_epochs
-        # The time of a member of a population may go back, when it takes the weights of another one.
+        if not is_first and each <= 0:
+            # The time of a member of a population may go back, when it takes the weights of another one.
+            self.first_answers[name] = spent
         if is_first or self.checked or left <= 0 or each <= 0:
             return
         self.checked = True
         seconds = self.elapsed + self.running_for + left * each
         hours = self.hours_used + left * each * self.devices / 3600
         needed = f"what is completed in any case ({left} more epochs of {each:.2g} s) needs"
-        each_of = f" that each of {self.shares} hold-outs has" if self.shares > 1 else ""
+
+        def each_of(shares: int) -> str:
+            return f" that each of {shares} hold-outs has" if shares > 1 else ""
+
         if self.seconds is not None and seconds > HOPELESS * self.seconds:
             self.hopeless = (
                 f"{needed} about {seconds:.0f} s in all, more than {HOPELESS:g} times the time budget of "
-                f"{self.seconds:g} s{each_of}; give --time-budget {math.ceil(seconds * self.shares)} or more"
+                f"{self.seconds:g} s{each_of(self.time_shares)}; give --time-budget "
+                f"{math.ceil(seconds * self.time_shares)} or more"
             )
         elif self.accelerator_hours is not None and hours > HOPELESS * self.accelerator_hours:
             self.hopeless = (
                 f"{needed} about {hours:.2g} {self.unit}-hours in all, more than {HOPELESS:g} times the budget of "
-                f"{self.accelerator_hours:g}{each_of}; give --accelerator-hours {hours * self.shares:.2g} or more"
+                f"{self.accelerator_hours:g}{each_of(self.hour_shares)}; give --accelerator-hours "
+                f"{hours * self.hour_shares:.2g} or more"
             )
         self.interrupted = self.interrupted or self.hopeless is not None
 

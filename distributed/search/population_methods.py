@@ -125,6 +125,11 @@ def exchange_interval(epochs: int) -> int:
     return max(1, round(epochs / EXCHANGES))
 
 
+def members_of(trials: int, is_inside: bool) -> int:
+    """The members among `trials`: all but the schedule found, and the published configuration if it `is_inside`."""
+    return trials - 1 - is_inside
+
+
 def check_population(
     name: str, profile: Profile, epochs: int, trials: int, beside: Mapping[str, str]
 ) -> None:

@@ -277,11 +277,12 @@ class Wilcoxon(tune.Stopper):
         if not judged:
             return 1.0
         best = min(judged, key=lambda trial: (trial.values[0], trial.number)).user_attrs
-        # The pruner compares trials as they are, or were, after equally many cells.
+        # The pruner compares trials as they are, or were, after equally many cells. Trials of version 0.2 did not keep
+        # this, and none of their cells changed later: then, as in Optuna, the mean is that of all cells.
         after_cells = best.get(AFTER_CELLS)
         others = after_cells[len(values) - 1] if after_cells else best[CELL_VALUES][: len(values)]
         differences = np.subtract(values, others)
-        if np.mean(values) <= np.mean(best[CELL_VALUES]):
+        if np.mean(values) <= np.mean(others if after_cells else best[CELL_VALUES]):
             return 1.0
         return float(wilcoxon(differences, alternative="greater", zero_method="zsplit").pvalue)
 

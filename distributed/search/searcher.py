@@ -115,10 +115,11 @@ class StudySearch(tune.search.Searcher):
                     self.running[trial_id] = trial
                     self.started[trial_id] = time.time()
                     return {"assignment": assignment}
-        if self.broken is not None:
-            return tune.search.Searcher.FINISHED
-        if self.running:
+        if self.running and self.broken is None:
             return None
+        if self.budget.interrupted:
+            # A refit would look at the hold-out now, and never begin.
+            return tune.search.Searcher.FINISHED
         if self.refits is None:
             self.refits = self.proposals.refits(self.proposals.study)
         # While a refit runs its slot may crash, and then the refit must run again.
@@ -218,7 +219,8 @@ class StudySearch(tune.search.Searcher):
         if owed.number in {trial.number for trial in self.running.values()}:
             return None
         if owed.state == TrialState.WAITING:
-            return study.ask()
+            # `study.ask` would take the one that has waited longest.
+            study._storage.set_trial_state_values(owed._trial_id, TrialState.RUNNING)
         proposals.continued[:] = [trial for trial in proposals.continued if trial.number != owed.number]
         return optuna.Trial(study, owed._trial_id)
 

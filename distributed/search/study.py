@@ -187,10 +187,13 @@ def _as_number(value: Any) -> Any:
 def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]], label: str | None) -> int:
     """Let `study` try `points` next, in their order, except points that it has already; returns how many are new.
 
-    `label` is their name in the tables.
+    `label` is their name in the tables. A member of a population changes its settings, and is trained on one cell only:
+    it is no trial of the point with which it began.
     """
     known = [
-        trial.params or trial.system_attrs.get("fixed_params") for trial in study.get_trials(deepcopy=False)
+        trial.params or trial.system_attrs.get("fixed_params")
+        for trial in study.get_trials(deepcopy=False)
+        if trial.user_attrs.get(LABEL) != MEMBER
     ]
     fresh = [dict(point) for point in points if dict(point) not in known]
     for point in fresh:

@@ -120,7 +120,8 @@ class Baseline:
             unit=budget.unit,
             epochs=self.search.epochs * len(request.cells),
             later_epochs=budget.later_epochs,
-            shares=budget.shares,
+            time_shares=budget.time_shares,
+            hour_shares=budget.hour_shares,
             share=request.baseline_trials / (request.trials + request.baseline_trials),
             used=accelerator_seconds(study, budget.devices, self.progress, baseline_name),
         )

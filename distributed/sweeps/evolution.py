@@ -25,7 +25,12 @@ from distributed.search.population import (
     best_member,
     read_members,
 )
-from distributed.search.population_methods import POPULATIONS, changeable_ranges, exchange_interval
+from distributed.search.population_methods import (
+    POPULATIONS,
+    changeable_ranges,
+    exchange_interval,
+    members_of,
+)
 from distributed.search.study import enqueue, published_parameters, settings_of, trials_begun
 from distributed.sweeps.executor import HEAD, Executor, release_slots
 from distributed.sweeps.request import SweepRequest
@@ -93,8 +98,8 @@ class Evolution:
         if state.exists():
             return read_members(state, {trial_name(trial.number) for trial in _running(study)}, folder.trial)
         asked = {trial.number: optuna.Trial(study, trial._trial_id) for trial in _running(study)}
-        others = 1 + (published_parameters(search.space, search.base) is not None)
-        while trials_begun(study) < request.trials - others:
+        is_inside = published_parameters(search.space, search.base) is not None
+        while trials_begun(study) < members_of(request.trials, is_inside):
             trial = study.ask()
             asked[trial.number] = trial
         method, ranges = POPULATIONS[request.scheduler], changeable_ranges(search.profile)
@@ -164,7 +169,7 @@ class _Members(BasicVariantGenerator):
 
 
 def _running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that have begun and not ended. Before the population has ended, all of them are members."""
+    """The trials that have begun and not ended. Before the state of the population is written, they become members."""
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 

@@ -1,17 +1,21 @@
-"""The looks at the hold-out: each set of refits is one. After a look a search that goes on is no longer blind to it."""
+"""The looks at the hold-out: each set of refits is one, and each `brainsweep evaluate` of the run on its own cohort.
+
+After a look a search that goes on is no longer blind to it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 import optuna
 from rich.console import Console
 
 from core.errors import UserError
 from core.files.tables import read_table
+from core.run_access import evaluations
 from core.run_description import Look
-from core.run_names import RUN_JSON, SPLITS
-from distributed.run.access import evaluations
+from core.run_names import NESTED, RUN_JSON, SPLITS
 from distributed.run.folder import RunFolder, now, open_run
 from distributed.search.study import trials_begun
 
@@ -42,7 +46,7 @@ def record_look(folder: RunFolder, study: optuna.Study, winner: int, baseline: i
 
 
 def looks_of(folder: RunFolder) -> tuple[Look, ...]:
-    """The looks so far; version 0.2 recorded none, and had looked if a refit was begun."""
+    """The looks by refits so far; version 0.2 recorded none, and had looked if a refit was begun."""
     about = folder.about
     if about.looks or not folder.refit("published").exists():
         return about.looks
@@ -55,12 +59,15 @@ def count_looks(folder: RunFolder) -> int:
 
 
 def looks_beside(folder: RunFolder, held_out: Collection[str]) -> dict[str, int]:
-    """The looks of the other runs in the same folder at any of these people, by the name of the run.
+    """The looks of the other runs in the same folder at any of these people, by the path of the run in that folder.
 
-    Whoever trains and evaluates again and again, and keeps the best, has searched on the hold-out.
+    The sweeps of a nested search count as well, on both sides. Whoever trains and evaluates again and again, and keeps
+    the best, has searched on the hold-out.
     """
-    cohort, found = folder.about.cohort, {}
-    for path in sorted(folder.path.parent.glob(f"*/{RUN_JSON}")):
+    cohort, found, place = folder.about.cohort, {}, folder.path.parent
+    if _is_nested(place):
+        place = place.parent
+    for path in sorted([*place.glob(f"*/{RUN_JSON}"), *place.glob(f"*/outer-*/{RUN_JSON}")]):
         try:
             other = open_run(path.parent)
             about = other.about.cohort
@@ -72,8 +79,15 @@ def looks_beside(folder: RunFolder, held_out: Collection[str]) -> dict[str, int]
             continue
         looks = count_looks(other)
         if looks and set(splits.loc[splits["role"] == "holdout", "subject"]) & set(held_out):
-            found[other.path.name] = looks
+            found[other.path.relative_to(place).as_posix()] = looks
     return found
+
+
+def _is_nested(place: Path) -> bool:
+    try:
+        return open_run(place).about.kind == NESTED
+    except UserError:
+        return False
 
 
 def tell_looks(
@@ -83,12 +97,12 @@ def tell_looks(
 
     `of_baseline` trials of the L1 baseline are left.
     """
-    looks = looks_of(folder)
+    looks, count = looks_of(folder), count_looks(folder)
     if looks and (finished_trials(study) < trials or of_baseline):
-        times = "once" if len(looks) == 1 else f"{len(looks)} times"
+        times = "once" if count == 1 else f"{count} times"
         console.print(
-            f"note: the held-out subjects of this run were looked at {times} ({looks[-1].in_words()}). What the search "
-            "finds from here on comes after that look; the report will say so",
+            f"note: the held-out subjects of this run were looked at {times} (last refits: {looks[-1].in_words()}). "
+            "What the search finds from here on comes after that look; the report will say so",
             highlight=False,
             soft_wrap=True,
         )

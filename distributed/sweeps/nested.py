@@ -88,7 +88,8 @@ class NestedSearch:
                 hours = None if accelerator_hours is None else accelerator_hours / self.hold_outs
                 with connect(self.address, self.console):
                     # Once for all hold-outs.
-                    shared = Shared(hold(self.cohort, self.request.data_mode), self.folder.about.first)
+                    held = hold(self.cohort, self.request.data_mode)
+                    shared = Shared(held, self.folder.about.first, len(left))
                     for number in left:
                         self.console.print(f"\nhold-out {number + 1} of {self.hold_outs}", style="bold")
                         if not self._ends(number, share, hours, shared):
@@ -113,6 +114,7 @@ class NestedSearch:
                 # All its trials failed: then it has none.
                 with contextlib.suppress(UserError):
                     write_report(child.path)
+                    child.update(concluded=True)
 
     def _ends(
         self, number: int, time_budget: float | None, accelerator_hours: float | None, shared: Shared
@@ -149,7 +151,7 @@ class NestedSearch:
                 accelerator_hours=accelerator_hours,
                 trust_space=self.trusts_space,
             )
-            resume_sweep(child, asked, self.address, self.console, shared.volumes)
+            resume_sweep(child, asked, self.address, self.console, shared)
             return
         # What a process has left that was stopped before it had described the run.
         shutil.rmtree(child, ignore_errors=True)

@@ -15,7 +15,6 @@ from core.files.writing import writing_to
 from core.run_description import SearchChange
 from core.run_names import BASELINE, CONFIRMED, PROGRESS, REFITS, SPLITS, STUDY, TRIALS
 from core.volumes.cohort.reader import Cohort
-from distributed.batches.in_process import Volumes
 from distributed.run.assignment import read_progress
 from distributed.run.code import code_version
 from distributed.run.folder import RunFolder, cohort_of, now, open_run
@@ -30,7 +29,7 @@ from distributed.sweeps.baseline import baseline_finished
 from distributed.sweeps.looks import looks_of, tell_looks
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search, splits_of
-from distributed.sweeps.sweep import Sweep, check_place, check_subjects, held
+from distributed.sweeps.sweep import Shared, Sweep, check_place, check_subjects, held
 from search_spaces import fixed_by
 
 CHANGE = "--change-search"
@@ -46,7 +45,7 @@ def resume_sweep(
     asked: ResumeRequest,
     address: str | None,
     console: Console,
-    volumes: Volumes | None = None,
+    shared: Shared | None = None,
 ) -> RunFolder:
     """Continue a sweep: unfinished trials first, each from its last epoch. One that has not begun begins.
 
@@ -55,7 +54,7 @@ def resume_sweep(
         asked: what changes from now on.
         address: the address of a Ray cluster; this machine if None.
         console: where to print the progress.
-        volumes: those of the cohort, if they are held already.
+        shared: what a nested search gives to its sweeps.
 
     Raises:
         UserError: the cohort or the splits are others, or the search changed without `change_search`.
@@ -89,7 +88,7 @@ def resume_sweep(
         study = open_study(
             folder.journal, request.sampler, request.search_seed, request.objectives, about.study
         )
-        sweep = Sweep(folder, request, search, cohort, splits, study, console, address, volumes)
+        sweep = Sweep(folder, request, search, cohort, splits, study, console, address, shared)
         if not about.begun:
             return sweep.begin().execute()
         changed = _what_changed(recorded, request, about.searched, search.profile.as_json())

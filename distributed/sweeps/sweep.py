@@ -20,7 +20,7 @@ from core.files.writing import writing_to
 from core.report.answer.record import read_run
 from core.report.answer.tables import print_leaderboard
 from core.report.page import write_report
-from core.run_names import ENQUEUED, PUBLISHED, REASON, SWEEP
+from core.run_names import ENQUEUED, LABEL, MEMBER, PUBLISHED, REASON, SWEEP
 from core.tasks import TASKS
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
@@ -40,7 +40,7 @@ from distributed.run.working_copy import (
     send,
 )
 from distributed.search.budget import Budget
-from distributed.search.population_methods import POPULATIONS
+from distributed.search.population_methods import POPULATIONS, members_of
 from distributed.search.samplers import GRID, grid_points, sampler_note
 from distributed.search.schedulers import make_scheduler, replay, spares
 from distributed.search.searcher import Proposals, StudySearch
@@ -61,7 +61,7 @@ from distributed.slots.slot import Slot, Workers, pack
 from distributed.sweeps import tables
 from distributed.sweeps.baseline import Baseline, baseline_finished, baseline_progress, baseline_study
 from distributed.sweeps.display import Display, TensorBoard
-from distributed.sweeps.evolution import Evolution
+from distributed.sweeps.evolution import STATE, Evolution
 from distributed.sweeps.executor import Executor
 from distributed.sweeps.interruption import interruptible, resumable, stopped
 from distributed.sweeps.refits import after_search
@@ -99,6 +99,8 @@ class Shared:
     """Those of the cohort; Ray is connected."""
     first: Mapping[str, Points]
     """The configurations to try first, by label."""
+    left: int
+    """The number of sweeps that were not finished when this session began."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ class Sweep:
     console: Console
     address: str | None = None
     """The address of a Ray cluster; this machine if None."""
-    volumes: Volumes | None = None
-    """Those of the cohort, if Ray is connected and they are held already, for several searches."""
+    shared: Shared | None = None
+    """What this sweep has in common with others of a nested search."""
 
     def begin(self) -> Sweep:
         """Record the splits and the searched settings; enqueue the points to try first, then those of the grid."""
@@ -150,8 +152,9 @@ class Sweep:
     def execute(self) -> RunFolder:
         """Run what is left of the sweep on Ray, and write its results."""
         request = self.request
-        shares = 1 if request.outer_fold is None or request.outer is None else request.outer
-        budget = Budget(request.time_budget, request.accelerator_hours, shares=shares)
+        budget = Budget(request.time_budget, request.accelerator_hours)
+        if self.shared is not None:
+            budget.time_shares, budget.hour_shares = self.shared.left, request.outer or 1
         with resumable(self.to_continue):
             searcher = self._searcher(budget)
             with self._connected(), interruptible(budget, self.console):
@@ -169,7 +172,7 @@ class Sweep:
 
     def _connected(self) -> AbstractContextManager[None]:
         """Ray, if it is not connected already."""
-        return nullcontext() if self.volumes is not None else connect(self.address, self.console)
+        return nullcontext() if self.shared is not None else connect(self.address, self.console)
 
     def conclude(self, budget: Budget) -> RunFolder:
         """Write the tables, the best model and the report; print the leaderboard, and the next commands."""
@@ -196,6 +199,8 @@ class Sweep:
             reason = failed[0].user_attrs.get(REASON, "unknown")
             raise UserError(f"all {len(failed)} trials failed; the first: {reason}")
         page = write_report(folder.path)
+        if not budget.interrupted:
+            folder.update(concluded=True)
         print_leaderboard(self.console, read_run(folder.path))
         self._say_next(page, budget)
         return folder
@@ -227,11 +232,19 @@ class Sweep:
                 self.folder.trial(name), settings, request.cells, prunable=prunable, metric=first
             ),
             refits=lambda study: after_search(self.folder, request, study),
-            continued=[] if self.evolves else study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)),
+            continued=self._unfinished(),
             secure=lambda: send(self.folder.journal),
             tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
         return StudySearch(proposals, budget, judgement(request, self.search.profile, study, budget))
+
+    def _unfinished(self) -> list[optuna.trial.FrozenTrial]:
+        """The trials that continue from an earlier session. Members of a population do not: they evolve."""
+        if self.evolves and not (self.folder.path / STATE).exists():
+            # All that have begun become members.
+            return []
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in running if trial.user_attrs.get(LABEL) != MEMBER]
 
     def _run(self, searcher: StudySearch, budget: Budget) -> None:
         """Evolve the population if there is one, then search, in slots."""
@@ -262,7 +275,10 @@ class Sweep:
             if evolves:
                 evolution = Evolution(self.folder, request, self.search, self.study)
                 searcher.broken = evolution.run(budget, executor)
-                searcher.proposals.trials = len(self.study.get_trials(deepcopy=False))
+                known = len(self.study.get_trials(deepcopy=False))
+                # If the budget has cut it, and the published configuration fails, another trial may be the result.
+                spare = 1 if self.evolves else 0
+                searcher.proposals.trials = max(known + spare, request.trials if spare else 0)
                 # What it has cost is known, and not a reason to give up the rest.
                 budget.checked = True
             budget.later_epochs = 0
@@ -271,7 +287,8 @@ class Sweep:
 
     def _slot(self, workers: Workers) -> type[tune.Trainable]:
         """The class `Slot` with the subjects of this sweep for its workers."""
-        volumes = self.volumes or hold(self.cohort, self.request.data_mode)
+        held_already = None if self.shared is None else self.shared.volumes
+        volumes = held_already or hold(self.cohort, self.request.data_mode)
         subjects = Subjects.of(self.cohort, self.splits, volumes, AccessRecord(self.folder.access))
         slot: type[tune.Trainable] = tune.with_parameters(
             Slot, workers=workers, runner=pack(make_runner, subjects=subjects), storage=str(self.folder.tune)
@@ -288,8 +305,7 @@ class Sweep:
 
     def _earlier(self) -> list[optuna.trial.FrozenTrial]:
         """The trials of earlier sessions with all values that they have answered."""
-        unfinished = [] if self.evolves else self.study.get_trials(False, (TrialState.RUNNING,))
-        hear_missed(self.study, unfinished, self.progress)
+        hear_missed(self.study, self._unfinished(), self.progress)
         return self.study.get_trials(deepcopy=False)
 
     def _finished(self) -> list[optuna.trial.FrozenTrial]:
@@ -353,8 +369,7 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
     folder = create_run(out, SWEEP, request.model_dump(mode="json"), search.base, opened, first)
     with held(folder, console):
         study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives)
-        volumes = None if shared is None else shared.volumes
-        sweep = Sweep(folder, request, search, opened, splits, study, console, launch.address, volumes)
+        sweep = Sweep(folder, request, search, opened, splits, study, console, launch.address, shared)
         return sweep.begin().execute()
 
 
@@ -389,6 +404,13 @@ def first_points(search: ResolvedSearch, launch: Launch) -> dict[str, Points]:
             "note: the starting settings lie outside this space; they are refitted, not searched"
         )
     own = read_points(launch.enqueued, search.space) if launch.enqueued else []
+    request = launch.request
+    members = members_of(request.trials, published is not None)
+    if request.scheduler in POPULATIONS and len(own) > members:
+        raise UserError(
+            f"{launch.enqueued} has {len(own)} configurations, and a population of {request.trials} trials has "
+            f"{members} members; give --trials {request.trials + len(own) - members} or more"
+        )
     return {PUBLISHED: [published] if published is not None else [], ENQUEUED: own}
 
 

@@ -17,10 +17,10 @@ from core.files.tables import read_table, write_table
 from core.inference import save_calibration
 from core.objectives import COST
 from core.report.answer.record import TRIAL_COLUMNS, trial_row
+from core.run_access import read_access
 from core.run_description import BestTrial
 from core.run_names import MEDIAN, REFITTED
 from core.volumes.cohort.reader import Cohort
-from distributed.run.access import read_access
 from distributed.run.assignment import read_progress, trial_name
 from distributed.run.folder import RunFolder, now
 from distributed.search.study import ReadProgress, best_trial
@@ -155,6 +155,8 @@ def finish(folder: RunFolder, study: optuna.Study | None = None, ended: str | No
     started = datetime.datetime.fromisoformat(folder.about.created).timestamp()
     folder.update(
         finished=now(),
+        # A training run has no page.
+        concluded=study is None,
         seconds=time.time() - started,
         best=BestTrial(number=best.number, value=best.values[0]) if best else None,
         ended=ended,

@@ -241,8 +241,12 @@ class Trial:
                     self.subjects.write_predictions(fold, predicted, path)
 
     def _best_penalty(self) -> Answer:
-        """The penalty for a refit of this configuration; nothing if its cells did not choose for each other."""
-        if is_refit(self.assignment) or any("penalty" not in cell for cell in self.finished):
+        """The penalty for a refit of this configuration: the best one in all its cells.
+
+        There people are judged whom neither encoder nor probe knows. Nothing if there is no probe, or if an older
+        version did not keep every cell.
+        """
+        if is_refit(self.assignment) or not self.judged or len(self.judged) < len(self.finished):
             return Answer()
         return Answer(penalty=chosen_penalty([self._judged(cell).errors for cell in self.judged]))
 
@@ -301,7 +305,8 @@ class Trial:
         if saved is None:
             return
         self.history, self.finished = saved["history"], saved["finished"]
-        # Version 0.2 kept none, and versions before 0.3 was released not all of it: then its cells choose nothing.
+        # Version 0.2 kept none: then these cells, and all later ones of the trial, keep the penalties that they chose
+        # alone. Versions before 0.3 was released chose together, and kept not all of it: the finished cells stay so.
         self.judged = [cell for cell in saved.get("judged", []) if "without" in cell]
         # Before version 0.3 no later cell changed the value of an earlier one.
         earlier = self._values()

@@ -10,6 +10,7 @@ from core.objectives import Metrics, measure
 from core.report.answer.population import found_schedule, is_member
 from core.report.answer.record import RunRecord
 from core.report.answer.tables import ABSENT, count, ended, mean_and_sd
+from core.run_access import in_words
 from core.run_names import PUBLISHED, WINNER
 
 
@@ -138,10 +139,12 @@ def _access_line(record: RunRecord) -> str:
         people = record.access.loc[by_search, "subject"].nunique()
         return f"{read}. {count(people, 'held-out subject')} WERE READ BY THE SEARCH: its result is void."
     times = f"the first held-out one at {of_held_out.min():%Y-%m-%d %H:%M:%S} UTC"
-    if "last_read" in record.access and len(record.about.looks) > 1:
+    if "last_read" in record.access and len(record.about.looks) + len(record.evaluations) > 1:
         last = pd.to_datetime(record.access["last_read"], utc=True, format="ISO8601")
         times += f", the last at {last[record.access['subject'].isin(held_out)].max():%Y-%m-%d %H:%M:%S} UTC"
-    return f"{read}; {times}, by a refit."
+    return (
+        f"{read}; {times}, {'by refits and `brainsweep evaluate`' if record.evaluations else 'by a refit'}."
+    )
 
 
 def tuning_line(record: RunRecord) -> str:
@@ -167,12 +170,14 @@ def tuning_line(record: RunRecord) -> str:
 
 def looks_in_words(record: RunRecord) -> str:
     """How often the hold-out was used, and when: `2 times (2026-11-20 09:14 UTC, after 6 trials; …)`."""
-    looks, before = record.about.looks, sum(change.holdout_seen for change in record.about.changes)
-    if not looks:
-        # Version 0.2 and before: once, and once more after each change of a search that had used it.
-        return "once, after the search" if not before else f"{before + 1} times"
-    times = "once, after the search" if len(looks) == 1 else f"{len(looks)} times"
-    return f"{times} ({'; '.join(look.in_words() for look in looks)})"
+    told = [look.in_words() for look in record.about.looks]
+    # Version 0.2 and before: once, and once more after each change of a search that had used it.
+    not_told = 0 if told else 1 + sum(change.holdout_seen for change in record.about.changes)
+    told += [f"{in_words(when)}, by `brainsweep evaluate`" for when in record.evaluations]
+    looks = not_told + len(told)
+    times = "once, after the search" if looks == 1 else f"{looks} times"
+    # A date and a time come first in each of them.
+    return f"{times} ({'; '.join(sorted(told))})" if told else times
 
 
 def change_lines(record: RunRecord) -> list[str]:

@@ -19,8 +19,10 @@ from core.errors import UserError
 from core.evaluation.regression import median_age
 from core.files.tables import read_table
 from core.objectives import OBJECTIVES, Objective
+from core.run_access import evaluations
 from core.run_description import RunDescription, find_cohort
 from core.run_names import (
+    ACCESS,
     CELLS_DONE,
     JOURNAL,
     LABEL,
@@ -111,6 +113,8 @@ class RunRecord:
     baseline: pd.DataFrame = field(default_factory=lambda: _empty("baseline"))
     """The trials of the L1 baseline, with the columns of `trials`."""
     cohort: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["subject", "age", "site"]))
+    evaluations: tuple[float, ...] = ()
+    """When `brainsweep evaluate` used the held-out subjects, in seconds since 1970."""
     study: optuna.Study | None = None
     winner: dict[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
@@ -203,6 +207,7 @@ def read_run(run: Path) -> RunRecord:
         folder=run,
         about=about,
         cohort=cohort,
+        evaluations=tuple(evaluations(run / ACCESS)),
         study=study,
         winner=_read_json(run / "best" / "settings.json", "the winner's settings", missing),
         missing=tuple(missing),
