@@ -132,6 +132,8 @@ class RunDescription(_Part):
     """The request: values by the names of the options."""
     space_file: SpaceFile | None = None
     """None if the space is one of ours, and before version 0.3."""
+    rows: dict[str, int] = {}
+    """The lines of every table when the page was written, so that one that was cut at the end of a line is found."""
     first: dict[str, list[dict[str, JsonValue]]] = {}
     """The configurations to try before the sampler is asked, by label, as parameters of the space."""
     study: str = STUDY

@@ -1,13 +1,20 @@
 """A small file of a run may be empty, cut off or changed: a command works without it, or says so in one line."""
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
+from fake_run import make_run
+from rich.console import Console
 from typer.testing import CliRunner
 
 from core.errors import UserError
+from core.report.answer.record import read_run
+from core.report.answer.tables import print_leaderboard
+from core.report.page import render
 from distributed.commands.app import app
+from distributed.run.folder import open_run
 from distributed.sweeps import sweep as sweeps
 
 RUN = Path(__file__).parent / "fixtures" / "run_0_1"
@@ -91,6 +98,23 @@ def test_the_report_is_made_without_a_damaged_table(study, content):
         assert "access.csv" in page
     finally:
         path.write_bytes(kept)
+
+
+def test_a_table_that_was_cut_at_the_end_of_a_line_is_named(tmp_path):
+    """Such a file looks whole; run.json says how many lines it had."""
+    folder = make_run(tmp_path / "run")
+    path = folder / "predictions.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    open_run(folder).update(rows={"predictions": len(lines) - 1, "holdout": 2})
+    assert not read_run(folder).cut
+    path.write_text("".join(lines[:-3]))
+    line = f"predictions has {len(lines) - 4} of {len(lines) - 1} lines: it was cut off; put it back from a backup"
+    record = read_run(folder)
+    assert (record.cut, record.missing[0]) == ((line,), line)
+    console = Console(file=io.StringIO(), width=500)
+    print_leaderboard(console, record)
+    assert f"note: {line}" in console.file.getvalue()
+    assert line in render(record)
 
 
 def test_half_a_line_of_an_access_record_costs_that_line_alone(tmp_path):

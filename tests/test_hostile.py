@@ -16,7 +16,7 @@ from core.files.places import check_keyless, shown
 from core.files.tables import read_table, write_table
 from core.run_names import CHECKPOINT, RUN_JSON
 from core.volumes.cohort.hdf5 import unpack
-from core.volumes.cohort.reader import CohortDescription
+from core.volumes.cohort.reader import Cohort, CohortDescription
 from distributed.commands.options import console
 from distributed.commands.predicting import evaluation_table
 from distributed.run.assignment import read_progress
@@ -68,7 +68,7 @@ def test_a_sweep_of_a_nested_search_that_names_another_space_is_not_continued(tm
     create_run(parent.path / "outer-1", "sweep", hostile.model_dump(mode="json"), {}, cohort)
     search = NestedSearch(parent, request, cohort, QUIET, trusts_space=True)
     with pytest.raises(UserError, match=r"outer-1/run\.json names the space .*evil\.py"):
-        search._run(0, None, None, Shared(None, {}))
+        search._run(0, None, None, Shared(None, {}, 1))
 
 
 def test_a_working_copy_of_a_run_that_was_never_sent_is_begun_again(tmp_path, monkeypatch):
@@ -120,6 +120,37 @@ def test_a_cohort_of_an_impossible_size_is_refused_by_its_description(tmp_path, 
     about = cohort.description.model_dump(mode="json") | {"shape": shape}
     with pytest.raises(ValueError, match="shape"):
         CohortDescription.model_validate(about)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("position", "0", "'position' does not hold whole numbers"),
+        ("position", 0.5, "'position' does not hold whole numbers"),
+        ("age", "old", "'age' does not hold numbers"),
+        ("subject", 7, "'subject' does not hold text"),
+        ("shard", None, "'shard' does not hold text"),
+    ],
+)
+def test_a_manifest_of_other_types_is_damaged(tmp_path, column, value, said):
+    cohort = write_small_cohort(tmp_path / "cohort", 6)
+    cohort.manifest.assign(**{column: value}).to_parquet(tmp_path / "cohort" / "manifest.parquet")
+    with pytest.raises(UserError, match=said):
+        Cohort.open(tmp_path / "cohort")
+
+
+def test_what_is_nested_without_end_is_damaged(tmp_path):
+    cohort = write_small_cohort(tmp_path / "cohort", 6)
+    deep = "[" * 100_000
+    (cohort.folder / "cohort.json").write_text(deep)
+    with pytest.raises(UserError, match=r"cohort\.json is damaged"):
+        Cohort.open(cohort.folder)
+    (tmp_path / "progress.json").write_text(deep)
+    with pytest.raises(UserError, match=r"progress\.json is damaged"):
+        read_progress(tmp_path)
+    (tmp_path / "population.json").write_text(deep)
+    with pytest.raises(UserError, match=r"population\.json is damaged"):
+        read_members(tmp_path / "population.json", set(), lambda name: tmp_path / name)
 
 
 def test_a_table_that_lost_its_end_is_damaged(tmp_path):

@@ -329,19 +329,27 @@ def test_a_killed_population_goes_on_from_its_last_exchange(workplace, evolved):
 
 @pytest.mark.campaign
 @pytest.mark.timeout(900)
-def test_a_budget_cuts_the_evolution_and_the_published_configuration_survives_a_kill(workplace):
-    """The user has enqueued its point, too: this is a member, and the published configuration is tried all the same.
+def test_a_refused_population_begins_with_the_budget_that_is_advised_and_its_published_trial_survives_a_kill(
+    workplace,
+):
+    """The time fits the published configuration, and a half of the evolution: this is cut.
 
-    Nobody looks at the hold-out before the published configuration has ended.
+    The user has enqueued the published point, too: this is a member, and the published configuration is tried all the
+    same. Nobody looks at the hold-out before it has ended.
     """
     folder, mark = workplace / "cut", f"cut-{os.getpid()}"
-    point = {"optimiser.learning_rate": 1e-4, "objective.temperature": 0.1}
-    inside = published_parameters(load_space(f"{workplace}/mine.py:space")[0], load_space("brain_age")[1])
-    (workplace / "own.yaml").write_text(yaml.safe_dump([inside, point]))
-    asked = [*swept(workplace, "cut"), "--enqueue", "own.yaml", "--time-budget", 0.5]
-    asked[asked.index("training.epochs=6")] = "training.epochs=40"
+    inside = published_parameters(load_space(f"{workplace}/mine.py:space")[0], published("brain_age"))
+    (workplace / "own.yaml").write_text(yaml.safe_dump([inside]))
+    asked = [*swept(workplace, "refused"), "--enqueue", "own.yaml", "--time-budget", 0.01]
+    asked[asked.index("--trials") + 1], asked[asked.index("training.epochs=6")] = 10, "training.epochs=40"
+    refused = run(*asked, cwd=workplace)
+    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1), refused.stderr
+    told, _, advice = refused.stderr.partition("; give --time-budget ")
+    assert "more than 2 times the time budget of 0.01 s" in told
+    assert open_run(workplace / "refused").about.looks == ()
+    asked[asked.index("refused")], asked[-1] = "cut", int(advice.split()[0])
     sweep = start(*asked, cwd=workplace, mark=mark)
-    progress = folder / "trials" / "0004" / "progress.json"
+    progress = folder / "trials" / "0008" / "progress.json"
     try:
         assert wait_until(
             lambda: progress.exists() and len(read_progress(progress.parent)["history"]) > 5, 400
@@ -351,22 +359,12 @@ def test_a_budget_cuts_the_evolution_and_the_published_configuration_survives_a_
         sweep.wait()
     assert wait_until(lambda: not marked(mark), 240), "Ray outlived its driver"
     before = study_of(folder).get_trials()
-    assert [trial.user_attrs.get("label") for trial in before] == [MEMBER] * 4 + ["published"]
-    assert (before[0].params, before[4].state) == (inside, TrialState.RUNNING)
+    assert [trial.user_attrs.get("label") for trial in before] == [MEMBER] * 8 + ["published"]
+    assert (before[0].params, before[8].state) == (inside, TrialState.RUNNING)
     done = run("resume", "cut", cwd=workplace)
     assert done.returncode == 0, done.stderr
     trials = study_of(folder).get_trials()
-    assert [trial.state for trial in trials] == [TrialState.PRUNED] * 4 + [TrialState.COMPLETE] * 2
-    assert before[4].intermediate_values.items() <= trials[4].intermediate_values.items()
+    assert [trial.state for trial in trials] == [TrialState.PRUNED] * 8 + [TrialState.COMPLETE] * 2
+    assert before[8].intermediate_values.items() <= trials[8].intermediate_values.items()
     (look,) = open_run(folder).about.looks
-    assert look.trials == 6
-
-
-@pytest.mark.campaign
-@pytest.mark.timeout(900)
-def test_a_population_that_cannot_fit_is_refused_with_figures(workplace):
-    asked = [*swept(workplace, "hopeless"), "--time-budget", 0.01]
-    done = run(*asked, cwd=workplace)
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
-    assert "more than 2 times the time budget of 0.01 s; give --time-budget " in done.stderr
-    assert open_run(workplace / "hopeless").about.looks == ()
+    assert look.trials == 10

@@ -211,6 +211,15 @@ def test_a_file_of_another_owner_or_named_by_another_is_not_executed(run, tmp_pa
     check_trusted(folder, "brain_age", Console(quiet=True), is_trusted=False)
 
 
+@pytest.mark.parametrize("name", ["mine.py", "run/run.json"])
+def test_a_file_that_every_user_may_write_is_not_executed(run, tmp_path, name):
+    (tmp_path / name).chmod(0o666)
+    with pytest.raises(UserError, match=f"every user of this machine may write .*{name}"):
+        resumed(tmp_path / "run")
+    assert not (tmp_path / "mine.executed").exists()
+    assert "trusted by you" in resumed(tmp_path / "run", trust_space=True)
+
+
 def test_a_run_of_an_older_version_goes_on_and_says_that_no_checksum_was_kept(run, tmp_path):
     open_run(tmp_path / "run").update(space_file=None)
     assert "of which no checksum was kept" in resumed(tmp_path / "run")

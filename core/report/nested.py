@@ -205,6 +205,11 @@ def caveats(nested: Nested) -> list[str]:
             f"Some searches ended early ({told}). They are not continued, because they have looked at their hold-out: "
             "for longer searches begin a new run.",
         )
+    made[:0] = [
+        f"In hold-out {number} {line}, because this result is wrong without its rest."
+        for number, record in nested.begun.items()
+        for line in record.cut
+    ]
     if nested.sweeps[0].is_synthetic:
         made.insert(0, "These brains are synthetic: the errors say nothing about real people.")
     return made

@@ -203,7 +203,7 @@ def read_progress(folder: Path) -> Progress:
             )
     except (FileNotFoundError, NotADirectoryError):
         return Progress(of=None, history=[], cells=[], answer=None)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise UserError(
         f"{path} is damaged; `brainsweep resume` of this run sets it aside and keeps what the study knows"

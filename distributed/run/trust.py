@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 from rich.console import Console
@@ -61,7 +62,10 @@ def _doubt(folder: RunFolder, now: SpaceFile, known: SpaceFile | None) -> str:
         return f"everyone who can write to {run_as_typed(folder.path)} could have named it"
     if not _is_ours(folder.path / RUN_JSON):
         return f"{folder.path / RUN_JSON}, which names it, belongs to another user"
-    return ""
+    open_to_all = [
+        path for path in (Path(now.path), folder.path / RUN_JSON) if path.stat().st_mode & stat.S_IWOTH
+    ]
+    return f"every user of this machine may write {open_to_all[0]}" if open_to_all else ""
 
 
 def _is_ours(path: Path) -> bool:

@@ -298,7 +298,7 @@ def read_members(
             if boundary and not begun_here:
                 member.assignment["begin"] = str(kept_checkpoint(folder, boundary))
             members[name] = member
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{state} is damaged ({type(error).__name__}): put it back from a backup, or start a new run"
         ) from None

@@ -99,13 +99,14 @@ def _ensure_token() -> None:
     """Give the Ray of this machine a token if it cannot keep one in ~/.ray, because HOME cannot be written."""
     if TOKEN in os.environ or f"{TOKEN}_PATH" in os.environ:
         return
-    folder = Path("~/.ray").expanduser()
     try:
+        folder = Path("~/.ray").expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(folder, os.W_OK)
-    except OSError:
-        is_writable = False
-    if not is_writable and not (folder / "auth_token").exists():
+        can_keep = os.access(folder, os.W_OK) or (folder / "auth_token").exists()
+    # A RuntimeError: a user id without a passwd entry, and no HOME.
+    except (OSError, RuntimeError):
+        can_keep = False
+    if not can_keep:
         os.environ[TOKEN] = secrets.token_hex(32)
 
 

@@ -192,6 +192,7 @@ class Sweep:
                 best = folder.about.refitted
                 if best is not None:
                     tables.calibrate_best(folder, folder.trial(trial_name(best)), f"trial {best}")
+            folder.update(rows=tables.count_rows(folder))
             if not budget.interrupted:
                 tables.finish(folder, study, budget.reason)
         failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))

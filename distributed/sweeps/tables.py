@@ -16,7 +16,7 @@ from core.evaluation.splits import Splits
 from core.files.tables import read_table, write_table
 from core.inference import save_calibration
 from core.objectives import COST
-from core.report.answer.record import TRIAL_COLUMNS, trial_row
+from core.report.answer.record import OPTIONAL_TABLES, TABLES, TRIAL_COLUMNS, trial_row
 from core.run_access import read_access
 from core.run_description import BestTrial
 from core.run_names import MEDIAN, REFITTED
@@ -147,6 +147,12 @@ def calibrate_best(folder: RunFolder, trial: Path, source: str) -> None:
         cells = f"{len(tables)} cell{'' if len(tables) == 1 else 's'}"
         found = calibrate(predicted, ages, together["subject"].to_numpy(str), f"{source}, {cells}")
         save_calibration(folder.path / "best", found)
+
+
+def count_rows(folder: RunFolder) -> dict[str, int]:
+    """The lines of every table of a run, by name."""
+    paths = {name: folder.path / f"{name}.csv" for name in (*TABLES, *OPTIONAL_TABLES)}
+    return {name: len(read_table(path)) for name, path in paths.items() if path.exists()}
 
 
 def finish(folder: RunFolder, study: optuna.Study | None = None, ended: str | None = None) -> None:

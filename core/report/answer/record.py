@@ -118,6 +118,8 @@ class RunRecord:
     study: optuna.Study | None = None
     winner: dict[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    """The tables whose end is missing, and of which a part is shown; they are in `missing`, too."""
 
     @property
     def best(self) -> int | None:
@@ -201,6 +203,11 @@ def read_run(run: Path) -> RunRecord:
     tables |= {name: _read_optional(run / f"{name}.csv", name, missing) for name in OPTIONAL_TABLES}
     if tables["trials"].empty and study is not None:
         tables["trials"] = _trials_of(study)
+    cut = [
+        f"{name} has {len(tables[name])} of {rows} lines: it was cut off; put it back from a backup"
+        for name, rows in about.rows.items()
+        if name in tables and 0 < len(tables[name]) < rows
+    ]
     cohort = _read_cohort(run, about, missing)
     tables["predictions"] = _with_median(tables["predictions"], tables["splits"], cohort)
     return RunRecord(
@@ -210,7 +217,8 @@ def read_run(run: Path) -> RunRecord:
         evaluations=tuple(evaluations(run / ACCESS)),
         study=study,
         winner=_read_json(run / "best" / "settings.json", "the winner's settings", missing),
-        missing=tuple(missing),
+        missing=(*cut, *missing),
+        cut=tuple(cut),
         **tables,
     )
 
@@ -233,7 +241,7 @@ def _read_json(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         missing.append(f"{name} is absent: {what}")
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
         return {}
     if isinstance(content, dict):

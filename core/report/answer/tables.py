@@ -168,6 +168,8 @@ def print_leaderboard(console: Console, record: RunRecord) -> None:
     """Print the leaderboard, the hold-out table and the verdict of a run to a terminal."""
     table = leaderboard(record.trials, found=found_in_words(record, SHOWN_SETTINGS))
     unit = f" in {record.objective.unit}" if record.objective.unit else ""
+    for line in record.cut:
+        console.print(f"note: {line}", style="bold", markup=False)
     if record.best is None:
         console.print("No trial was completed.")
     if not table.empty:

@@ -120,6 +120,16 @@ class Cohort:
             raise UserError(f"{path} is missing or damaged; make the cohort again") from error
         if missing := [column for column in COLUMNS if column not in manifest]:
             raise UserError(f"{path} lacks the columns {missing}; make the cohort again")
+        for column, kinds, what in (("position", "iu", "whole numbers"), ("age", "fiu", "numbers")):
+            if manifest[column].dtype.kind not in kinds:
+                raise UserError(
+                    f"{path} is damaged: its column '{column}' does not hold {what}; make the cohort again"
+                )
+        for column in ("subject", "shard", "checksum"):
+            if not manifest[column].map(lambda value: isinstance(value, str)).all():
+                raise UserError(
+                    f"{path} is damaged: its column '{column}' does not hold text; make the cohort again"
+                )
         return cls(location, description, manifest)
 
     def __len__(self) -> int:
@@ -345,5 +355,5 @@ def read_description(location: str) -> CohortDescription:
                 f"{path} has format {made_by}, this version reads format {FORMAT}; make the cohort again"
             )
         return CohortDescription.model_validate(fields)
-    except (ValidationError, ValueError, TypeError) as error:
+    except (ValidationError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); make the cohort again") from error
