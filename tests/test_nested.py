@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
+import re
 import shutil
+import signal
 from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
 from fake_run import make_run
+from process_helpers import marked, run, start, study_of, wait_until
 from rich.console import Console
 from small_cohort import SMALL, write_small_cohort
 
@@ -24,6 +28,7 @@ from core.report.nested import (
     write_nested,
 )
 from core.run_names import MEDIAN, WINNER
+from distributed.run.assignment import read_progress
 from distributed.run.folder import create_run, open_run
 from distributed.search.study import published_parameters
 from distributed.sweeps.nested import NestedSearch, resume_run, run_nested
@@ -295,3 +300,55 @@ def test_a_nested_search_that_is_killed_goes_on_and_everyone_is_held_out_once(tm
     table = outer_table(read_nested(run))
     assert table[[WINNER, MEDIAN]].notna().all().all()
     assert table["subjects"].sum() == 24
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+def test_a_nested_search_whose_driver_is_killed_inside_a_sweep_loses_no_epoch(tmp_path):
+    """In the second hold-out, while its second trial trains; the first sweep stays as it was."""
+    write_small_cohort(tmp_path / "cohort", 24)
+    mark = f"nested-{os.getpid()}"
+    sweep = start(
+        "sweep", "cohort", "--outer", 2, "--trials", 2, "--folds", 2, "--slots", 1, "--out", "run",
+        "--set", "training.epochs=20", cwd=tmp_path, mark=mark,
+    )  # fmt: skip
+    second = tmp_path / "run" / "outer-2"
+    trial = second / "trials" / "0001"
+
+    def epochs():
+        return len(read_progress(trial)["history"])
+
+    try:
+        assert wait_until(lambda: epochs() >= 3, 400)
+    finally:
+        sweep.send_signal(signal.SIGKILL)
+        sweep.wait()
+    assert wait_until(lambda: not marked(mark), 240), "Ray outlived its driver"
+    kept, finished = read_progress(trial)["history"], study_of(second).get_trials()[0]
+    first = (tmp_path / "run" / "outer-1" / "predictions.csv").read_bytes()
+    assert open_run(second).about.looks == ()
+    done = run("resume", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "each held out once" in " ".join(done.stdout.split())
+    again = study_of(second).get_trials()
+    assert (again[0].values, again[0].datetime_complete) == (finished.values, finished.datetime_complete)
+    assert read_progress(trial)["history"][: len(kept)] == kept
+    assert (tmp_path / "run" / "outer-1" / "predictions.csv").read_bytes() == first
+    assert [len(open_run(tmp_path / "run" / f"outer-{number}").about.looks) for number in (1, 2)] == [1, 1]
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+def test_a_nested_search_that_cannot_fit_is_refused_with_what_the_user_must_give(tmp_path):
+    write_small_cohort(tmp_path / "cohort", 24)
+    done = run(
+        "sweep", "cohort", "--outer", 2, "--trials", 2, "--folds", 2, "--slots", 1, "--out", "run",
+        "--set", "training.epochs=20", "--time-budget", 0.02, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+    figures = re.search(
+        r"needs about (\d+) s in all, .* that each of 2 hold-outs has; give --time-budget (\d+)", done.stderr
+    )
+    needed, advised = map(int, figures.groups())
+    assert abs(advised - 2 * needed) <= 3
+    assert not (tmp_path / "run" / "outer-2").exists()

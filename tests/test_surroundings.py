@@ -49,6 +49,11 @@ def test_ray_gets_a_token_where_home_cannot_be_written(tmp_path, monkeypatch):
     cluster._ensure_token()
     assert os.environ[cluster.TOKEN] == token
     monkeypatch.delenv(cluster.TOKEN)
+    # Without HOME the home of a user comes from passwd, and a user without a name has no entry there.
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    cluster._ensure_token()
+    assert len(os.environ.pop(cluster.TOKEN)) == 64
 
 
 @pytest.mark.parametrize("length", [4, 38, 39, 40, 60, 100])
