@@ -328,7 +328,7 @@ def test_a_killed_population_goes_on_from_its_last_exchange(workplace, evolved):
 
 
 @pytest.mark.campaign
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_refused_population_begins_with_the_budget_that_is_advised_and_its_published_trial_survives_a_kill(
     workplace,
 ):
