@@ -15,10 +15,11 @@ from core.errors import UserError
 from core.evaluation.splits import make_splits
 from core.files import places
 from core.files.places import list_files
+from core.run_access import read_access
 from core.run_names import CHECKPOINT
 from distributed.batches.in_process import InMemory
 from distributed.run import working_copy
-from distributed.run.access import AccessRecord, read_access
+from distributed.run.access import AccessRecord
 from distributed.run.assignment import HOLDOUT, Cell, assign
 from distributed.run.lock import claim
 from distributed.run.working_copy import (
