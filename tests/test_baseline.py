@@ -36,7 +36,7 @@ from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import _check_change, _combined, _go_on
 from distributed.sweeps.sweep import Sweep
-from distributed.sweeps.tables import finish, write_baseline, write_tables
+from distributed.sweeps.tables import count_rows, finish, write_baseline, write_tables
 from search_spaces import load_space, without
 from search_spaces import published as published_settings
 from search_spaces.points import is_under
@@ -473,6 +473,54 @@ def test_resume_neither_forgets_nor_changes_a_baseline_that_is_unfinished(made, 
     assert _go_on(sweep) == folder
     assert "nothing left to do" in console.file.getvalue()
     _check_change(changed, request, ["objective.temperature is fixed at 0.1"], is_meant=True)
+
+
+def test_a_run_of_which_anything_is_left_is_not_called_finished(made, cohort, monkeypatch):
+    """Its page is that of an earlier session: since then a trial has begun, or the process was killed in its refits."""
+    baseline = made()
+    folder, request = baseline.folder, baseline.request.model_copy(update={"baseline_trials": 0})
+    study, search = main_study(folder, *[5.0] * 4), resolve_search(request, cohort)
+    console = Console(file=io.StringIO(), width=200)
+    sweep = Sweep(folder, request, search, cohort, None, study, console)
+    folder.update(finished="2026-11-20T09:00:00+00:00", concluded=True)
+    (folder.path / "report.html").write_text("")
+    monkeypatch.setattr(Sweep, "execute", lambda self: "executed")
+    assert _go_on(sweep) == folder
+    study.ask()
+    assert _go_on(sweep) == "executed"
+    study.tell(4, 5.0)
+    assert _go_on(sweep) == "executed"  # killed before its refits: the page was not written again
+    folder.update(concluded=True)
+    study.enqueue_trial({})
+    assert _go_on(sweep) == folder
+    population = replace(sweep, request=request.model_copy(update={"scheduler": "pbt"}))
+    assert _go_on(population) == "executed"  # the schedule that was found waits
+
+
+def test_a_search_that_a_budget_cut_may_have_more_trials_than_were_asked_for(made, cohort):
+    baseline = made()
+    folder, request = baseline.folder, baseline.request.model_copy(update={"trials": 3, "scheduler": "pbt"})
+    study = main_study(folder, *[5.0] * 4)
+    study.enqueue_trial({}, user_attrs={SETTINGS: json.dumps(folder.about.settings), LABEL: "schedule found"})
+    sweep = Sweep(folder, request, resolve_search(baseline.request, cohort), cohort, None, study, None)
+    assert sweep._searcher(Budget()).proposals.trials == 3
+    folder.update(evolved=True)
+    assert sweep._searcher(Budget()).proposals.trials == 5
+
+
+def test_tables_without_a_finished_cell_have_their_columns_and_hold_nothing_up(made):
+    folder = made().folder
+    study = main_study(folder)
+    study.ask()
+    write_tables(folder, study, progress_reader(folder.trial, [], "mae"))
+    (folder.path / "confirmed.csv").write_bytes(b"\xff")
+    rows = count_rows(folder)
+    assert {name: rows[name] for name in ("trials", "cells", "history")} == {
+        "trials": 1,
+        "cells": 0,
+        "history": 0,
+    }
+    assert "confirmed" not in rows
 
 
 def test_a_space_of_which_nothing_is_left_does_not_end_a_run_whose_baseline_is_finished(place, cohort):

@@ -107,6 +107,8 @@ def test_a_table_that_was_cut_at_the_end_of_a_line_is_named(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     open_run(folder).update(rows={"predictions": len(lines) - 1, "holdout": 2})
     assert not read_run(folder).cut
+    path.write_text(lines[0])
+    assert "predictions has 0 of " in read_run(folder).cut[0]
     path.write_text("".join(lines[:-3]))
     line = f"predictions has {len(lines) - 4} of {len(lines) - 1} lines: it was cut off; put it back from a backup"
     record = read_run(folder)
@@ -115,6 +117,17 @@ def test_a_table_that_was_cut_at_the_end_of_a_line_is_named(tmp_path):
     print_leaderboard(console, record)
     assert f"note: {line}" in console.file.getvalue()
     assert line in render(record)
+
+
+def test_nothing_in_access_records_ends_a_command(tmp_path):
+    """A quote that nobody closes, a line of 25,000 rows, and a folder with the name of a record."""
+    from core.run_access import read_access
+
+    rows = range(25_000)
+    long = f"5.0,winner,-1,0,{' '.join(map(str, rows))}\n"
+    (tmp_path / "node-1.csv").write_text('4.0,0001,0,0,"7 8\n' + "x" * 200_000 + "\n" + long)
+    (tmp_path / "node-2.csv").mkdir()
+    assert sorted(read_access(tmp_path)["row"]) == list(rows)
 
 
 def test_half_a_line_of_an_access_record_costs_that_line_alone(tmp_path):

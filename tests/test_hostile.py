@@ -201,7 +201,14 @@ def test_whatever_the_function_of_a_space_does_is_a_refused_point(space):
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", "5", '{"history": 5, "cells": [], "answer": null}', '{"history": [], "cells": null, "answer": 3}'],
+    [
+        "[]",
+        "5",
+        '{"history": 5, "cells": [], "answer": null}',
+        '{"history": [], "cells": null, "answer": 3}',
+        '{"history": [1], "cells": [], "answer": null}',
+        '{"history": [], "cells": ["a"], "answer": null}',
+    ],
 )
 def test_a_progress_of_another_shape_is_damaged(tmp_path, content):
     (tmp_path / "progress.json").write_text(content)

@@ -173,6 +173,16 @@ def test_looks_of_nested_searches_are_found_from_outside_and_from_inside(run, tm
     assert looks_beside(child, {"a", "b"}) == {"run": 1}
 
 
+def test_a_run_beside_that_is_a_link_is_named_by_the_link(run, tmp_path):
+    cohort, elsewhere = Cohort.open(tmp_path / "cohort"), tmp_path / "elsewhere" / "other"
+    create_run(elsewhere, "train", {}, {"task": "brain_age"}, cohort)
+    (tmp_path / "linked").symlink_to(elsewhere)
+    for folder in (run.path, elsewhere):
+        write_table(pd.DataFrame({"subject": ["a"], "role": ["holdout"]}), folder / "splits.csv")
+    AccessRecord(elsewhere / "access").note([0], Cell(HOLDOUT, 0, EVALUATION))
+    assert looks_beside(run, {"a"}) == {"linked": 1}
+
+
 def test_evaluations_are_on_the_page_and_in_what_resume_says(tmp_path):
     folder = make_run(tmp_path / "run")
     record = read_run(folder)

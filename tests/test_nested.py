@@ -150,6 +150,10 @@ def test_people_without_a_prediction_of_the_winner_are_not_counted(judged, tmp_p
     said = headline(read_nested(half))
     assert f" over {people} subjects, each held out once" in said
     assert said.endswith(" No result for hold-out 2: the refit of the winner failed there.")
+    damaged = path.read_text()
+    path.write_bytes(b"\xff")
+    assert " No result for hold-out 2: its predictions.csv is damaged" in headline(read_nested(half))
+    path.write_text(damaged)
     for number in (1, 3):
         shutil.copy(path, half / f"outer-{number}")
         open_run(half / f"outer-{number}").update(finished="2026-11-26T09:00:00+00:00")

@@ -115,6 +115,18 @@ def test_access_records_say_who_read_the_hold_out(finished):
     assert line((used, early, 0), (held, late, -1)) == (
         f"{read}2 subjects read; the first held-out one at 2026-11-20 09:17:00 UTC, by a refit."
     )
+    evaluated = RunRecord(
+        **(
+            vars(record)
+            | {
+                "access": access((held, late, -1)).assign(last_read=late),
+                "evaluations": (pd.Timestamp("2026-11-25 10:00:00", tz="UTC").timestamp(),),
+            }
+        )
+    )
+    assert access_line(evaluated).endswith(
+        ", the last at 2026-11-25 10:00:00 UTC, by refits and `brainsweep evaluate`."
+    )
     for fold in range(3):
         assert line((used, early, 0), (held, late, fold)) == (
             f"{read}2 subjects read. 1 held-out subject WERE READ BY THE SEARCH: its result is void."

@@ -216,6 +216,10 @@ def test_a_file_that_every_user_may_write_is_not_executed(run, tmp_path, name):
     (tmp_path / name).chmod(0o666)
     with pytest.raises(UserError, match=f"every user of this machine may write .*{name}"):
         resumed(tmp_path / "run")
+    # Nor does an option that is kept in run.json make it a file of ours first.
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"every user of this machine may write .*{name}"):
+            resumed(tmp_path / "run", accelerator_hours=3.0)
     assert not (tmp_path / "mine.executed").exists()
     assert "trusted by you" in resumed(tmp_path / "run", trust_space=True)
 

@@ -146,18 +146,23 @@ def _missing(nested: Nested) -> str:
         number for number, record in nested.begun.items() if number not in judged and record.about.finished
     ]
     left = nested.hold_outs - len(judged) - len(without)
-    reasons = {
-        "no trial was completed there": [number for number in without if nested.begun[number].best is None],
-        "the refit of the winner failed there": [
-            number for number in without if nested.begun[number].best is not None
-        ],
-    }
+    reasons: dict[str, list[int]] = {}
+    for number in without:
+        reasons.setdefault(_why_without(nested.begun[number]), []).append(number)
     said = "".join(
         f" No result for hold-out {', '.join(map(str, numbers))}: {reason}."
         for reason, numbers in reasons.items()
-        if numbers
     )
     return said + (f" So far {len(judged)} of {nested.hold_outs} hold-outs." if left else "")
+
+
+def _why_without(record: RunRecord) -> str:
+    """Why a sweep that has ended has no prediction of its winner."""
+    if record.best is None:
+        return "no trial was completed there"
+    if any(line.startswith("predictions") for line in record.missing):
+        return "its predictions.csv is damaged, put it back from a backup"
+    return "the refit of the winner failed there"
 
 
 def lines(nested: Nested) -> list[str]:

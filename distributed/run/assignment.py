@@ -192,8 +192,11 @@ def read_progress(folder: Path) -> Progress:
     try:
         content = json.loads(path.read_bytes())
         kinds = {"history": list, "cells": list, "answer": dict | None}
-        if isinstance(content, dict) and all(
-            name in content and isinstance(content[name], kind) for name, kind in kinds.items()
+        if (
+            isinstance(content, dict)
+            and all(name in content and isinstance(content[name], kind) for name, kind in kinds.items())
+            and are_rows(content["history"])
+            and are_rows(content["cells"])
         ):
             return Progress(
                 of=content.get("of"),
@@ -208,6 +211,11 @@ def read_progress(folder: Path) -> Progress:
     raise UserError(
         f"{path} is damaged; `brainsweep resume` of this run sets it aside and keeps what the study knows"
     )
+
+
+def are_rows(value: object) -> bool:
+    """Whether a value that was read from a file is a list of dictionaries."""
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def forget_checkpoint(folder: Path) -> None:

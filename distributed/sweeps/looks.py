@@ -73,13 +73,13 @@ def looks_beside(folder: RunFolder, held_out: Collection[str]) -> dict[str, int]
             about = other.about.cohort
             if other.path == folder.path or about is None or cohort is None or about.hash != cohort.hash:
                 continue
-            splits = read_table(other.path / SPLITS, ("subject", "role"))
+            splits, looks = read_table(other.path / SPLITS, ("subject", "role")), count_looks(other)
         except (UserError, OSError):
             # It cannot be read, or it was stopped before it had splits.
             continue
-        looks = count_looks(other)
         if looks and set(splits.loc[splits["role"] == "holdout", "subject"]) & set(held_out):
-            found[other.path.relative_to(place).as_posix()] = looks
+            # A run may be a link to another folder.
+            found[path.parent.relative_to(place).as_posix()] = looks
     return found
 
 

@@ -262,10 +262,10 @@ def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Co
     if folder.about.kind == TRAIN:
         return resume_training(folder, asked.cohort, address, console)
     request = SweepRequest.model_validate(folder.about.sweep)
+    check_trusted(folder, request.space, console, is_trusted=asked.trust_space)
     if asked.accelerator_hours is not None:
         request = request.model_copy(update={"accelerator_hours": asked.accelerator_hours})
         folder.update(sweep=request.model_dump(mode="json"))
-    check_trusted(folder, request.space, console, is_trusted=asked.trust_space)
     search = NestedSearch(
         folder, request, cohort_of(folder, asked.cohort), console, address, trusts_space=asked.trust_space
     )

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import optuna
+from optuna.trial import TrialState
 from rich.console import Console
 
 from core.errors import UserError
@@ -68,16 +69,17 @@ def resume_sweep(
         about = folder.about
         recorded = SweepRequest.model_validate(about.sweep)
         request = _combined(recorded, asked)
-        if asked.accelerator_hours is not None:
-            # They are those of the whole run, so later sessions have them, too.
-            kept = recorded.model_copy(update={"accelerator_hours": asked.accelerator_hours})
-            folder.update(sweep=kept.model_dump(mode="json"))
         for mended in mend_journal(folder.journal):
             console.print(f"note: {mended}", highlight=False, soft_wrap=True)
         _mend_progress(folder, console)
         check_place(run, request)
         if asked.space is None:
+            # Before anything is written: run.json would be a file of ours then, whoever wrote it.
             check_trusted(folder, recorded.space, console, is_trusted=asked.trust_space)
+        if asked.accelerator_hours is not None:
+            # They are those of the whole run, so later sessions have them, too.
+            kept = recorded.model_copy(update={"accelerator_hours": asked.accelerator_hours})
+            folder.update(sweep=kept.model_dump(mode="json"))
         cohort = cohort_of(folder, asked.cohort)
         search = resolve_search(request, cohort, about.settings)
         if not about.begun:
@@ -103,7 +105,10 @@ def _go_on(sweep: Sweep) -> RunFolder:
     folder, trials = sweep.folder, sweep.request.trials
     states = [trial.state for trial in sweep.study.get_trials(deepcopy=False)]
     of_baseline = sweep.request.baseline_trials - baseline_finished(folder, sweep.request)
-    if folder.is_concluded and sum(state.is_finished() for state in states) >= trials and not of_baseline:
+    # What waits in an ordinary search may be more than it was asked for.
+    left = {TrialState.RUNNING} | ({TrialState.WAITING} if sweep.request.scheduler in POPULATIONS else set())
+    has_ended = sum(state.is_finished() for state in states) >= trials and not left & set(states)
+    if folder.is_concluded and has_ended and not of_baseline:
         sweep.console.print(
             f"nothing left to do: all {trials} trials of {run_as_typed(folder.path)} are finished"
         )
@@ -113,6 +118,8 @@ def _go_on(sweep: Sweep) -> RunFolder:
             "note: the code has changed since this run began; later trials may not be comparable"
         )
     tell_looks(folder, sweep.study, trials, sweep.console, of_baseline)
+    # Whatever follows, the page is that of an earlier session.
+    folder.update(concluded=False)
     return sweep.execute()
 
 

@@ -213,8 +213,8 @@ class Sweep:
 
     @property
     def to_continue(self) -> Path:
-        """The run that a user continues: that of the nested search, if this is one of its sweeps."""
-        return self.folder.path if self.request.outer_fold is None else self.folder.path.parent
+        """The run that a user continues: the nested search, if it has begun this sweep in this session."""
+        return self.folder.path if self.shared is None else self.folder.path.parent
 
     @property
     def evolves(self) -> bool:
@@ -224,11 +224,13 @@ class Sweep:
     def _searcher(self, budget: Budget) -> StudySearch:
         """The searcher for the study of this sweep, with its refits."""
         request, study, first = self.request, self.study, self.request.objectives[0]
+        # A population that a budget has cut may have more trials than were asked for; see `_run`.
+        after_evolution = len(study.get_trials(deepcopy=False)) if self.folder.about.evolved else 0
         proposals = Proposals(
             study=study,
             space=self.search.space,
             base=self.search.base,
-            trials=request.trials,
+            trials=max(request.trials, after_evolution),
             assignment=lambda name, settings, prunable: assign(
                 self.folder.trial(name), settings, request.cells, prunable=prunable, metric=first
             ),
@@ -273,7 +275,7 @@ class Sweep:
             baseline = Baseline(self.folder, request, self.search.baseline, self.console)
             searcher.broken = baseline.run(budget, executor)
         with display:
-            if evolves:
+            if evolves and not budget.interrupted:
                 evolution = Evolution(self.folder, request, self.search, self.study)
                 searcher.broken = evolution.run(budget, executor)
                 known = len(self.study.get_trials(deepcopy=False))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pandas as pd
 
+from core.errors import UserError
 from core.evaluation.calibration import calibrate
 from core.evaluation.regression import median_age, regression_metrics
 from core.evaluation.splits import Splits
@@ -36,9 +39,14 @@ def write_tables(folder: RunFolder, study: optuna.Study, read: ReadProgress) -> 
     text = {name: table[name].astype(object).where(table[name].notna(), None) for name in ("reason", "label")}
     table.assign(**text).to_parquet(folder.path / "trials.parquet", index=False)
     cells = [{"number": number, **row} for number, made in progress.items() for row in made["cells"]]
-    write_table(pd.DataFrame(cells), folder.path / "cells.csv")
+    write_table(_with_header(cells, "cells"), folder.path / "cells.csv")
     history = [{"number": number, **row} for number, made in progress.items() for row in made["history"]]
-    write_table(pd.DataFrame(history), folder.path / "history.csv")
+    write_table(_with_header(history, "history"), folder.path / "history.csv")
+
+
+def _with_header(rows: list[dict[str, Any]], name: str) -> pd.DataFrame:
+    """The table of `rows`; without rows it has its columns all the same."""
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(TABLES[name][0]))
 
 
 def write_baseline(folder: RunFolder, study: optuna.Study, read: ReadProgress) -> None:
@@ -150,9 +158,13 @@ def calibrate_best(folder: RunFolder, trial: Path, source: str) -> None:
 
 
 def count_rows(folder: RunFolder) -> dict[str, int]:
-    """The lines of every table of a run, by name."""
-    paths = {name: folder.path / f"{name}.csv" for name in (*TABLES, *OPTIONAL_TABLES)}
-    return {name: len(read_table(path)) for name, path in paths.items() if path.exists()}
+    """The lines of every table of a run that can be read, by name."""
+    rows = {}
+    for name in (*TABLES, *OPTIONAL_TABLES):
+        # A damaged table of an earlier session does not hold up the end of this one; the page names it.
+        with contextlib.suppress(FileNotFoundError, UserError):
+            rows[name] = len(read_table(folder.path / f"{name}.csv"))
+    return rows
 
 
 def finish(folder: RunFolder, study: optuna.Study | None = None, ended: str | None = None) -> None:

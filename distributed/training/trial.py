@@ -33,6 +33,7 @@ from distributed.run.assignment import (
     CellRow,
     EpochRow,
     Progress,
+    are_rows,
     clock,
     failed,
     forget_checkpoint,
@@ -357,6 +358,8 @@ def _read_checkpoint(path: Path) -> Saved:
         absent = {"state", "history", "finished"} - saved.keys()
         if absent:
             raise ValueError(f"it has no {min(absent)}")
+        if not (are_rows(saved["history"]) and are_rows(saved["finished"])):
+            raise ValueError("its history is none")
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path} to begin from") from None
     # A damaged file makes torch.load raise nearly anything.

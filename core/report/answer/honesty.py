@@ -139,9 +139,14 @@ def _access_line(record: RunRecord) -> str:
         people = record.access.loc[by_search, "subject"].nunique()
         return f"{read}. {count(people, 'held-out subject')} WERE READ BY THE SEARCH: its result is void."
     times = f"the first held-out one at {of_held_out.min():%Y-%m-%d %H:%M:%S} UTC"
-    if "last_read" in record.access and len(record.about.looks) + len(record.evaluations) > 1:
+    if "last_read" in record.access and (len(record.about.looks) > 1 or record.evaluations):
         last = pd.to_datetime(record.access["last_read"], utc=True, format="ISO8601")
-        times += f", the last at {last[record.access['subject'].isin(held_out)].max():%Y-%m-%d %H:%M:%S} UTC"
+        # access.csv was written at the end of the search, and an evaluation follows it.
+        ends = [
+            last[record.access["subject"].isin(held_out)].max(),
+            *(pd.Timestamp(when, unit="s", tz="UTC") for when in record.evaluations),
+        ]
+        times += f", the last at {max(ends):%Y-%m-%d %H:%M:%S} UTC"
     return (
         f"{read}; {times}, {'by refits and `brainsweep evaluate`' if record.evaluations else 'by a refit'}."
     )

@@ -206,7 +206,7 @@ def read_run(run: Path) -> RunRecord:
     cut = [
         f"{name} has {len(tables[name])} of {rows} lines: it was cut off; put it back from a backup"
         for name, rows in about.rows.items()
-        if name in tables and 0 < len(tables[name]) < rows
+        if name in tables and len(tables[name]) < rows and not any(line.startswith(name) for line in missing)
     ]
     cohort = _read_cohort(run, about, missing)
     tables["predictions"] = _with_median(tables["predictions"], tables["splits"], cohort)
