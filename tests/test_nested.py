@@ -153,6 +153,8 @@ def test_people_without_a_prediction_of_the_winner_are_not_counted(judged, tmp_p
     damaged = path.read_text()
     path.write_bytes(b"\xff")
     assert " No result for hold-out 2: its predictions.csv is damaged" in headline(read_nested(half))
+    path.unlink()
+    assert " No result for hold-out 2: the refit of the winner failed there." in headline(read_nested(half))
     path.write_text(damaged)
     for number in (1, 3):
         shutil.copy(path, half / f"outer-{number}")

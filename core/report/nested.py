@@ -160,7 +160,8 @@ def _why_without(record: RunRecord) -> str:
     """Why a sweep that has ended has no prediction of its winner."""
     if record.best is None:
         return "no trial was completed there"
-    if any(line.startswith("predictions") for line in record.missing):
+    # It is absent if every refit has failed.
+    if any(line.startswith("predictions") and " is absent" not in line for line in record.missing):
         return "its predictions.csv is damaged, put it back from a backup"
     return "the refit of the winner failed there"
 
