@@ -65,6 +65,16 @@ def marked(mark):
     return found
 
 
+def kill_when(condition, sweep, mark):
+    """Kill the driver of `sweep` as soon as `condition` holds, and wait until its Ray has ended, too."""
+    try:
+        assert wait_until(condition, 400)
+    finally:
+        sweep.send_signal(signal.SIGKILL)
+        sweep.wait()
+    assert wait_until(lambda: not marked(mark), 240), "Ray outlived its driver"
+
+
 def end_marked(mark, patience=8, signals=(signal.SIGTERM, signal.SIGKILL)):
     """End what carries the mark, by one signal after another; returns what is left."""
     for number in signals:

@@ -5,14 +5,13 @@ import json
 import os
 import re
 import shutil
-import signal
 from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
 from fake_run import make_run
-from process_helpers import marked, run, start, study_of, wait_until
+from process_helpers import kill_when, run, start, study_of
 from rich.console import Console
 from small_cohort import SMALL, write_small_cohort
 
@@ -324,12 +323,7 @@ def test_a_nested_search_whose_driver_is_killed_inside_a_sweep_loses_no_epoch(tm
     def epochs():
         return len(read_progress(trial)["history"])
 
-    try:
-        assert wait_until(lambda: epochs() >= 3, 400)
-    finally:
-        sweep.send_signal(signal.SIGKILL)
-        sweep.wait()
-    assert wait_until(lambda: not marked(mark), 240), "Ray outlived its driver"
+    kill_when(lambda: epochs() >= 3, sweep, mark)
     kept, finished = read_progress(trial)["history"], study_of(second).get_trials()[0]
     first = (tmp_path / "run" / "outer-1" / "predictions.csv").read_bytes()
     assert open_run(second).about.looks == ()

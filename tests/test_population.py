@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import signal
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ import pytest
 import torch
 import yaml
 from optuna.trial import TrialState
-from process_helpers import marked, run, start, study_of, wait_until
+from process_helpers import kill_when, marked, run, start, study_of, wait_until
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, read_settings, resolve
@@ -310,12 +309,7 @@ def test_a_killed_population_goes_on_from_its_last_exchange(workplace, evolved):
     def boundary():
         return json.loads(state.read_text())["boundary"] if state.exists() else 0
 
-    try:
-        assert wait_until(lambda: boundary() >= 3, 400)
-    finally:
-        sweep.send_signal(signal.SIGKILL)
-        sweep.wait()
-    assert wait_until(lambda: not marked(mark), 240), "Ray outlived its driver"
+    kill_when(lambda: boundary() >= 3, sweep, mark)
     before = [trial.intermediate_values for trial in study_of(folder).get_trials()]
     done = run("resume", "killed", cwd=workplace)
     assert done.returncode == 0, done.stderr
@@ -350,14 +344,7 @@ def test_a_refused_population_begins_with_the_budget_that_is_advised_and_its_pub
     asked[asked.index("refused")], asked[-1] = "cut", int(advice.split()[0])
     sweep = start(*asked, cwd=workplace, mark=mark)
     progress = folder / "trials" / "0008" / "progress.json"
-    try:
-        assert wait_until(
-            lambda: progress.exists() and len(read_progress(progress.parent)["history"]) > 5, 400
-        )
-    finally:
-        sweep.send_signal(signal.SIGKILL)
-        sweep.wait()
-    assert wait_until(lambda: not marked(mark), 240), "Ray outlived its driver"
+    kill_when(lambda: progress.exists() and len(read_progress(progress.parent)["history"]) > 5, sweep, mark)
     before = study_of(folder).get_trials()
     assert [trial.user_attrs.get("label") for trial in before] == [MEMBER] * 8 + ["published"]
     assert (before[0].params, before[8].state) == (inside, TrialState.RUNNING)

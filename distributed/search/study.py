@@ -65,6 +65,11 @@ def trials_begun(study: optuna.Study) -> int:
     return sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
 
 
+def running_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that have begun and not ended; after an interruption they continue."""
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+
 def _storage(journal: Path) -> JournalStorage:
     return JournalStorage(Journal(journal))
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
@@ -31,6 +31,7 @@ from distributed.search.study import (
     owed_trial,
     progress_reader,
     published_parameters,
+    running_trials,
 )
 from distributed.sweeps.display import Display, TensorBoard
 from distributed.sweeps.executor import Executor, release_slots
@@ -136,7 +137,7 @@ class Baseline:
             trials=request.baseline_trials,
             assignment=self._assignment,
             refits=lambda study: [],
-            continued=_running(study),
+            continued=running_trials(study),
             secure=lambda: send(self.folder.journal),
             tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
@@ -150,7 +151,7 @@ class Baseline:
 
     def _search(self, study: optuna.Study, own: Budget, executor: Executor) -> str | None:
         request, first = self.request, self.request.objectives[0]
-        hear_missed(study, _running(study), self.progress)
+        hear_missed(study, running_trials(study), self.progress)
         searcher = self.searcher(study, own)
         is_spared = spares(request.startup_trials, own)
         scheduler = make_scheduler(request.scheduler, self.search.epochs, len(request.cells), is_spared)
@@ -188,7 +189,3 @@ class Baseline:
         )
         assignment["name"] = baseline_name(int(name))
         return assignment
-
-
-def _running(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import optuna
 import yaml
-from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
@@ -31,7 +30,7 @@ from distributed.search.population_methods import (
     exchange_interval,
     members_of,
 )
-from distributed.search.study import enqueue, published_parameters, settings_of, trials_begun
+from distributed.search.study import enqueue, published_parameters, running_trials, settings_of, trials_begun
 from distributed.sweeps.executor import HEAD, Executor, release_slots
 from distributed.sweeps.request import SweepRequest
 from distributed.sweeps.resolve import ResolvedSearch
@@ -96,8 +95,11 @@ class Evolution:
         folder, request, search, study = self.folder, self.request, self.search, self.study
         state = folder.path / STATE
         if state.exists():
-            return read_members(state, {trial_name(trial.number) for trial in _running(study)}, folder.trial)
-        asked = {trial.number: optuna.Trial(study, trial._trial_id) for trial in _running(study)}
+            return read_members(
+                state, {trial_name(trial.number) for trial in running_trials(study)}, folder.trial
+            )
+        # Before the state of the population is written, all that have begun become members.
+        asked = {trial.number: optuna.Trial(study, trial._trial_id) for trial in running_trials(study)}
         is_inside = published_parameters(search.space, search.base) is not None
         while trials_begun(study) < members_of(request.trials, is_inside):
             trial = study.ask()
@@ -166,11 +168,6 @@ class _Members(BasicVariantGenerator):
         population = self._population
         through = population.ended >= population.members.keys() or population.budget.is_over
         return through and super().is_finished()
-
-
-def _running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that have begun and not ended. Before the state of the population is written, they become members."""
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
 def write_schedule(path: Path, best: optuna.trial.FrozenTrial) -> None:

@@ -55,6 +55,7 @@ from distributed.search.study import (
     progress_reader,
     published_parameters,
     read_points,
+    running_trials,
 )
 from distributed.slots.cluster import check_shared, connect, fit_slots
 from distributed.slots.slot import Slot, Workers, pack
@@ -246,7 +247,7 @@ class Sweep:
         if self.evolves and not (self.folder.path / STATE).exists():
             # All that have begun become members.
             return []
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        running = running_trials(self.study)
         return [trial for trial in running if trial.user_attrs.get(LABEL) != MEMBER]
 
     def _run(self, searcher: StudySearch, budget: Budget) -> None:
@@ -280,8 +281,7 @@ class Sweep:
                 searcher.broken = evolution.run(budget, executor)
                 known = len(self.study.get_trials(deepcopy=False))
                 # If the budget has cut it, and the published configuration fails, another trial may be the result.
-                spare = 1 if self.evolves else 0
-                searcher.proposals.trials = max(known + spare, request.trials if spare else 0)
+                searcher.proposals.trials = max(known + 1, request.trials) if self.evolves else known
                 # What it has cost is known, and not a reason to give up the rest.
                 budget.checked = True
             budget.later_epochs = 0
@@ -324,7 +324,7 @@ class Sweep:
     def _say_next(self, page: Path, budget: Budget) -> None:
         run = run_as_typed(self.folder.path)
         here = self.folder.path if address_of(self.folder.path) else run
-        unfinished = len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        unfinished = len(running_trials(self.study))
         if budget.reason and not budget.interrupted:
             self.console.print(f"\nThe search ended early: {budget.reason}.", highlight=False)
         ended = baseline_finished(self.folder, self.request)
