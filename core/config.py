@@ -1,7 +1,8 @@
 """The settings of one training run, and how people change them.
 
-`RunSettings` is what a trial *is*: frozen, validated, without unknown keys. Every setting has one dotted name
-(`optimiser.learning_rate`), the same in `--set`, in a search space, in a YAML file and in every table.
+The settings of a task are what a trial *is*: frozen, validated, without unknown keys. Every setting has one dotted name
+(`optimiser.learning_rate`), the same in `--set`, in a search space, in a YAML file and in every table. `task` chooses
+which settings there are, as `name` does inside a block.
 """
 
 from __future__ import annotations
@@ -11,123 +12,40 @@ import functools
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from core.errors import UserError
 from core.lookup import did_you_mean
-from core.losses.members import Exponential
-from core.losses.settings import ObjectiveSettings
-from core.models.settings import ModelSettings, ResNetSettings
-from core.schedules import ByKind, Number, Pieces, Piecewise, Schedule, Step
-from core.volumes.views import ViewSettings
+from core.run_settings import RunSettings
+from core.task_description import BRAIN_AGE
+from core.tasks import TASKS, find_task
 
 # Nested to any depth; `resolve` gives the validated form, whose fields have types.
 Settings = dict[str, object]
 DISCRIMINATORS = ("name", "shape")
 """The keys that choose which other keys stand beside them."""
-
-
-class Frozen(BaseModel):
-    """A settings block: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DataSettings(Frozen):
-    """What is taken from the cohort, and how its intensities are brought to one scale."""
-
-    channels: tuple[str, ...] | None = Field(None, description="channels of the cohort to use; all if absent")
-    normalise: Literal["training", "per_volume", "none"] = Field(
-        "training",
-        description="z-score of non-zero voxels: statistics of the training subjects, of each volume, or none",
-    )
-
-
-def _all_above(bound: float, *, itself: bool) -> AfterValidator:
-    """A check that every value of a piecewise schedule is above `bound`, or equal to it if `itself` is true."""
-
-    def check(schedule: Piecewise) -> Piecewise:
-        if min(schedule.values) < bound or (not itself and bound in schedule.values):
-            raise ValueError(f"values must be {'at least' if itself else 'above'} {bound:g}")
-        return schedule
-
-    return AfterValidator(check)
-
-
-PositiveNumber = Annotated[float, Field(gt=0), Number]
-PositivePieces = Annotated[Piecewise, _all_above(0, itself=False), Pieces]
-NonNegativeNumber = Annotated[float, Field(ge=0), Number]
-NonNegativePieces = Annotated[Piecewise, _all_above(0, itself=True), Pieces]
-
-
-class _EveryOptimiser(Frozen):
-    """What every optimiser can be given."""
-
-    name: str
-    learning_rate: Annotated[PositiveNumber | PositivePieces, ByKind] = Field(
-        1e-4,
-        description="before decay and warm-up; piecewise where a population changed it during the training",
-    )
-    weight_decay: Annotated[NonNegativeNumber | NonNegativePieces, ByKind] = Field(
-        5e-5, description="a number, or piecewise as above"
-    )
-    decay: Schedule = Field(
-        Step(start=1.0, rate=0.9, step=10), description="factor on the learning rate over progress, from 1"
-    )
-    warmup: float = Field(
-        0.0, ge=0, lt=1, description="share of the epochs in which the learning rate rises from 1 % of itself"
-    )
-
-
-class AdamSettings(_EveryOptimiser):
-    """Adam with decoupled weight decay off, as the references use it."""
-
-    name: Literal["adam"] = "adam"
-
-
-class SgdSettings(_EveryOptimiser):
-    """Stochastic gradient descent with momentum."""
-
-    name: Literal["sgd"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1)
-
-
-OptimiserSettings = Annotated[AdamSettings | SgdSettings, Field(discriminator="name")]
-
-
-class TrainingSettings(Frozen):
-    """The length of a run and the arithmetic of its steps."""
-
-    epochs: int = Field(50, ge=1)
-    batch_size: int = Field(32, ge=2, description="subjects per step, over all workers")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast on GPUs that have it, else float32"
-    )
-    drop_last: bool = Field(False, description="leave out the last batch of an epoch if it is smaller")
-    gradient_clip: float | None = Field(None, gt=0, description="largest gradient norm; none if absent")
-
-
-class RunSettings(Frozen):
-    """One configuration: what a trial trains, on any fold and seed."""
-
-    task: Literal["brain_age"] = "brain_age"
-    data: DataSettings = DataSettings()
-    views: ViewSettings = ViewSettings()
-    model: ModelSettings = ResNetSettings()
-    objective: ObjectiveSettings = Exponential()
-    optimiser: OptimiserSettings = AdamSettings()
-    training: TrainingSettings = TrainingSettings()
+TASK = "task"
+"""The setting that chooses which blocks there are."""
+SHARED = tuple(RunSettings.model_fields)
+"""The blocks that every task has; another task keeps them, as far as they mean the same."""
 
 
 def resolve(settings: Mapping[str, object]) -> RunSettings:
     """Validate nested `settings`; the first mistake becomes a UserError that names the setting and the value."""
+    name = task_of(settings)
+    kind: type[RunSettings] = find_task(name).settings
     try:
-        return RunSettings.model_validate(settings)
+        return kind.model_validate({**settings, TASK: name})
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, name)) from None
+
+
+def task_of(settings: Mapping[str, object]) -> str:
+    """The task of nested `settings`: brain age if they name none, as those of the first versions."""
+    return str(settings.get(TASK) or BRAIN_AGE.name)
 
 
 def merge(base: Mapping[str, object], changes: Mapping[str, object]) -> Settings:
@@ -135,7 +53,8 @@ def merge(base: Mapping[str, object], changes: Mapping[str, object]) -> Settings
 
     A change of a `name` or `shape` (another objective, another schedule) drops the settings that stood
     beside the old one: they belong to it. The new one starts from its own defaults. No `shape` at all
-    (None) removes the block: `objective.neighbours.shape=None` is `objective.neighbours=None`.
+    (None) removes the block: `objective.neighbours.shape=None` is `objective.neighbours=None`. Another `task`
+    drops all blocks that belong to the old one.
     """
     merged = copy.deepcopy(dict(base))
     for path in sorted(changes, key=_outer_choices_first):
@@ -159,24 +78,33 @@ def with_absent(flat: Mapping[str, object]) -> Settings:
 
     A block that is None has nothing in it, and a number that could have been a schedule has no shape and no ends.
     """
-    beneath = {name: None for name in known_names() if any(name.startswith(f"{given}.") for given in flat)}
+    beneath = {
+        name: None
+        for name in known_names(flat.get(TASK))
+        if any(name.startswith(f"{given}.") for given in flat)
+    }
     return beneath | dict(flat)
 
 
-def parse_changes(assignments: list[str]) -> Settings:
+def parse_changes(assignments: list[str], task: str | None = None) -> Settings:
     """`["optimiser.learning_rate=1e-3", …]` (the command line's `--set`) as {dotted name: value}.
+
+    Args:
+        assignments: as they were typed.
+        task: the one whose settings they are; any of ours if None.
 
     Raises:
         UserError: an assignment without `=`, or a name no setting has.
     """
+    known = known_names(task)
     changes: Settings = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {assignment!r} has no '='; write --set optimiser.learning_rate=1e-3")
         path = path.strip()
-        if path not in known_names():
-            raise UserError(f"unknown setting '{path}'; {did_you_mean(path, known_names())}")
+        if path not in known:
+            raise UserError(f"unknown setting '{path}'; {did_you_mean(path, known)}")
         changes[path] = _parse_value(text.strip())
     return changes
 
@@ -195,9 +123,10 @@ def read_settings(path: Path) -> Settings:
 
 
 @functools.cache
-def known_names() -> frozenset[str]:
-    """The dotted name of every setting that some configuration has."""
-    return frozenset(_names_of(RunSettings))
+def known_names(task: object = None) -> frozenset[str]:
+    """The dotted name of every setting that some configuration has: of a task, or of all of ours."""
+    kinds = [each.settings for each in (TASKS.values() if task is None else [find_task(task)])]
+    return frozenset(name for kind in kinds for name in _names_of(kind))
 
 
 def _names_of(annotation: object, prefix: str = "") -> Iterator[str]:
@@ -213,7 +142,7 @@ def _names_of(annotation: object, prefix: str = "") -> Iterator[str]:
 
 def _outer_choices_first(path: str) -> tuple[bool, int, str]:
     """Sort key: what chooses comes before what it chooses, an outer choice before an inner one."""
-    return path.rsplit(".", 1)[-1] not in DISCRIMINATORS, path.count("."), path
+    return path != TASK and path.rsplit(".", 1)[-1] not in DISCRIMINATORS, path.count("."), path
 
 
 def _assign(settings: Settings, path: list[str], value: object) -> None:
@@ -222,6 +151,9 @@ def _assign(settings: Settings, path: list[str], value: object) -> None:
     if key in DISCRIMINATORS and value is None:
         _assign(settings, parents, None)
         return
+    if path == [TASK] and task_of(settings) != value:
+        for of_old_task in settings.keys() - SHARED:
+            del settings[of_old_task]
     block = settings
     for parent in parents:
         inner = block.get(parent)
@@ -246,15 +178,18 @@ def _parse_value(text: str) -> object:
         return text
 
 
-def _explain(error: ValidationError) -> str:
-    """The first validation mistake in one line for people."""
-    first = error.errors()[0]
+def _explain(error: ValidationError, task: str) -> str:
+    """The first validation mistake in the settings of a task, in one line for people."""
+    first, known = error.errors()[0], known_names(task)
     # The location of a discriminated union holds the chosen tag, and that of a plain union the type tried.
-    path = _setting_name([str(part) for part in first["loc"]])
+    path = _setting_name([str(part) for part in first["loc"]], known)
     if first["type"] == "extra_forbidden":
-        if path in known_names():
+        if path in known:
             return f"setting '{path}' cannot act here (it belongs to another choice beside it); remove it"
-        return f"unknown setting '{path}'; {did_you_mean(path, known_names())}"
+        others = [name for name, each in TASKS.items() if path in _names_of(each.settings)]
+        if others:
+            return f"the task {task} has no setting '{path}' (it belongs to {', '.join(others)}); remove it"
+        return f"unknown setting '{path}'; {did_you_mean(path, known)}"
     if first["type"] == "union_tag_invalid":
         key = str(first["ctx"]["discriminator"]).strip("'")
         choices = [tag.strip(" '") for tag in str(first["ctx"]["expected_tags"]).split(",")]
@@ -263,17 +198,17 @@ def _explain(error: ValidationError) -> str:
     return f"setting '{path}': {message[:1].lower()}{message[1:]}, got {first['input']!r}"
 
 
-def _setting_name(location: list[str]) -> str:
-    """The longest dotted name that the location spells when tags are left out."""
+def _setting_name(location: list[str], known: frozenset[str]) -> str:
+    """The longest of the `known` dotted names that the location spells when tags are left out."""
     path = ""
     for part in location[:-1]:
         candidate = f"{path}.{part}" if path else part
-        if candidate in known_names():
+        if candidate in known:
             path = candidate
     last = f"{path}.{location[-1]}" if path else location[-1]
     is_tag = (
         path
-        and last not in known_names()
+        and last not in known
         and location[-1]
         in ("float", "int", "str", "constrained-float", "constrained-int", "number", "piecewise")
     )

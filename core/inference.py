@@ -1,8 +1,8 @@
-"""Ages from a trained model: what `predict` and `evaluate` use, without Ray and without pickled code.
+"""Predictions of a trained model: what `predict` and `evaluate` use, without Ray and without pickled code.
 
-A model folder holds `settings.json`, `model.safetensors`, `probe.json` (null for direct regression) and
-`input.json` (channels, and the intensity statistics of the training subjects). `best/` of a run also has
-`calibration.json` (age bias and prediction interval, from out-of-fold predictions).
+A model folder holds `settings.json`, `model.safetensors`, `probe.json` (what was fitted on the embeddings of the
+training subjects, or null) and `input.json` (channels, the intensity statistics of the training subjects, and facts
+about their labels). `best/` of a run also has `calibration.json`, if its task makes one of out-of-fold predictions.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save
+from torch import nn
 
-from core.config import RunSettings, resolve
+from core.config import resolve, task_of
 from core.errors import UserError
 from core.evaluation import Floats
-from core.evaluation.calibration import Calibration
-from core.evaluation.probes import AgeProbe
 from core.files.writing import write_text
-from core.tasks import TASKS
-from core.tasks.brain_age import AgeModel
+from core.run_settings import RunSettings
+from core.tasks import TASKS, find_task
+from core.tasks.task import Facts, Labels, Prediction
 from core.volumes.images.preprocess import IntensityStatistics, Preprocessing, normalise
 from core.volumes.ingest.prepare import PreparedScan, prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
@@ -38,24 +39,36 @@ FAR = 4.0
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained model with everything it needs to turn stored volumes into ages."""
+    """A trained model with everything it needs to turn stored volumes into predictions."""
 
     settings: RunSettings
-    model: AgeModel
-    probe: AgeProbe | None
+    model: nn.Module
+    fitted: str | None
+    """What was fitted on the embeddings of its training subjects; see `core.tasks.task.Outcome`."""
     channels: tuple[str, ...]
     statistics: IntensityStatistics | None
-    calibration: Calibration | None = None
+    facts: Facts
+    """See `core.tasks.task.Task.learn`."""
+    calibration: str | None = None
     """From out-of-fold predictions; None in a run of version 0.2 or before, which kept none."""
 
     @torch.no_grad()
-    def predict(self, volumes: Floats) -> npt.NDArray[np.float64]:
-        """Ages (n,) in years of volumes (n, C, X, Y, Z) as a cohort stores them, channels as in `channels`."""
+    def predict(self, volumes: Floats) -> pd.DataFrame:
+        """What the task predicts for volumes (n, C, X, Y, Z) as a cohort stores them, channels as in `channels`."""
         self.model.eval()
-        ages = [
-            self._predict_batch(volumes[start : start + BATCH]) for start in range(0, len(volumes), BATCH)
-        ]
-        return np.concatenate(ages).astype(np.float64)
+        task = find_task(self.settings.task)
+        seen: dict[str, list[Floats]] = {}
+        for start in range(0, len(volumes), BATCH):
+            tensor = torch.as_tensor(np.asarray(volumes[start : start + BATCH], dtype=np.float32))
+            tensor = normalise(tensor, self.settings.data.normalise, self.statistics)
+            for name, values in task.observe(self.settings, self.model, tensor).items():
+                seen.setdefault(name, []).append(values.numpy())
+        outputs = {name: np.concatenate(parts) for name, parts in seen.items()}
+        return task.predictions(self.settings, outputs, self.fitted, self.facts)
+
+    def present(self, predictions: pd.DataFrame, truth: Labels | None) -> Prediction:
+        """The predictions for people, with the truth (n,) where it is known."""
+        return find_task(self.settings.task).present(predictions, truth, self.calibration, self.facts)
 
     def unfamiliar(self, volumes: Floats) -> str | None:
         """A warning if the volumes (n, C, X, Y, Z) are far brighter or darker than those of the training."""
@@ -71,14 +84,6 @@ class Predictor:
                 )
         return None
 
-    def _predict_batch(self, volumes: Floats) -> Floats:
-        tensor = torch.as_tensor(np.asarray(volumes, dtype=np.float32))
-        tensor = normalise(tensor, self.settings.data.normalise, self.statistics)
-        if self.probe is None:
-            ages: torch.Tensor = self.model(tensor)
-            return ages.squeeze(-1).numpy()
-        return self.probe.predict(self.model.embed(tensor).numpy())
-
 
 def save_predictor(folder: Path, predictor: Predictor) -> None:
     """Write a model folder."""
@@ -87,31 +92,46 @@ def save_predictor(folder: Path, predictor: Predictor) -> None:
     weights = {name: tensor.contiguous() for name, tensor in predictor.model.state_dict().items()}
     # A plain write, so that a full disk is an OSError.
     (folder / "model.safetensors").write_bytes(save(weights))
-    (folder / "probe.json").write_text(predictor.probe.to_json() if predictor.probe else "null")
+    (folder / "probe.json").write_text(predictor.fitted or "null")
     statistics = predictor.statistics._asdict() if predictor.statistics else None
-    (folder / "input.json").write_text(json.dumps({"channels": predictor.channels, "statistics": statistics}))
+    inputs = {"channels": predictor.channels, "statistics": statistics, "facts": predictor.facts}
+    (folder / "input.json").write_text(json.dumps(inputs))
 
 
-def save_calibration(folder: Path, calibration: Calibration) -> None:
+def save_calibration(folder: Path, calibration: str) -> None:
     """Add the calibration to a model folder."""
-    write_text(folder / CALIBRATION, calibration.to_json())
+    write_text(folder / CALIBRATION, calibration)
 
 
-def _read_calibration(folder: Path) -> Calibration | None:
-    path = folder / CALIBRATION
-    return Calibration.from_json(path.read_text()) if path.exists() else None
+def load_predictor(folder: Path, task: str | None = None) -> Predictor:
+    """Read a model folder.
 
+    Args:
+        folder: of the model.
+        task: the task of the run, whose file may be executed if it has one.
 
-def load_predictor(folder: Path) -> Predictor:
-    """Read a model folder; UserError where there is none, or it is damaged."""
+    Raises:
+        UserError: there is no model, it is damaged, or it is of another task.
+    """
     try:
-        settings = resolve(json.loads((folder / "settings.json").read_text()))
+        raw = json.loads((folder / "settings.json").read_text())
+        if (name := task_of(raw)) not in TASKS and name != task:
+            raise UserError(
+                f"{folder}/settings.json names the task {name}, and the run is of {task or 'no such task'}: this is "
+                "damage or an attack; put the file back from a backup"
+            )
+        settings, of_task = resolve(raw), find_task(name)
         inputs = json.loads((folder / "input.json").read_text())
-        probe_text = (folder / "probe.json").read_text()
-        probe = None if probe_text.strip() == "null" else AgeProbe.from_json(probe_text)
-        model = TASKS[settings.task].build_model(settings, len(inputs["channels"]), np.zeros(1))
+        fitted_text = (folder / "probe.json").read_text()
+        fitted = None if fitted_text.strip() == "null" else fitted_text
+        of_task.check_fitted(fitted)
+        facts: Facts = dict(inputs.get("facts") or {})
+        model = of_task.build(settings, len(inputs["channels"]), facts)
         load_model(model, str(folder / "model.safetensors"))
-        calibration, statistics = _read_calibration(folder), inputs["statistics"]
+        path, statistics = folder / CALIBRATION, inputs["statistics"]
+        calibration = path.read_text() if path.exists() else None
+        if calibration is not None:
+            of_task.check_calibration(calibration)
         intensity = (
             IntensityStatistics(tuple(statistics["mean"]), tuple(statistics["sd"])) if statistics else None
         )
@@ -132,14 +152,7 @@ def load_predictor(folder: Path) -> Predictor:
             f"the model in {folder} cannot be read: {' '.join(str(error).split())[:200]}; put it back from a backup, "
             "or from refits/winner/model-SEED of a sweep"
         ) from None
-    return Predictor(
-        settings=settings,
-        model=model,
-        probe=probe,
-        channels=tuple(inputs["channels"]),
-        statistics=intensity,
-        calibration=calibration,
-    )
+    return Predictor(settings, model, fitted, tuple(inputs["channels"]), intensity, facts, calibration)
 
 
 def prepare_files(

@@ -1,94 +1,121 @@
-"""What a search can minimise: a metric of a cell's validation subjects, or the cost. Less is better for each.
+"""What a search can optimise: a metric of a cell's validation subjects, or the cost.
 
 measure("mae", metrics) -> float          one cell
 mean_of("openbhb_score", cells) -> float  one trial, the mean over its cells
+
+Values keep their natural sign everywhere; `Metric.better` says whether low or high ones are better.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from core.errors import UserError
-from core.evaluation.site import openbhb_score
 from core.lookup import look_up
 
 Metrics = Mapping[str, float]
-"""What judging a cell measured: mae, r2, site_balanced_accuracy, …"""
+"""What judging a cell measured, by name."""
+Better = Literal["low", "high"]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """One thing to minimise. `of` reads it from a cell's metrics; None if it is not measured on a cell."""
+class Metric(BaseModel):
+    """A number that says how good something is, in words for people."""
 
-    words: str
-    unit: str
-    of: Callable[[Metrics], float] | None
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    title: str
+    """For the heading of a column: `MAE`."""
+    unit: str = ""
+    better: Better = "low"
     needs_sites: bool = False
+    """Whether it is undefined if all subjects are of one site."""
+    as_objective: str = ""
+    """Its words as an objective of a search; `validation` and the title if empty."""
+
+    @property
+    def words(self) -> str:
+        """As an objective of a search: `validation MAE`."""
+        return self.as_objective or f"validation {self.title}"
+
+    @property
+    def label(self) -> str:
+        """For axes and columns: `validation MAE (years)`."""
+        return with_unit(self.words, self.unit)
+
+    @property
+    def heading(self) -> str:
+        """For a column of results on other subjects: `MAE (years)`."""
+        return with_unit(self.title, self.unit)
+
+    @property
+    def direction(self) -> Literal["minimize", "maximize"]:
+        """As Optuna says it."""
+        return "minimize" if self.better == "low" else "maximize"
+
+    @property
+    def sign(self) -> int:
+        """A value multiplied by it is better if it is lower."""
+        return 1 if self.better == "low" else -1
 
     def amount(self, number: str) -> str:
         """`number` with the unit."""
         return f"{number} {self.unit}".strip()
 
-    @property
-    def label(self) -> str:
-        """For axes and columns: `validation MAE (years)`."""
-        return f"{self.words} ({self.unit})" if self.unit else self.words
 
-
-def _openbhb(metrics: Metrics) -> float:
-    """The challenge takes the MAE on sites that training never saw; here all folds share their sites."""
-    score = openbhb_score(metrics["site_balanced_accuracy"], metrics["mae"])
-    return math.nan if score is None else score
+def with_unit(words: str, unit: str) -> str:
+    """`words (unit)`; only the words if there is no unit."""
+    return f"{words} ({unit})" if unit else words
 
 
 COST = "accelerator_seconds"
-OBJECTIVES: dict[str, Objective] = {
-    "mae": Objective("validation MAE", "years", lambda metrics: metrics["mae"]),
-    "site_balanced_accuracy": Objective(
-        "site balanced accuracy", "", lambda metrics: metrics["site_balanced_accuracy"], needs_sites=True
-    ),
-    "openbhb_score": Objective(
-        "site balanced accuracy ** 0.3 · validation MAE", "years", _openbhb, needs_sites=True
-    ),
-    COST: Objective("cost", "accelerator-seconds", None),
-}
+COST_METRIC = Metric(title="cost", unit="accelerator-seconds", as_objective="cost")
+"""The cost of a trial is known from its epochs: no task measures it."""
+
+Objectives = Mapping[str, Metric]
+"""What a search optimises, by name. The first one stops trials, and chooses the winner."""
 
 
-def check_objectives(names: Sequence[str], sites: int) -> None:
-    """Refuse objectives that cannot be searched for together, or not on a cohort of so many `sites`.
+def find_objectives(names: Sequence[str], metrics: Mapping[str, Metric], sites: int) -> dict[str, Metric]:
+    """The objectives of these names, in their order.
 
-    The first objective is the one that trials are stopped by and the winner is chosen by, so it is measured on
-    subjects.
+    Args:
+        names: of the metrics, or the cost.
+        metrics: those that the task offers as objectives.
+        sites: how many the cohort has.
 
     Raises:
-        UserError: naming the objective and the reason.
+        UserError: naming the objective, and the reason why it cannot be searched for.
     """
+    known = {**metrics, COST: COST_METRIC}
     if not names:
-        raise UserError(f"no objective is named; known: {', '.join(OBJECTIVES)}")
-    for place, name in enumerate(names):
-        objective = look_up(OBJECTIVES, name, "objective")
-        if name in names[:place]:
+        raise UserError(f"no objective is named; known: {', '.join(known)}")
+    found: dict[str, Metric] = {}
+    for name in names:
+        metric = look_up(known, name, "objective")
+        if name in found:
             raise UserError(f"objective '{name}' is named twice")
-        if objective.needs_sites and sites < 2:
+        if metric.needs_sites and sites < 2:
             raise UserError(
                 f"objective '{name}' needs subjects of two sites or more; this cohort has {sites}"
             )
-    if OBJECTIVES[names[0]].of is None:
+        found[name] = metric
+    if names[0] == COST:
         raise UserError(
-            f"'{names[0]}' cannot be the first objective: trials are stopped, and the winner is chosen, by the first"
+            f"'{COST}' cannot be the first objective: trials are stopped, and the winner is chosen, by the first"
         )
+    return found
 
 
 def measure(name: str, metrics: Metrics) -> float:
     """The objective `name` of one cell; NaN where it is undefined (site accuracy, if all subjects are of one site)."""
-    of = OBJECTIVES[name].of
-    if of is None:
+    if name not in metrics:
         raise ValueError(f"'{name}' is not measured on a cell")
-    return float(of(metrics))
+    return float(metrics[name])
 
 
 def mean_of(name: str, cells: Sequence[Metrics]) -> float:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from core.errors import UserError
 from core.files.places import is_url
 from core.run_names import STUDY
+from core.task_description import BRAIN_AGE, TaskDescription
 from core.volumes.cohort.reader import DESCRIPTION, Cohort
 
 
@@ -55,8 +56,8 @@ class CodeVersion(_Part):
     """Digits of the SHA-256 of all source files."""
 
 
-class SpaceFile(_Part):
-    """The Python file of the space, which every resume executes."""
+class CodeFile(_Part):
+    """A Python file of a user's own space or task, which is executed."""
 
     path: str
     sha256: str
@@ -130,8 +131,12 @@ class RunDescription(_Part):
     """The published configuration with the changes of the user, from which every trial starts."""
     sweep: dict[str, JsonValue] = {}
     """The request: values by the names of the options."""
-    space_file: SpaceFile | None = None
+    task: TaskDescription = BRAIN_AGE
+    """Versions before 0.3 wrote none: they knew no other task."""
+    space_file: CodeFile | None = None
     """None if the space is one of ours, and before version 0.3."""
+    task_file: CodeFile | None = None
+    """None if the task is one of ours, or of an installed package."""
     rows: dict[str, int] = {}
     """The lines of every table when the page was written, so that one that was cut at the end of a line is found."""
     first: dict[str, list[dict[str, JsonValue]]] = {}
@@ -152,9 +157,10 @@ class RunDescription(_Part):
 
     @property
     def objectives(self) -> list[str]:
-        """The objectives, which the search minimises; the first one is the value of a trial."""
+        """The objectives of the search; the first one is the value of a trial."""
         recorded = self.sweep.get("objectives")
-        return [str(name) for name in recorded] if isinstance(recorded, list) and recorded else ["mae"]
+        named = [str(name) for name in recorded] if isinstance(recorded, list) else []
+        return named or [self.task.objectives[0]]
 
 
 def find_cohort(run: Path, recorded: CohortOfRun | None, given: str | Path | None = None) -> Cohort:

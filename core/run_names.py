@@ -13,7 +13,7 @@ JOURNAL_COPY = "study.journal.copy"
 """The journal of the study again, with a checksum before every line."""
 TRIALS, REFITS, CONFIRMED, ACCESS, TUNE = "trials", "refits", "confirmed", "access", "tune"
 BASELINE = "baseline"
-"""The trials of the L1 baseline, if it was searched, too."""
+"""The trials of the baseline, if it was searched, too."""
 # In the folder of a trial or a refit.
 PROGRESS, CHECKPOINT = "progress.json", "checkpoint.pt"
 
@@ -21,8 +21,8 @@ SWEEP, TRAIN, NESTED = "sweep", "train", "nested"
 """The kinds of runs, in run.json; a nested search has a sweep for every hold-out in `outer-1`, `outer-2`, …"""
 STUDY = "brainsweep"
 """The name of the study if the space of the run was never changed; run.json has the name of the present one."""
-L1_STUDY = "l1-baseline"
-"""The study of the L1 baseline, in the same journal."""
+BASELINE_STUDY = "l1-baseline"
+"""The study of the tuned baseline, in the same journal."""
 
 # The label of a trial in the tables: the value of its attribute `LABEL`. Most trials have no label.
 PUBLISHED = "published"
@@ -48,7 +48,7 @@ SD, CELLS_DONE, SECONDS = "sd", "n", "seconds"
 IDLE_SECONDS = "idle_seconds"
 """Seconds from the end of the last trial in the slot to the first step of this trial."""
 PENALTY = "penalty"
-"""The penalty of the probe with which a finished trial is refitted; absent if it has no probe."""
+"""The penalty with which a finished trial is refitted; absent if its task finds none."""
 CELL_VALUES = "cell_values"
 """The first objective in every finished cell, in the order of the cells."""
 AFTER_CELLS = "after_cells"
@@ -64,8 +64,9 @@ EXCHANGED = "exchanged"
 MEMBER_VALUE = "member_value"
 """The last value of a member that trained to the end."""
 
-# Methods, as in the column `method` of tables.
-WINNER, L1, MEDIAN = "search winner", "L1 baseline", "training median"
-METHODS = (WINNER, PUBLISHED, L1, MEDIAN)
-REFITTED = {"winner": WINNER, "published": PUBLISHED, "l1": L1}
-"""The folders under `refits/` and `confirmed/`, and the method in each of them."""
+# Methods, as in the column `method` of tables; a task adds its rival and its floor.
+WINNER = "search winner"
+L1, MEDIAN = "L1 baseline", "training median"
+"""The rival and the floor of brain age."""
+REFITTED = {"winner": WINNER, PUBLISHED: PUBLISHED}
+"""The folders under `refits/` and `confirmed/` that every task has, and the method in each of them."""

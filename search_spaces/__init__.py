@@ -9,14 +9,14 @@ This is a package of brainsweep.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import cast
 
 import optuna
 
 from core.config import Settings, flatten, read_settings, with_absent
-from core.errors import UserError
+from core.files.python import defined_in, file_of
 from core.lookup import look_up
 from search_spaces import brain_age, points
 from search_spaces.points import Space, is_under
@@ -38,16 +38,9 @@ def load_space(name: str) -> tuple[Space, Settings]:
     if path is None:
         return look_up(SPACES, name, "space"), published(name)
     function = name.rpartition(":")[2] if ":" in name else "space"
-    space = _function_of(path, function)
+    space = cast(Space, defined_in(path, function, "search space"))
     beside = path.with_suffix(".yaml")
     return space, read_settings(beside) if beside.exists() else published(DEFAULT)
-
-
-def file_of(name: str) -> Path | None:
-    """The Python file of the space `FILE.py:FUNCTION`; None for the spaces of this package."""
-    if ":" not in name and not name.endswith(".py"):
-        return None
-    return Path(name.rpartition(":")[0] if ":" in name else name)
 
 
 def pin(space: Space, changes: Mapping[str, object]) -> Space:
@@ -85,18 +78,3 @@ def fixed_by(changes: Mapping[str, object]) -> Settings:
 def published(name: str) -> Settings:
     """The settings in `NAME.yaml`: the published configuration."""
     return read_settings(Path(__file__).parent / f"{name}.yaml")
-
-
-def _function_of(path: Path, function: str) -> Space:
-    if not path.is_file():
-        raise UserError(f"no file {path} with a search space; write --space NAME or --space FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    functions: dict[str, Space] = {key: value for key, value in vars(module).items() if callable(value)}
-    return look_up(functions, function, f"function in {path}")

@@ -20,18 +20,18 @@ from core.files.writing import writing_to
 from core.report.answer.describe import describe
 from core.report.answer.record import RunRecord, read_run
 from core.report.answer.tables import ABSENT, count, mean_and_sd
-from core.report.answer.verdict import LEVEL, absolute_errors, comparisons, error_interval, verdict
+from core.report.answer.verdict import LEVEL, comparisons, errors_of, judged_interval, judged_value, verdict
 from core.report.figures import subjects as figures
 from core.report.html import load_page, write_page
-from core.report.page import draw
+from core.report.page import draw, figures_of_people
 from core.run_description import RunDescription
-from core.run_names import MEDIAN, METHODS, NESTED, REPORT, RUN_JSON, WINNER
+from core.run_names import NESTED, REPORT, RUN_JSON, WINNER
+from core.task_description import TaskDescription
 
 FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "gains": ("Do the winners predict better?", figures.gains),
-    "predicted": ("Predicted against true age", figures.predicted_age),
-    "gap": ("Brain-age gap by site", figures.gap_by_site),
 }
+"""With those that the task has of people."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Nested:
         """The number of hold-outs that were asked for."""
         asked = self.about.sweep.get("outer")
         return asked if isinstance(asked, int) else len(self.sweeps)
+
+    @property
+    def task(self) -> TaskDescription:
+        """The task of the sweeps in words."""
+        return self.sweeps[0].task
 
     @property
     def together(self) -> RunRecord:
@@ -100,15 +105,15 @@ def read_nested(run: Path) -> Nested:
 
 
 def outer_table(nested: Nested) -> pd.DataFrame:
-    """One row per hold-out: outer, subjects, MAE in years of every method, and the winner (trial, kind, in words)."""
+    """One row per hold-out: outer, subjects, the result of every method, and the winner (trial, kind, in words)."""
     rows = []
     for number, record in zip(nested.predictions["outer"].unique(), nested.sweeps, strict=True):
-        errors = record.holdout.groupby("method")["mae"].mean()
+        values = record.held_out_values.groupby("method")["value"].mean()
         best = record.best
         settings = {} if best is None else record.trial(best)
         of_winner = record.predictions[record.predictions["method"] == WINNER]
         row: dict[str, object] = {"outer": int(number), "subjects": of_winner["subject"].nunique()}
-        row |= {method: errors.get(method, float("nan")) for method in METHODS}
+        row |= {method: values.get(method, float("nan")) for method in nested.task.methods}
         row |= {
             "trial": best,
             "kind": _kind(record),
@@ -126,16 +131,22 @@ def _kind(record: RunRecord) -> str:
 
 
 def headline(nested: Nested) -> str:
-    """The result in one sentence: the mean over subjects with its interval, and the SD over hold-outs."""
-    table, errors = outer_table(nested), absolute_errors(nested.predictions)
-    low, high = error_interval(nested.predictions, WINNER)
-    subjects = count(int(errors[WINNER].count()), "subject")
+    """The result in one sentence: over all subjects with its interval, and the SD over hold-outs."""
+    table, task, predictions = outer_table(nested), nested.task, nested.predictions
+    low, high = judged_interval(predictions, WINNER, task)
+    people = int(errors_of(predictions)[WINNER].count())
     interval = "" if low != low else f", {100 * LEVEL:.0f} % interval {low:.2f} to {high:.2f}"
     spread = f"SD over {count(len(table), 'hold-out')} {table[WINNER].std():.2f}" if len(table) > 1 else ""
-    median = f"; predicting the training median: {errors[MEDIAN].mean():.2f}" if MEDIAN in errors else ""
+    values = {method: judged_value(predictions, method, task) for method in task.methods}
+    if values[WINNER] != values[WINNER]:
+        values = {method: float(table[method].mean()) for method in task.methods}
+    floor = ""
+    if task.floor is not None and values[task.floor.method] == values[task.floor.method]:
+        floor = f"; {task.floor.words}: {values[task.floor.method]:.2f}"
+    value = task.judged_by.amount(f"{values[WINNER]:.2f}")
     return (
-        f"Held-out MAE of the search: {errors[WINNER].mean():.2f} years over {subjects}, each held out once"
-        f"{interval}{f' ({spread})' if spread else ''}{median}.{_missing(nested)}"
+        f"Held-out {task.judged_by.title} of the search: {value} over {count(people, 'subject')}, each held out once"
+        f"{interval}{f' ({spread})' if spread else ''}{floor}.{_missing(nested)}"
     )
 
 
@@ -168,7 +179,8 @@ def _why_without(record: RunRecord) -> str:
 
 def lines(nested: Nested) -> list[str]:
     """The verdict over all subjects, each comparison with its numbers, and how alike the winners were."""
-    said = [verdict(nested.predictions), *(each.sentence() for each in comparisons(nested.predictions))]
+    made = comparisons(nested.predictions, nested.task)
+    said = [verdict(nested.predictions, nested.task), *(each.sentence() for each in made)]
     said = [
         re.sub("(T|t)he search winner", lambda found: f"{found[1]}he search with its refit", line)
         for line in said
@@ -235,13 +247,14 @@ def render(nested: Nested) -> str:
     words = lines(nested)
     drawings = {
         name: draw(name, title, figure, nested.together, f"{headline(nested)} {words[0]}")
-        for name, (title, figure) in FIGURES.items()
+        for name, (title, figure) in (FIGURES | figures_of_people(nested.together)).items()
     }
     return load_page("nested.html").render(
         name=nested.folder.resolve().name,
         headline=headline(nested),
         verdict=words,
-        methods=METHODS,
+        methods=nested.task.methods,
+        judged=nested.task.judged_by,
         table=_shown(nested),
         drawings=drawings,
         caveats=caveats(nested),
@@ -253,7 +266,7 @@ def _shown(nested: Nested) -> list[dict[str, object]]:
     rows = outer_table(nested).to_dict(orient="records")
     return [
         {str(name): value for name, value in row.items()}
-        | {method: mean_and_sd(row[method], float("nan")) for method in METHODS}
+        | {method: mean_and_sd(row[method], float("nan")) for method in nested.task.methods}
         for row in rows
     ]
 
@@ -261,11 +274,13 @@ def _shown(nested: Nested) -> list[dict[str, object]]:
 def print_nested(console: Console, run: Path) -> None:
     """The table of hold-outs and the verdict, in the terminal."""
     nested = read_nested(run)
-    table = Table("hold-out", "subjects", *METHODS, "objective", box=None, padding=(0, 2))
+    methods, judged = nested.task.methods, nested.task.judged_by
+    table = Table("hold-out", "subjects", *methods, "objective", box=None, padding=(0, 2))
     for row in _shown(nested):
-        values = [row["outer"], row["subjects"], *(row[method] for method in METHODS), row["kind"]]
+        values = [row["outer"], row["subjects"], *(row[method] for method in methods), row["kind"]]
         table.add_row(*(Text(str(value)) for value in values))
-    console.print("\nHold-outs of the nested search (MAE in years)", style="bold")
+    unit = f" in {judged.unit}" if judged.unit else ""
+    console.print(f"\nHold-outs of the nested search ({judged.title}{unit})", style="bold")
     console.print(table)
     console.print(headline(nested), style="bold", markup=False)
     for line in lines(nested):

@@ -32,14 +32,17 @@ from core.report.answer.population import (
     has_population,
 )
 from core.report.answer.record import NothingToShow, RunRecord, read_run
+from core.report.answer.subjects import are_numbers, truths_in_words
 from core.report.answer.tables import (
     ABSENT,
-    SHOWN_SETTINGS,
     failed_trials,
     holdout_table,
-    leaderboard,
+    leaderboard_of,
     mean_and_sd,
     winner_beside_published,
+)
+from core.report.figures import (
+    classes as class_figures,
 )
 from core.report.figures import (
     population as population_figure,
@@ -66,10 +69,27 @@ FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "curves": ("What the pruner saw", figures.learning_curves),
     "loss": ("The winner's training loss", figures.training_loss),
     "folds": ("Spread over folds and seeds", figures.fold_spread),
-    "predicted": ("Predicted against true age", subject_figures.predicted_age),
-    "gap": ("Brain-age gap by site", subject_figures.gap_by_site),
     "schedules": ("Over the course of training", schedule_figure.schedules),
-    "ages": ("Ages by site", subject_figures.cohort_ages),
+    "people": ("Who is in the cohort, by site", subject_figures.cohort_people),
+}
+OF_PEOPLE: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
+    "predicted": ("Predicted against true {truth}", subject_figures.predicted_against_true),
+    "gap": ("Brain-age gap by site", subject_figures.gap_by_site),
+    "roc": ("How well people are ranked", class_figures.roc),
+    "confusion": ("What people are taken for", class_figures.confusion_matrix),
+    "reliability": ("How sure, and how often right", class_figures.reliability),
+}
+"""The figures of people and their predictions; a task names those that it has."""
+CAPTIONS = {
+    "predicted": "Each mark is a held-out subject: the mean prediction of the winner's refits, with a bar from the "
+    "lowest to the highest. On the line, the prediction is right.",
+    "gap": "Right of 0 the brain looks older than it is. Boxes: median and quartiles; whiskers to 1.5 interquartile "
+    "ranges. Sites differ in age, so a difference between sites need not be the scanner's.",
+    "roc": "Each step is a held-out subject, by the mean probability over the winner's refits. On the dashed line, "
+    "people are ranked as by chance.",
+    "confusion": "Numbers of held-out subjects. The diagonal is right.",
+    "reliability": "Held-out subjects in groups of nearly equal size (their numbers beside the marks). Below the line, "
+    "predictions are surer than they should be.",
 }
 OF_SEVERAL_OBJECTIVES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "front": ("Objectives against each other", pareto_figure),
@@ -102,7 +122,8 @@ def write_report(run: Path) -> Path:
 
 def render(record: RunRecord) -> str:
     """The report as HTML text."""
-    failed = failed_trials(record.trials)
+    failed = failed_trials(record.trials, record.task)
+    results = holdout_table(record.holdout, record.predictions, record.task)
     return load_page("report.html").render(
         name=record.folder.resolve().name,
         about=record.about,
@@ -114,9 +135,14 @@ def render(record: RunRecord) -> str:
         best=record.best,
         published=record.published,
         what=_winner_in_words(record),
-        leaderboard=_rows(leaderboard(record.trials, found=found_in_words(record, SHOWN_SETTINGS))),
+        leaderboard=_rows(leaderboard_of(record)),
         population=_population(record) if has_population(record) else None,
-        holdout=_rows(holdout_table(record.holdout, record.predictions)),
+        holdout=_rows(results),
+        headings=_headings(record),
+        judged=record.judged_by,
+        task=record.task,
+        people=[name for name in record.task.figures if name in OF_PEOPLE],
+        captions=CAPTIONS,
         again=_rows(measured_again(record)) if record.best is not None else [],
         front=_rows(front_table(record)),
         value_label=record.value_label,
@@ -140,9 +166,17 @@ def render(record: RunRecord) -> str:
 def draw_all(record: RunRecord) -> dict[str, Drawing]:
     """Every figure of the page by name; a figure that cannot be drawn has its reason instead."""
     words = in_words(record)
-    drawn = FIGURES | (OF_SEVERAL_OBJECTIVES if len(record.objectives) > 1 else {})
+    drawn = (
+        FIGURES | figures_of_people(record) | (OF_SEVERAL_OBJECTIVES if len(record.objectives) > 1 else {})
+    )
     drawn |= OF_POPULATIONS if has_population(record) else {}
     return {name: draw(name, title, figure, record, words[name]) for name, (title, figure) in drawn.items()}
+
+
+def figures_of_people(record: RunRecord) -> dict[str, tuple[str, Callable[[RunRecord], Figure]]]:
+    """The figures that the task of a run has of people and their predictions, with their titles."""
+    named = (name for name in record.task.figures if name in OF_PEOPLE)
+    return {name: (OF_PEOPLE[name][0].format(truth=record.task.truth), OF_PEOPLE[name][1]) for name in named}
 
 
 def draw(
@@ -190,9 +224,12 @@ def cohort_facts(record: RunRecord) -> list[tuple[str, str]]:
         "Folder": cohort.path,
         "Hash": cohort.hash,
     }
-    ages = record.cohort["age"].dropna()
-    if len(ages):
-        facts["Ages"] = f"{ages.min():.1f} to {ages.max():.1f} years, median {ages.median():.1f}"
+    truths, task = record.cohort["truth"], record.task
+    title = f"{task.truth[:1].upper()}{task.truth[1:]}"
+    told = truths_in_words(truths, task.truth_unit, digits=1)
+    if told and are_numbers(truths):
+        told += f", median {truths.median():.1f}"
+    facts[f"{title}s" if are_numbers(truths) else title] = told
     return _pairs(facts)
 
 
@@ -206,9 +243,10 @@ def sweep_facts(record: RunRecord) -> list[tuple[str, str]]:
         "Finished": about.finished or ("not finished" if about.created else None),
         "Took": _duration(about.seconds),
         "Code": f"{code.commit}{changed}" if code.commit else None,
+        "Task": record.task.name,
         "Search space": sweep.get("space"),
         "Trials": sweep.get("trials"),
-        "Trials of the L1 baseline": sweep.get("baseline_trials") or None,
+        "Trials of the baseline": sweep.get("baseline_trials") or None,
         "Folds": sweep.get("folds"),
         "Seeds": _joined(sweep.get("seeds"), ", "),
         "Refit seeds": sweep.get("refit_seeds"),
@@ -244,40 +282,48 @@ def _duration(seconds: object) -> str | None:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def _headings(record: RunRecord) -> dict[str, str]:
+    """The headings of the columns of the table of results, by column; the first metric has its unit there."""
+    titles = [record.task.metrics[name] for name in record.task.shown]
+    return {metric.title: metric.heading for metric in titles}
+
+
 def _roles(record: RunRecord) -> list[dict[str, str]]:
-    """Subjects and ages in every role, one row per role."""
-    known_ages = record.cohort.groupby("subject")["age"].mean().rename("age").reset_index()
-    ages = record.splits.drop_duplicates("subject").merge(known_ages, on="subject", how="left")
+    """Subjects and what is known of them in every role, one row per role."""
+    numbers, unit = are_numbers(record.cohort["truth"]), record.task.truth_unit
+    of_subject = record.cohort.groupby("subject")["truth"].agg("mean" if numbers else "first").reset_index()
+    people = record.splits.drop_duplicates("subject").merge(of_subject, on="subject", how="left")
     rows = []
-    for role, group in sorted(ages.groupby("role"), key=lambda item: (item[0] == "holdout", item[0])):
-        known = group["age"].dropna()
-        span = f"{known.min():.0f} to {known.max():.0f}" if len(known) else ABSENT
-        median = f"{known.median():.1f}" if len(known) else ABSENT
-        rows.append(
-            {
-                "role": "held out" if role == "holdout" else str(role),
-                "subjects": str(len(group)),
-                "ages": span,
-                "median age": median,
-            }
-        )
+    for role, group in sorted(people.groupby("role"), key=lambda item: (item[0] == "holdout", item[0])):
+        known = group["truth"].dropna()
+        row = {
+            "role": "held out" if role == "holdout" else str(role),
+            "subjects": str(len(group)),
+            "span": truths_in_words(group["truth"], unit) or ABSENT,
+        }
+        if numbers:
+            row["median"] = f"{known.median():.1f}" if len(known) else ABSENT
+        rows.append(row)
     return rows
 
 
-def _winner_cells(record: RunRecord) -> list[dict[str, str]]:
-    """Scores of the best trial in every cell, beside those of the median predictor on the same subjects."""
+def _winner_cells(record: RunRecord) -> dict[str, object]:
+    """Scores of the best trial in every cell, beside those of what predicts without images on the same subjects."""
     cells = record.cells[record.cells["number"] == record.best].sort_values(["fold", "seed"])
-    return [
+    task = record.task
+    columns = {name: task.metrics[name].title for name in task.shown if not cells[name].isna().all()}
+    if task.floor is not None:
+        columns[task.floor.metric] = task.floor.method
+    rows = [
         {
             "fold": number(row["fold"]),
             "seed": number(row["seed"]),
-            "mae": mean_and_sd(row["mae"], float("nan")),
-            "median": mean_and_sd(row["median_mae"], float("nan")),
-            "r2": mean_and_sd(row["r2"], float("nan")),
             "n": ABSENT if is_absent(row["n"]) else number(row["n"]),
+            "values": [mean_and_sd(row[name], float("nan")) for name in columns],
         }
         for row in cells.to_dict(orient="records")
     ]
+    return {"headings": list(columns.values()), "rows": rows}
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, object]]:

@@ -1,5 +1,45 @@
-"""What is trained and how it is judged: one file per task, chosen from `TASKS` by name."""
+"""What is trained and how it is judged: one file per task, chosen by name."""
 
-from core.tasks import brain_age
+from __future__ import annotations
 
-TASKS = {"brain_age": brain_age}
+import functools
+import importlib.metadata
+from typing import Any
+
+from core.errors import UserError
+from core.files.python import defined_in, file_of
+from core.lookup import look_up
+from core.tasks.brain_age import BrainAge
+from core.tasks.task import Task
+
+TASKS: dict[str, Task[Any]] = {"brain_age": BrainAge()}
+ENTRY_POINTS = "brainsweep.tasks"
+"""The group of entry points in which an installed package names its tasks."""
+
+
+def find_task(name: object) -> Task[Any]:
+    """The task of this name: one of ours, FILE.py:NAME, or an entry point of an installed package.
+
+    A file is executed, once in every process.
+
+    Raises:
+        UserError: there is none, or it is not a task.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"setting 'task' must be a name, got {name!r}")
+    return TASKS[name] if name in TASKS else _of_user(name)
+
+
+@functools.cache
+def _of_user(name: str) -> Task[Any]:
+    path = file_of(name)
+    if path is not None:
+        found = defined_in(path, name.rpartition(":")[2] if ":" in name else "task", "task")
+    else:
+        installed = {each.name: each for each in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+        chosen = look_up({**TASKS, **installed}, name, "task")
+        found = chosen.load() if isinstance(chosen, importlib.metadata.EntryPoint) else chosen
+    made = found() if isinstance(found, type) and issubclass(found, Task) else found
+    if not isinstance(made, Task):
+        raise UserError(f"'{name}' is a {type(made).__name__}, and a task is a core.tasks.task.Task")
+    return made

@@ -1,27 +1,23 @@
 """Brain age from volumes: a contrastive encoder judged by a ridge probe, or direct L1 regression (system A).
 
-    model = build_model(settings, in_channels)
-    loss, log = training_loss(model, objective, views, ages, progress)
-    outcome = judge(training, evaluation)
-
 Shape suffixes: B subjects, V views, C channels, X, Y, Z, E embedding.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import nn
 
-from core.config import RunSettings
 from core.errors import UserError
 from core.evaluation import Floats, Names
-from core.evaluation.by_subject import subject_weights
+from core.evaluation.by_subject import subject_means, subject_weights
+from core.evaluation.calibration import LEVEL, Calibration, calibrate, gap_metrics, gap_table
 from core.evaluation.probes import (
     ALPHAS,
     FEWEST_SUBJECTS,
@@ -30,15 +26,46 @@ from core.evaluation.probes import (
     fit_age_probe,
     predictions_by_penalty,
 )
-from core.evaluation.regression import median_baseline, regression_metrics
-from core.evaluation.site import site_balanced_accuracy
+from core.evaluation.regression import median_age, median_baseline, regression_metrics
+from core.evaluation.site import openbhb_score
 from core.evaluation.splits import Rows, Splits
-from core.losses.settings import REGRESSION_LOSSES
+from core.losses.members import Exponential
+from core.losses.settings import REGRESSION_LOSSES, ObjectiveSettings
 from core.models import build_encoder, build_projection_head
 from core.models.heads import RegressionHead
+from core.models.settings import ModelSettings, ResNetSettings
+from core.run_settings import RunSettings
+from core.task_description import BRAIN_AGE
+from core.tasks.task import (
+    Facts,
+    JudgedCell,
+    Judging,
+    Labels,
+    Observed,
+    Outcome,
+    Prediction,
+    Step,
+    Task,
+    Truth,
+    of_sites,
+)
+from core.volumes.views import ViewSettings
 
-CONTRASTIVE_ONLY = ("objective", "model.head", "model.readout")
-"""What a `RegressionModel` does not have: its loss has no settings, and it is read without a projection."""
+OLDEST = 130
+"""No person was older, in years."""
+NO_CALIBRATION = (
+    "this run has kept no out-of-fold predictions, so there is neither a correction for the age bias nor a prediction "
+    "interval"
+)
+
+
+class BrainAgeSettings(RunSettings):
+    """The settings of brain age; the defaults are the published ones."""
+
+    task: Literal["brain_age"] = "brain_age"
+    views: ViewSettings = ViewSettings()
+    model: ModelSettings = ResNetSettings()
+    objective: ObjectiveSettings = Exponential()
 
 
 class ContrastiveModel(nn.Module):
@@ -68,11 +95,11 @@ class RegressionModel(nn.Module):
     age_mean: torch.Tensor
     age_sd: torch.Tensor
 
-    def __init__(self, encoder: nn.Module, head: nn.Module, training_ages: Floats) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Module, mean: float, sd: float) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
-        self.register_buffer("age_mean", torch.tensor(float(np.mean(training_ages))))
-        self.register_buffer("age_sd", torch.tensor(max(float(np.std(training_ages)), 1e-6)))
+        self.register_buffer("age_mean", torch.tensor(mean))
+        self.register_buffer("age_sd", torch.tensor(max(sd, 1e-6)))
 
     def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
         """Predicted age (B, 1) in years."""
@@ -88,147 +115,264 @@ class RegressionModel(nn.Module):
 AgeModel = ContrastiveModel | RegressionModel
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """Scans as the probe sees them: embeddings (n, E), ages (n,) in years, sites (n,), subjects (n,), predictions."""
+class BrainAge(Task[BrainAgeSettings]):
+    """See the top of this file."""
 
-    embeddings: Floats
-    ages: Floats
-    sites: Names
-    subjects: Names
-    """Whose each scan is: in everything that is fitted or measured, a person counts once."""
-    predicted: Floats | None = None
-    """Ages that the model itself gives; None where a probe is needed."""
+    about = BRAIN_AGE
+    keeps = ("by_penalty", "without")
+    settings = BrainAgeSettings
 
+    def check(self, settings: BrainAgeSettings) -> None:
+        """Try the objective on a few made-up embeddings over the whole run; UserError for a value it cannot take."""
+        objective = self.objective(settings, {})
+        ages = torch.tensor([20.0, 40.0, 60.0, 80.0])
+        embeddings = torch.eye(4)[:, None, : 1 if is_regression(settings) else 4].repeat(1, 2, 1)
+        for epoch in {1, settings.training.epochs}:
+            objective(embeddings, ages, epoch / settings.training.epochs)
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a trained model on subjects that it was not trained on."""
+    def balanced_by(self, settings: BrainAgeSettings) -> str:
+        """Folds are alike in age."""
+        return "age"
 
-    metrics: dict[str, float]
-    predicted: Floats
-    probe: AgeProbe | None
-    by_penalty: Floats | None = None
-    """The ages (P, m) predicted with every penalty of the probe (`ALPHAS`), if they were asked for."""
-    without: Mapping[int, Floats] = field(default_factory=dict)
-    """By fold, the error (P,) of every penalty if the people of this fold are not among those of the probe."""
+    def labels(self, settings: BrainAgeSettings, manifest: pd.DataFrame) -> Labels:
+        """Ages (N,) in years."""
+        ages: npt.NDArray[np.float64] = manifest["age"].to_numpy(float)
+        return ages
 
+    def check_cohort(self, settings: BrainAgeSettings, manifest: pd.DataFrame, splits: Splits) -> None:
+        """Refuse subjects from whom nothing about age can be learnt.
 
-def build_model(settings: RunSettings, in_channels: int, training_ages: Floats) -> AgeModel:
-    """The model of `settings`, on the CPU, with PyTorch's current random state."""
-    encoder = build_encoder(settings.model, in_channels)
-    if is_regression(settings):
-        return RegressionModel(encoder, RegressionHead(encoder.embedding_dim), training_ages)
-    head = build_projection_head(settings.model, encoder.embedding_dim)
-    return ContrastiveModel(encoder, head, settings.model.readout)
-
-
-def build_objective(settings: RunSettings) -> nn.Module:
-    """The loss of `settings`, whose schedules know the length of the run."""
-    return settings.objective.build(settings.training.epochs)
-
-
-def check(settings: RunSettings) -> None:
-    """Try the objective on a few made-up embeddings over the whole run; UserError for a value it cannot take."""
-    objective = build_objective(settings)
-    ages = torch.tensor([20.0, 40.0, 60.0, 80.0])
-    embeddings = torch.eye(4)[:, None, : 1 if is_regression(settings) else 4].repeat(1, 2, 1)
-    for epoch in {1, settings.training.epochs}:
-        objective(embeddings, ages, epoch / settings.training.epochs)
-
-
-def check_cohort(manifest: pd.DataFrame, splits: Splits) -> None:
-    """Refuse subjects from whom nothing about age can be learnt.
-
-    Args:
-        manifest: of the cohort; columns subject and age in years.
-        splits: of its rows.
-
-    Raises:
-        UserError: all ages are equal, or a fold leaves too few subjects to train on.
-    """
-    ages = manifest.groupby("subject")["age"].mean()
-    if ages.nunique() == 1:
-        raise UserError(
-            f"all {len(ages)} subjects are {ages.iloc[0]:g} years old: nothing about age can be learnt from them"
-        )
-    for fold in range(len(splits.folds)):
-        trained = manifest["subject"].iloc[splits.training(fold)].nunique()
-        if trained < FEWEST_SUBJECTS:
+        Raises:
+            UserError: all ages are equal, or a fold leaves too few subjects to train on.
+        """
+        known = manifest["age"].notna()
+        ages = manifest[known].groupby("subject")["age"].mean()
+        if ages.nunique() == 1:
             raise UserError(
-                f"{len(splits.folds)} folds leave {trained} of {len(ages)} subjects to train on, and at least "
-                f"{FEWEST_SUBJECTS} are needed; use more --folds, a smaller --holdout, or more subjects"
+                f"all {len(ages)} subjects are {ages.iloc[0]:g} years old: nothing about age can be learnt from them"
             )
+        for fold in range(len(splits.folds)):
+            rows = splits.training(fold)
+            trained = manifest["subject"].iloc[rows][known.iloc[rows]].nunique()
+            if trained < FEWEST_SUBJECTS:
+                raise UserError(
+                    f"{len(splits.folds)} folds leave {trained} of {len(ages)} subjects to train on, and at least "
+                    f"{FEWEST_SUBJECTS} are needed; use more --folds, a smaller --holdout, or more subjects"
+                )
+
+    def learn(self, settings: BrainAgeSettings, training: Truth) -> Facts:
+        """The mean and the SD of the subjects' ages."""
+        ages = subject_means(cast(Floats, training.labels), training.subjects)
+        return {"age_mean": float(np.mean(ages)), "age_sd": float(np.std(ages))}
+
+    def build(self, settings: BrainAgeSettings, in_channels: int, facts: Facts) -> AgeModel:
+        """The model of `settings`, on the CPU, with PyTorch's current random state."""
+        encoder = build_encoder(settings.model, in_channels)
+        if is_regression(settings):
+            # Of a model that is read from a file, they are among its weights.
+            mean, sd = (cast(float, facts.get(name, 0.0)) for name in ("age_mean", "age_sd"))
+            return RegressionModel(encoder, RegressionHead(encoder.embedding_dim), mean, sd)
+        head = build_projection_head(settings.model, encoder.embedding_dim)
+        return ContrastiveModel(encoder, head, settings.model.readout)
+
+    def objective(self, settings: BrainAgeSettings, facts: Facts) -> nn.Module:
+        """The loss of `settings`, whose schedules know the length of the run."""
+        return settings.objective.build(settings.training.epochs)
+
+    def step(
+        self,
+        model: nn.Module,
+        objective: nn.Module,
+        views_bvcxyz: torch.Tensor,
+        targets_b: torch.Tensor,
+        progress: float,
+    ) -> Step:
+        """The loss of one batch; `targets_b` are ages in years."""
+        subjects, views = views_bvcxyz.shape[:2]
+        output_bvd = model(views_bvcxyz.flatten(0, 1)).view(subjects, views, -1)
+        loss: torch.Tensor = objective(output_bvd, targets_b, progress)
+        noted = cast(dict[str, torch.Tensor], objective.diagnostics)
+        return Step(loss, {"neighbours": noted.get("neighbours", torch.tensor(torch.nan))})
+
+    def course(self, settings: BrainAgeSettings, objective: nn.Module, progress: float) -> dict[str, float]:
+        """The temperature and the width of the kernel; NaN where the objective has none, such as the kernel `equal`."""
+        parts = cast(Any, getattr(objective, "parts", None))
+        has_width = parts and hasattr(settings.objective, "width")
+        return {
+            "temperature": parts.temperature(progress) if parts else np.nan,
+            "width": parts.width(progress) if has_width else np.nan,
+        }
+
+    def observe(
+        self, settings: BrainAgeSettings, model: nn.Module, volumes_bcxyz: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The embedding (B, E) that the probe reads; of a regression also the predicted ages (B,) in years."""
+        seen: dict[str, torch.Tensor] = {"embedding": cast(AgeModel, model).embed(volumes_bcxyz)}
+        if is_regression(settings):
+            seen["predicted"] = model(volumes_bcxyz).squeeze(-1)
+        return seen
+
+    def judge(
+        self, settings: BrainAgeSettings, training: Observed, evaluation: Observed, judging: Judging
+    ) -> Outcome:
+        """Fit the probe on the training subjects only, and measure it on the evaluation subjects.
+
+        If the folds of the training scans are known, every penalty of the probe is tried, for `judge_together`.
+        """
+        probe, kept = None, {}
+        predicted = evaluation.outputs.get("predicted")
+        if predicted is None:
+            ages = cast(Floats, training.labels)
+            probe = fit_age_probe(training.embeddings, ages, training.subjects, penalty=judging.penalty)
+            predicted = probe.predict(evaluation.embeddings)
+            if judging.folds is not None:
+                every = predictions_by_penalty(
+                    training.embeddings, ages, evaluation.embeddings, training.subjects
+                )
+                without = _errors_without_folds(training, evaluation, judging.folds)
+                kept = {"by_penalty": every, "without": without}
+        metrics = _measured(predicted, evaluation)
+        metrics["median_mae"] = median_baseline(
+            cast(Floats, training.labels),
+            cast(Floats, evaluation.labels),
+            training.subjects,
+            evaluation.subjects,
+        )["mae"]
+        metrics["site_balanced_accuracy"] = of_sites(training, evaluation, judging)
+        metrics["openbhb_score"] = _openbhb(metrics)
+        fitted = None if probe is None else probe.to_json()
+        return Outcome(metrics, _as_table(predicted, evaluation.labels), fitted, kept)
+
+    def judge_together(self, cells: Sequence[JudgedCell]) -> list[tuple[dict[str, float], pd.DataFrame]]:
+        """The metrics of every cell, and its predictions, with a penalty that the cells of other folds choose.
+
+        In those cells people are judged whom neither encoder nor probe knows, so the penalty is not chosen on
+        embeddings that follow age too closely. The people of the cell itself have no part in it as far as probes can
+        tell: for them the probes of the other cells are fitted, and judged, without them (nested cross-validation).
+        What remains: the encoders of the other cells were trained with them.
+
+        An empty list if a cell finds no other one that can choose for it: with two folds or fewer, or with very few
+        people.
+        """
+        chosen = [
+            [
+                _without(other)[cell.fold]
+                for other in cells
+                if other.fold != cell.fold and cell.fold in _without(other)
+            ]
+            for cell in cells
+        ]
+        if not all(chosen):
+            return []
+        made = []
+        for cell, curves in zip(cells, chosen, strict=True):
+            penalty = chosen_penalty(curves)
+            predicted = _by_penalty(cell)[ALPHAS.index(penalty)]
+            measured = _measured(predicted, cell.truth) | {"penalty": penalty}
+            made.append((measured, _as_table(predicted, cell.truth.labels)))
+        return made
+
+    def penalty_of(self, cells: Sequence[JudgedCell]) -> float | None:
+        """The penalty that is best in all cells: in each, people are judged whom neither encoder nor probe knows."""
+        return chosen_penalty([errors_of(cell) for cell in cells]) if cells else None
+
+    def floor(self, settings: BrainAgeSettings, training: Truth, evaluation: Truth) -> Outcome:
+        """The median over the training subjects of their mean age."""
+        median = median_age(cast(Floats, training.labels), training.subjects)
+        predicted = np.full(len(evaluation.labels), median)
+        return Outcome(_measured(predicted, evaluation), _as_table(predicted, evaluation.labels))
+
+    def predictions(
+        self, settings: BrainAgeSettings, outputs: Mapping[str, Floats], fitted: str | None, facts: Facts
+    ) -> pd.DataFrame:
+        """Ages in years: those of the probe, or of the regression itself."""
+        given = outputs.get("predicted") if fitted is None else None
+        predicted = AgeProbe.from_json(fitted).predict(outputs["embedding"]) if fitted is not None else given
+        return pd.DataFrame({"predicted": np.asarray(predicted, dtype=np.float64)})
+
+    def check_fitted(self, fitted: str | None) -> None:
+        """See `Task`."""
+        if fitted is not None:
+            AgeProbe.from_json(fitted)
+
+    def calibrate(self, predictions: pd.DataFrame, source: str) -> str:
+        """The age bias and the prediction interval."""
+        predicted, ages = (predictions[name].to_numpy(float) for name in ("predicted", "truth"))
+        return calibrate(predicted, ages, predictions["subject"].to_numpy(str), source).to_json()
+
+    def check_calibration(self, calibration: str) -> None:
+        """See `Task`."""
+        Calibration.from_json(calibration)
+
+    def read_truth(self, texts: Sequence[str], facts: Facts) -> Labels:
+        """Ages in years.
+
+        Raises:
+            UserError: no number, or not the age of a person.
+        """
+        ages = []
+        for text in texts:
+            try:
+                age = float(text)
+            except ValueError:
+                age = np.nan
+            if not 0 <= age <= OLDEST:
+                raise UserError(f"--age must be in years, from 0 to {OLDEST}, got {text}")
+            ages.append(age)
+        return np.array(ages)
+
+    def present(
+        self, predictions: pd.DataFrame, truth: Labels | None, calibration: str | None, facts: Facts
+    ) -> Prediction:
+        """With intervals, corrected predictions and gaps, as far as they are known; see `gap_table`."""
+        known = None if calibration is None else Calibration.from_json(calibration)
+        table = gap_table(known, predictions["predicted"].to_numpy(), cast(Floats | None, truth))
+        headings = {
+            "predicted": "predicted age",
+            "low": f"{100 * LEVEL:.0f} % interval",
+            "corrected_prediction": "corrected prediction",
+            "gap": "gap",
+            "corrected_gap": "corrected gap",
+        }
+        # A column is empty for all scans, or for none.
+        given = [name for name in headings if table[name].notna().all()]
+        texts = {name: [f"{value:.1f}" for value in table[name]] for name in given}
+        if "low" in given:
+            texts["low"] = [
+                f"{low:.1f} to {high:.1f}" for low, high in zip(table["low"], table["high"], strict=True)
+            ]
+        shown = pd.DataFrame({headings[name]: texts[name] for name in given}, index=table.index)
+        lacks = (NO_CALIBRATION,) if known is None else known.lacks
+        return Prediction(table, shown, _how_to_read(given), lacks)
+
+    def measure(self, presented: pd.DataFrame, truth: Truth) -> dict[str, float | str]:
+        """The error, and what there is to say of gaps and intervals."""
+        predicted = presented["predicted"].to_numpy(float)
+        of_ages = regression_metrics(predicted, cast(Floats, truth.labels), truth.subjects)
+        return of_ages | gap_metrics(presented, truth.subjects)
 
 
-def is_regression(settings: RunSettings) -> bool:
+def is_regression(settings: BrainAgeSettings) -> bool:
     """Whether the model predicts age itself, without a probe."""
     return settings.objective.name in REGRESSION_LOSSES
 
 
-def training_loss(
-    model: nn.Module, objective: nn.Module, views_bvcxyz: torch.Tensor, ages_b: torch.Tensor, progress: float
-) -> torch.Tensor:
-    """Loss of one batch; `model` may be wrapped for distributed training.
-
-    Args:
-        model: as from `build_model`.
-        objective: as from `build_objective`; its `diagnostics` describe the call afterwards.
-        views_bvcxyz: views, (B, V, C, X, Y, Z).
-        ages_b: ages in years, (B,).
-        progress: e/E in epoch e of E.
-    """
-    subjects, views = views_bvcxyz.shape[:2]
-    output_bvd = model(views_bvcxyz.flatten(0, 1)).view(subjects, views, -1)
-    loss: torch.Tensor = objective(output_bvd, ages_b, progress)
-    return loss
+def _measured(predicted: Floats, truth: Truth) -> dict[str, float]:
+    return regression_metrics(predicted, cast(Floats, truth.labels), truth.subjects)
 
 
-def judge(
-    training: Embedded,
-    evaluation: Embedded,
-    *,
-    sites: bool = True,
-    penalty: float | None = None,
-    folds: Rows | None = None,
-) -> Outcome:
-    """Fit the probe on the training subjects only, and measure it on the evaluation subjects.
-
-    Args:
-        training: scans that the model was trained on.
-        evaluation: scans that it was not trained on.
-        sites: whether to measure how well the site can be told from the embedding, which costs more than the rest.
-        penalty: of the probe; chosen on the training subjects if None.
-        folds: the fold (n,) of every training scan. If it is given, every penalty is tried, for `cross_fit`.
-    """
-    probe, every, without = None, None, {}
-    predicted = evaluation.predicted
-    if predicted is None:
-        probe = fit_age_probe(training.embeddings, training.ages, training.subjects, penalty=penalty)
-        predicted = probe.predict(evaluation.embeddings)
-        if folds is not None:
-            every = predictions_by_penalty(
-                training.embeddings, training.ages, evaluation.embeddings, training.subjects
-            )
-            without = _errors_without_folds(training, evaluation, folds)
-    metrics = regression_metrics(predicted, evaluation.ages, evaluation.subjects)
-    median = median_baseline(training.ages, evaluation.ages, training.subjects, evaluation.subjects)
-    metrics["median_mae"] = median["mae"]
-    accuracy = None
-    if sites:
-        accuracy = site_balanced_accuracy(
-            training.embeddings,
-            training.sites,
-            evaluation.embeddings,
-            evaluation.sites,
-            training.subjects,
-            evaluation.subjects,
-        )
-    metrics["site_balanced_accuracy"] = math.nan if accuracy is None else accuracy
-    return Outcome(metrics, predicted, probe, every, without)
+def _as_table(predicted: Floats, labels: Labels) -> pd.DataFrame:
+    return pd.DataFrame({"predicted": predicted, "error": np.abs(predicted - cast(Floats, labels))})
 
 
-def _errors_without_folds(training: Embedded, evaluation: Embedded, folds: Rows) -> dict[int, Floats]:
+def _openbhb(metrics: Mapping[str, float]) -> float:
+    """The challenge takes the MAE on sites that training never saw; here all folds share their sites."""
+    accuracy = metrics["site_balanced_accuracy"]
+    score = openbhb_score(None if accuracy != accuracy else accuracy, metrics["mae"])
+    return np.nan if score is None else score
+
+
+def _errors_without_folds(training: Observed, evaluation: Observed, folds: Rows) -> dict[int, Floats]:
     """By fold, the error (P,) of every penalty if the probe is fitted without the people of this fold.
 
     Empty if without any two folds too few people remain for a probe. So this is the same in all cells of a trial.
@@ -237,13 +381,13 @@ def _errors_without_folds(training: Embedded, evaluation: Embedded, folds: Rows)
     people.append(len(np.unique(evaluation.subjects)))
     if sum(sorted(people)[:-2]) < FEWEST_SUBJECTS:
         return {}
-    errors = {}
+    errors, ages = {}, cast(Floats, training.labels)
     for fold in np.unique(folds):
         rest = folds != fold
         every = predictions_by_penalty(
-            training.embeddings[rest], training.ages[rest], evaluation.embeddings, training.subjects[rest]
+            training.embeddings[rest], ages[rest], evaluation.embeddings, training.subjects[rest]
         )
-        errors[int(fold)] = errors_by_penalty(every, evaluation.ages, evaluation.subjects)
+        errors[int(fold)] = errors_by_penalty(every, cast(Floats, evaluation.labels), evaluation.subjects)
     return errors
 
 
@@ -253,48 +397,35 @@ def errors_by_penalty(by_penalty: Floats, ages: Floats, subjects: Names) -> Floa
     return errors
 
 
-@dataclass(frozen=True)
-class JudgedCell:
-    """A finished cell: what its probe predicts for its m validation scans with every penalty."""
-
-    fold: int
-    by_penalty: Floats
-    """(P, m) in years."""
-    ages: Floats
-    subjects: Names
-    without: Mapping[int, Floats]
-    """See `Outcome`."""
-
-    @property
-    def errors(self) -> Floats:
-        """The mean absolute error over people (P,) in years with every penalty."""
-        return errors_by_penalty(self.by_penalty, self.ages, self.subjects)
+def errors_of(cell: JudgedCell) -> Floats:
+    """The mean absolute error over the people (P,) of a cell in years with every penalty."""
+    return errors_by_penalty(_by_penalty(cell), cast(Floats, cell.truth.labels), cell.truth.subjects)
 
 
-def cross_fit(cells: Sequence[JudgedCell]) -> list[tuple[dict[str, float], Floats]]:
-    """The metrics of every cell, and its predictions (m,), with a penalty that the cells of other folds choose.
+def _by_penalty(cell: JudgedCell) -> Floats:
+    """The ages (P, m) in years that are predicted for the m validation scans with every penalty (`ALPHAS`)."""
+    return cast(Floats, cell.kept["by_penalty"])
 
-    In those cells people are judged whom neither encoder nor probe knows, so the penalty is not chosen on embeddings
-    that follow age too closely. The people of the cell itself have no part in it as far as probes can tell: for
-    them the probes of the other cells are fitted, and judged, without them (nested cross-validation). What remains:
-    the encoders of the other cells were trained with them.
 
-    An empty list if a cell finds no other one that can choose for it: with two folds or fewer, or with very few people.
-    """
-    chosen = [
-        [
-            other.without[cell.fold]
-            for other in cells
-            if other.fold != cell.fold and cell.fold in other.without
-        ]
-        for cell in cells
-    ]
-    if not all(chosen):
-        return []
-    made = []
-    for cell, curves in zip(cells, chosen, strict=True):
-        penalty = chosen_penalty(curves)
-        predicted = cell.by_penalty[ALPHAS.index(penalty)]
-        measured = regression_metrics(predicted, cell.ages, cell.subjects)
-        made.append((measured | {"penalty": penalty}, predicted))
-    return made
+def _without(cell: JudgedCell) -> Mapping[int, Floats]:
+    """By fold, the error (P,) of every penalty if the people of this fold are not among those of the probe."""
+    return cast(Mapping[int, Floats], cell.kept["without"])
+
+
+def _how_to_read(shown: Sequence[str]) -> str:
+    """Which number of the table of `predict` is for what."""
+    said = ["All numbers are in years; accuracy is always that of the predicted age."]
+    if "low" in shown:
+        said.append("The interval contains the true age of about 9 in 10 people like those of the cohort.")
+    if "corrected_prediction" in shown:
+        said.append(
+            "The corrected prediction (Cole) is without the pull to the middle age, with a larger error."
+        )
+    if "gap" in shown:
+        said.append("The gap is predicted minus true age.")
+    if "corrected_gap" in shown:
+        said.append(
+            "The corrected gap (Beheshti, de Lange) is without the part that is usual at this age: use it to compare "
+            "groups, and never for accuracy, because it uses the true age."
+        )
+    return " ".join(said)

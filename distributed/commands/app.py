@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from core.errors import UserError
 from distributed.commands.cohorts import data
@@ -174,14 +175,22 @@ def report(run: RunArgument) -> None:
     console.print(f"\nNext:\n  open {page}", highlight=False)
 
 
+TrustsTask = Annotated[
+    bool,
+    typer.Option(
+        "--trust-space", help="execute the FILE.py of the run's task though it, or its owner, has changed"
+    ),
+]
+
+
 @app.command(epilog="Example: brainsweep evaluate runs/demo cohorts/other")
-def evaluate(run: RunArgument, cohort: CohortFolder) -> None:
-    """Predict the ages of a cohort with the best model of a run; measure the error, the gaps and the intervals."""
+def evaluate(run: RunArgument, cohort: CohortFolder, trust: TrustsTask = False) -> None:
+    """Predict a cohort with the best model of a run, and measure the errors."""
     from distributed.commands.predicting import evaluate_run
     from distributed.run.working_copy import bring_run
 
     bring_run(run, console)
-    evaluation = evaluate_run(run, cohort)
+    evaluation = evaluate_run(run, cohort, console=console, is_trusted=trust)
     for note in evaluation.notes:
         console.print(f"note: {note}", highlight=False)
     table = Table("metric", "value", box=None, padding=(0, 2))
@@ -206,75 +215,43 @@ def predict(
             help="brain mask of each volume, in order, if the cohort has masks; repeatable",
         ),
     ] = None,
-    ages: Annotated[
-        list[float] | None,
+    truth: Annotated[
+        list[str] | None,
         typer.Option(
+            "--truth",
             "--age",
-            help="true age of each volume in years, in order, for the gap and the corrected gap; repeatable",
+            help="the truth about each volume, in order, to compare with: its age in years, or its class; repeatable",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="also write the table to this CSV file (years), with whether the model was trained on it"
-        ),
+        typer.Option(help="also write the table to this CSV file, with whether the model was trained on it"),
     ] = None,
+    trust: TrustsTask = False,
 ) -> None:
-    """Predict the age of single NIfTI files with the best model of a run, with an interval and the brain-age gap."""
-    from core.evaluation.calibration import LEVEL
+    """Predict single NIfTI files with the best model of a run: ages with an interval and the gap, or classes."""
     from distributed.commands.predicting import predict_files
     from distributed.run.working_copy import bring_run
 
     bring_run(run, console)
-    predictions = predict_files(run, volumes, masks, ages)
-    found = predictions.table
-    for note in predictions.notes:
+    prediction = predict_files(run, volumes, masks, truth, console=console, is_trusted=trust)
+    found = prediction.table
+    for note in prediction.lacks:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     for said, files in found[found["note"] != ""].groupby("note", sort=False)["file"]:
         who = files.iloc[0] if len(files) == 1 else f"{len(files)} files"
         console.print(f"note: {who}: {said}", style="yellow", highlight=False, soft_wrap=True)
-    shown = {
-        "predicted": "predicted age",
-        "interval": f"{100 * LEVEL:.0f} % interval",
-        "corrected_prediction": "corrected prediction",
-        "gap": "gap",
-        "corrected_gap": "corrected gap",
-    }
-    ends = zip(found["low"], found["high"], strict=True)
-    texts = {name: [f"{value:.1f}" for value in found[name]] for name in shown if name in found}
-    texts["interval"] = [f"{low:.1f} to {high:.1f}" for low, high in ends]
-    # A column is empty for all files, or for none.
-    columns = [name for name in shown if found["low" if name == "interval" else name].notna().all()]
-    table = Table("file", *(shown[name] for name in columns), box=None, padding=(0, 2))
-    for file, *values in zip(found["file"], *(texts[name] for name in columns), strict=True):
-        table.add_row(file, *values)
+    table = Table("file", *prediction.shown.columns, box=None, padding=(0, 2))
+    for file, texts in zip(found["file"], prediction.shown.to_numpy(str), strict=True):
+        table.add_row(Text(file), *map(Text, texts))
     console.print(table)
-    console.print(_how_to_read(columns), highlight=False, soft_wrap=True)
+    console.print(prediction.how_to_read, highlight=False, soft_wrap=True)
     if out is not None:
         from core.files.tables import write_table
         from core.files.writing import writing_to
 
         with writing_to(out.parent):
             write_table(found, out)
-
-
-def _how_to_read(columns: list[str]) -> str:
-    """Which number of the table of `predict` is for what."""
-    said = ["All numbers are in years; accuracy is always that of the predicted age."]
-    if "interval" in columns:
-        said.append("The interval contains the true age of about 9 in 10 people like those of the cohort.")
-    if "corrected_prediction" in columns:
-        said.append(
-            "The corrected prediction (Cole) is without the pull to the middle age, with a larger error."
-        )
-    if "gap" in columns:
-        said.append("The gap is predicted minus true age.")
-    if "corrected_gap" in columns:
-        said.append(
-            "The corrected gap (Beheshti, de Lange) is without the part that is usual at this age: use it to compare "
-            "groups, and never for accuracy, because it uses the true age."
-        )
-    return " ".join(said)
 
 
 def main() -> None:
@@ -314,13 +291,14 @@ def _new_run(kind: str) -> Path:
 
 def _show_cells(run: Path) -> None:
     from core.files.tables import read_table
+    from distributed.run.folder import open_run
 
-    table = Table(
-        "fold", "seed", "n", "MAE", "R²", "site balanced accuracy", "median predictor's MAE", box=None
-    )
+    task = open_run(run).about.task
+    columns = {name: task.metrics[name].title for name in task.shown}
+    if task.floor is not None:
+        columns[task.floor.metric] = f"{task.floor.method}'s {task.metrics[task.floor.of].title}"
+    table = Table("fold", "seed", "n", *columns.values(), box=None)
     for cell in read_table(run / "cells.csv").to_dict("records"):
-        numbers = [cell[key] for key in ("mae", "r2", "site_balanced_accuracy", "median_mae")]
-        table.add_row(
-            *(str(int(cell[key])) for key in ("fold", "seed", "n")), *(f"{number:.2f}" for number in numbers)
-        )
+        numbers = ("–" if cell[key] != cell[key] else f"{cell[key]:.2f}" for key in columns)
+        table.add_row(*(str(int(cell[key])) for key in ("fold", "seed", "n")), *numbers)
     console.print(table)

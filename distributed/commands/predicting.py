@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from rich.console import Console
 
+from core.config import task_of
 from core.errors import UserError
-from core.evaluation.calibration import Calibration, gap_metrics, gap_table
-from core.evaluation.regression import regression_metrics
 from core.files.tables import write_table
 from core.files.writing import writing_to
 from core.inference import Predictor, load_predictor, prepare_file
 from core.run_access import EVALUATION
 from core.run_description import CohortOfRun
 from core.run_names import NESTED, RUN_JSON, SPLITS
+from core.tasks import find_task
+from core.tasks.task import Prediction, Truth, is_known
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
 from distributed.commands.known_scans import KnownScans, roles_of
 from distributed.run.access import AccessRecord
 from distributed.run.assignment import HOLDOUT, Cell
 from distributed.run.folder import RunFolder, open_run
+from distributed.run.trust import check_trusted
 from distributed.sweeps.looks import count_looks, looks_beside
-
-NO_CALIBRATION = (
-    "this run has kept no out-of-fold predictions, so there is neither a correction for the age bias nor a prediction "
-    "interval"
-)
-OLDEST = 130
-"""No person was older, in years."""
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions for files."""
-
-    table: pd.DataFrame
-    """One row per file; see `predict_files`."""
-    notes: tuple[str, ...]
-    """What cannot be given for any of them, and why."""
 
 
 @dataclass(frozen=True)
@@ -59,27 +45,37 @@ def predict_files(
     run: Path,
     files: Sequence[Path],
     masks: Sequence[Path] | None = None,
-    ages: Sequence[float] | None = None,
-) -> Predictions:
-    """Predict the ages of NIfTI files, which are prepared like the cohort of the run.
+    truth: Sequence[str] | None = None,
+    *,
+    console: Console | None = None,
+    is_trusted: bool = False,
+) -> Prediction:
+    """Predict what the task of the run says of NIfTI files, which are prepared like the cohort of the run.
 
     Args:
         run: folder of the run.
         files: one NIfTI file per subject.
         masks: the brain mask of each file, in their order; needed if the cohort was made with masks.
-        ages: the true age of each file in years, in their order, for the gap.
+        truth: the truth about each file, such as the age in years, in their order and as it was typed.
+        console: where to say that the file of a task is executed.
+        is_trusted: whether the user trusts this file as it is.
 
     Returns:
-        A table with the columns file; those of `gap_table`; trained_on (yes, no, perhaps or unknown; see `Standing`);
+        A table with the columns file; those of the task; trained_on (yes, no, perhaps or unknown; see `Standing`);
         and note (empty, or why the prediction may be wrong or too good).
 
     Raises:
-        UserError: no model, a file that cannot be read, another number of masks or ages than files, an age that is no
-            number of years, or a model of several channels.
+        UserError: no model, a file that cannot be read, another number of masks or truths than files, a truth that the
+            task does not understand, or a model of several channels.
     """
-    _check_counts(files, masks, ages)
+    if truth is not None and len(truth) != len(files):
+        raise UserError(f"{len(files)} volumes need as many --truth (--age), got {len(truth)}")
+    if masks is not None and len(masks) != len(files):
+        raise UserError(f"{len(files)} volumes need as many brain masks, got {len(masks)}")
     folder = _open_single(run)
-    predictor = load_predictor(folder.path / "best")
+    predictor = _predictor_of(folder, console, is_trusted)
+    task = find_task(predictor.settings.task)
+    known_truth = None if truth is None else task.read_truth(truth, predictor.facts)
     if len(predictor.channels) > 1:
         raise UserError(
             f"the model needs channels {', '.join(predictor.channels)} of each subject; "
@@ -89,56 +85,61 @@ def predict_files(
     predicted, trained_on, notes = [], [], []
     for file, mask in zip(files, [None] * len(files) if masks is None else masks, strict=True):
         scan = prepare_file(file, preprocessing, mask)
-        predicted.append(float(predictor.predict(scan.voxels[None])[0]))
+        predicted.append(predictor.predict(scan.voxels[None]))
         standing = known.standing(file, scan)
         trained_on.append(standing.trained_on)
         said = (predictor.unfamiliar(scan.voxels[None]), standing.note)
         notes.append("; ".join(note for note in said if note))
-    table = gap_table(predictor.calibration, np.array(predicted), None if ages is None else np.array(ages))
+    presented = predictor.present(pd.concat(predicted, ignore_index=True), known_truth)
+    table = presented.table.copy()
     table.insert(0, "file", [str(file) for file in files])
-    return Predictions(table.assign(trained_on=trained_on, note=notes), _lacks(predictor.calibration))
+    return replace(presented, table=table.assign(trained_on=trained_on, note=notes))
 
 
-def _check_counts(files: Sequence[Path], masks: Sequence[Path] | None, ages: Sequence[float] | None) -> None:
-    if ages is not None and len(ages) != len(files):
-        raise UserError(f"{len(files)} volumes need as many --age, got {len(ages)}")
-    if masks is not None and len(masks) != len(files):
-        raise UserError(f"{len(files)} volumes need as many brain masks, got {len(masks)}")
-    for age in ages or ():
-        if not 0 <= age <= OLDEST:
-            raise UserError(f"--age must be in years, from 0 to {OLDEST}, got {age:g}")
+def _predictor_of(folder: RunFolder, console: Console | None, is_trusted: bool) -> Predictor:
+    """The best model of a run; the file of its task is executed only if it is the one with which the run began."""
+    check_trusted(folder, None, console or Console(quiet=True), is_trusted=is_trusted, does="this command")
+    return load_predictor(folder.path / "best", task_of(folder.about.settings))
 
 
-def _lacks(calibration: Calibration | None) -> tuple[str, ...]:
-    return (NO_CALIBRATION,) if calibration is None else calibration.lacks
+def evaluate_run(
+    run: Path, cohort: str | Path, *, console: Console | None = None, is_trusted: bool = False
+) -> Evaluation:
+    """Predict a cohort, and measure it. In the cohort of the run itself only the held-out subjects are judged.
 
-
-def evaluate_run(run: Path, cohort: str | Path) -> Evaluation:
-    """Predict the ages of a cohort. In the cohort of the run itself only the held-out subjects are judged.
+    Args:
+        run: folder of the run.
+        cohort: folder or URL of the cohort.
+        console: where to say that the file of a task is executed.
+        is_trusted: whether the user trusts this file as it is.
 
     Raises:
-        UserError: no model, or a cohort with another spacing or without the channels of the model.
+        UserError: no model, or a cohort with another spacing, without the channels of the model, or of which nothing is
+            known that could be compared with the predictions.
     """
     folder = _open_single(run)
-    predictor = load_predictor(folder.path / "best")
+    predictor = _predictor_of(folder, console, is_trusted)
+    task = find_task(predictor.settings.task)
     opened = Cohort.open(cohort)
     _check_alike(folder, predictor, opened)
-    rows, notes = _rows_to_judge(folder, opened)
+    labels = task.labels(predictor.settings, opened.manifest)
+    rows, notes = _rows_to_judge(folder, opened, np.flatnonzero(is_known(labels)))
+    if rows.size == 0:
+        raise UserError(f"the {task.about.truth} of no scan to judge in {opened.location} is known")
     channels = [opened.description.channels.index(channel) for channel in predictor.channels]
     volumes = opened.read(rows)[:, channels]
-    predicted = predictor.predict(volumes)
+    presented = predictor.present(predictor.predict(volumes), labels[rows])
     unfamiliar = predictor.unfamiliar(volumes)
     notes += (unfamiliar,) if unfamiliar else ()
-    of_scan = opened.manifest.iloc[rows][["subject", "age", "site"]].reset_index(drop=True)
-    ages, subjects = of_scan["age"].to_numpy(float), of_scan["subject"].to_numpy(str)
-    gaps = gap_table(predictor.calibration, predicted, ages)
-    table = pd.concat([of_scan, gaps.drop(columns="age")], axis=1)
+    of_scan = opened.manifest.iloc[rows][["subject", "site"]].reset_index(drop=True)
+    table = pd.concat([of_scan, presented.table], axis=1)
     path = evaluation_table(folder.path, opened.description.name, opened.description.hash)
     path.parent.mkdir(exist_ok=True)
     with writing_to(path.parent):
         write_table(table, path)
-    metrics = regression_metrics(predicted, ages, subjects) | gap_metrics(gaps, subjects)
-    return Evaluation(table, metrics, notes + _lacks(predictor.calibration), path)
+    truth = Truth(labels[rows], of_scan["site"].to_numpy(str), of_scan["subject"].to_numpy(str))
+    metrics = task.measure(presented.table, truth)
+    return Evaluation(table, metrics, notes + presented.lacks, path)
 
 
 def evaluation_table(run: Path, name: str, digest: str) -> Path:
@@ -206,8 +207,10 @@ def _look(folder: RunFolder, rows: np.ndarray, people: Collection[str]) -> str:
     return note
 
 
-def _rows_to_judge(folder: RunFolder, cohort: Cohort) -> tuple[np.ndarray, tuple[str, ...]]:
-    """All rows of another cohort; in the cohort of the run itself the rows on which the model was not trained."""
+def _rows_to_judge(
+    folder: RunFolder, cohort: Cohort, labelled: np.ndarray
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """All `labelled` rows of another cohort; of the run's own cohort those on which the model was not trained."""
     roles = pd.Series(roles_of(folder), dtype=str)
     if cohort.description.hash == _cohort_of(folder).hash:
         role = cohort.manifest["subject"].map(roles)
@@ -217,14 +220,14 @@ def _rows_to_judge(folder: RunFolder, cohort: Cohort) -> tuple[np.ndarray, tuple
                 f"{folder.path / SPLITS} is damaged: it does not say whether {unknown} was held out; put it back from "
                 "a backup"
             )
-        held_out = role.eq("holdout").to_numpy()
-        people = set(cohort.manifest["subject"][held_out])
+        held_out = np.intersect1d(np.flatnonzero(role.eq("holdout")), labelled)
+        people = set(cohort.manifest["subject"].iloc[held_out])
         note = f"this is the run's own cohort: only its {len(people)} held-out subjects are judged"
-        return np.flatnonzero(held_out), (note, _look(folder, np.flatnonzero(held_out), people))
+        return held_out, (note, _look(folder, held_out, people))
     known = cohort.manifest["subject"].drop_duplicates()
     shared = known.isin(roles.index[roles != "holdout"]).sum()
     notes: tuple[str, ...] = ()
     if shared:
         notes = (f"{shared} subject names also occur among the training subjects: if they are the same people, "
                  "these figures are too good",)  # fmt: skip
-    return np.arange(len(cohort)), notes
+    return labelled, notes

@@ -59,7 +59,7 @@ class Assignment(TypedDict):
     """After every so many epochs the checkpoint is also kept, so that other trials can continue from it; see
     `kept_checkpoint`."""
     penalty: float | None
-    """Of the probe of a refit, as the cells of its configuration found it; chosen on the training subjects if None."""
+    """Of a refit, as its configuration's cells found it (`core.tasks.task.Task.penalty_of`); found anew if None."""
     spent_before: float
     """Seconds that this trial spent on weights that it gave up, minus those that other trials spent on the weights with
     which it continued."""
@@ -74,18 +74,15 @@ class EpochRow(TypedDict, total=False):
     """From 1, within its cell."""
     progress: float
     loss: float
-    mae: float
     value: float
     """What the trial answered after this epoch; see `Answer`."""
     learning_rate: float
-    temperature: float
-    width: float
-    neighbours: float
     first_step_at: float
     """Seconds since 1970."""
     seconds: float
     spent_seconds: float
     """`seconds`, and the time for judging."""
+    # What a task notes beside these has its own names: numbers, too.
 
 
 CellRow = dict[str, float]
@@ -114,10 +111,10 @@ class Answer(EpochRow, total=False):
     done: bool
     """Whether the trial ends here, finished or failed."""
     penalty: float
-    """The penalty of the probe for a refit, once all cells are done; see `core.evaluation.probes.chosen_penalty`."""
+    """The penalty for a refit, once all cells are done; see `core.tasks.task.Task.penalty_of`."""
     after_cells: list[list[float]]
-    """Once all cells are done: the objective in the finished cells, as it was after each of them. With every cell the
-    choice of the probe's penalty changes, so only values after equally many cells can be compared."""
+    """Once all cells are done: the objective in the finished cells, as it was after each of them. Cells may choose
+    something for each other, so only values after equally many cells can be compared."""
     failed: str
     """Why the trial cannot go on."""
     note: str
@@ -145,9 +142,9 @@ def assign(
     settings: Settings,
     cells: list[dict[str, int]],
     *,
+    metric: str,
     keep_model: bool = False,
     prunable: bool = True,
-    metric: str = "mae",
     keep_every: int | None = None,
     penalty: float | None = None,
 ) -> Assignment:

@@ -1,4 +1,4 @@
-"""Which version of brainsweep runs: the commit of its checkout, and a hash of its source files."""
+"""Which code runs: the version of brainsweep, and the Python files of a user's own space or task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-from core.run_description import CodeVersion
+from core.files.python import file_of
+from core.run_description import CodeFile, CodeVersion
 
 FOLDER = Path(__file__).resolve().parents[2]
 """Where the packages lie: the top of a checkout, or the site-packages of an environment."""
@@ -44,3 +45,14 @@ def _git(*arguments: str) -> str:
     except FileNotFoundError:
         return ""
     return done.stdout.strip()
+
+
+def describe_code(name: str) -> CodeFile | None:
+    """The file of a space or of a task as it is now; None if it is one of ours, or the file is gone."""
+    path = file_of(name)
+    if path is None or not path.is_file():
+        return None
+    content = path.read_bytes()
+    return CodeFile(
+        path=str(path.resolve()), sha256=hashlib.sha256(content).hexdigest(), owner=path.stat().st_uid
+    )

@@ -6,13 +6,13 @@ RUN/run.json                       request, resolved settings, seeds, versions, 
     study.journal.copy             the same lines with checksums, from which damage is mended
     trials/0007/progress.json      history and finished cells of a trial; checkpoint.pt while it runs;
                                    predictions-FOLD-SEED.csv for the validation subjects of every finished cell
-    baseline/0003/…                the same, of a trial of the L1 baseline (--baseline-trials)
+    baseline/0003/…                the same, of a trial of the tuned baseline (--baseline-trials)
     refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
     confirmed/METHOD/…             winner and published again on the folds of the search, with seeds it never used
     trials.csv, trials.parquet, cells.csv, history.csv, access.csv, baseline.csv, confirmed.csv,
     holdout.csv, predictions.csv   made from these
     tensorboard/  report.html
-    best/                          the model of the refitted winner, with calibration.json: age bias and interval
+    best/                          the model of the refitted winner, with calibration.json, if its task makes one
     evaluations/                   predictions for the cohorts of `evaluate`
 """
 
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from core.config import Settings
+from core.config import Settings, resolve, task_of
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.files.places import is_url
@@ -50,8 +50,9 @@ from core.run_names import (
     TRIALS,
     TUNE,
 )
+from core.tasks import find_task
 from core.volumes.cohort.reader import Cohort
-from distributed.run.code import code_version
+from distributed.run.code import code_version, describe_code
 from distributed.run.lock import refuse_url
 
 VERSIONS_OF = ("brainsweep", "ray", "torch", "optuna", "monai", "numpy", "scikit-learn", "nibabel", "nilearn")
@@ -78,7 +79,7 @@ class RunFolder:
         return self.path / TRIALS / name
 
     def baseline(self, name: str) -> Path:
-        """The folder of a trial of the L1 baseline."""
+        """The folder of a trial of the baseline."""
         return self.path / BASELINE / name
 
     def refit(self, method: str) -> Path:
@@ -190,7 +191,8 @@ def keep_best(folder: RunFolder, model: Path) -> None:
 def _describe(
     kind: str, request: Mapping[str, JsonValue], settings: Settings, cohort: Cohort, out: Path
 ) -> RunDescription:
-    description = cohort.description
+    description, task = cohort.description, find_task(task_of(settings))
+    column = task.balanced_by(resolve(settings))
     return RunDescription(
         kind=kind,
         command=" ".join(["brainsweep", *sys.argv[1:]]),
@@ -214,6 +216,8 @@ def _describe(
         ),
         settings=settings,
         sweep=dict(request),
+        task=task.about.model_copy(update={"column": column}),
+        task_file=describe_code(task_of(settings)),
     )
 
 

@@ -1,56 +1,67 @@
-"""Whether `resume` may execute the Python file that run.json names: not if somebody else could have chosen it."""
+"""Whether the Python files that run.json names may be executed: not if somebody else could have chosen them.
+
+They are the file of a space, which `resume` executes, and that of a task, which `predict` and `evaluate` execute, too.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from pathlib import Path
 
 from rich.console import Console
 
+from core.config import task_of
 from core.errors import UserError
-from core.run_description import SpaceFile
+from core.run_description import CodeFile
 from core.run_names import RUN_JSON
+from distributed.run.code import describe_code
 from distributed.run.folder import RunFolder
 from distributed.run.working_copy import address_of, run_as_typed
-from search_spaces import file_of
 
 TRUST = "--trust-space"
 
 
-def describe_space(space: str) -> SpaceFile | None:
-    """The file of a space as it is now; None if the space has none, or the file is gone."""
-    path = file_of(space)
-    if path is None or not path.is_file():
-        return None
-    content = path.read_bytes()
-    return SpaceFile(
-        path=str(path.resolve()), sha256=hashlib.sha256(content).hexdigest(), owner=path.stat().st_uid
-    )
+def check_trusted(
+    folder: RunFolder, space: str | None, console: Console, *, is_trusted: bool, does: str = "resume"
+) -> None:
+    """Say that the files of the recorded `space` and task are executed, and keep what they are now.
 
-
-def check_trusted(folder: RunFolder, space: str, console: Console, *, is_trusted: bool) -> None:
-    """Say that the file of the recorded `space` is executed, and keep what it is now.
+    Args:
+        folder: of the run.
+        space: its name; None if it is not executed, or the user has just typed it.
+        console: where to say so.
+        is_trusted: whether the user has read them.
+        does: the command that would execute them.
 
     Raises:
-        UserError: the file has changed, or somebody else could have written or named it, and it is not trusted.
+        UserError: a file has changed, or somebody else could have written or named it, and it is not trusted.
     """
-    now, known = describe_space(space), folder.about.space_file
+    about = folder.about
+    if space is not None:
+        _check(folder, describe_code(space), about.space_file, "space_file", console, is_trusted, does)
+    task = describe_code(task_of(about.settings))
+    _check(folder, task, about.task_file, "task_file", console, is_trusted, does)
+
+
+def _check(
+    folder: RunFolder, now: CodeFile | None, known: CodeFile | None, field: str, console: Console,
+    is_trusted: bool, does: str,
+) -> None:  # fmt: skip
     if now is None:
         return
     doubt = _doubt(folder, now, known)
     if doubt and not is_trusted:
         raise UserError(
-            f"resume would execute {now.path}, and {doubt}: read it, and give {TRUST} if it is what you mean"
+            f"{does} would execute {now.path}, and {doubt}: read it, and give {TRUST} if it is what you mean"
         )
     state = "trusted by you" if doubt else "of which no checksum was kept" if known is None else "unchanged"
     console.print(f"note: executing {now.path}, {state}", highlight=False, soft_wrap=True, markup=False)
     if now != known:
-        folder.update(space_file=now)
+        folder.update(**{field: now})
 
 
-def _doubt(folder: RunFolder, now: SpaceFile, known: SpaceFile | None) -> str:
+def _doubt(folder: RunFolder, now: CodeFile, known: CodeFile | None) -> str:
     """Why the file may not be what the user began the run with; empty if nothing speaks for that."""
     if known is not None and now.sha256 != known.sha256:
         return "it has changed since the run began"

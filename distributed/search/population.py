@@ -19,6 +19,7 @@ from typing import TypedDict, cast
 
 import numpy as np
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
@@ -42,7 +43,7 @@ from distributed.search.population_methods import (
     setting,
 )
 from distributed.search.schedulers import Result
-from distributed.search.study import report_value
+from distributed.search.study import ranks, report_value
 
 
 class Exchange(TypedDict):
@@ -102,7 +103,8 @@ class Population(TrialScheduler):
     def enter(self, members: dict[str, Member], boundary: int) -> None:
         """Begin with `members` in their state at the exchange after epoch `boundary`."""
         self.members, self.boundary, self.entered = members, boundary, boundary
-        self.exchange = self.method.scheduler(self.ranges, self.interval)
+        mode = "max" if self.study.direction == StudyDirection.MAXIMIZE else "min"
+        self.exchange = self.method.scheduler(self.ranges, self.interval, mode)
         self._record()
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -308,6 +310,8 @@ def read_members(
 
 
 def best_member(study: optuna.Study) -> FrozenTrial | None:
-    """The member with the lowest last value; None if no member trained to the end."""
+    """The member with the best last value; None if no member trained to the end."""
     ended = [trial for trial in study.get_trials(deepcopy=False) if MEMBER_VALUE in trial.user_attrs]
-    return min(ended, key=lambda trial: (trial.user_attrs[MEMBER_VALUE], trial.number), default=None)
+    return min(
+        ended, key=lambda trial: (ranks(study, [trial.user_attrs[MEMBER_VALUE]]), trial.number), default=None
+    )

@@ -85,13 +85,14 @@ class Method:
     make: Callable[[Sequence[Range], dict[str, Any]], PopulationBasedTraining]
     by_place: bool
 
-    def scheduler(self, ranges: Sequence[Range], interval: int) -> PopulationBasedTraining:
+    def scheduler(self, ranges: Sequence[Range], interval: int, mode: str) -> PopulationBasedTraining:
         """The scheduler of Ray, which exchanges whenever all members have trained `interval` more epochs of `CLOCK`.
 
-        PB2 has no burn-in period, so the clock begins again when a population is resumed.
+        `mode` is min or max: which values are better. PB2 has no burn-in period, so the clock begins again when a
+        population is resumed.
         """
         common = {
-            "time_attr": CLOCK, "metric": METRIC, "mode": "min", "perturbation_interval": interval,
+            "time_attr": CLOCK, "metric": METRIC, "mode": mode, "perturbation_interval": interval,
             "quantile_fraction": QUARTER, "log_config": False, "synch": True,
         }  # fmt: skip
         return self.make(ranges, common)

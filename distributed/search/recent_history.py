@@ -11,6 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 BEST = 25
@@ -71,7 +72,7 @@ class RecentHistory(BaseSampler):
 
 
 def _view_of(study: optuna.Study, sampler: BaseSampler) -> optuna.Study:
-    storage: Any = _Shortened(study._storage)
+    storage: Any = _Shortened(study._storage, -1 if study.direction == StudyDirection.MAXIMIZE else 1)
     return optuna.Study(study.study_name, storage, sampler)
 
 
@@ -82,8 +83,8 @@ class _Shortened:
     other calls go to the storage behind.
     """
 
-    def __init__(self, storage: BaseStorage) -> None:
-        self._storage = storage
+    def __init__(self, storage: BaseStorage, sign: int) -> None:
+        self._storage, self._sign = storage, sign
         self._shown: list[FrozenTrial] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -94,26 +95,29 @@ class _Shortened:
     ) -> list[FrozenTrial]:
         if self._shown is None:
             everything = self._storage.get_all_trials(study_id, deepcopy=False)
-            forgotten = _forgotten(everything)
+            forgotten = _forgotten(everything, self._sign)
             self._shown = [trial for trial in everything if trial.number not in forgotten]
         found = [trial for trial in self._shown if states is None or trial.state in states]
         return copy.deepcopy(found) if deepcopy else found
 
 
-def _forgotten(trials: Sequence[FrozenTrial]) -> set[int]:
-    """The numbers of the finished trials that are not among the best and not among the latest."""
+def _forgotten(trials: Sequence[FrozenTrial], sign: int = 1) -> set[int]:
+    """The numbers of the finished trials that are not among the best and not among the latest.
+
+    A value multiplied by `sign` is better if it is lower.
+    """
     ended = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     if len(ended) <= BEST + LATEST:
         return set()
-    best = {trial.number for trial in heapq.nsmallest(BEST, ended, key=_rank)}
+    best = {trial.number for trial in heapq.nsmallest(BEST, ended, key=lambda trial: _rank(trial, sign))}
     others = [trial.number for trial in ended if trial.number not in best]
     return set(others[:-LATEST])
 
 
-def _rank(trial: FrozenTrial) -> tuple[int, float, float]:
+def _rank(trial: FrozenTrial, sign: int) -> tuple[int, float, float]:
     """The order of TPE: completed trials by their value, then pruned trials by their last epoch and its value."""
     if trial.state == TrialState.COMPLETE and trial.value is not None:
-        return 0, trial.value, 0.0
+        return 0, sign * trial.value, 0.0
     reported: Mapping[int, float] = trial.intermediate_values
     last = max(reported, default=None)
-    return (2, 0.0, 0.0) if last is None else (1, -last, reported[last])
+    return (2, 0.0, 0.0) if last is None else (1, -last, sign * reported[last])

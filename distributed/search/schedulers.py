@@ -22,7 +22,7 @@ from scipy.stats import wilcoxon
 
 from core.errors import UserError
 from core.lookup import look_up
-from core.objectives import measure
+from core.objectives import Better, Metric, measure
 from core.report.answer.record import reported
 from core.run_names import AFTER_CELLS, CELL_VALUES, LABEL, PUBLISHED
 from distributed.run.assignment import METRIC, PRUNABLE_EPOCHS, Answer, trial_name, trial_number
@@ -34,10 +34,15 @@ TIME = PRUNABLE_EPOCHS
 HYPERBAND_REDUCTION = 3
 
 
-def _asha(epochs: int, cells: int) -> TrialScheduler:
+def mode_of(better: Better) -> str:
+    """As Ray says which values are better."""
+    return "min" if better == "low" else "max"
+
+
+def _asha(epochs: int, cells: int, better: Better) -> TrialScheduler:
     """Compare at 1/4 and 1/2 of the first cell, at its end, and at every doubling of whole cells."""
-    grace = max(1, epochs // 4)
-    return ASHAScheduler(TIME, METRIC, "min", max_t=epochs * cells, grace_period=grace, reduction_factor=2)
+    grace, mode = max(1, epochs // 4), mode_of(better)
+    return ASHAScheduler(TIME, METRIC, mode, max_t=epochs * cells, grace_period=grace, reduction_factor=2)
 
 
 Result = dict[str, object]
@@ -58,12 +63,12 @@ class MedianStopping(MedianStoppingRule):
             super().on_trial_complete(tune_controller, trial, result)
 
 
-def _median(epochs: int, cells: int) -> TrialScheduler:
+def _median(epochs: int, cells: int, better: Better) -> TrialScheduler:
     """From half of the first cell on, stop a trial that is worse than the median of the running means of the others."""
     return MedianStopping(
         TIME,
         METRIC,
-        "min",
+        mode_of(better),
         grace_period=max(1, epochs // 2),
         min_samples_required=3,
         # Never pause a trial to give its slot to another one.
@@ -82,13 +87,18 @@ class Hyperband(FIFOScheduler):
     the trial.
     """
 
-    def __init__(self, epochs: int, cells: int) -> None:
+    def __init__(self, epochs: int, cells: int, better: Better) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray left it untyped
         grace, longest, eta = max(1, epochs // 4), epochs * cells, HYPERBAND_REDUCTION
         last = int(math.log(longest / grace) / math.log(eta) + 1e-9)
         self.brackets = [
             ASHAScheduler(
-                TIME, METRIC, "min", max_t=longest, grace_period=grace * eta**step, reduction_factor=eta
+                TIME,
+                METRIC,
+                mode_of(better),
+                max_t=longest,
+                grace_period=grace * eta**step,
+                reduction_factor=eta,
             )
             for step in range(last + 1)
         ]
@@ -123,13 +133,14 @@ class Hyperband(FIFOScheduler):
         return f"Hyperband, {len(self.brackets)} brackets"
 
 
-SCHEDULERS: dict[str, Callable[[int, int], TrialScheduler]] = {
+SCHEDULERS: dict[str, Callable[[int, int, Better], TrialScheduler]] = {
     "asha": _asha,
     "hyperband": Hyperband,
     "median": _median,
-    "none": lambda epochs, cells: FIFOScheduler(),
+    "none": lambda epochs, cells, better: FIFOScheduler(),
 }
-"""(epochs of a cell, cells) -> scheduler; `population_methods.py` has the methods that change settings in training."""
+"""(epochs of a cell, cells, which values are better) -> scheduler; `population_methods.py` has the methods that change
+settings in training."""
 
 
 Spares = Callable[[str], bool]
@@ -150,11 +161,16 @@ def _nobody(name: str) -> bool:
     return False
 
 
-def make_scheduler(name: str, epochs: int, cells: int, is_spared: Spares = _nobody) -> TrialScheduler:
-    """The scheduler `name` for trials of `cells` cells of `epochs` epochs each; see `ByName` for `is_spared`."""
+def make_scheduler(
+    name: str, epochs: int, cells: int, is_spared: Spares = _nobody, better: Better = "low"
+) -> TrialScheduler:
+    """The scheduler `name` for trials of `cells` cells of `epochs` epochs each; see `ByName` for `is_spared`.
+
+    `better` says which values of the first objective are better.
+    """
     # What follows the evolution of a population is compared on all cells: no scheduler stops it early.
     known = SCHEDULERS | dict.fromkeys(POPULATIONS, SCHEDULERS["none"])
-    return ByName(look_up(known, name, "scheduler")(epochs, cells), is_spared)
+    return ByName(look_up(known, name, "scheduler")(epochs, cells, better), is_spared)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +264,8 @@ class Wilcoxon(tune.Stopper):
     threshold: float
     study: optuna.Study
     metric: str
+    """The name of the first objective."""
+    about: Metric
     cells: int
     is_spared: Spares = _nobody
     reasons: dict[str, str] = field(default_factory=dict)
@@ -271,18 +289,19 @@ class Wilcoxon(tune.Stopper):
         return False
 
     def _p_value(self, values: list[float]) -> float:
-        """The p-value against `values` being no greater than those of the best trial; 1 without a best trial."""
+        """The p-value against `values` being no worse than those of the best trial; 1 without a best trial."""
         completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         judged = [trial for trial in completed if CELL_VALUES in trial.user_attrs]
         if not judged:
             return 1.0
-        best = min(judged, key=lambda trial: (trial.values[0], trial.number)).user_attrs
+        sign = self.about.sign
+        best = min(judged, key=lambda trial: (sign * trial.values[0], trial.number)).user_attrs
         # The pruner compares trials as they are, or were, after equally many cells. Trials of version 0.2 did not keep
         # this, and none of their cells changed later: then, as in Optuna, the mean is that of all cells.
         after_cells = best.get(AFTER_CELLS)
         others = after_cells[len(values) - 1] if after_cells else best[CELL_VALUES][: len(values)]
-        differences = np.subtract(values, others)
-        if np.mean(values) <= np.mean(others if after_cells else best[CELL_VALUES]):
+        differences = sign * np.subtract(values, others)
+        if sign * np.mean(values) <= sign * np.mean(others if after_cells else best[CELL_VALUES]):
             return 1.0
         return float(wilcoxon(differences, alternative="greater", zero_method="zsplit").pvalue)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 
 from core.config import Settings
-from core.objectives import COST, OBJECTIVES, mean_of, measure
+from core.objectives import COST, Objectives, mean_of, measure
 from core.run_names import (
     AFTER_CELLS,
     CELL_VALUES,
@@ -35,7 +35,7 @@ from core.run_names import (
 )
 from distributed.run.assignment import METRIC, Answer, Assignment, forget_checkpoint, trial_name
 from distributed.search.budget import Budget, judge_improvement
-from distributed.search.schedulers import Wilcoxon
+from distributed.search.schedulers import Wilcoxon, mode_of
 from distributed.search.study import (
     best_trial,
     owed_trial,
@@ -72,7 +72,9 @@ class Proposals:
 class Judgement:
     """How trials are judged: the objectives, and what stops a trial or the whole search early."""
 
-    objectives: Sequence[str] = ("mae",)
+    objectives: Objectives
+    measured: Objectives = field(default_factory=dict)
+    """What the tables show of every trial, too: what the task offers as objectives."""
     scheduler: str = "none"
     pruner: Wilcoxon | None = None
     terminator: Terminator | None = None
@@ -87,9 +89,10 @@ class StudySearch(tune.search.Searcher):
     follow in the same slots.
     """
 
-    def __init__(self, proposals: Proposals, budget: Budget, judgement: Judgement | None = None) -> None:
-        super().__init__(metric=METRIC, mode="min")
-        self.proposals, self.budget, self.judgement = proposals, budget, judgement or Judgement()
+    def __init__(self, proposals: Proposals, budget: Budget, judgement: Judgement) -> None:
+        self.first, *self.others = judgement.objectives
+        super().__init__(metric=METRIC, mode=mode_of(judgement.objectives[self.first].better))
+        self.proposals, self.budget, self.judgement = proposals, budget, judgement
         self.running: dict[str, optuna.Trial] = {}
         self.refitting: dict[str, Assignment] = {}
         self.crashes: dict[str, int] = {}
@@ -269,24 +272,24 @@ class StudySearch(tune.search.Searcher):
 
     def _undefined(self, answer: Answer) -> str | None:
         """Why a finished trial has no value; None if it has one."""
-        for name in self.judgement.objectives:
-            if OBJECTIVES[name].of is not None and not math.isfinite(mean_of(name, answer["cells"])):
-                return f"'{name}' is undefined in a cell: fewer than two sites among its subjects"
+        for name, metric in self.judgement.objectives.items():
+            if name != COST and not math.isfinite(mean_of(name, answer["cells"])):
+                why = ": fewer than two sites among its subjects" if metric.needs_sites else ""
+                return f"'{name}' is undefined in a cell{why}"
         return None
 
     def _describe(self, trial: optuna.Trial, trial_id: str, answer: Answer) -> None:
         """Record what the tables show of a trial, whether it finished or not."""
         cells = answer.get("cells") or []
         cost = answer.get("spent_seconds", 0.0) * self.budget.devices
-        measured = {
-            name: mean_of(name, cells) for name, objective in OBJECTIVES.items() if objective.of and cells
-        }
+        known = self.judgement.measured or self.judgement.objectives
+        measured = {name: mean_of(name, cells) for name in known if name != COST and cells}
         described = {
             SD: answer.get("sd"),
             CELLS_DONE: answer.get("n"),
             SECONDS: time.time() - self.started.pop(trial_id),
             COST: cost,
-            CELL_VALUES: [measure(self.judgement.objectives[0], cell) for cell in cells],
+            CELL_VALUES: [measure(self.first, cell) for cell in cells],
             **{name: value for name, value in measured.items() if math.isfinite(value)},
         }
         for name, value in described.items():
@@ -297,16 +300,15 @@ class StudySearch(tune.search.Searcher):
         self.proposals.study.tell(trial, state=TrialState.FAIL)
 
     def _tell_completed(self, trial: optuna.Trial, answer: Answer) -> None:
-        first, *others = self.judgement.objectives
         values = [answer["value"]]
-        for name in others:
+        for name in self.others:
             is_cost = name == COST
             values.append(trial.user_attrs[COST] if is_cost else mean_of(name, answer["cells"]))
         if "after_cells" in answer:
             trial.set_user_attr(AFTER_CELLS, answer["after_cells"])
         if "penalty" in answer:
             trial.set_user_attr(PENALTY, answer["penalty"])
-        report_cells(trial, [measure(first, cell) for cell in answer["cells"]])
+        report_cells(trial, [measure(self.first, cell) for cell in answer["cells"]])
         self.proposals.study.tell(trial, values)
         if judge_improvement(self.judgement.terminator, self.proposals.study):
             self.budget.unlikely = True

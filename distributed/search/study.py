@@ -15,16 +15,16 @@ import optuna
 import yaml
 from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
+from optuna.study import StudyDirection
 from optuna.terminator import report_cross_validation_scores
 from optuna.trial import FrozenTrial, TrialState
 
-from core.config import Settings, flatten, merge, resolve, with_absent
+from core.config import Settings, flatten, merge, resolve, task_of, with_absent
 from core.errors import UserError
-from core.lookup import look_up
-from core.objectives import OBJECTIVES
+from core.objectives import Objectives
 from core.report.answer.record import reported
 from core.run_names import LABEL, MEMBER, OUTSIDE, OUTSIDE_LABEL, PUBLISHED, REASON, SETTINGS, STUDY, VALUE_AT
-from core.tasks import TASKS
+from core.tasks import find_task
 from distributed.run.assignment import Progress, assign, identity, read_progress, trial_name
 from distributed.run.journal import Journal
 from distributed.search.samplers import make_sampler
@@ -45,19 +45,35 @@ KEPT_SYSTEM_ATTRIBUTES = ("terminator:cv_scores", "fixed_params")
 
 
 def open_study(
-    journal: Path, sampler: str, seed: int, objectives: Sequence[str] = ("mae",), name: str = STUDY
+    journal: Path, sampler: str, seed: int, objectives: Objectives, name: str = STUDY
 ) -> optuna.Study:
-    """The study `name` in `journal`, made if absent; every objective is minimised."""
+    """The study `name` in `journal`, made if absent, in which every objective has its direction.
+
+    Raises:
+        UserError: the journal has a study of this name with other directions.
+    """
+    directions = [metric.direction for metric in objectives.values()]
     study = optuna.create_study(
-        storage=_storage(journal),
-        study_name=name,
-        directions=["minimize"] * len(objectives),
-        load_if_exists=True,
+        storage=_storage(journal), study_name=name, directions=directions, load_if_exists=True
     )
+    recorded = [direction.name.lower() for direction in study.directions]
+    if recorded != directions:
+        raise UserError(
+            f"{journal} has a study that would {', '.join(recorded)}, and {', '.join(objectives)} asks to "
+            f"{', '.join(directions)}: start a new run"
+        )
     study.sampler = make_sampler(sampler, seed, begun=trials_begun(study))
     if study.metric_names is None:
-        study.set_metric_names([OBJECTIVES[objective].label for objective in objectives])
+        study.set_metric_names([metric.label for metric in objectives.values()])
     return study
+
+
+def ranks(study: optuna.Study, values: Sequence[float]) -> tuple[float, ...]:
+    """The values of a trial, each with the sign that makes lower ones better."""
+    return tuple(
+        -value if direction == StudyDirection.MAXIMIZE else value
+        for value, direction in zip(values, study.directions, strict=False)
+    )
 
 
 def trials_begun(study: optuna.Study) -> int:
@@ -91,7 +107,7 @@ def proposed_settings(space: Space, base: Settings, trial: optuna.trial.BaseTria
 def _checked(settings: Settings) -> Settings:
     """The resolved settings, as JSON values; UserError if they cannot work."""
     resolved = resolve(settings)
-    look_up(TASKS, resolved.task, "task").check(resolved)
+    find_task(resolved.task).check(resolved)
     return resolved.model_dump(mode="json")
 
 
@@ -101,10 +117,8 @@ def settings_of(trial: optuna.Trial, space: Space, base: Settings) -> Settings |
     A trial that the space or the settings refuse is ended: FAIL, or PRUNED if the space gave it up, with the reason.
     Then this is None.
     """
-    recorded = trial.user_attrs.get(SETTINGS)
-    if recorded is not None:
-        known: Settings = json.loads(recorded)
-        return known
+    if SETTINGS in trial.user_attrs:
+        return recorded_settings(trial, base)
     try:
         settings = proposed_settings(space, base, trial)
     except (RefusedPointError, optuna.TrialPruned) as refusal:
@@ -114,6 +128,22 @@ def settings_of(trial: optuna.Trial, space: Space, base: Settings) -> Settings |
         trial.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
         return None
     trial.set_user_attr(SETTINGS, json.dumps(settings))
+    return settings
+
+
+def recorded_settings(trial: FrozenTrial | optuna.Trial, base: Settings) -> Settings:
+    """The settings that are recorded with a trial of a study, which starts from `base`.
+
+    Raises:
+        UserError: they are of another task. A task may be a file that is executed, and others may have written the
+            journal.
+    """
+    settings: Settings = json.loads(trial.user_attrs[SETTINGS])
+    if task_of(settings) != task_of(base):
+        raise UserError(
+            f"trial {trial_name(trial.number)} is recorded with the task {task_of(settings)}, and this run is of "
+            f"{task_of(base)}: this is damage or an attack; put the journal back from a backup"
+        )
     return settings
 
 
@@ -375,10 +405,10 @@ def owed_trial(study: optuna.Study) -> FrozenTrial | None:
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The completed trial inside the present space with the lowest first objective; None if there is none.
+    """The completed trial inside the present space with the best first objective; None if there is none.
 
     The other objectives break ties, so that the winner is on the Pareto front.
     """
     completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     within = [trial for trial in completed if OUTSIDE not in trial.user_attrs]
-    return min(within, key=lambda trial: (trial.values, trial.number), default=None)
+    return min(within, key=lambda trial: (ranks(study, trial.values), trial.number), default=None)

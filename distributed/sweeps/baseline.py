@@ -1,7 +1,7 @@
-"""A search for the best L1 baseline, before the main search: on the same cells, in the same slots, by the same rules.
+"""A search for the best baseline, before the main search: on the same cells, in the same slots, by the same rules.
 
-The winner is the best of many configurations. Compared with one untuned baseline, it has an advantage that does not
-come from its objective. The trials of the baseline have a study and folders of their own.
+The winner is the best of many configurations. Compared with one untuned baseline, such as L1 regression of age, it has
+an advantage that does not come from its objective. The trials of the baseline have a study and folders of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
-from core.run_names import L1_STUDY, LABEL, PUBLISHED, SETTINGS
+from core.objectives import Objectives
+from core.run_names import BASELINE_STUDY, LABEL, PUBLISHED, SETTINGS
 from distributed.run.assignment import Assignment, assign, baseline_name
 from distributed.run.folder import RunFolder
 from distributed.run.working_copy import send
@@ -41,31 +42,32 @@ from distributed.sweeps.resolve import ResolvedSearch, judgement
 from distributed.sweeps.tables import accelerator_seconds
 
 
-def baseline_study(folder: RunFolder, request: SweepRequest) -> optuna.Study:
-    """The study of the L1 baseline, made if absent."""
-    return open_study(folder.journal, request.sampler, request.search_seed, request.objectives, L1_STUDY)
+def baseline_study(folder: RunFolder, request: SweepRequest, objectives: Objectives) -> optuna.Study:
+    """The study of the baseline, made if absent."""
+    return open_study(folder.journal, request.sampler, request.search_seed, objectives, BASELINE_STUDY)
 
 
-def baseline_progress(folder: RunFolder, request: SweepRequest) -> ReadProgress:
-    """Reads the progress of a trial of the L1 baseline."""
-    return progress_reader(folder.baseline, request.cells, request.objectives[0])
+def baseline_progress(folder: RunFolder, request: SweepRequest, search: ResolvedSearch) -> ReadProgress:
+    """Reads the progress of a trial of the baseline."""
+    return progress_reader(folder.baseline, request.cells, search.first)
 
 
-def best_baseline(folder: RunFolder, request: SweepRequest) -> FrozenTrial | None:
-    """The best completed trial of the L1 baseline; None if there is none."""
-    return best_trial(baseline_study(folder, request)) if request.baseline_trials else None
+def best_baseline(folder: RunFolder, request: SweepRequest, objectives: Objectives) -> FrozenTrial | None:
+    """The best completed trial of the baseline; None if there is none."""
+    return best_trial(baseline_study(folder, request, objectives)) if request.baseline_trials else None
 
 
-def baseline_finished(folder: RunFolder, request: SweepRequest) -> int:
-    """How many trials of the L1 baseline have ended."""
+def baseline_finished(folder: RunFolder, request: SweepRequest, objectives: Objectives) -> int:
+    """How many trials of the baseline have ended."""
     if not request.baseline_trials:
         return 0
-    return sum(trial.state.is_finished() for trial in baseline_study(folder, request).get_trials(False))
+    study = baseline_study(folder, request, objectives)
+    return sum(trial.state.is_finished() for trial in study.get_trials(False))
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The search for the L1 baseline of a run; a search of an earlier session continues."""
+    """The search for the baseline of a run; a search of an earlier session continues."""
 
     folder: RunFolder
     request: SweepRequest
@@ -83,7 +85,7 @@ class Baseline:
         Returns:
             Why the storage of the run or of the cohort failed; None if it did not.
         """
-        study = baseline_study(self.folder, self.request)
+        study = baseline_study(self.folder, self.request, self.search.objectives)
         self.begin(study)
         own = self.share_of(budget, study)
         broken = None
@@ -98,10 +100,10 @@ class Baseline:
     @property
     def progress(self) -> ReadProgress:
         """Reads the progress of a trial."""
-        return baseline_progress(self.folder, self.request)
+        return baseline_progress(self.folder, self.request, self.search)
 
     def begin(self, study: optuna.Study) -> None:
-        """Enqueue the first trial, once: the published settings with L1, which nothing stops early."""
+        """Enqueue the first trial, once: the published settings with its changes, which nothing stops early."""
         if study.get_trials(deepcopy=False):
             return
         point = published_parameters(self.search.space, self.search.base)
@@ -141,7 +143,7 @@ class Baseline:
             secure=lambda: send(self.folder.journal),
             tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
-        return StudySearch(proposals, own, judgement(request, self.search.profile, study, own))
+        return StudySearch(proposals, own, judgement(request, self.search, study, own))
 
     def _is_left(self, study: optuna.Study, own: Budget) -> bool:
         trials = study.get_trials(deepcopy=False)
@@ -150,27 +152,29 @@ class Baseline:
         return not ended and not (own.spent and has_result)
 
     def _search(self, study: optuna.Study, own: Budget, executor: Executor) -> str | None:
-        request, first = self.request, self.request.objectives[0]
+        request, first = self.request, self.search.about_first
         hear_missed(study, running_trials(study), self.progress)
         searcher = self.searcher(study, own)
         is_spared = spares(request.startup_trials, own)
-        scheduler = make_scheduler(request.scheduler, self.search.epochs, len(request.cells), is_spared)
-        replay(scheduler, study.get_trials(deepcopy=False), baseline_name)
-        display = Display(
-            self.console, request.baseline_trials, self.search.epochs, own, first, what="L1 baseline"
+        scheduler = make_scheduler(
+            request.scheduler, self.search.epochs, len(request.cells), is_spared, first.better
         )
+        replay(scheduler, study.get_trials(deepcopy=False), baseline_name)
+        rival = self.search.task.about.rival
+        name = "baseline" if rival is None else rival.method
+        display = Display(self.console, request.baseline_trials, self.search.epochs, own, first, what=name)
         best = best_trial(study)
         display.count_earlier(
             sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)),
             (best.values[0], baseline_name(best.number)) if best else None,
         )
-        board = TensorBoard(self.folder.path / "tensorboard", list(self.search.profile.settings))
+        board = TensorBoard.of(self.folder.path, self.search)
         pruner = searcher.judgement.pruner
         tuner = dataclasses.replace(executor, callbacks=(display, board)).search(
             searcher, scheduler, CombinedStopper(own, pruner) if pruner else own, "baseline"
         )
         self.console.print(
-            f"first the L1 baseline, which the winner is compared with: {request.baseline_trials} trial(s)",
+            f"first the {name}, which the winner is compared with: {request.baseline_trials} trial(s)",
             highlight=False,
         )
         with interruptible(own, self.console), display:
@@ -185,7 +189,7 @@ class Baseline:
             settings,
             request.cells,
             prunable=prunable,
-            metric=request.objectives[0],
+            metric=self.search.first,
         )
         assignment["name"] = baseline_name(int(name))
         return assignment

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from core.config import merge, resolve
+from core.tasks import find_task
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import Cell
@@ -16,7 +17,7 @@ from distributed.sweeps.request import SweepRequest
 from distributed.sweeps.resolve import splits_of
 from distributed.training.loop import CellTraining
 from distributed.training.subjects import Place, Subjects
-from search_spaces import DEFAULT, load_space
+from search_spaces import load_space
 
 SECONDS = 180.0
 START = 25.0
@@ -68,8 +69,9 @@ def size_of(epoch: float, slots: int) -> Size:
 def measure_epoch(cohort: Cohort) -> float:
     """Seconds of an epoch of the published configuration in one slot, measured in this process on one core."""
     request = SweepRequest(folds=3, changes={**CHANGES, "training.epochs": SIZES[0][1]})
-    settings = resolve(merge(load_space(DEFAULT)[1], request.changes))
-    subjects = Subjects.of(cohort, splits_of(request, cohort.manifest), InMemory.of(cohort))
+    settings = resolve(merge(load_space(request.space_name)[1], request.changes))
+    by = find_task(settings.task).balanced_by(settings)
+    subjects = Subjects.of(cohort, splits_of(request, cohort.manifest, by), InMemory.of(cohort))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

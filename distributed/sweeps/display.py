@@ -17,19 +17,15 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from core.config import flatten
-from core.objectives import OBJECTIVES
+from core.objectives import Metric
 from core.report.answer.describe import describe
 from distributed.run.assignment import HOLDOUT, Answer, Assignment, is_refit, trial_number
 from distributed.search.budget import Budget
+from distributed.sweeps.resolve import ResolvedSearch
 
-VALUE_NAMES = {
-    "mae": ("MAE", " y"),
-    "site_balanced_accuracy": ("site accuracy", ""),
-    "openbhb_score": ("score", ""),
-}
-"""The name of the value of a trial in the display, and its unit."""
 CUT = "cut by the budget, unfinished,"
-SCALARS = ("value", "mae", "loss", "learning_rate", "temperature", "width", "neighbours")
+SCALARS = ("value", "loss", "learning_rate")
+"""What the history of every task has; a task adds its own."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +49,11 @@ class Display(tune.Callback):
         trials: int,
         epochs: int,
         budget: Budget,
-        objective: str = "mae",
+        objective: Metric,
         what: str = "trials",
     ) -> None:
         self.console, self.trials, self.epochs, self.budget = console, trials, epochs, budget
-        self.value_name, self.unit = VALUE_NAMES.get(objective, (OBJECTIVES[objective].words, ""))
+        self.objective = objective
         self.done = 0
         self.best: tuple[float, str] | None = None
         self.slots: dict[str, _Busy] = {}
@@ -118,7 +114,7 @@ class Display(tune.Callback):
             how = f"failed: {answer['failed']}"
         # A member of a population has one cell only.
         is_member = assignment.get("keep_every") is not None
-        if how == "finished" and is_trial and not is_member and (self.best is None or value < self.best[0]):
+        if how == "finished" and is_trial and not is_member and self._is_best(value):
             self.best = (value, name)
         if is_trial and how != CUT:
             self.done += 1
@@ -130,11 +126,17 @@ class Display(tune.Callback):
                 "  ".join(filter(None, [ended, self._best(), self._left()])), highlight=False, soft_wrap=True
             )
 
+    def _is_best(self, value: float) -> bool:
+        sign = self.objective.sign
+        return self.best is None or sign * value < sign * self.best[0]
+
     def _best(self) -> str:
-        return f"best {self.best[0]:.2f}{self.unit} (trial {self.best[1]})" if self.best else ""
+        if self.best is None:
+            return ""
+        return f"best {self.objective.amount(f'{self.best[0]:.2f}')} (trial {self.best[1]})"
 
     def _value(self, value: float) -> str:
-        return f"{self.value_name} {value:.2f}{self.unit}"
+        return f"{self.objective.title} {self.objective.amount(f'{value:.2f}')}"
 
     def _left(self) -> str:
         """The rest of the budgets, without the number of trials; empty if no budget was set."""
@@ -157,7 +159,8 @@ class Display(tune.Callback):
 
     def _slot_line(self, slot: _Busy) -> str:
         assignment, answer = slot.assignment, slot.answer
-        what = describe({"objective.name": flatten(assignment["settings"])["objective.name"]})
+        settings = flatten(assignment["settings"])
+        what = describe({name: settings[name] for name in settings.keys() & {"objective.name"}})
         if not answer:
             return f"  {assignment['name']}  {what}  [dim]first epoch …[/dim]"
         where = "refit" if answer["fold"] == HOLDOUT else f"fold {answer['fold']}"
@@ -173,10 +176,17 @@ class TensorBoard(tune.Callback):
     The logger of Ray writes hyperparameters only with the last result, and does not write conditional settings.
     """
 
-    def __init__(self, folder: Path, searched: Collection[str]) -> None:
-        self.folder, self.searched = folder, searched
+    def __init__(self, folder: Path, searched: Collection[str], scalars: Collection[str], sign: int) -> None:
+        self.folder, self.searched, self.scalars, self.sign = folder, searched, scalars, sign
         self.writers: dict[str, SummaryWriter] = {}
         self.values: dict[str, list[float]] = {}
+
+    @classmethod
+    def of(cls, run: Path, search: ResolvedSearch) -> TensorBoard:
+        """Of a search in the folder of a run."""
+        of_task = search.task.about
+        scalars = (*SCALARS, of_task.objectives[0], *of_task.course)
+        return cls(run / "tensorboard", list(search.profile.settings), scalars, search.about_first.sign)
 
     def __getstate__(self) -> dict[str, object]:
         """See `Display.__getstate__`."""
@@ -189,7 +199,7 @@ class TensorBoard(tune.Callback):
         writer, answer = self._writer(trial), cast(Answer, result)
         # The answer of a slot whose workers ended has no epochs.
         step = answer.get("epochs", 0)
-        for name in SCALARS:
+        for name in self.scalars:
             number = result.get(name)
             if isinstance(number, int | float) and math.isfinite(number):
                 writer.add_scalar(name, number, step)
@@ -204,7 +214,8 @@ class TensorBoard(tune.Callback):
         # Settings that cannot act in this trial are left out, because TensorBoard needs one type per setting.
         shown = {name: settings[name] for name in self.searched if settings.get(name) is not None}
         if values:
-            metrics = {"final_value": values[-1], "best_value": min(values)}
+            best = min(values, key=lambda value: self.sign * value)
+            metrics = {"final_value": values[-1], "best_value": best}
             writer.add_hparams(shown, metrics, run_name=".")
         writer.close()
         self.writers.pop(trial.trial_id, None)

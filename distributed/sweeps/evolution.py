@@ -116,7 +116,7 @@ class Evolution:
                 settings,
                 request.cells[:1],
                 prunable=False,
-                metric=request.objectives[0],
+                metric=search.first,
                 keep_every=exchange_interval(search.epochs),
             )
             members[trial_name(number)] = begin_member(method, ranges, assignment)

@@ -25,20 +25,22 @@ from core.report.page import write_report
 from core.run_names import NESTED, RUN_JSON, SWEEP, TRAIN
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
+from distributed.run.code import describe_code
 from distributed.run.folder import RunFolder, cohort_of, create_run, now, open_run
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
-from distributed.run.trust import check_trusted, describe_space
+from distributed.run.trust import check_trusted
 from distributed.run.working_copy import address_of, bring_run, refuse_taken, run_as_typed
 from distributed.slots.cluster import connect
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
-from distributed.sweeps.resume import NO_CHANGES, resume_sweep
+from distributed.sweeps.resume import NO_CHANGES, as_request, resume_sweep
 from distributed.sweeps.sweep import (
     Launch,
     Shared,
     check_subjects,
     first_points,
+    recorded,
     run_sweep,
     with_whole_grid,
 )
@@ -139,11 +141,11 @@ class NestedSearch:
         """Begin the sweep for this hold-out, or continue it."""
         child = self.child(number)
         if (child / RUN_JSON).exists():
-            recorded = open_run(child).about.sweep.get("space")
-            if recorded != self.request.space:
+            named = open_run(child).about.sweep.get("space")
+            if named != self.request.space_name:
                 raise UserError(
-                    f"{child / RUN_JSON} names the space {recorded}, and the nested search {self.request.space}: this "
-                    "is damage or an attack; put the file back from a backup"
+                    f"{child / RUN_JSON} names the space {named}, and the nested search {self.request.space_name}: "
+                    "this is damage or an attack; put the file back from a backup"
                 )
             asked = ResumeRequest(
                 cohort=self.cohort.address,
@@ -188,8 +190,8 @@ def run_nested(launch: Launch) -> RunFolder:
     refuse_taken(out)
     first = first_points(search, launch)
     request = with_whole_grid(request, search, first)
-    folder = create_run(out, NESTED, request.model_dump(mode="json"), search.base, opened, first)
-    folder.update(space_file=describe_space(request.space))
+    folder = create_run(out, NESTED, recorded(request, search), search.base, opened, first)
+    folder.update(space_file=describe_code(request.space_name))
     return NestedSearch(folder, request, opened, launch.console, launch.address).go_on(request.time_budget)
 
 
@@ -211,11 +213,13 @@ def run_or_resume(launch: Launch) -> RunFolder:
             f"{run_as_typed(out)} is a '{about.kind}' run, and this command begins or continues a '{wanted}' run; give "
             "another --out"
         )
-    recorded, given = about.sweep, request.model_dump(mode="json")
+    given = request.model_copy(update={"space": request.space_name}).model_dump(mode="json")
+    # Without objectives those of the task are meant.
+    skipped = {"time_budget", "outer_fold"} | (set() if request.objectives else {"objectives"})
     others = [
-        f"{name.replace('_', '-')} {recorded[name]}, not {given[name]}"
-        for name in sorted(recorded.keys() & given.keys() - {"time_budget", "outer_fold"})
-        if recorded[name] != given[name]
+        f"{name.replace('_', '-')} {about.sweep[name]}, not {given[name]}"
+        for name in sorted(about.sweep.keys() & given.keys() - skipped)
+        if about.sweep[name] != given[name]
     ]
     if others:
         console.print(
@@ -225,7 +229,7 @@ def run_or_resume(launch: Launch) -> RunFolder:
             markup=False,
         )
     # The user has typed the same space just now.
-    is_trusted = recorded.get("space") == given["space"]
+    is_trusted = about.sweep.get("space") == given["space"] and about.sweep.get("task") == given["task"]
     asked = ResumeRequest(cohort=str(launch.cohort), time_budget=request.time_budget, trust_space=is_trusted)
     return resume_run(out, asked, launch.address, console)
 
@@ -260,9 +264,9 @@ def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Co
             f"{what} cannot be changed (--{next(iter(given)).replace('_', '-')}): start a new run instead"
         )
     if folder.about.kind == TRAIN:
-        return resume_training(folder, asked.cohort, address, console)
-    request = SweepRequest.model_validate(folder.about.sweep)
-    check_trusted(folder, request.space, console, is_trusted=asked.trust_space)
+        return resume_training(folder, asked.cohort, address, console, is_trusted=asked.trust_space)
+    request = as_request(folder.about.sweep)
+    check_trusted(folder, request.space_name, console, is_trusted=asked.trust_space)
     if asked.accelerator_hours is not None:
         request = request.model_copy(update={"accelerator_hours": asked.accelerator_hours})
         folder.update(sweep=request.model_dump(mode="json"))

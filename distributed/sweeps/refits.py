@@ -2,67 +2,73 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import optuna
 
-from core.config import merge, resolve
-from core.run_names import LABEL, PENALTY, PUBLISHED, SETTINGS
+from core.config import Settings, merge, resolve
+from core.run_names import LABEL, PENALTY, PUBLISHED
 from distributed.run.assignment import Assignment, assign
 from distributed.run.folder import RunFolder
 from distributed.run.working_copy import bring, set_aside
-from distributed.search.study import best_trial
+from distributed.search.study import best_trial, recorded_settings
 from distributed.sweeps.baseline import best_baseline
 from distributed.sweeps.looks import looks_of, record_look
 from distributed.sweeps.request import SweepRequest
+from distributed.sweeps.resolve import ResolvedSearch
 
 
-def after_search(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[Assignment]:
+def after_search(
+    folder: RunFolder, request: SweepRequest, search: ResolvedSearch, study: optuna.Study
+) -> list[Assignment]:
     """The assignments that follow the last trial, in order."""
-    return repetitions(folder, request, study) + refits(folder, request, study)
+    return repetitions(folder, request, search, study) + refits(folder, request, search, study)
 
 
-def repetitions(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[Assignment]:
+def repetitions(
+    folder: RunFolder, request: SweepRequest, search: ResolvedSearch, study: optuna.Study
+) -> list[Assignment]:
     """Winner and published again on the folds of the search, with fresh seeds: luck does not repeat itself."""
     best = best_trial(study)
     if best is None or not request.confirm_cells:
         return []
     _set_aside_former_winner(folder, best.number)
-    chosen = {"winner": json.loads(best.user_attrs[SETTINGS])}
+    chosen = {"winner": recorded_settings(best, search.base)}
     if best.user_attrs.get(LABEL) != PUBLISHED:
         chosen["published"] = folder.about.settings
     made = []
     for method, settings in chosen.items():
         assignment = assign(
             folder.confirmed(method), settings, request.confirm_cells, prunable=False,
-            metric=request.objectives[0],
+            metric=search.first,
         )  # fmt: skip
         assignment["name"] = f"{method}-repeated"
         made.append(assignment)
     return made
 
 
-def refits(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> list[Assignment]:
-    """The winner, the published configuration and the L1 baseline, each on all development subjects.
+def refits(
+    folder: RunFolder, request: SweepRequest, search: ResolvedSearch, study: optuna.Study
+) -> list[Assignment]:
+    """The winner, the published configuration and the rival of the task, each on all development subjects.
 
     Without a winner there is nothing to judge, so the held-out subjects stay unseen.
     """
-    base, tuned = folder.about.settings, best_baseline(folder, request)
-    chosen = {
-        "published": base,
-        "l1": resolve(merge(base, {"objective.name": "l1"})).model_dump(mode="json")
-        if tuned is None
-        else json.loads(tuned.user_attrs[SETTINGS]),
-    }
+    base, of_task = folder.about.settings, search.task.about
+    tuned = best_baseline(folder, request, search.objectives)
+    chosen: dict[str, Settings] = {PUBLISHED: base}
+    if of_task.rival is not None:
+        untuned = resolve(merge(base, of_task.rival.changes)).model_dump(mode="json")
+        chosen[of_task.rival.folder] = untuned if tuned is None else recorded_settings(tuned, base)
     best = best_trial(study)
     if best is None:
         return []
     _set_aside_former_winner(folder, best.number)
     baseline = None if tuned is None else tuned.number
-    _set_aside_former_baseline(folder, baseline)
+    if of_task.rival is not None:
+        _set_aside_former_baseline(folder, of_task.rival.folder, baseline)
     record_look(folder, study, best.number, baseline)
-    chosen = {"winner": json.loads(best.user_attrs[SETTINGS])} | chosen
+    chosen = {"winner": recorded_settings(best, base)} | chosen
     published = next(
         (trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(LABEL) == PUBLISHED),
         None,
@@ -77,6 +83,7 @@ def refits(folder: RunFolder, request: SweepRequest, study: optuna.Study) -> lis
             folder.refit(method),
             settings,
             request.refit_cells,
+            metric=of_task.objectives[0],
             keep_model=True,
             penalty=penalties.get(method),
         )
@@ -93,12 +100,12 @@ def _set_aside_former_winner(folder: RunFolder, number: int) -> None:
     folder.update(refitted=number)
 
 
-def _set_aside_former_baseline(folder: RunFolder, number: int | None) -> None:
-    """The same for the L1 baseline, if its trials went on after a look at the hold-out."""
+def _set_aside_former_baseline(folder: RunFolder, rival: str, number: int | None) -> None:
+    """The same for the baseline, if its trials went on after a look at the hold-out."""
     looks = looks_of(folder)
     if looks and looks[-1].baseline != number:
         former = looks[-1].baseline
-        _set_aside(folder.refit("l1"), f"l1-was-{'untuned' if former is None else former}")
+        _set_aside(folder.refit(rival), f"{rival}-was-{'untuned' if former is None else former}")
 
 
 def _set_aside(made: Path, name: str) -> None:

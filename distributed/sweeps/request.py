@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from distributed.batches.mode import Mode
 from distributed.run.assignment import HOLDOUT
 
+TASK = "NAME of a task, or FILE.py:NAME; that of the space if absent"
 Changes = dict[str, JsonValue]
 """Settings by dotted name, as `--set` gives them."""
 CHANGES = "change any setting, e.g. training.epochs=20; repeatable"
@@ -23,13 +24,23 @@ class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def space_of(task: JsonValue) -> str:
+    """The space of a task: one of ours has its name, and in the file of a task it is the function `space`."""
+    if not isinstance(task, str):
+        return "brain_age"
+    return f"{task.rpartition(':')[0] or task}:space" if ":" in task or task.endswith(".py") else task
+
+
 class SweepRequest(_Request):
     """What a user asks of a sweep. run.json records it, so that `resume` uses the same request."""
 
-    space: str = Field("brain_age", description="NAME of a space, or FILE.py:FUNCTION")
+    task: str | None = Field(None, description=TASK)
+    space: str | None = Field(
+        None, description="NAME of a space, or FILE.py:FUNCTION; that of the task if absent"
+    )
     trials: int = Field(20, ge=1, description="configurations to try, the published one first")
     baseline_trials: int = Field(
-        0, ge=0, description="configurations of the L1 baseline to try first; 0: it is refitted untuned"
+        0, ge=0, description="configurations of the baseline (L1) to try first; 0: it is refitted untuned"
     )
     folds: int = Field(5, ge=2, description="cross-validation folds of every trial")
     seeds: int = Field(1, ge=1, description="repeats of every fold, each with another seed")
@@ -46,9 +57,9 @@ class SweepRequest(_Request):
         None, ge=0, description="GPUs of each worker, fractions share one; 1 if absent and there are GPUs"
     )
     objectives: tuple[str, ...] = Field(
-        ("mae",),
-        description="what to minimise; the first one stops trials and chooses the winner: "
-        "mae, site_balanced_accuracy, openbhb_score, accelerator_seconds; comma-separated",
+        (),
+        description="what to optimise; the first one stops trials and chooses the winner, by default that of the "
+        "task: for brain_age mae, site_balanced_accuracy, openbhb_score; for all accelerator_seconds; comma-separated",
     )
     scheduler: str = Field(
         "asha",
@@ -80,6 +91,11 @@ class SweepRequest(_Request):
     )
     search_seed: int = Field(0, ge=0, description="seed of splits and sampler")
     changes: Changes = Field({}, description=CHANGES)
+
+    @property
+    def space_name(self) -> str:
+        """The space, or that of the task."""
+        return self.space or space_of(self.task or self.changes.get("task"))
 
     @property
     def cells(self) -> list[dict[str, int]]:
@@ -115,13 +131,17 @@ class ResumeRequest(_Request):
         False, description="search another space, fix settings with --set, or try more trials"
     )
     trust_space: bool = Field(
-        False, description="execute the FILE.py of the space though it, or its owner, has changed"
+        False, description="execute the FILE.py of the space or the task though it, or its owner, has changed"
     )
 
 
 class TrainRequest(_Request):
     """What a user asks of one training run. run.json records it."""
 
+    task: str | None = Field(None, description=TASK)
+    space: str | None = Field(
+        None, description="space whose published settings are trained; that of the task if absent"
+    )
     settings: Path | None = Field(
         None, description="YAML file of settings, such as RUN/schedule.yaml; the published ones if absent"
     )
@@ -131,3 +151,8 @@ class TrainRequest(_Request):
     seed: int = Field(0, ge=0, description="seed of initialisation, order and views")
     workers: int = Field(1, ge=1, description="data-parallel workers; more than 1 starts Ray")
     data_mode: Mode = Field("auto", description=DATA_MODE)
+
+    @property
+    def space_name(self) -> str:
+        """The space whose published settings are trained."""
+        return self.space or space_of(self.task or self.changes.get("task"))

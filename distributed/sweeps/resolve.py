@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import optuna
 import pandas as pd
 
-from core.config import RunSettings, Settings, merge, resolve
+from core.config import Settings, merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits, make_splits, nested_splits
-from core.objectives import check_objectives
-from core.tasks.brain_age import CONTRASTIVE_ONLY
+from core.files.python import file_of
+from core.objectives import Metric, find_objectives
+from core.run_settings import RunSettings
+from core.task_description import Rival
+from core.tasks import find_task
+from core.tasks.task import Task
 from core.volumes.cohort.reader import Cohort
 from distributed.search.budget import Budget, make_terminator
 from distributed.search.population_methods import POPULATIONS, check_population
@@ -31,13 +37,34 @@ class ResolvedSearch:
     space: Space
     base: Settings
     profile: Profile
+    objectives: dict[str, Metric]
     baseline: ResolvedSearch | None = None
-    """The search for the L1 baseline, if it was asked for."""
+    """The search for the baseline, if it was asked for."""
+
+    @property
+    def settings(self) -> RunSettings:
+        """`base`, validated."""
+        return resolve(self.base)
+
+    @property
+    def task(self) -> Task[Any]:
+        """The task of the settings."""
+        return find_task(self.settings.task)
 
     @property
     def epochs(self) -> int:
         """The epochs of a cell."""
-        return resolve(self.base).training.epochs
+        return self.settings.training.epochs
+
+    @property
+    def first(self) -> str:
+        """The name of the first objective."""
+        return next(iter(self.objectives))
+
+    @property
+    def about_first(self) -> Metric:
+        """The first objective in words."""
+        return self.objectives[self.first]
 
 
 def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None = None) -> ResolvedSearch:
@@ -51,15 +78,16 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
     Raises:
         UserError: the first choice, or combination of choices, that cannot work, and why.
     """
-    space, published = load_space(request.space)
+    space, published = load_space(request.space_name)
     space, is_new = pin(space, request.changes), base is None
     if base is None:
-        base = resolve(merge(published, request.changes)).model_dump(mode="json")
+        base = resolve(merge(published, chosen_task(request.task) | request.changes)).model_dump(mode="json")
     profile = check_space(space, base)
     settings = resolve(base)
+    about = find_task(settings.task).about
     sites = cohort.manifest["site"].replace("", None).dropna().nunique()
-    check_objectives(request.objectives, int(sites))
-    check_sampler(request.sampler, profile, len(request.objectives))
+    objectives = find_objectives(request.objectives or about.objectives[:1], about.searchable, int(sites))
+    check_sampler(request.sampler, profile, len(objectives))
     if request.grid_points and request.sampler != GRID:
         raise UserError(
             f"--grid-points {request.grid_points} acts with --sampler grid only, not {request.sampler}"
@@ -70,9 +98,25 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
     pruner_threshold(request.pruner, len(request.cells))
     if is_new:
         _check_startup(request)
-    make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always))
-    baseline = _resolve_baseline(request, space, settings, is_new=is_new) if request.baseline_trials else None
-    return ResolvedSearch(space, base, profile, baseline)
+    make_terminator(request.stop_when, request.search_seed, len(objectives), len(profile.always))
+    search = ResolvedSearch(space, base, profile, objectives)
+    if not request.baseline_trials:
+        return search
+    if about.rival is None:
+        raise UserError(f"--baseline-trials cannot act: the task {about.name} has no older method to tune")
+    return replace(search, baseline=_resolve_baseline(request, search, about.rival, is_new=is_new))
+
+
+def chosen_task(name: str | None) -> dict[str, Any]:
+    """The change of settings that chooses a task; its file has a whole path, because workers have other folders."""
+    if name is None:
+        return {}
+    path = file_of(name)
+    return {"task": name if path is None else f"{path.resolve()}:{_function(name)}"}
+
+
+def _function(name: str) -> str:
+    return "task" if Path(name).suffix == ".py" else name.rpartition(":")[2]
 
 
 def _check_startup(request: SweepRequest) -> None:
@@ -85,65 +129,72 @@ def _check_startup(request: SweepRequest) -> None:
         )
 
 
-def judgement(request: SweepRequest, profile: Profile, study: optuna.Study, budget: Budget) -> Judgement:
-    """How the trials of `study` are judged, a study of a space with this `profile`; `budget` is that of its search."""
-    cells, first = len(request.cells), request.objectives[0]
+def judgement(
+    request: SweepRequest, search: ResolvedSearch, study: optuna.Study, budget: Budget
+) -> Judgement:
+    """How the trials of `study` are judged; `budget` is that of its search."""
+    cells, objectives = len(request.cells), search.objectives
     threshold = pruner_threshold(request.pruner, cells)
+    spared = spares(request.startup_trials, budget)
+    shared = len(search.profile.always)
     return Judgement(
-        request.objectives,
+        objectives,
+        search.task.about.searchable,
         request.scheduler,
-        Wilcoxon(threshold, study, first, cells, spares(request.startup_trials, budget))
-        if threshold
-        else None,
-        make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always)),
+        Wilcoxon(threshold, study, search.first, search.about_first, cells, spared) if threshold else None,
+        make_terminator(request.stop_when, request.search_seed, len(objectives), shared),
     )
 
 
 def _resolve_baseline(
-    request: SweepRequest, space: Space, settings: RunSettings, *, is_new: bool
+    request: SweepRequest, search: ResolvedSearch, rival: Rival, *, is_new: bool
 ) -> ResolvedSearch:
-    """The search for the L1 baseline: the same space without the settings that a regression does not have.
+    """The search for the baseline: the same space without the settings that the `rival` does not have.
 
     A run that is resumed may have finished it, and had its space changed then: what is left of it is not checked.
 
     Raises:
         UserError: nothing is left to search, or it cannot be searched in this way.
     """
-    asked, changes = f"--baseline-trials {request.baseline_trials}", {"objective.name": "l1"}
+    asked, changes, objectives = (
+        f"--baseline-trials {request.baseline_trials}",
+        rival.changes,
+        search.objectives,
+    )
     if request.scheduler in POPULATIONS or request.sampler == GRID:
         other = f"--sampler {GRID}" if request.sampler == GRID else f"--scheduler {request.scheduler}"
         raise UserError(
-            f"{asked} cannot act with {other}: the L1 baseline has so many trials, one by one, each of another "
+            f"{asked} cannot act with {other}: {rival.words} has so many trials, one by one, each of another "
             f"configuration; use {'--sampler tpe' if request.sampler == GRID else '--scheduler asha'}"
         )
-    published = settings.model_dump(mode="json")
+    published = search.settings.model_dump(mode="json")
     base = resolve(merge(published, changes)).model_dump(mode="json")
-    rest = without(space, CONTRASTIVE_ONLY, published)
+    rest = without(search.space, rival.without, published)
 
     def own(trial: optuna.Trial) -> Settings:
         return {**rest(trial), **changes}
 
     profile = check_space(own, base)
     if not is_new:
-        return ResolvedSearch(own, base, profile)
+        return ResolvedSearch(own, base, profile, objectives)
     if not profile.settings:
         raise UserError(
-            f"{asked} has nothing to search: this space has only settings that the L1 baseline does not have; leave it "
+            f"{asked} has nothing to search: this space has only settings that {rival.words} does not have; leave it "
             "out, or search a setting such as optimiser.learning_rate, too"
         )
     try:
-        check_sampler(request.sampler, profile, len(request.objectives))
-        make_terminator(request.stop_when, request.search_seed, len(request.objectives), len(profile.always))
+        check_sampler(request.sampler, profile, len(objectives))
+        make_terminator(request.stop_when, request.search_seed, len(objectives), len(profile.always))
     except UserError as error:
-        raise UserError(f"{asked}, without the settings that L1 does not have: {error}") from None
-    return ResolvedSearch(own, base, profile)
+        raise UserError(f"{asked}, without the settings that {rival.words} does not have: {error}") from None
+    return ResolvedSearch(own, base, profile, objectives)
 
 
-def splits_of(request: SweepRequest, manifest: pd.DataFrame) -> Splits:
-    """The hold-out and the folds that a request asks for; inside a nested search those of its hold-out."""
+def splits_of(request: SweepRequest, manifest: pd.DataFrame, by: str) -> Splits:
+    """The hold-out and the folds that a request asks for, alike in the column `by`; in a nested search its own."""
     if request.outer is None or request.outer_fold is None:
-        return make_splits(manifest, request.folds, request.holdout, request.search_seed)
-    return nested_splits(manifest, request.outer, request.folds, request.search_seed)[request.outer_fold]
+        return make_splits(manifest, request.folds, request.holdout, request.search_seed, by)
+    return nested_splits(manifest, request.outer, request.folds, request.search_seed, by)[request.outer_fold]
 
 
 def _check_population(request: SweepRequest, profile: Profile, settings: RunSettings) -> None:

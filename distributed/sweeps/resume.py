@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import optuna
 from optuna.trial import TrialState
+from pydantic import ValidationError
 from rich.console import Console
 
 from core.errors import UserError
@@ -17,11 +19,11 @@ from core.run_description import SearchChange
 from core.run_names import BASELINE, CONFIRMED, PROGRESS, REFITS, SPLITS, STUDY, TRIALS
 from core.volumes.cohort.reader import Cohort
 from distributed.run.assignment import read_progress
-from distributed.run.code import code_version
+from distributed.run.code import code_version, describe_code
 from distributed.run.folder import RunFolder, cohort_of, now, open_run
 from distributed.run.journal import copy_of, mend_journal
 from distributed.run.quiet import quiet
-from distributed.run.trust import check_trusted, describe_space
+from distributed.run.trust import check_trusted
 from distributed.run.working_copy import DAMAGED, bring_run, forget, run_as_typed
 from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID
@@ -67,15 +69,15 @@ def resume_sweep(
     # is just beginning looks stopped.
     with held(folder, console):
         about = folder.about
-        recorded = SweepRequest.model_validate(about.sweep)
+        recorded = as_request(about.sweep)
         request = _combined(recorded, asked)
         for mended in mend_journal(folder.journal):
             console.print(f"note: {mended}", highlight=False, soft_wrap=True)
         _mend_progress(folder, console)
         check_place(run, request)
-        if asked.space is None:
-            # Before anything is written: run.json would be a file of ours then, whoever wrote it.
-            check_trusted(folder, recorded.space, console, is_trusted=asked.trust_space)
+        # Before anything is written: run.json would be a file of ours then, whoever wrote it.
+        space = recorded.space_name if asked.space is None else None
+        check_trusted(folder, space, console, is_trusted=asked.trust_space)
         if asked.accelerator_hours is not None:
             # They are those of the whole run, so later sessions have them, too.
             kept = recorded.model_copy(update={"accelerator_hours": asked.accelerator_hours})
@@ -86,9 +88,10 @@ def resume_sweep(
             _forget_beginning(folder, asked)
             splits = check_subjects(request, search, cohort)
         else:
-            splits = same_splits(folder, splits_of(request, cohort.manifest), cohort)
+            by = search.task.balanced_by(search.settings)
+            splits = same_splits(folder, splits_of(request, cohort.manifest, by), cohort)
         study = open_study(
-            folder.journal, request.sampler, request.search_seed, request.objectives, about.study
+            folder.journal, request.sampler, request.search_seed, search.objectives, about.study
         )
         sweep = Sweep(folder, request, search, cohort, splits, study, console, address, shared)
         if not about.begun:
@@ -104,7 +107,8 @@ def _go_on(sweep: Sweep) -> RunFolder:
     """Run the rest of `sweep`; do nothing if all trials are finished and the report is made."""
     folder, trials = sweep.folder, sweep.request.trials
     states = [trial.state for trial in sweep.study.get_trials(deepcopy=False)]
-    of_baseline = sweep.request.baseline_trials - baseline_finished(folder, sweep.request)
+    ended = baseline_finished(folder, sweep.request, sweep.search.objectives)
+    of_baseline = sweep.request.baseline_trials - ended
     # What waits in an ordinary search may be more than it was asked for.
     left = {TrialState.RUNNING} | ({TrialState.WAITING} if sweep.request.scheduler in POPULATIONS else set())
     has_ended = sum(state.is_finished() for state in states) >= trials and not left & set(states)
@@ -139,6 +143,22 @@ def _mend_progress(folder: RunFolder, console: Console) -> None:
                     highlight=False,
                     soft_wrap=True,
                 )
+
+
+def as_request(recorded: Mapping[str, object]) -> SweepRequest:
+    """The request of a run, as run.json has it.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return SweepRequest.model_validate(recorded)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"run.json has a request that this version does not understand ({'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}): put it back from a backup"
+        ) from None
 
 
 def _combined(recorded: SweepRequest, asked: ResumeRequest) -> SweepRequest:
@@ -184,8 +204,8 @@ def _what_changed(
 ) -> list[str]:
     """What has changed in the search, as text; also if the file of the space was edited meanwhile."""
     changed = []
-    if request.space != recorded.space:
-        changed.append(f"space {recorded.space} becomes {request.space}")
+    if request.space_name != recorded.space_name:
+        changed.append(f"space {recorded.space_name} becomes {request.space_name}")
     for name, value in request.changes.items():
         if name not in recorded.changes:
             changed.append(f"{name} is fixed at {value!r}")
@@ -218,10 +238,10 @@ def _check_change(sweep: Sweep, recorded: SweepRequest, changed: list[str], *, i
             f"--trials {request.trials} is less than the {started} trials that this run has begun"
         )
     is_other_space = sweep.folder.about.searched != sweep.search.profile.as_json()
-    ended = baseline_finished(sweep.folder, request)
+    ended = baseline_finished(sweep.folder, request, sweep.search.objectives)
     if is_other_space and ended < request.baseline_trials:
         raise UserError(
-            f"of the L1 baseline of {run} {ended} of {request.baseline_trials} trials have ended, and the others "
+            f"of the baseline of {run} {ended} of {request.baseline_trials} trials have ended, and the others "
             "belong to the same space: resume without a change of the space until they have ended, or start a new run"
         )
     if is_other_space and request.sampler == GRID:
@@ -243,7 +263,7 @@ def _change(sweep: Sweep, recorded: SweepRequest, changed: list[str]) -> Sweep:
         name = next(each for index in range(2, 10_000) if (each := f"{STUDY}-{index}") not in known)
 
         def opened() -> optuna.Study:
-            return open_study(folder.journal, request.sampler, request.search_seed, request.objectives, name)
+            return open_study(folder.journal, request.sampler, request.search_seed, search.objectives, name)
 
         carried = carry_over(study, opened(), search.space, fixed_by(request.changes))
         change = change.model_copy(
@@ -264,7 +284,7 @@ def _change(sweep: Sweep, recorded: SweepRequest, changed: list[str]) -> Sweep:
         study=study.study_name,
         sweep=request.model_copy(update={"time_budget": recorded.time_budget}).model_dump(mode="json"),
         searched=search.profile.as_json(),
-        space_file=describe_space(request.space),
+        space_file=describe_code(request.space_name),
         changes=(*about.changes, change),
     )
     return dataclasses.replace(sweep, study=study)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import optuna
 from optuna.trial import TrialState
+from pydantic import JsonValue
 from ray import tune
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
-from core.config import resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.files.writing import writing_to
@@ -21,16 +21,15 @@ from core.report.answer.record import read_run
 from core.report.answer.tables import print_leaderboard
 from core.report.page import write_report
 from core.run_names import ENQUEUED, LABEL, MEMBER, PUBLISHED, REASON, SWEEP
-from core.tasks import TASKS
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import Volumes
 from distributed.run.access import AccessRecord
 from distributed.run.assignment import assign, trial_name
+from distributed.run.code import describe_code
 from distributed.run.folder import RunFolder, create_run, keep_best, write_splits
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
-from distributed.run.trust import describe_space
 from distributed.run.working_copy import (
     address_of,
     bring_results,
@@ -131,7 +130,9 @@ class Sweep:
         grid: Points = []
         if request.sampler == GRID:
             grid = grid_points(self.search.space, request.grid_points, request.search_seed)
-        self.folder.update(searched=self.search.profile.as_json(), space_file=describe_space(request.space))
+        self.folder.update(
+            searched=self.search.profile.as_json(), space_file=describe_code(request.space_name)
+        )
         write_splits(self.folder, self.splits, self.cohort)
         for label, points in first.items():
             # If a population evolves, the published configuration is tried after it.
@@ -182,8 +183,10 @@ class Sweep:
             bring_results(folder.path)
             tables.write_tables(folder, study, self.progress)
             if self.request.baseline_trials:
-                of_baseline = baseline_progress(folder, self.request)
-                tables.write_baseline(folder, baseline_study(folder, self.request), of_baseline)
+                of_baseline = baseline_progress(folder, self.request, self.search)
+                tables.write_baseline(
+                    folder, baseline_study(folder, self.request, self.search.objectives), of_baseline
+                )
             tables.write_confirmed(folder)
             tables.write_access(folder, self.cohort)
             tables.write_holdout(folder, self.cohort, self.splits)
@@ -210,7 +213,7 @@ class Sweep:
     @property
     def progress(self) -> ReadProgress:
         """Reads the progress of a trial."""
-        return progress_reader(self.folder.trial, self.request.cells, self.request.objectives[0])
+        return progress_reader(self.folder.trial, self.request.cells, self.search.first)
 
     @property
     def to_continue(self) -> Path:
@@ -224,7 +227,7 @@ class Sweep:
 
     def _searcher(self, budget: Budget) -> StudySearch:
         """The searcher for the study of this sweep, with its refits."""
-        request, study, first = self.request, self.study, self.request.objectives[0]
+        request, study, first = self.request, self.study, self.search.first
         # A population that a budget has cut may have more trials than were asked for; see `_run`.
         after_evolution = len(study.get_trials(deepcopy=False)) if self.folder.about.evolved else 0
         proposals = Proposals(
@@ -235,12 +238,12 @@ class Sweep:
             assignment=lambda name, settings, prunable: assign(
                 self.folder.trial(name), settings, request.cells, prunable=prunable, metric=first
             ),
-            refits=lambda study: after_search(self.folder, request, study),
+            refits=lambda study: after_search(self.folder, request, self.search, study),
             continued=self._unfinished(),
             secure=lambda: send(self.folder.journal),
             tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
-        return StudySearch(proposals, budget, judgement(request, self.search.profile, study, budget))
+        return StudySearch(proposals, budget, judgement(request, self.search, study, budget))
 
     def _unfinished(self) -> list[optuna.trial.FrozenTrial]:
         """The trials that continue from an earlier session. Members of a population do not: they evolve."""
@@ -254,7 +257,13 @@ class Sweep:
         """Evolve the population if there is one, then search, in slots."""
         request = self.request
         is_spared = spares(request.startup_trials, budget)
-        scheduler = make_scheduler(request.scheduler, self.search.epochs, len(request.cells), is_spared)
+        scheduler = make_scheduler(
+            request.scheduler,
+            self.search.epochs,
+            len(request.cells),
+            is_spared,
+            self.search.about_first.better,
+        )
         replay(scheduler, self._earlier())
         workers, slots = fit_slots(
             request.slots, request.workers_per_slot, request.gpus_per_worker, request.trials, self.console
@@ -265,7 +274,7 @@ class Sweep:
             f"{slots} slots of {workers.count} worker(s), {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
         )
         display = self._display(budget)
-        tensorboard = TensorBoard(self.folder.path / "tensorboard", list(self.search.profile.settings))
+        tensorboard = TensorBoard.of(self.folder.path, self.search)
         executor = Executor(self._slot(workers), slots, self.folder.tune, (display, tensorboard))
         pruner = searcher.judgement.pruner
         tuner = executor.search(searcher, scheduler, CombinedStopper(budget, pruner) if pruner else budget)
@@ -301,7 +310,7 @@ class Sweep:
     def _display(self, budget: Budget) -> Display:
         """The display, with the trials that earlier sessions of the run have finished."""
         request, best = self.request, best_trial(self.study)
-        display = Display(self.console, request.trials, self.search.epochs, budget, request.objectives[0])
+        display = Display(self.console, request.trials, self.search.epochs, budget, self.search.about_first)
         found = (best.values[0], trial_name(best.number)) if best else None
         display.count_earlier(len(self._finished()), found)
         return display
@@ -327,11 +336,11 @@ class Sweep:
         unfinished = len(running_trials(self.study))
         if budget.reason and not budget.interrupted:
             self.console.print(f"\nThe search ended early: {budget.reason}.", highlight=False)
-        ended = baseline_finished(self.folder, self.request)
+        ended = baseline_finished(self.folder, self.request, self.search.objectives)
         missing = self.request.baseline_trials - ended
         if missing and not budget.interrupted:
             self.console.print(
-                f"\nOf the L1 baseline {ended} of {self.request.baseline_trials} trials ended.",
+                f"\nOf the baseline {ended} of {self.request.baseline_trials} trials ended.",
                 highlight=False,
             )
         if self.request.outer_fold is not None:
@@ -369,9 +378,9 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
     first = first_points(search, launch) if shared is None else shared.first
     request = with_whole_grid(request, search, first)
     splits = check_subjects(request, search, opened)
-    folder = create_run(out, SWEEP, request.model_dump(mode="json"), search.base, opened, first)
+    folder = create_run(out, SWEEP, recorded(request, search), search.base, opened, first)
     with held(folder, console):
-        study = open_study(folder.journal, request.sampler, request.search_seed, request.objectives)
+        study = open_study(folder.journal, request.sampler, request.search_seed, search.objectives)
         sweep = Sweep(folder, request, search, opened, splits, study, console, launch.address, shared)
         return sweep.begin().execute()
 
@@ -387,9 +396,17 @@ def check_place(out: Path, request: SweepRequest) -> None:
 
 def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort) -> Splits:
     """The splits of a request; UserError if the subjects cannot be split so, or can teach nothing."""
-    splits = splits_of(request, cohort.manifest)
-    TASKS[resolve(search.base).task].check_cohort(cohort.manifest, splits)
+    task, settings, manifest = search.task, search.settings, cohort.manifest
+    task.labels(settings, manifest)
+    splits = splits_of(request, manifest, task.balanced_by(settings))
+    task.check_cohort(settings, manifest, splits)
     return splits
+
+
+def recorded(request: SweepRequest, search: ResolvedSearch) -> dict[str, JsonValue]:
+    """The request for run.json, with what it means where nothing was given."""
+    meant = {"space": request.space_name, "objectives": tuple(search.objectives)}
+    return request.model_copy(update=meant).model_dump(mode="json")
 
 
 @contextmanager

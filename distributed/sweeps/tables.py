@@ -12,46 +12,58 @@ from typing import Any
 import optuna
 import pandas as pd
 
+from core.config import resolve
 from core.errors import UserError
-from core.evaluation.calibration import calibrate
-from core.evaluation.regression import median_age, regression_metrics
-from core.evaluation.splits import Splits
+from core.evaluation.splits import Rows, Splits
 from core.files.tables import read_table, write_table
 from core.inference import save_calibration
 from core.objectives import COST
-from core.report.answer.record import OPTIONAL_TABLES, TABLES, TRIAL_COLUMNS, trial_row
+from core.report.answer.record import (
+    OPTIONAL_TABLES,
+    TABLES,
+    TRIAL_COLUMNS,
+    columns_of,
+    read_predictions,
+    trial_row,
+)
 from core.run_access import read_access
 from core.run_description import BestTrial
-from core.run_names import MEDIAN, REFITTED
+from core.task_description import TaskDescription
+from core.tasks import find_task
+from core.tasks.task import Truth, is_known
 from core.volumes.cohort.reader import Cohort
 from distributed.run.assignment import read_progress, trial_name
 from distributed.run.folder import RunFolder, now
 from distributed.search.study import ReadProgress, best_trial
+from distributed.training.subjects import with_truth
 
 
 def write_tables(folder: RunFolder, study: optuna.Study, read: ReadProgress) -> None:
     """Write the tables of the trials of a run, from its study and from the progress.json of each trial."""
-    trials = study.get_trials(deepcopy=False)
+    trials, of_task = study.get_trials(deepcopy=False), folder.about.task
     progress = {trial.number: read(trial) for trial in trials}
-    rows = [trial_row(trial, len(progress[trial.number]["history"])) for trial in trials]
+    rows = [trial_row(trial, len(progress[trial.number]["history"]), of_task) for trial in trials]
     table = pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS)
     write_table(table, folder.path / "trials.csv")
     text = {name: table[name].astype(object).where(table[name].notna(), None) for name in ("reason", "label")}
     table.assign(**text).to_parquet(folder.path / "trials.parquet", index=False)
     cells = [{"number": number, **row} for number, made in progress.items() for row in made["cells"]]
-    write_table(_with_header(cells, "cells"), folder.path / "cells.csv")
+    write_table(_with_header(cells, "cells", of_task), folder.path / "cells.csv")
     history = [{"number": number, **row} for number, made in progress.items() for row in made["history"]]
-    write_table(_with_header(history, "history"), folder.path / "history.csv")
+    write_table(_with_header(history, "history", of_task), folder.path / "history.csv")
 
 
-def _with_header(rows: list[dict[str, Any]], name: str) -> pd.DataFrame:
+def _with_header(rows: list[dict[str, Any]], name: str, of_task: TaskDescription) -> pd.DataFrame:
     """The table of `rows`; without rows it has its columns all the same."""
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(TABLES[name][0]))
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(columns_of(name, of_task)))
 
 
 def write_baseline(folder: RunFolder, study: optuna.Study, read: ReadProgress) -> None:
-    """Write baseline.csv: the trials of the L1 baseline, with the columns of trials.csv."""
-    rows = [trial_row(trial, len(read(trial)["history"])) for trial in study.get_trials(deepcopy=False)]
+    """Write baseline.csv: the trials of the baseline, with the columns of trials.csv."""
+    of_task = folder.about.task
+    rows = [
+        trial_row(trial, len(read(trial)["history"]), of_task) for trial in study.get_trials(deepcopy=False)
+    ]
     write_table(pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS), folder.path / "baseline.csv")
 
 
@@ -98,7 +110,7 @@ def write_confirmed(folder: RunFolder) -> None:
     """Write confirmed.csv: winner and published again on the folds of the search, with seeds that it never used."""
     rows = [
         {"method": method, **cell}
-        for name, method in REFITTED.items()
+        for name, method in folder.about.task.refitted.items()
         for cell in read_progress(folder.confirmed(name))["cells"]
     ]
     if rows:
@@ -106,55 +118,57 @@ def write_confirmed(folder: RunFolder) -> None:
 
 
 def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
-    """Write holdout.csv and predictions.csv from the finished refits, and add the median predictor."""
-    made = {name: read_progress(folder.refit(name))["cells"] for name in REFITTED}
+    """Write holdout.csv and predictions.csv from the finished refits, and add what predicts without images."""
+    settings = resolve(folder.about.settings)
+    task = find_task(settings.task)
+    made = {name: read_progress(folder.refit(name))["cells"] for name in task.about.refitted}
     if not any(made.values()):
         return
-    subjects = cohort.manifest["subject"]
+    manifest, labels = cohort.manifest, task.labels(settings, cohort.manifest)
+    known = is_known(labels)
+    development, held_out = (rows[known[rows]] for rows in (splits.development, splits.holdout))
+    subjects = manifest["subject"]
     sizes = {
-        "n_train": subjects.iloc[splits.development].nunique(),
-        "n_holdout": subjects.iloc[splits.holdout].nunique(),
+        "n_train": subjects.iloc[development].nunique(),
+        "n_holdout": subjects.iloc[held_out].nunique(),
     }
-    median = _median_predictions(cohort, splits)
-    metrics = regression_metrics(
-        median["predicted"].to_numpy(), median["age"].to_numpy(), median["subject"].to_numpy(str)
-    )
-    rows: list[dict[str, object]] = [
-        {"method": MEDIAN, "seed": 0, "mae": metrics["mae"], "r2": metrics["r2"], **sizes}
-    ]
-    predictions = [median.assign(method=MEDIAN, seed=0)]
+    shown, rows, predictions = task.about.shown, list[dict[str, object]](), list[pd.DataFrame]()
+
+    def truth(of: Rows) -> Truth:
+        return Truth(labels[of], manifest["site"].to_numpy(str)[of], subjects.to_numpy(str)[of])
+
+    floor = task.floor(settings, truth(development), truth(held_out))
+    if floor is not None and task.about.floor is not None:
+        method = task.about.floor.method
+        measured = {name: floor.metrics[name] for name in shown if name in floor.metrics}
+        rows.append({"method": method, "seed": 0, **measured, **sizes})
+        table = with_truth(manifest, labels, held_out, floor.predictions)
+        predictions.append(table.assign(method=method, seed=0))
     for name, cells in made.items():
+        method = task.about.refitted[name]
         for cell in cells:
-            measured = {key: cell[key] for key in ("seed", "mae", "r2", "site_balanced_accuracy")}
-            rows.append({"method": REFITTED[name], **measured, **sizes})
-            table = read_table(folder.refit(name) / f"predictions-{int(cell['seed'])}.csv")
-            predictions.append(table.assign(method=REFITTED[name], seed=cell["seed"]))
+            rows.append(
+                {"method": method, "seed": cell["seed"], **{key: cell[key] for key in shown}, **sizes}
+            )
+            table = read_predictions(folder.refit(name) / f"predictions-{int(cell['seed'])}.csv")
+            predictions.append(table.assign(method=method, seed=cell["seed"]))
     write_table(pd.DataFrame(rows), folder.path / "holdout.csv")
     write_table(pd.concat(predictions), folder.path / "predictions.csv")
 
 
-def _median_predictions(cohort: Cohort, splits: Splits) -> pd.DataFrame:
-    """The held-out subjects; the predicted age is the median age of the development subjects."""
-    held_out = cohort.manifest.iloc[splits.holdout][["subject", "age", "site"]]
-    trained = cohort.manifest.iloc[splits.development]
-    return held_out.assign(
-        predicted=median_age(trained["age"].to_numpy(float), trained["subject"].to_numpy(str))
-    )
-
-
 def calibrate_best(folder: RunFolder, trial: Path, source: str) -> None:
-    """Write best/calibration.json from the out-of-fold predictions of `trial`, which has the settings of the model.
+    """Add to best/ what the out-of-fold predictions of `trial`, which has its settings, say of further ones.
 
     They are predictions for development subjects only, so the hold-out has no part in it. A trial of version 0.2 has
     kept no predictions; then there is no calibration.
     """
-    tables = [read_table(path) for path in sorted(trial.glob("predictions-*-*.csv"))]
+    tables = [read_predictions(path) for path in sorted(trial.glob("predictions-*-*.csv"))]
     if tables:
-        together = pd.concat(tables, ignore_index=True)
-        predicted, ages = (together[name].to_numpy(float) for name in ("predicted", "age"))
         cells = f"{len(tables)} cell{'' if len(tables) == 1 else 's'}"
-        found = calibrate(predicted, ages, together["subject"].to_numpy(str), f"{source}, {cells}")
-        save_calibration(folder.path / "best", found)
+        task = find_task(resolve(folder.about.settings).task)
+        found = task.calibrate(pd.concat(tables, ignore_index=True), f"{source}, {cells}")
+        if found is not None:
+            save_calibration(folder.path / "best", found)
 
 
 def count_rows(folder: RunFolder) -> dict[str, int]:

@@ -9,13 +9,16 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from core.config import RunSettings, merge, read_settings, resolve
+from core.config import Settings, merge, read_settings, resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits, make_splits
+from core.files.python import file_of
 from core.files.tables import write_table
 from core.files.writing import writing_to
+from core.objectives import Metric
 from core.run_names import SPLITS, TRAIN
-from core.tasks import TASKS
+from core.run_settings import RunSettings
+from core.tasks import find_task
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import InMemory
@@ -23,14 +26,16 @@ from distributed.run.assignment import Answer, Assignment, assign, read_progress
 from distributed.run.folder import RunFolder, cohort_of, create_run, keep_best, write_splits
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
+from distributed.run.trust import check_trusted
 from distributed.slots.cluster import connect, fit_slots
 from distributed.slots.slot import WorkerGroup, pack
 from distributed.sweeps.request import TrainRequest
+from distributed.sweeps.resolve import chosen_task
 from distributed.sweeps.resume import same_splits
 from distributed.sweeps.tables import calibrate_best, finish
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner, make_runner
-from search_spaces import DEFAULT, load_space
+from search_spaces import load_space
 
 NAME = "0000"
 
@@ -58,23 +63,43 @@ def train_one(
     """
     quiet()
     opened = Cohort.open(cohort)
-    base = load_space(DEFAULT)[1] if request.settings is None else read_settings(request.settings)
-    settings = resolve(merge(base, request.changes))
-    TASKS[settings.task].check(settings)
-    splits = make_splits(opened.manifest, request.folds)
+    settings = resolve(merge(_published(request), chosen_task(request.task) | request.changes))
+    task = find_task(settings.task)
+    task.check(settings)
+    task.labels(settings, opened.manifest)
+    splits = make_splits(opened.manifest, request.folds, by=task.balanced_by(settings))
     if request.fold >= request.folds:
         raise UserError(
             f"--fold {request.fold} does not exist; with --folds {request.folds} it is 0 to {request.folds - 1}"
         )
-    TASKS[settings.task].check_cohort(opened.manifest, splits)
+    task.check_cohort(settings, opened.manifest, splits)
     asked, resolved = request.model_dump(mode="json"), settings.model_dump(mode="json")
     folder = create_run(out, TRAIN, asked, resolved, opened)
     write_splits(folder, splits, opened)
     return _train(folder, request, opened, splits, address, console)
 
 
+def _published(request: TrainRequest) -> Settings:
+    """The settings that a training run starts from."""
+    if request.settings is not None:
+        if request.space is not None:
+            raise UserError(
+                f"--space {request.space} and --settings {request.settings} exclude each other: both are settings to "
+                "start from; give one"
+            )
+        return read_settings(request.settings)
+    # The file of a task need not have a space.
+    is_own = file_of(request.task or "") is not None and request.space is None
+    return {} if is_own else load_space(request.space_name)[1]
+
+
 def resume_training(
-    folder: RunFolder, cohort: str | None, address: str | None, console: Console
+    folder: RunFolder,
+    cohort: str | None,
+    address: str | None,
+    console: Console,
+    *,
+    is_trusted: bool = False,
 ) -> RunFolder:
     """Continue a training run from its last epoch.
 
@@ -83,6 +108,7 @@ def resume_training(
         cohort: where its cohort is now, if it was moved.
         address: the address of a Ray cluster.
         console: where to print the progress.
+        is_trusted: whether the user trusts the file of the task as it is.
 
     Raises:
         UserError: the cohort or its splits are others, or the training failed.
@@ -90,9 +116,12 @@ def resume_training(
     if folder.about.finished:
         console.print(f"nothing left to do: {folder.path} is finished")
         return folder
+    check_trusted(folder, None, console, is_trusted=is_trusted)
     request = TrainRequest.model_validate(folder.about.sweep)
     opened = cohort_of(folder, cohort)
-    splits = make_splits(opened.manifest, request.folds)
+    settings = resolve(folder.about.settings)
+    by = find_task(settings.task).balanced_by(settings)
+    splits = make_splits(opened.manifest, request.folds, by=by)
     if (folder.path / SPLITS).exists():
         same_splits(folder, splits, opened)
     else:
@@ -113,17 +142,19 @@ def _train(
     resolved = folder.about.settings
     settings = resolve(resolved)
     cell = {"fold": request.fold, "seed": request.seed}
-    assignment = assign(folder.trial(NAME), resolved, [cell], keep_model=True)
+    of_task = find_task(settings.task).about
+    first = of_task.objectives[0]
+    assignment = assign(folder.trial(NAME), resolved, [cell], metric=first, keep_model=True)
     with claim(folder.path, console):
         if request.workers == 1 and address is None and request.data_mode == "auto":
             runner = Runner(Subjects.of(cohort, splits, InMemory.of(cohort)))
-            answer = _run(runner, assignment, settings, console)
+            answer = _run(runner, assignment, settings, of_task.metrics[first], console)
         else:
             with connect(address, console):
                 group = _worker_group(request, cohort, splits, folder)
                 group.start()
                 try:
-                    answer = _run(group.run, assignment, settings, console)
+                    answer = _run(group.run, assignment, settings, of_task.metrics[first], console)
                 finally:
                     group.stop()
         if "failed" in answer:
@@ -136,7 +167,9 @@ def _train(
     return folder
 
 
-def _run(run_epoch: RunEpoch, assignment: Assignment, settings: RunSettings, console: Console) -> Answer:
+def _run(
+    run_epoch: RunEpoch, assignment: Assignment, settings: RunSettings, metric: Metric, console: Console
+) -> Answer:
     """Run all epochs, with a progress bar; returns the last answer."""
     columns = (
         TextColumn("training"),
@@ -151,7 +184,8 @@ def _run(run_epoch: RunEpoch, assignment: Assignment, settings: RunSettings, con
             answer = run_epoch(assignment)
             if "note" in answer:
                 console.print(f"note: {answer['note']}", highlight=False, soft_wrap=True, markup=False)
-            now = f"loss {answer.get('loss', float('nan')):.3f}  validation MAE {answer['value']:.2f} y"
+            value = metric.amount(f"{answer['value']:.2f}")
+            now = f"loss {answer.get('loss', float('nan')):.3f}  {metric.words} {value}"
             progress.update(task, completed=answer["epochs"], now=now)
             if answer["done"]:
                 return answer

@@ -9,28 +9,26 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.config import RunSettings, SgdSettings
 from core.errors import UserError
-from core.evaluation.by_subject import subject_means
 from core.inference import Predictor, save_predictor
+from core.run_settings import RunSettings, SgdSettings
 from core.schedules import at, with_epochs
-from core.tasks import TASKS
-from core.tasks.brain_age import Embedded, Outcome
+from core.tasks import find_task
+from core.tasks.task import Judging, Observed, Outcome, Step
 from core.volumes.cohort.moments import pooled_statistics
 from core.volumes.images.preprocess import IntensityStatistics, normalise
-from core.volumes.views import make_views
 from distributed.batches.hold import Batches, batches, read_ahead
 from distributed.batches.plan import Plan, Rows, chunks, share
 from distributed.run.assignment import Cell, EpochRow
 from distributed.training.batch_norm import synchronise_batch_norm
-from distributed.training.subjects import Place, Subjects
+from distributed.training.subjects import Labelled, Place, Subjects
 
 
 class DivergedError(RuntimeError):
@@ -51,20 +49,20 @@ class CellTraining:
 
     def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
         self.settings, self.subjects, self.cell, self.place = settings, subjects, cell, place
-        self.task = TASKS[settings.task]
-        self.training_rows, self.evaluation_rows = subjects.rows_of(cell.fold)
+        self.task = find_task(settings.task)
+        self.labelled = Labelled.of(subjects, settings)
+        self.training_rows, self.evaluation_rows = self.labelled.rows_of(cell.fold)
         _check_shares(settings, len(self.training_rows), place)
-        self.ages = subjects.manifest["age"].to_numpy(float)
         self.channels = _channel_indices(settings, subjects.channels)
         self.statistics = self._fit_statistics()
         torch.manual_seed(_derive_seed(cell, "initialisation"))
-        of_training = subjects.manifest["subject"].to_numpy(str)[self.training_rows]
-        training_ages = subject_means(self.ages[self.training_rows], of_training)
-        self.model = self.task.build_model(settings, len(self.channels), training_ages).to(place.device)
+        self.facts = self.task.learn(settings, self.labelled.truth(self.training_rows))
+        self.targets = self.task.targets(self.labelled.labels, self.facts)
+        self.model: nn.Module = self.task.build(settings, len(self.channels), self.facts).to(place.device)
         if place.workers > 1:
             synchronise_batch_norm(self.model, place.device)
         self.trained = DistributedDataParallel(self.model) if place.workers > 1 else self.model
-        self.objective = self.task.build_objective(settings)
+        self.objective = self.task.objective(settings, self.facts).to(place.device)
         self.optimiser = build_optimiser(settings, self.model)
         self.epoch = 0
         self._reading: Batches | None = None
@@ -75,28 +73,32 @@ class CellTraining:
         self.epoch += 1
         progress = self.epoch / self.settings.training.epochs
         rate = set_rates(self.settings, self.optimiser, self.epoch)
-        # For dropout alone: views have seeds of their own, and the objective draws nothing.
+        # For dropout alone: views have seeds of their own, and no objective draws anything.
         own = f" of worker {self.place.rank}" if self.place.rank else ""
         torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}{own}"))
         self.trained.train()
         # One stream of batches for all epochs that are left.
         if self._reading is None:
             self._reading = batches(self.subjects.volumes, self._plan, self.place.device)
-        losses, neighbours = [], []
+        losses: list[torch.Tensor] = []
+        noted: dict[str, list[torch.Tensor]] = {}
         for rows in self._plan.epoch(self.epoch):
-            losses.append(self._step(rows, next(self._reading), progress))
-            neighbours.append(self.objective.diagnostics.get("neighbours", torch.tensor(math.nan)))
+            step = self._step(rows, next(self._reading), progress)
+            losses.append(step.loss.detach())
+            for name, number in step.noted.items():
+                noted.setdefault(name, []).append(number)
         loss = _mean_over_workers(torch.stack(losses).mean(), self.place)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"loss became {loss} in epoch {self.epoch} of fold {self.cell.fold}, seed {self.cell.seed}"
             )
-        return EpochRow(
-            fold=self.cell.fold, seed=self.cell.seed, epoch=self.epoch, progress=progress, loss=loss,
-            learning_rate=rate, temperature=self._temperature(progress), width=self._width(progress),
-            neighbours=float(torch.stack(neighbours).mean()), first_step_at=started,
-            seconds=time.time() - started,
-        )  # fmt: skip
+        row: dict[str, float] = {
+            "fold": self.cell.fold, "seed": self.cell.seed, "epoch": self.epoch, "progress": progress, "loss": loss,
+            "learning_rate": rate, **self.task.course(self.settings, self.objective, progress),
+            **{name: float(torch.stack(numbers).mean()) for name, numbers in noted.items()},
+            "first_step_at": started, "seconds": time.time() - started,
+        }  # fmt: skip
+        return cast(EpochRow, row)
 
     @property
     def evaluation_subjects(self) -> int:
@@ -104,27 +106,21 @@ class CellTraining:
         return int(self.subjects.manifest["subject"].iloc[self.evaluation_rows].nunique())
 
     def judge(self, *, sites: bool = True, penalty: float | None = None, in_search: bool = False) -> Outcome:
-        """Fit a probe on the training subjects, and measure it on the evaluation subjects.
+        """Judge the model on the evaluation subjects, with what the task fits on the training subjects.
 
         Args:
-            sites: see the task.
-            penalty: see the task.
-            in_search: whether the outcome holds what the cells of one trial choose a penalty from.
+            sites: see `Judging`.
+            penalty: see `Judging`.
+            in_search: whether the outcome holds what the cells of one trial choose from together.
         """
-        training, evaluation = self._embed(self.training_rows), self._embed(self.evaluation_rows)
-        for embedded in (training, evaluation):
-            if not np.isfinite(embedded.embeddings).all():
+        training, evaluation = self._observe(self.training_rows), self._observe(self.evaluation_rows)
+        for observed in (training, evaluation):
+            if not np.isfinite(observed.embeddings).all():
                 raise DivergedError(
                     f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}"
                 )
-        outcome: Outcome = self.task.judge(
-            training,
-            evaluation,
-            sites=sites,
-            penalty=penalty,
-            folds=self.subjects.splits.fold_of(self.training_rows) if in_search else None,
-        )
-        return outcome
+        folds = self.subjects.splits.fold_of(self.training_rows) if in_search else None
+        return self.task.judge(self.settings, training, evaluation, Judging(sites, penalty, folds))
 
     def state_dict(self) -> TrainingState:
         """Everything that is needed to continue; tensors and plain numbers only."""
@@ -141,7 +137,10 @@ class CellTraining:
     def write_model(self, outcome: Outcome, folder: Path) -> None:
         """Write everything that prediction needs; see `core.inference`."""
         channels = tuple(self.subjects.channels[index] for index in self.channels)
-        save_predictor(folder, Predictor(self.settings, self.model, outcome.probe, channels, self.statistics))
+        predictor = Predictor(
+            self.settings, self.model, outcome.fitted, channels, self.statistics, self.facts
+        )
+        save_predictor(folder, predictor)
 
     def close(self) -> None:
         """Stop reading ahead, if the cell ends before its last epoch."""
@@ -161,20 +160,20 @@ class CellTraining:
             self.settings.training.drop_last,
         )
 
-    def _step(self, rows: Rows, stored: torch.Tensor, progress: float) -> torch.Tensor:
-        """One optimiser step on the part of this worker in a batch; returns the loss, detached, on the device."""
+    def _step(self, rows: Rows, stored: torch.Tensor, progress: float) -> Step:
+        """One optimiser step on the part of this worker in a batch; its numbers stay on the device."""
         volumes = self._prepare(rows, stored)
-        views = make_views(volumes, rows, self.epoch, self.cell.seed, self.settings.views)
-        ages = torch.as_tensor(self.ages[rows], dtype=torch.float32, device=self.place.device)
+        views = self.task.views(self.settings, volumes, rows, self.epoch, self.cell.seed)
+        targets = torch.as_tensor(self.targets[rows], device=self.place.device)
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.settings, self.place.device):
-            loss: torch.Tensor = self.task.training_loss(self.trained, self.objective, views, ages, progress)
-        loss.backward()
+            step = self.task.step(self.trained, self.objective, views, targets, progress)
+        step.loss.backward()
         clip = self.settings.training.gradient_clip
         if clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimiser.step()
-        return loss.detach()
+        return step
 
     def _prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
         """Normalised volumes (n, C, X, Y, Z), float32, on the device, from the `stored` volumes with all channels."""
@@ -186,25 +185,22 @@ class CellTraining:
         return normalise(volumes, self.settings.data.normalise, self.statistics)
 
     @torch.no_grad()
-    def _embed(self, rows: Rows) -> Embedded:
-        """Embeddings of `rows` without augmentation, in evaluation mode; every worker computes a part."""
+    def _observe(self, rows: Rows) -> Observed:
+        """What the model sees in `rows` without augmentation, in evaluation mode; every worker computes a part."""
         self.trained.eval()
-        mine, predicted = [], []
+        mine: dict[str, list[np.ndarray]] = {}
         parts = list(
             chunks(share(rows, self.place.rank, self.place.workers), self.settings.training.batch_size)
         )
         reading = read_ahead(self.subjects.volumes, parts, self.place.device)
         for part, stored in zip(parts, reading, strict=True):
             with autocast(self.settings, self.place.device):
-                volumes = self._prepare(part, stored)
-                mine.append(self.model.embed(volumes).float().cpu().numpy())
-                if self.task.is_regression(self.settings):
-                    predicted.append(self.model(volumes).squeeze(-1).float().cpu().numpy())
-        embeddings = _gather(mine, self.place)
-        sites = self.subjects.manifest["site"].to_numpy(str)
-        ages = _gather(predicted, self.place) if self.task.is_regression(self.settings) else None
-        subjects = self.subjects.manifest["subject"].to_numpy(str)
-        return Embedded(embeddings, self.ages[rows], sites[rows], subjects[rows], ages)
+                seen = self.task.observe(self.settings, self.model, self._prepare(part, stored))
+            for name, values in seen.items():
+                mine.setdefault(name, []).append(values.float().cpu().numpy())
+        outputs = _gather(mine, self.place)
+        truth = self.labelled.truth(rows)
+        return Observed(truth.labels, truth.sites, truth.subjects, outputs.pop("embedding"), outputs)
 
     def _fit_statistics(self) -> IntensityStatistics | None:
         """Intensity statistics of this cell's training subjects."""
@@ -212,16 +208,6 @@ class CellTraining:
             return None
         self.subjects.note(self.training_rows, self.cell)
         return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
-
-    def _temperature(self, progress: float) -> float:
-        """The temperature of the objective; NaN if it has none."""
-        parts = getattr(self.objective, "parts", None)
-        return parts.temperature(progress) if parts else math.nan
-
-    def _width(self, progress: float) -> float:
-        """The width of the kernel of the objective; NaN if it has none, such as the kernel `equal`."""
-        parts = getattr(self.objective, "parts", None)
-        return parts.width(progress) if parts and hasattr(self.settings.objective, "width") else math.nan
 
 
 def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -308,10 +294,11 @@ def _mean_over_workers(value: torch.Tensor, place: Place) -> float:
     return float(value)
 
 
-def _gather(mine: list[np.ndarray], place: Place) -> np.ndarray:
-    """The arrays of all workers, joined in their order; a worker may have none."""
-    if place.workers == 1:
-        return np.concatenate(mine)
-    parts: list[Any] = [None] * place.workers
-    torch.distributed.all_gather_object(parts, mine)
-    return np.concatenate([array for part in parts for array in part])
+def _gather(mine: dict[str, list[np.ndarray]], place: Place) -> dict[str, np.ndarray]:
+    """The arrays of all workers by name, joined in their order; a worker may have none."""
+    parts: list[Any] = [mine]
+    if place.workers > 1:
+        parts = [None] * place.workers
+        torch.distributed.all_gather_object(parts, mine)
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: np.concatenate([array for part in parts for array in part.get(name, [])]) for name in names}

@@ -1,4 +1,4 @@
-"""What a worker knows about the cohort, and where the worker runs."""
+"""What a worker knows about the cohort and about the truth of a task, and where the worker runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 
 from core.evaluation.splits import Splits
 from core.files.tables import write_table
+from core.run_settings import RunSettings
+from core.tasks import find_task
+from core.tasks.task import Labels, Truth, is_known
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Volumes
 from distributed.batches.plan import Rows
@@ -39,7 +42,7 @@ class Subjects:
         scales = cohort.scales(np.arange(len(cohort)))
         return cls(
             volumes,
-            cohort.manifest[["subject", "age", "site"]],
+            cohort.manifest,
             splits,
             cohort.description.channels,
             None if (scales == 1).all() else scales,
@@ -51,17 +54,49 @@ class Subjects:
         if self.access is not None:
             self.access.note(rows, cell)
 
-    def write_predictions(self, fold: int, predicted: np.ndarray, path: Path) -> None:
-        """Write a table with one line per evaluation scan of `fold`: subject, age, site, predicted (in years)."""
-        of_scan = self.manifest.iloc[self.rows_of(fold)[1]][["subject", "age", "site"]]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_table(of_scan.assign(predicted=predicted), path)
-
     def rows_of(self, fold: int) -> tuple[Rows, Rows]:
         """(training rows, evaluation rows) of a fold; only the fold `HOLDOUT` evaluates on the hold-out."""
         if fold == HOLDOUT:
             return self.splits.development, self.splits.holdout
         return self.splits.training(fold), self.splits.folds[fold]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The subjects with the truth of a task; scans without one have no part in training and evaluation."""
+
+    subjects: Subjects
+    labels: Labels
+    """Of all scans of the cohort."""
+
+    @classmethod
+    def of(cls, subjects: Subjects, settings: RunSettings) -> Labelled:
+        """The truth that the task of these `settings` needs."""
+        return cls(subjects, find_task(settings.task).labels(settings, subjects.manifest))
+
+    def rows_of(self, fold: int) -> tuple[Rows, Rows]:
+        """See `Subjects.rows_of`."""
+        training, evaluation = self.subjects.rows_of(fold)
+        known = is_known(self.labels)
+        return training[known[training]], evaluation[known[evaluation]]
+
+    def truth(self, rows: Rows) -> Truth:
+        """What is known of these scans."""
+        manifest = self.subjects.manifest
+        sites, people = manifest["site"].to_numpy(str), manifest["subject"].to_numpy(str)
+        return Truth(self.labels[rows], sites[rows], people[rows])
+
+    def write_predictions(self, fold: int, predictions: pd.DataFrame, path: Path) -> None:
+        """Write a table with one line per evaluation scan of `fold`: subject, site, truth, and the `predictions`."""
+        rows = self.rows_of(fold)[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_table(with_truth(self.subjects.manifest, self.labels, rows, predictions), path)
+
+
+def with_truth(manifest: pd.DataFrame, labels: Labels, rows: Rows, predictions: pd.DataFrame) -> pd.DataFrame:
+    """The `predictions` for these rows of a cohort, behind subject, site and truth."""
+    of_scan = manifest.iloc[rows][["subject", "site"]].assign(truth=labels[rows]).reset_index(drop=True)
+    return pd.concat([of_scan, predictions.reset_index(drop=True)], axis=1)
 
 
 @dataclass(frozen=True)

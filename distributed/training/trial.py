@@ -10,9 +10,9 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypedDict, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from ray import train
@@ -20,11 +20,11 @@ from ray.train.torch import get_device
 
 from core.config import resolve
 from core.errors import UserError
-from core.evaluation.probes import chosen_penalty
 from core.files.writing import replacing, write_text, writing_to
-from core.objectives import OBJECTIVES, measure
+from core.objectives import measure
 from core.run_names import CHECKPOINT, PROGRESS
-from core.tasks.brain_age import JudgedCell, Outcome
+from core.tasks import find_task
+from core.tasks.task import JudgedCell, Outcome
 from distributed.run.assignment import (
     HOLDOUT,
     Answer,
@@ -48,17 +48,14 @@ from distributed.run.standing import standing
 from distributed.run.working_copy import DAMAGED, bring, send, set_aside
 from distributed.training.loop import CellTraining, DivergedError, TrainingState
 from distributed.training.out_of_memory import out_of_memory
-from distributed.training.subjects import Place, Subjects
+from distributed.training.subjects import Labelled, Place, Subjects
 
 Kept = TypeVar("Kept")
 
 
-class JudgedFold(TypedDict):
-    """What the probe of a finished cell predicts; see `core.tasks.brain_age.JudgedCell`."""
-
-    fold: int
-    by_penalty: torch.Tensor
-    without: dict[int, torch.Tensor]
+KeptCell = dict[str, Any]
+"""What a finished cell keeps for other ones: its `fold`, and tensors by the names in `core.tasks.task.Task.keeps`."""
+FOLD = "fold"
 
 
 class Saved(TypedDict):
@@ -70,8 +67,8 @@ class Saved(TypedDict):
     """The state of the cell in training; None between two cells."""
     history: list[EpochRow]
     finished: list[CellRow]
-    judged: list[JudgedFold]
-    """Of every finished cell, for the choice of the probe's penalty; empty where there is no probe."""
+    judged: list[KeptCell]
+    """Of every finished cell; empty where cells choose nothing together."""
     after_cells: list[list[float]]
     """See `Answer`."""
     begin: str | None
@@ -132,11 +129,13 @@ class Trial:
     def __init__(self, assignment: Assignment, subjects: Subjects, place: Place) -> None:
         self.assignment, self.subjects, self.place = assignment, subjects, place
         self.settings = resolve(assignment["settings"])
+        self.task = find_task(self.settings.task)
+        self.labelled = Labelled.of(subjects, self.settings)
         self.cells = [Cell(**cell, trial=assignment["name"]) for cell in assignment["cells"]]
         self.folder = Path(assignment["folder"])
         self.history: list[EpochRow] = []
         self.finished: list[CellRow] = []
-        self.judged: list[JudgedFold] = []
+        self.judged: list[KeptCell] = []
         self.after_cells: list[list[float]] = []
         self.answer: Answer | None = None
         self.training: CellTraining | None = None
@@ -159,14 +158,16 @@ class Trial:
         training = self._current_cell()
         row = training.run_epoch()
         last_epoch = training.epoch == self.settings.training.epochs
-        metric = self.assignment["metric"]
-        sites = last_epoch or OBJECTIVES[metric].needs_sites
+        metric, of_task = self.assignment["metric"], self.task.about
+        sites = last_epoch or of_task.objective(metric).needs_sites
         outcome = None
         if last_epoch or self._judges_every_epoch:
             # A refit has the penalty that its configuration had in the search; the cells of a trial find it.
             in_search = last_epoch and not is_refit(self.assignment)
             outcome = training.judge(sites=sites, penalty=self.assignment.get("penalty"), in_search=in_search)
-        row["mae"] = outcome.metrics["mae"] if outcome else math.nan
+        followed = of_task.objectives[0]
+        noted: Any = {followed: outcome.metrics[followed] if outcome else math.nan}
+        row.update(noted)
         value = measure(metric, outcome.metrics) if outcome else math.nan
         row["spent_seconds"] = time.perf_counter() - started
         self.history.append(row)
@@ -175,7 +176,7 @@ class Trial:
         answer = cast(Answer, row) | standing(self.assignment, self.history, self.finished, value)
         row["value"] = answer["value"]
         if answer["done"]:
-            self.answer = answer | self._best_penalty() | Answer(after_cells=self.after_cells)
+            self.answer = answer | self._found_penalty() | Answer(after_cells=self.after_cells)
             answer = self.answer
         self._save()
         return answer | self._told()
@@ -211,14 +212,14 @@ class Trial:
                     path = self.folder / f"predictions-{cell.seed}.csv"
                 else:
                     path = out_of_fold_predictions(self.folder, cell.fold, cell.seed)
-                self.subjects.write_predictions(cell.fold, outcome.predicted, path)
+                self.labelled.write_predictions(cell.fold, outcome.predictions, path)
                 if self.assignment["keep_model"]:
                     training.write_model(outcome, self.folder / f"model-{cell.seed}")
-        if outcome.by_penalty is not None:
-            without = {fold: torch.as_tensor(errors) for fold, errors in outcome.without.items()}
-            by_penalty = torch.as_tensor(outcome.by_penalty)
-            self.judged.append({"fold": cell.fold, "by_penalty": by_penalty, "without": without})
-            self._cross_fit(training)
+        if outcome.kept:
+            self.judged.append(
+                {FOLD: cell.fold} | {name: _as_tensors(outcome.kept[name]) for name in self.task.keeps}
+            )
+            self._judge_together()
         self.after_cells.append(self._values())
         training.close()
         self.training = None
@@ -227,35 +228,33 @@ class Trial:
         """The objective in every finished cell."""
         return [measure(self.assignment["metric"], cell) for cell in self.finished]
 
-    def _cross_fit(self, training: CellTraining) -> None:
-        """Judge every finished cell anew, with the penalty that the cells of other folds choose for it."""
+    def _judge_together(self) -> None:
+        """Judge every finished cell anew, with what the cells of other folds choose for it."""
         if len(self.judged) < len(self.finished):
             # This trial was begun by version 0.2, which kept no predictions.
             return
-        made = training.task.cross_fit([self._judged(cell) for cell in self.judged])
-        for row, (metrics, predicted) in zip(self.finished, made, strict=bool(made)):
+        made = self.task.judge_together([self._judged(cell) for cell in self.judged])
+        for row, (metrics, predictions) in zip(self.finished, made, strict=bool(made)):
             row.update(metrics)
             if self.place.rank == 0:
                 fold, seed = int(row["fold"]), int(row["seed"])
                 path = out_of_fold_predictions(self.folder, fold, seed)
                 with writing_to(self.folder):
-                    self.subjects.write_predictions(fold, predicted, path)
+                    self.labelled.write_predictions(fold, predictions, path)
 
-    def _best_penalty(self) -> Answer:
-        """The penalty for a refit of this configuration: the best one in all its cells.
+    def _found_penalty(self) -> Answer:
+        """The penalty for a refit of this configuration, as its cells found it.
 
-        There people are judged whom neither encoder nor probe knows. Nothing if there is no probe, or if an older
-        version did not keep every cell.
+        Nothing if its task finds none, or if an older version did not keep every cell.
         """
         if is_refit(self.assignment) or not self.judged or len(self.judged) < len(self.finished):
             return Answer()
-        return Answer(penalty=chosen_penalty([self._judged(cell).errors for cell in self.judged]))
+        penalty = self.task.penalty_of([self._judged(cell) for cell in self.judged])
+        return Answer() if penalty is None else Answer(penalty=penalty)
 
-    def _judged(self, cell: JudgedFold) -> JudgedCell:
-        of_scan = self.subjects.manifest.iloc[self.subjects.rows_of(cell["fold"])[1]]
-        ages, subjects = of_scan["age"].to_numpy(float), of_scan["subject"].to_numpy(str)
-        without = {fold: errors.numpy() for fold, errors in cell["without"].items()}
-        return JudgedCell(cell["fold"], cell["by_penalty"].numpy(), ages, subjects, without)
+    def _judged(self, cell: KeptCell) -> JudgedCell:
+        truth = self.labelled.truth(self.labelled.rows_of(cell[FOLD])[1])
+        return JudgedCell(cell[FOLD], truth, {name: _as_arrays(cell[name]) for name in self.task.keeps})
 
     def _save(self) -> None:
         """Rank 0 writes the checkpoint, then the file for people and the driver; each is replaced in one step."""
@@ -306,9 +305,9 @@ class Trial:
         if saved is None:
             return
         self.history, self.finished = saved["history"], saved["finished"]
-        # Version 0.2 kept none: then these cells, and all later ones of the trial, keep the penalties that they chose
-        # alone. Versions before 0.3 was released chose together, and kept not all of it: the finished cells stay so.
-        self.judged = [cell for cell in saved.get("judged", []) if "without" in cell]
+        # Version 0.2 kept none: then these cells, and all later ones of the trial, keep what they chose alone. Versions
+        # before 0.3 was released chose together, and kept not all of it: the finished cells stay so.
+        self.judged = [cell for cell in saved.get("judged", []) if cell.keys() >= set(self.task.keeps)]
         # Before version 0.3 no later cell changed the value of an earlier one.
         earlier = self._values()
         before = [earlier[: count + 1] for count in range(len(earlier))]
@@ -348,6 +347,20 @@ class Trial:
                 f"{self.folder} held another configuration, perhaps because the study has lost its end; it is now "
                 f"{aside.name}"
             )
+
+
+def _as_tensors(kept: Any) -> Any:
+    """What an outcome keeps, as tensors: a checkpoint holds nothing else."""
+    if isinstance(kept, Mapping):
+        return {key: torch.as_tensor(values) for key, values in kept.items()}
+    return torch.as_tensor(kept)
+
+
+def _as_arrays(kept: Any) -> Any:
+    """The inverse of `_as_tensors`."""
+    return (
+        {key: values.numpy() for key, values in kept.items()} if isinstance(kept, Mapping) else kept.numpy()
+    )
 
 
 def _read_checkpoint(path: Path) -> Saved:

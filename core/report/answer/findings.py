@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pandas as pd
 
+from core.report.answer.classes import confusion_in_words, reliability_in_words, roc_in_words
 from core.report.answer.front import front_in_words
 from core.report.answer.honesty import (
     access_line,
@@ -16,17 +19,16 @@ from core.report.answer.honesty import (
 from core.report.answer.importance import importances_of
 from core.report.answer.population import has_population, is_member, population_in_words, steps_in_words
 from core.report.answer.record import NothingToShow, RunRecord
-from core.report.answer.subjects import held_out
+from core.report.answer.subjects import are_numbers, held_out, truths_in_words
 from core.report.answer.tables import count, mean_and_sd
-from core.report.answer.verdict import after_a_look, beating_the_median, comparisons, verdict
-from core.run_names import MEDIAN, WINNER
+from core.report.answer.verdict import after_a_look, beating_the_floor, comparisons, verdict
+from core.run_names import WINNER
 
 
 def headline(record: RunRecord) -> str:
     """The result in one sentence: on held-out subjects, or the best of the search, or why there is no result."""
-    winner = record.holdout[record.holdout["method"] == WINNER]
-    if not winner.empty:
-        return _held_out_headline(record, winner)
+    if (record.holdout["method"] == WINNER).any():
+        return _held_out_headline(record)
     if record.best is not None:
         best = record.trial(record.best)
         value = mean_and_sd(best["value"], best["sd"])
@@ -39,13 +41,25 @@ def headline(record: RunRecord) -> str:
     return f"No trial was completed, so nothing can be said about accuracy ({states(record)})."
 
 
-def _held_out_headline(record: RunRecord, winner: pd.DataFrame) -> str:
-    error = mean_and_sd(winner["mae"].mean(), winner["mae"].std())
-    subjects = winner["n_holdout"].max()
+def _held_out_headline(record: RunRecord) -> str:
+    judged, of_winner = record.judged_by, record.holdout["method"] == WINNER
+    values, subjects = (
+        record.held_out_values.loc[of_winner, "value"],
+        record.holdout.loc[of_winner, "n_holdout"].max(),
+    )
     n = "" if pd.isna(subjects) else f"n = {count(subjects, 'subject')}, "
-    median = record.holdout.loc[record.holdout["method"] == MEDIAN, "mae"].mean()
-    floor = "" if pd.isna(median) else f"; predicting the training median: {median:.2f}"
-    return f"Held-out MAE of the search winner: {error} years ({n}{count(len(winner), 'seed')}){floor}."
+    value = judged.amount(mean_and_sd(values.mean(), values.std()))
+    refits = f"{n}{count(len(values), 'seed')}"
+    return f"Held-out {judged.title} of the search winner: {value} ({refits}){_of_floor(record)}."
+
+
+def _of_floor(record: RunRecord) -> str:
+    """What predicting without images reaches: `; predicting the training median: 14.01`."""
+    floor = record.task.floor
+    if floor is None:
+        return ""
+    value = record.held_out_values.loc[record.holdout["method"] == floor.method, "value"].mean()
+    return "" if pd.isna(value) else f"; {floor.words}: {value:.2f}"
 
 
 def states(record: RunRecord) -> str:
@@ -68,7 +82,8 @@ def verdict_lines(record: RunRecord) -> list[str]:
     """The verdict on the winner, then each comparison with its numbers; empty if the hold-out was not used yet."""
     if record.holdout.empty:
         return []
-    lines = [verdict(record.predictions), *(each.sentence() for each in comparisons(record.predictions))]
+    made = comparisons(record.predictions, record.task)
+    lines = [verdict(record.predictions, record.task), *(each.sentence() for each in made)]
     if record.best is not None and record.best == record.published:
         lines.insert(1, _published_wins(record))
     if looked := after_a_look(record.about.looks):
@@ -99,14 +114,12 @@ def caveats(record: RunRecord) -> list[str]:
         schedule_line(record),
         _one_look(record),
         _single_refit(record),
-        _ages(record),
+        _range(record),
         _sites(record),
         _cells(record),
         _pruning(record),
         *change_lines(record),
-        "Predicted ages are drawn to the middle: if the prediction is imperfect, young people look older and old "
-        "people younger. Without a correction for this, a brain-age gap is not a finding about a person; "
-        "`predict` and `evaluate` give corrected gaps, too.",
+        *record.task.caveats,
     ]
     return [line for line in lines if line]
 
@@ -115,17 +128,16 @@ def _synthetic(record: RunRecord) -> str:
     if not record.is_synthetic:
         return ""
     return (
-        "These brains are synthetic. Their age effects follow a known recipe, so the errors show whether the "
-        "software works, and say nothing about real people."
+        f"These brains are synthetic. What {record.task.truth} does to them follows a known recipe, so the errors show "
+        "whether the software works, and say nothing about real people."
     )
 
 
 def _no_signal(record: RunRecord) -> str:
-    if beating_the_median(record.predictions) != []:
+    task = record.task
+    if task.floor is None or beating_the_floor(record.predictions, task) != []:
         return ""
-    return (
-        "No method is shown to beat predicting the training median: age has not been found in these images."
-    )
+    return f"No method is shown to beat {task.floor.words}: {task.nothing_found}."
 
 
 def _few_subjects(record: RunRecord) -> str:
@@ -151,10 +163,10 @@ def _winners_curse(record: RunRecord) -> str:
         f"luck: its {record.objective.words} ({record.objective.amount(value)}) is optimistic."
     )
     line = " ".join(filter(None, [line, optimism(record)]))
-    winner = record.holdout.loc[record.holdout["method"] == WINNER, "mae"]
-    if winner.empty:
+    values, judged = record.held_out_values.loc[record.holdout["method"] == WINNER, "value"], record.judged_by
+    if values.empty:
         return line
-    return f"{line} Its held-out MAE is {mean_and_sd(winner.mean(), winner.std())} years."
+    return f"{line} Its held-out {judged.title} is {judged.amount(mean_and_sd(values.mean(), values.std()))}."
 
 
 def _one_look(record: RunRecord) -> str:
@@ -172,17 +184,20 @@ def _single_refit(record: RunRecord) -> str:
         return "The winner was refitted with a single seed: it is unknown how much the result depends on the seed."
     if refits:
         return (
-            f"The ± behind held-out errors is the SD over {refits} refits with other seeds, on the same "
+            f"The ± behind held-out values is the SD over {refits} refits with other seeds, on the same "
             "subjects: it is not the uncertainty for new people."
         )
     return ""
 
 
-def _ages(record: RunRecord) -> str:
-    ages = record.cohort["age"].dropna()
-    if ages.empty:
+def _range(record: RunRecord) -> str:
+    truths, task = record.cohort["truth"].dropna(), record.task
+    if truths.empty or not are_numbers(truths):
         return ""
-    return f"Ages run from {ages.min():.0f} to {ages.max():.0f} years: nothing here holds outside that range."
+    span = truths_in_words(truths, task.truth_unit)
+    return (
+        f"{task.truth[:1].upper()}{task.truth[1:]}s run from {span}: nothing here holds outside that range."
+    )
 
 
 def _sites(record: RunRecord) -> str:
@@ -236,7 +251,9 @@ def in_words(record: RunRecord) -> dict[str, str]:
     """The content of every figure in a sentence with its numbers, for people who cannot see it."""
     values = record.trials.loc[record.trials["state"] == "COMPLETE", "value"].dropna()
     span = f", from {values.min():.2f} to {values.max():.2f}" if len(values) else ""
-    cells = record.cells.loc[record.cells["number"] == record.best, "mae"]
+    judged = record.judged_by
+    cells = record.cells.loc[record.cells["number"] == record.best, record.task.shown[0]]
+    best = judged.amount(mean_and_sd(cells.mean(), cells.std()))
     pruned = _pruned(record)
     trials = count(len(record.trials), "trial")
     return {
@@ -245,12 +262,11 @@ def in_words(record: RunRecord) -> dict[str, str]:
         "importance": _importance_in_words(record),
         "curves": f"{record.value_title} of {trials} against epochs; {pruned} were pruned.",
         "loss": f"Training loss of the winner in {count(len(cells), 'cell')} against progress.",
-        "folds": f"MAE per cell of the leading trials; best: {mean_and_sd(cells.mean(), cells.std())} years.",
-        "gains": " ".join(each.sentence() for each in comparisons(record.predictions)),
-        "predicted": _predictions_in_words(record),
-        "gap": _gaps_in_words(record),
+        "folds": f"{judged.title} per cell of the leading trials; best: {best}.",
+        "gains": " ".join(each.sentence() for each in comparisons(record.predictions, record.task)),
+        **{name: words(record) for name, words in OF_PEOPLE.items() if name in record.task.figures},
         "schedules": "Learning rate, temperature, width and neighbours of the winner against progress.",
-        "ages": _ages_in_words(record),
+        "people": _people_in_words(record),
         "population": population_in_words(record) if has_population(record) else "",
         "steps": steps_in_words(record) if has_population(record) else "",
     }
@@ -272,9 +288,10 @@ def _predictions_in_words(record: RunRecord) -> str:
     except NothingToShow as reason:
         return str(reason)
     error, gaps = subjects["gap"].abs().mean(), mean_and_sd(subjects["gap"].mean(), subjects["gap"].std())
+    truth, unit = record.task.truth, record.task.truth_unit
     return (
-        f"Predicted against true age of {count(len(subjects), 'held-out subject')}. Mean absolute error of "
-        f"their mean predictions {error:.2f} years; mean gap {gaps} years."
+        f"Predicted against true {truth} of {count(len(subjects), 'held-out subject')}. Mean absolute error of "
+        f"their mean predictions {error:.2f} {unit}; mean gap {gaps} {unit}."
     )
 
 
@@ -290,10 +307,20 @@ def _gaps_in_words(record: RunRecord) -> str:
     return f"Mean brain-age gap in years by site: {', '.join(means)}."
 
 
-def _ages_in_words(record: RunRecord) -> str:
-    sites = record.cohort.groupby("site")["age"].agg(["count", "min", "max"])
+def _people_in_words(record: RunRecord) -> str:
+    unit = record.task.truth_unit
     rows = (
-        f"{site or 'no site'} {row['count']:.0f} ({row['min']:.0f} to {row['max']:.0f})"
-        for site, row in sites.iterrows()
+        f"{str(site) or 'no site'} {len(group)} ({truths_in_words(group['truth'], unit)})"
+        for site, group in record.cohort.groupby("site")
     )
-    return f"Subjects and ages in years by site: {', '.join(rows)}."
+    return f"Scans and {record.task.truth} by site: {', '.join(rows)}."
+
+
+OF_PEOPLE: dict[str, Callable[[RunRecord], str]] = {
+    "predicted": _predictions_in_words,
+    "gap": _gaps_in_words,
+    "roc": roc_in_words,
+    "confusion": confusion_in_words,
+    "reliability": reliability_in_words,
+}
+"""The figures of people and their predictions, in words; a task names those that it has."""

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from core.objectives import OBJECTIVES
 from core.report.answer.describe import describe
 from core.report.answer.record import RunRecord
 from core.report.answer.tables import mean_and_sd
@@ -32,11 +31,14 @@ def pareto_front(record: RunRecord) -> pd.DataFrame:
     trials = completed_with_objectives(record)
     if len(record.objectives) < 2 or trials.empty:
         return trials.head(0)
-    values_nk = trials[record.objectives].to_numpy(float)
+    metrics = [record.metric(name) for name in record.objectives]
+    values_nk = trials[record.objectives].to_numpy(float) * [metric.sign for metric in metrics]
     no_worse_nn = (values_nk[:, None] <= values_nk[None]).all(axis=2)
     better_nn = (values_nk[:, None] < values_nk[None]).any(axis=2)
     is_beaten_n = (no_worse_nn & better_nn).any(axis=0)
-    return trials[pd.Series(~is_beaten_n, trials.index)].sort_values(by=[*record.objectives, "number"])
+    return trials[pd.Series(~is_beaten_n, trials.index)].sort_values(
+        by=[*record.objectives, "number"], ascending=[*(metric.better == "low" for metric in metrics), True]
+    )
 
 
 def front_table(record: RunRecord) -> pd.DataFrame:
@@ -45,7 +47,7 @@ def front_table(record: RunRecord) -> pd.DataFrame:
     rows: list[dict[str, Any]] = [
         {
             "trial": int(row["number"]),
-            **{OBJECTIVES[name].label: mean_and_sd(row[name], float("nan")) for name in record.objectives},
+            **{_heading(record, name): mean_and_sd(row[name], float("nan")) for name in record.objectives},
             "what": describe({name: row[name] for name in settings}, most=7),
         }
         for _, row in pareto_front(record).iterrows()
@@ -53,12 +55,17 @@ def front_table(record: RunRecord) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _heading(record: RunRecord, name: str) -> str:
+    metric = record.metric(name)
+    return f"{metric.label}{', high is better' if metric.better == 'high' else ''}"
+
+
 def front_in_words(record: RunRecord) -> str:
     """The front in words, for people who cannot see the figure."""
     front = pareto_front(record)
     named = "; ".join(
         f"trial {int(row['number'])}: "
-        + ", ".join(f"{OBJECTIVES[name].label} {row[name]:.3g}" for name in record.objectives)
+        + ", ".join(f"{record.metric(name).label} {row[name]:.3g}" for name in record.objectives)
         for _, row in front.iterrows()
     )
     return (

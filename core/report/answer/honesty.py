@@ -32,11 +32,11 @@ def measured_again(record: RunRecord) -> pd.DataFrame:
             repeated[PUBLISHED] = repeated[WINNER]
         rows.append({"measured": f"same folds, fresh seeds, {record.value_label}"} | repeated)
     refits = {
-        method: _spread(record.holdout.loc[record.holdout["method"] == method, "mae"])
+        method: _spread(record.held_out_values.loc[record.holdout["method"] == method, "value"])
         for method in (WINNER, PUBLISHED)
     }
     if any(value != ABSENT for value in refits.values()):
-        rows.append({"measured": "refitted with fresh seeds, held-out MAE (years)"} | refits)
+        rows.append({"measured": f"refitted with fresh seeds, held-out {record.judged_by.heading}"} | refits)
     return pd.DataFrame(rows, columns=["measured", WINNER, PUBLISHED]).fillna(ABSENT)
 
 
@@ -53,7 +53,7 @@ def optimism(record: RunRecord) -> str:
         f"On the same folds with {count(record.confirmed['seed'].nunique(), 'fresh seed')} the winner's "
         f"{record.objective.words} is {record.objective.amount(mean_and_sd(again.mean(), again.std()))} "
         f"(n = {count(len(again), 'cell')}), "
-        f"{abs(change):.2f} {'worse' if change > 0 else 'better'} than in the search."
+        f"{abs(change):.2f} {'worse' if change * record.objective.sign > 0 else 'better'} than in the search."
     )
 
 
@@ -153,23 +153,25 @@ def _access_line(record: RunRecord) -> str:
 
 
 def tuning_line(record: RunRecord) -> str:
-    """Whether the L1 baseline was tuned as the winner was, with the numbers of trials, and its validation value."""
-    tried, of_winner = ended(record.baseline), ended(record.trials)
+    """Whether the rival was tuned as the winner was, with the numbers of trials, and its validation value."""
+    if record.task.rival is None:
+        return ""
+    rival, tried, of_winner = record.task.rival.words, ended(record.baseline), ended(record.trials)
     if not tried:
-        return "The winner was tuned, and the L1 baseline was not."
+        return f"The winner was tuned, and {rival} was not."
     best = record.best_baseline
     if best is None:
         return (
-            f"None of {count(tried, 'trial')} of the L1 baseline was completed: it was refitted untuned, and the "
+            f"None of {count(tried, 'trial')} of {rival} was completed: it was refitted untuned, and the "
             "winner was tuned."
         )
     if tried == 1:
-        return "The winner was tuned, and of the L1 baseline only one configuration was tried."
+        return f"The winner was tuned, and of {rival} only one configuration was tried."
     number = "as many" if tried == of_winner else str(of_winner)
     value = record.objective.amount(mean_and_sd(best["value"], best["sd"]))
     return (
-        f"The L1 baseline was tuned as well: it is the best of {count(tried, 'trial')} on the same cells "
-        f"({record.objective.words} {value}), and the winner the best of {number}."
+        f"{rival[:1].upper()}{rival[1:]} was tuned as well: it is the best of {count(tried, 'trial')} on the same "
+        f"cells ({record.objective.words} {value}), and the winner the best of {number}."
     )
 
 

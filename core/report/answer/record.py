@@ -16,9 +16,8 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from core.errors import UserError
-from core.evaluation.regression import median_age
 from core.files.tables import read_table
-from core.objectives import OBJECTIVES, Objective
+from core.objectives import COST, Metric
 from core.run_access import evaluations
 from core.run_description import RunDescription, find_cohort
 from core.run_names import (
@@ -26,7 +25,6 @@ from core.run_names import (
     CELLS_DONE,
     JOURNAL,
     LABEL,
-    MEDIAN,
     OUTSIDE,
     PUBLISHED,
     REASON,
@@ -35,61 +33,58 @@ from core.run_names import (
     SECONDS,
     VALUE_AT,
 )
+from core.task_description import BRAIN_AGE, TaskDescription
 
 TRIAL_COLUMNS = ("number", "label", "state", "value", "sd", "n", "epochs", "seconds", "reason")
-MEASURED_COLUMNS = ("outside", *OBJECTIVES)
-"""More columns of a trials table: whether the trial lies outside the space now, and means over the cells."""
-NO_SETTINGS = (*TRIAL_COLUMNS, *MEASURED_COLUMNS)
-
-# Every table of a run: its columns, and what is missing in a report without it.
+# Every table of a run: the columns that it has for every task, and what is missing in a report without it.
 TABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "trials": (TRIAL_COLUMNS, "the leaderboard"),
     "splits": (("subject", "role"), "who was in which fold and who was held out"),
-    "cells": (
-        ("number", "fold", "seed", "mae", "r2", "site_balanced_accuracy", "median_mae", "n"),
-        "the spread over folds and seeds",
-    ),
+    "cells": (("number", "fold", "seed", "n"), "the spread over folds and seeds"),
     "history": (
-        (
-            "number",
-            "fold",
-            "seed",
-            "epoch",
-            "progress",
-            "loss",
-            "mae",
-            "learning_rate",
-            "temperature",
-            "width",
-            "neighbours",
-            "seconds",
-        ),
+        ("number", "fold", "seed", "epoch", "progress", "loss", "learning_rate", "seconds"),
         "the epochs of every trial",
     ),
-    "holdout": (
-        ("method", "seed", "mae", "r2", "site_balanced_accuracy", "n_train", "n_holdout"),
-        "the result on the held-out subjects",
-    ),
+    "holdout": (("method", "seed", "n_train", "n_holdout"), "the result on the held-out subjects"),
     "predictions": (
-        ("method", "seed", "subject", "age", "predicted", "site"),
-        "the predicted ages of the held-out subjects",
+        ("method", "seed", "subject", "truth", "predicted", "error", "site"),
+        "the predictions for the held-out subjects",
     ),
 }
 # Tables that only some runs have.
 OPTIONAL_TABLES: dict[str, tuple[str, ...]] = {
-    "confirmed": ("method", "fold", "seed", "mae", "site_balanced_accuracy", "n"),
+    "confirmed": ("method", "fold", "seed", "n"),
     "access": ("subject", "first_read", "fold"),
     "baseline": TRIAL_COLUMNS,
 }
+
+
+def columns_of(name: str, of_task: TaskDescription) -> tuple[str, ...]:
+    """The columns of a table of a run: those that it has for every task, and those of this task."""
+    columns = OPTIONAL_TABLES[name] if name in OPTIONAL_TABLES else TABLES[name][0]
+    if name in ("cells", "holdout", "confirmed"):
+        columns += of_task.shown
+    if name == "cells" and of_task.floor is not None:
+        columns += (of_task.floor.metric,)
+    if name == "history":
+        columns += (of_task.objectives[0], *of_task.course)
+    return columns
+
+
+def not_settings(of_task: TaskDescription) -> tuple[str, ...]:
+    """The columns of a trials table that are no settings: means over cells and `outside` are among them."""
+    return (*TRIAL_COLUMNS, "outside", *of_task.metrics, COST)
+
+
+OF_SCANS = ("subject", "truth", "site")
 
 
 class NothingToShow(Exception):
     """The run does not contain what a figure needs; the message tells the reader what is missing."""
 
 
-def _empty(name: str) -> pd.DataFrame:
-    columns = OPTIONAL_TABLES[name] if name in OPTIONAL_TABLES else TABLES[name][0]
-    return pd.DataFrame(columns=list(columns))
+def _empty(name: str, of_task: TaskDescription = BRAIN_AGE) -> pd.DataFrame:
+    return pd.DataFrame(columns=list(columns_of(name, of_task)))
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,8 @@ class RunRecord:
     """The content of the folder of a sweep. A table that is absent is empty, with its columns.
 
     `about` is run.json, with defaults if it is absent. `winner` is best/settings.json. `cohort` is the manifest of the
-    cohort of the run (subject, age in years, site). `missing` has one line for each part that is absent.
+    cohort of the run (subject, truth, site), with what the task predicts as `truth`. `missing` has one line for each
+    part that is absent.
     """
 
     folder: Path
@@ -111,8 +107,8 @@ class RunRecord:
     confirmed: pd.DataFrame = field(default_factory=lambda: _empty("confirmed"))
     access: pd.DataFrame = field(default_factory=lambda: _empty("access"))
     baseline: pd.DataFrame = field(default_factory=lambda: _empty("baseline"))
-    """The trials of the L1 baseline, with the columns of `trials`."""
-    cohort: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["subject", "age", "site"]))
+    """The trials of the tuned baseline, with the columns of `trials`."""
+    cohort: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(OF_SCANS)))
     evaluations: tuple[float, ...] = ()
     """When `brainsweep evaluate` used the held-out subjects, in seconds since 1970."""
     study: optuna.Study | None = None
@@ -128,7 +124,7 @@ class RunRecord:
 
     @property
     def best_baseline(self) -> dict[str, Any] | None:
-        """The row of the best completed trial of the L1 baseline, or None when there is none."""
+        """The row of the best completed trial of the baseline, or None when there is none."""
         best = self._best_of(self.baseline)
         return None if best is None else _row(self.baseline, best)
 
@@ -137,7 +133,8 @@ class RunRecord:
         if "outside" in completed:
             completed = completed[~completed["outside"].fillna(False).astype(bool)]
         later = [name for name in self.objectives[1:] if name in completed]
-        ordered = completed.sort_values(["value", *later, "number"])
+        ascending = [self.metric(name).better == "low" for name in [self.objectives[0], *later]]
+        ordered = completed.sort_values(["value", *later, "number"], ascending=[*ascending, True])
         return None if ordered.empty else int(ordered["number"].iloc[0])
 
     @property
@@ -146,9 +143,28 @@ class RunRecord:
         return self.about.cohort is not None and self.about.cohort.synthetic
 
     @property
+    def task(self) -> TaskDescription:
+        """The task of the run in words."""
+        return self.about.task
+
+    @property
+    def judged_by(self) -> Metric:
+        """The metric of the results on held-out subjects."""
+        return self.task.judged_by
+
+    @property
+    def held_out_values(self) -> pd.DataFrame:
+        """method and value: that metric for every refit."""
+        return self.holdout[["method"]].assign(value=self.holdout[self.task.shown[0]])
+
+    @property
     def objectives(self) -> list[str]:
-        """The objectives, which the search minimised; the first one is the value of a trial."""
+        """The objectives of the search; the first one is the value of a trial."""
         return self.about.objectives
+
+    def metric(self, name: str) -> Metric:
+        """An objective in words."""
+        return self.task.objective(name)
 
     @property
     def published(self) -> int | None:
@@ -157,9 +173,9 @@ class RunRecord:
         return None if labelled.empty else int(labelled.iloc[0])
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> Metric:
         """The first objective, which is a trial's value."""
-        return OBJECTIVES[self.objectives[0]]
+        return self.metric(self.objectives[0])
 
     @property
     def value_label(self) -> str:
@@ -177,7 +193,7 @@ class RunRecord:
 
     def searched(self) -> list[str]:
         """The settings that the search varied (dotted names), as the trials table has them."""
-        return [str(name) for name in self.trials.columns if name not in NO_SETTINGS]
+        return [str(name) for name in self.trials.columns if name not in not_settings(self.task)]
 
 
 def _row(trials: pd.DataFrame, number: int) -> dict[str, Any]:
@@ -199,17 +215,18 @@ def read_run(run: Path) -> RunRecord:
     if about.kind != "sweep":
         raise UserError(f"'{run}' is a '{about.kind}' run; a report is made of sweeps")
     study = _read_study(run / JOURNAL, about.study, missing)
-    tables = {name: _read_table(run, name, missing) for name in TABLES}
-    tables |= {name: _read_optional(run / f"{name}.csv", name, missing) for name in OPTIONAL_TABLES}
+    of_task = about.task
+    tables = {name: _read_table(run, name, of_task, missing) for name in TABLES}
+    tables |= {name: _read_optional(run / f"{name}.csv", name, of_task, missing) for name in OPTIONAL_TABLES}
     if tables["trials"].empty and study is not None:
-        tables["trials"] = _trials_of(study)
+        tables["trials"] = _trials_of(study, of_task)
     cut = [
         f"{name} has {len(tables[name])} of {rows} lines: it was cut off; put it back from a backup"
         for name, rows in about.rows.items()
         if name in tables and len(tables[name]) < rows and not any(line.startswith(name) for line in missing)
     ]
     cohort = _read_cohort(run, about, missing)
-    tables["predictions"] = _with_median(tables["predictions"], tables["splits"], cohort)
+    tables["predictions"] = _with_floor(tables["predictions"], tables["splits"], cohort, of_task)
     return RunRecord(
         folder=run,
         about=about,
@@ -250,22 +267,22 @@ def _read_json(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _read_table(run: Path, name: str, missing: list[str]) -> pd.DataFrame:
-    columns, what = TABLES[name]
+def _read_table(run: Path, name: str, of_task: TaskDescription, missing: list[str]) -> pd.DataFrame:
+    columns, what = columns_of(name, of_task), TABLES[name][1]
     parquet, csv = run / f"{name}.parquet", run / f"{name}.csv"
     try:
         # Parquet keeps the types of columns.
         if parquet.exists():
             table = pd.read_parquet(parquet)
         elif csv.exists():
-            table = read_table(csv)
+            table = read_predictions(csv) if name == "predictions" else read_table(csv)
         else:
             missing.append(f"{csv.name} is absent: {what}")
-            return _empty(name)
+            return _empty(name, of_task)
     # The errors of the parsers are ValueErrors, too.
     except (OSError, ValueError, UserError) as error:
         missing.append(f"{name} cannot be read ({_first_line(error)}): {what}")
-        return _empty(name)
+        return _empty(name, of_task)
     return _with_columns(table, columns, csv.name, what, missing)
 
 
@@ -279,14 +296,23 @@ def _with_columns(
     return table.assign(**dict.fromkeys(absent, float("nan")))
 
 
-def _read_optional(path: Path, name: str, missing: list[str]) -> pd.DataFrame:
+def read_predictions(path: Path) -> pd.DataFrame:
+    """A table of predictions. Before version 0.3 it had ages in years, and no column of errors."""
+    table = read_table(path)
+    if "truth" in table or not {"age", "predicted"} <= set(table.columns):
+        return table
+    error = (table["predicted"].astype(float) - table["age"].astype(float)).abs()
+    return table.rename(columns={"age": "truth"}).assign(error=error)
+
+
+def _read_optional(path: Path, name: str, of_task: TaskDescription, missing: list[str]) -> pd.DataFrame:
     try:
-        return _with_columns(read_table(path), OPTIONAL_TABLES[name], path.name, name, missing)
+        return _with_columns(read_table(path), columns_of(name, of_task), path.name, name, missing)
     except FileNotFoundError:
-        return _empty(name)
+        return _empty(name, of_task)
     except (OSError, UserError) as error:
         missing.append(f"{path.name} cannot be read ({_first_line(error)})")
-        return _empty(name)
+        return _empty(name, of_task)
 
 
 def _read_study(path: Path, name: str, missing: list[str]) -> optuna.Study | None:
@@ -315,12 +341,14 @@ def reported(trial: FrozenTrial) -> dict[int, float]:
     return several or trial.intermediate_values
 
 
-def trial_row(trial: FrozenTrial, epochs: int | None) -> dict[str, Any]:
-    """One row of the trials table: `TRIAL_COLUMNS`, `MEASURED_COLUMNS`, then the searched settings of the trial.
+def trial_row(trial: FrozenTrial, epochs: int | None, of_task: TaskDescription = BRAIN_AGE) -> dict[str, Any]:
+    """One row of the trials table: `TRIAL_COLUMNS`; whether the trial lies outside the space now; the means over the
+    cells of what the task can optimise, and the cost; then the searched settings of the trial.
 
     Args:
         trial: a trial of the study.
         epochs: the epochs that it has done in all cells.
+        of_task: the task of the run.
     """
     attributes, values = trial.user_attrs, reported(trial)
     last = values[max(values)] if values else math.nan
@@ -335,40 +363,48 @@ def trial_row(trial: FrozenTrial, epochs: int | None) -> dict[str, Any]:
         "seconds": attributes.get(SECONDS),
         "reason": attributes.get(REASON),
         "outside": OUTSIDE in attributes,
-        **{name: attributes.get(name, math.nan) for name in OBJECTIVES},
+        **{name: attributes.get(name, math.nan) for name in (*of_task.objectives, COST)},
         **(trial.params or attributes.get(OUTSIDE, {})),
     }
 
 
-def _trials_of(study: optuna.Study) -> pd.DataFrame:
+def _trials_of(study: optuna.Study, of_task: TaskDescription) -> pd.DataFrame:
     """The trials table from the study only, for a sweep that was killed before it wrote the table."""
     trials = study.get_trials(deepcopy=False)
-    rows = [trial_row(trial, max(reported(trial), default=None)) for trial in trials]
+    rows = [trial_row(trial, max(reported(trial), default=None), of_task) for trial in trials]
     return pd.DataFrame(rows) if rows else _empty("trials")
 
 
 def _read_cohort(run: Path, about: RunDescription, missing: list[str]) -> pd.DataFrame:
-    """Subject, age and site of every scan of the run's cohort."""
-    columns = ["subject", "age", "site"]
+    """Subject, truth and site of every scan of the run's cohort."""
     try:
-        return find_cohort(run, about.cohort).manifest[columns]
+        manifest = find_cohort(run, about.cohort).manifest
     except UserError as error:
-        missing.append(f"{_first_line(error)}: its ages and sites")
-        return pd.DataFrame(columns=columns)
+        missing.append(f"{_first_line(error)}: what is known of its people")
+        return pd.DataFrame(columns=list(OF_SCANS))
+    if about.task.column not in manifest:
+        return manifest[["subject", "site"]].assign(truth=None)[list(OF_SCANS)]
+    return manifest.rename(columns={about.task.column: "truth"})[list(OF_SCANS)]
 
 
-def _with_median(predictions: pd.DataFrame, splits: pd.DataFrame, cohort: pd.DataFrame) -> pd.DataFrame:
-    """The predictions, with those of the training median if the sweep has not written them."""
+def _with_floor(
+    predictions: pd.DataFrame, splits: pd.DataFrame, cohort: pd.DataFrame, of_task: TaskDescription
+) -> pd.DataFrame:
+    """The predictions, with those of the training median if a sweep of age was stopped before it has written them."""
     trained = cohort["subject"].isin(splits.loc[splits["role"] != "holdout", "subject"])
-    if predictions.empty or not trained.any() or (predictions["method"] == MEDIAN).any():
+    floor = BRAIN_AGE.floor
+    if of_task.name != BRAIN_AGE.name or floor is None or predictions.empty or not trained.any():
+        return predictions
+    if (predictions["method"] == floor.method).any():
         return predictions
     first = predictions.iloc[0]
     held_out = predictions[
         (predictions["method"] == first["method"]) & (predictions["seed"] == first["seed"])
     ]
-    known = cohort[trained]
-    median = median_age(known["age"].to_numpy(float), known["subject"].to_numpy(str))
-    of_median = held_out.assign(method=MEDIAN, seed=0, predicted=median)
+    median = float(cohort[trained].groupby("subject")["truth"].mean().median())
+    of_median = held_out.assign(
+        method=floor.method, seed=0, predicted=median, error=(median - held_out["truth"]).abs()
+    )
     together: pd.DataFrame = pd.concat([predictions, of_median], ignore_index=True)
     return together
 

@@ -1,4 +1,4 @@
-"""The held-out subjects and their predicted ages."""
+"""The held-out subjects and their predictions; what is known of the people of a cohort, in words."""
 
 from __future__ import annotations
 
@@ -13,24 +13,41 @@ NO_SITE = "no site"
 
 
 def held_out(record: RunRecord) -> pd.DataFrame:
-    """One row per held-out subject: subject, age, site, predicted (mean over refits of the winner), least, most, gap.
+    """One row per held-out subject: subject, truth, site, predicted (mean over refits of the winner), least, most, gap.
 
-    The gap is predicted - age. All numbers are in years.
+    For tasks that predict a number; the gap is predicted - truth, in the unit of the truth.
 
     Raises:
         NothingToShow: the winner has no predictions of held-out subjects.
     """
-    winner = record.predictions[record.predictions["method"] == WINNER].dropna(subset=["age", "predicted"])
+    winner = record.predictions[record.predictions["method"] == WINNER].dropna(subset=["truth", "predicted"])
     if winner.empty:
         raise NothingToShow("the winner has not been tried on the held-out subjects")
     subjects = winner.groupby("subject", as_index=False).agg(
-        age=("age", "first"),
+        truth=("truth", "first"),
         site=("site", "first"),
         predicted=("predicted", "mean"),
         least=("predicted", "min"),
         most=("predicted", "max"),
     )
-    return subjects.assign(site=site_names(subjects["site"]), gap=subjects["predicted"] - subjects["age"])
+    return subjects.assign(site=site_names(subjects["site"]), gap=subjects["predicted"] - subjects["truth"])
+
+
+def are_numbers(truths: pd.Series) -> bool:
+    """Whether the truths of a cohort are numbers, such as ages; otherwise they are names of classes."""
+    return pd.api.types.is_numeric_dtype(truths)
+
+
+def truths_in_words(truths: pd.Series, unit: str, digits: int = 0) -> str:
+    """`20 to 80 years` of numbers, `F 19, M 15` of names; empty if none is known."""
+    known = truths[truths.notna() & (truths.astype(str) != "")]
+    if known.empty:
+        return ""
+    if are_numbers(truths):
+        return f"{known.min():.{digits}f} to {known.max():.{digits}f} {unit}".strip()
+    return ", ".join(
+        f"{name} {number}" for name, number in known.astype(str).value_counts().sort_index().items()
+    )
 
 
 def site_names(sites: pd.Series) -> pd.Series:

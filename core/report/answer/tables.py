@@ -11,13 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from core.objectives import Better
 from core.report.answer.describe import describe, is_absent, number
 from core.report.answer.population import found_in_words, found_schedule, values_of
-from core.report.answer.record import NO_SETTINGS, RunRecord
-from core.report.answer.verdict import after_a_look, comparisons, error_interval, verdict
-from core.run_names import FOUND, MEMBER, METHODS, PUBLISHED
+from core.report.answer.record import RunRecord, not_settings
+from core.report.answer.verdict import after_a_look, comparisons, judged_interval, verdict
+from core.run_names import FOUND, MEMBER, PUBLISHED
+from core.task_description import BRAIN_AGE, TaskDescription
 
 ABSENT = "–"
+INTERVAL = "95 % interval"
 SHOWN_FAILURES = 5
 SHOWN_SETTINGS = 7
 
@@ -30,18 +33,25 @@ def mean_and_sd(mean: float, sd: float) -> str:
     return text.replace("-", "−")
 
 
-def leaderboard(trials: pd.DataFrame, top: int = 10, found: str = "") -> pd.DataFrame:
+def leaderboard(
+    trials: pd.DataFrame,
+    top: int = 10,
+    found: str = "",
+    task: TaskDescription = BRAIN_AGE,
+    better: Better = "low",
+) -> pd.DataFrame:
     """The `top` trials of the trials table, best first, and the published configuration in any case.
 
     Only completed trials have a rank. The value of a pruned trial, or of a member of a population, is a mean over
     fewer cells or epochs and cannot be compared; these trials follow while there is room. `found` is the text for the
-    schedule that a population found. Columns: rank, trial, what (the configuration in a few words), validation MAE
-    (years, mean ± SD over cells), n (cells), state.
+    schedule that a population found, `task` the task of the run, and `better` says which values are. Columns: rank,
+    trial, what (the configuration in a few words), value (mean ± SD over cells), n (cells), state.
     """
-    settings = [name for name in trials.columns if name not in NO_SETTINGS]
+    settings = [name for name in trials.columns if name not in not_settings(task)]
     is_ranked = (trials["state"] == "COMPLETE") & trials["value"].notna()
-    ranked = trials[is_ranked].sort_values(["value", "number"], kind="stable")
-    pruned = trials[trials["state"] == "PRUNED"].sort_values(["value", "number"], kind="stable")
+    ascending = [better == "low", True]
+    ranked = trials[is_ranked].sort_values(["value", "number"], ascending=ascending)
+    pruned = trials[trials["state"] == "PRUNED"].sort_values(["value", "number"], ascending=ascending)
     ordered = [(str(rank), row) for rank, (_, row) in enumerate(ranked.iterrows(), start=1)]
     ordered += [(ABSENT, row) for _, row in pruned.iterrows()]
     failed = trials[(trials["state"] == "FAIL") & (trials["label"] == PUBLISHED)]
@@ -51,6 +61,12 @@ def leaderboard(trials: pd.DataFrame, top: int = 10, found: str = "") -> pd.Data
     return pd.DataFrame(
         [_leaderboard_row(rank, row, settings, found) for rank, row in shown], columns=columns
     )
+
+
+def leaderboard_of(record: RunRecord) -> pd.DataFrame:
+    """The leaderboard of a run."""
+    found = found_in_words(record, SHOWN_SETTINGS)
+    return leaderboard(record.trials, found=found, task=record.task, better=record.objective.better)
 
 
 def _leaderboard_row(rank: str, row: pd.Series, settings: list[str], found: str) -> dict[str, Any]:
@@ -96,38 +112,44 @@ def ended(trials: pd.DataFrame) -> int:
     return int((~trials["state"].isin(["WAITING", "RUNNING"])).sum())
 
 
-def holdout_table(holdout: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+def holdout_table(
+    holdout: pd.DataFrame, predictions: pd.DataFrame, task: TaskDescription = BRAIN_AGE
+) -> pd.DataFrame:
     """Mean ± SD over refit seeds (sample SD) of each method on the held-out subjects.
 
-    Columns: method, MAE (years), its 95 % interval over subjects, R2, site balanced accuracy, seeds (refits), subjects
-    (held out). The order is: search winner, published, L1 baseline, training median, then all other methods.
+    Columns: method; the metrics that the task shows, behind the first of them its 95 % interval over subjects; seeds
+    (refits), subjects (held out). The order is: search winner, published, rival and floor of the task, then all others.
     """
-    columns = ["method", "MAE", "95 % interval", "R2", "site balanced accuracy", "seeds", "subjects"]
     names = [str(name) for name in holdout["method"].dropna().unique()]
-    ordered = [name for name in METHODS if name in names] + [name for name in names if name not in METHODS]
-    return pd.DataFrame([_holdout_row(name, holdout, predictions) for name in ordered], columns=columns)
+    ordered = [name for name in task.methods if name in names]
+    ordered += [name for name in names if name not in task.methods]
+    rows = [_holdout_row(name, holdout, predictions, task) for name in ordered]
+    return pd.DataFrame(rows, columns=["method", *_result_columns(task), "seeds", "subjects"])
 
 
-def _holdout_row(method: str, holdout: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, Any]:
+def _result_columns(task: TaskDescription) -> list[str]:
+    first, *others = (task.metrics[name].title for name in task.shown)
+    return [first, *([INTERVAL] if task.interval != "none" else []), *others]
+
+
+def _holdout_row(
+    method: str, holdout: pd.DataFrame, predictions: pd.DataFrame, task: TaskDescription
+) -> dict[str, Any]:
     rows = holdout[holdout["method"] == method]
-    low, high = error_interval(predictions, method)
+    low, high = judged_interval(predictions, method, task)
     subjects = sorted({int(n) for n in rows["n_holdout"].dropna()})
     return {
         "method": method,
-        "MAE": mean_and_sd(rows["mae"].mean(), rows["mae"].std()),
-        "95 % interval": ABSENT if math.isnan(low) else f"{low:.2f} to {high:.2f}",
-        "R2": mean_and_sd(rows["r2"].mean(), rows["r2"].std()),
-        "site balanced accuracy": mean_and_sd(
-            rows["site_balanced_accuracy"].mean(), rows["site_balanced_accuracy"].std()
-        ),
+        **{task.metrics[name].title: mean_and_sd(rows[name].mean(), rows[name].std()) for name in task.shown},
+        INTERVAL: ABSENT if math.isnan(low) else f"{low:.2f} to {high:.2f}",
         "seeds": str(len(rows)),
         "subjects": "/".join(map(str, subjects)) or ABSENT,
     }
 
 
-def failed_trials(trials: pd.DataFrame) -> pd.DataFrame:
+def failed_trials(trials: pd.DataFrame, task: TaskDescription = BRAIN_AGE) -> pd.DataFrame:
     """The trials that failed: trial, reason, epochs done, what (the configuration in a few words)."""
-    settings = [name for name in trials.columns if name not in NO_SETTINGS]
+    settings = [name for name in trials.columns if name not in not_settings(task)]
     rows = [
         {
             "trial": int(row["number"]),
@@ -166,7 +188,7 @@ def _value(value: Any) -> str:
 
 def print_leaderboard(console: Console, record: RunRecord) -> None:
     """Print the leaderboard, the hold-out table and the verdict of a run to a terminal."""
-    table = leaderboard(record.trials, found=found_in_words(record, SHOWN_SETTINGS))
+    table = leaderboard_of(record)
     unit = f" in {record.objective.unit}" if record.objective.unit else ""
     for line in record.cut:
         console.print(f"note: {line}", style="bold", markup=False)
@@ -176,7 +198,8 @@ def print_leaderboard(console: Console, record: RunRecord) -> None:
         console.print(
             _rich(
                 table.rename(columns={"value": record.objective.words}),
-                f"Leaderboard ({record.objective.words}{unit}, mean ± SD over n cells)",
+                f"Leaderboard ({record.objective.words}{unit}, mean ± SD over n cells"
+                f"{'; high is better' if record.objective.better == 'high' else ''})",
                 record.best,
             )
         )
@@ -190,18 +213,22 @@ def print_leaderboard(console: Console, record: RunRecord) -> None:
     if baseline is not None:
         value = record.objective.amount(mean_and_sd(baseline["value"], baseline["sd"]))
         trials = count(ended(record.baseline), "trial")
-        console.print(f"L1 baseline: {record.objective.words} {value}, the best of {trials}", highlight=False)
-    for failed in failed_trials(record.trials).head(SHOWN_FAILURES).itertuples():
+        name = "baseline" if record.task.rival is None else record.task.rival.method
+        console.print(f"{name}: {record.objective.words} {value}, the best of {trials}", highlight=False)
+    for failed in failed_trials(record.trials, record.task).head(SHOWN_FAILURES).itertuples():
         console.print(f"Trial {failed.trial} failed: {failed.reason}", markup=False)
     if record.holdout.empty:
         console.print("Held-out subjects: not looked at yet.")
         return
-    title = "Held-out subjects (MAE in years, mean ± SD over refit seeds; its interval over subjects)"
-    console.print(_rich(holdout_table(record.holdout, record.predictions), title, None))
-    console.print(verdict(record.predictions), style="bold", markup=False)
+    judged = record.judged_by
+    unit = f" in {judged.unit}" if judged.unit else ""
+    over = "; its interval over subjects" if record.task.interval != "none" else ""
+    title = f"Held-out subjects ({judged.title}{unit}, mean ± SD over refit seeds{over})"
+    console.print(_rich(holdout_table(record.holdout, record.predictions, record.task), title, None))
+    console.print(verdict(record.predictions, record.task), style="bold", markup=False)
     if looked := after_a_look(record.about.looks):
         console.print(looked, style="bold", markup=False)
-    for comparison in comparisons(record.predictions):
+    for comparison in comparisons(record.predictions, record.task):
         console.print(f"  {comparison.sentence()}", markup=False)
 
 

@@ -9,15 +9,11 @@ from typing import Literal
 import pandas as pd
 
 from core.evaluation.bootstrap import FEWEST, studentised_interval
+from core.report.answer.classes import auc_interval, pooled_auc
 from core.run_description import Look
-from core.run_names import L1, MEDIAN, PUBLISHED, WINNER
+from core.run_names import WINNER
+from core.task_description import BRAIN_AGE, TaskDescription
 
-IN_WORDS = {
-    WINNER: "the search winner",
-    PUBLISHED: "the published configuration",
-    L1: "the L1 baseline",
-    MEDIAN: "predicting the training median",
-}
 FEWEST_SUBJECTS = FEWEST
 LEVEL = 0.95
 
@@ -26,9 +22,9 @@ Outcome = Literal["better", "worse", "cannot be told apart", "identical", "too f
 
 @dataclass(frozen=True)
 class Comparison:
-    """`method` against `other` on the same held-out subjects, errors in years.
+    """`method` against `other` on the same held-out subjects, by the error that the task gives every person.
 
-    `gain` is the mean over subjects of |error of other| - |error of method|: above 0, `method` is better.
+    `gain` is the mean over subjects of the error of other - the error of method: above 0, `method` is better.
     `low` and `high` are the ends of its bootstrap 95 % interval (NaN if there are fewer than six subjects).
     """
 
@@ -40,6 +36,7 @@ class Comparison:
     high: float
     family: int = 1
     """Comparisons that are made together: each interval is wide enough that in 95 % of cases all of them hold."""
+    task: TaskDescription = BRAIN_AGE
 
     @property
     def outcome(self) -> Outcome:
@@ -54,76 +51,104 @@ class Comparison:
 
     def sentence(self) -> str:
         """The comparison in a sentence, with its numbers."""
-        this, that = IN_WORDS.get(self.method, self.method), IN_WORDS.get(self.other, self.other)
+        words, error = self.task.in_words, self.task.error
+        this, that = words.get(self.method, self.method), words.get(self.other, self.other)
         this = this[0].upper() + this[1:]
-        amount = f"{abs(self.gain):.2f} years"
+        amount = error.amount(f"{abs(self.gain):.2f}")
         together = f", for {self.family} comparisons together," if self.family > 1 else ""
-        interval = f"(95 % interval of the gain{together} {_signed(self.low)} to {_signed(self.high)} years)"
+        interval = (
+            f"(95 % interval of the gain{together} {_signed(self.low)} to {error.amount(_signed(self.high))})"
+        )
         if self.outcome == "too few subjects":
             subjects = f"{self.n} held-out subject{'' if self.n == 1 else 's'}"
             return f"{this} against {that}: {subjects} cannot tell (at least {FEWEST_SUBJECTS} are needed)."
         if self.outcome == "identical":
             return f"{this} and {that} make the same errors."
         if self.outcome == "cannot be told apart":
-            return f"{this} and {that} cannot be told apart: {_signed(self.gain)} years {interval}."
+            return f"{this} and {that} cannot be told apart: {error.amount(_signed(self.gain))} {interval}."
         verb = "beats" if self.outcome == "better" else "is worse than"
         return f"{this} {verb} {that} by {amount} {interval}."
 
 
-def compare(predictions: pd.DataFrame, method: str, other: str, family: int = 1) -> Comparison | None:
+def compare(
+    predictions: pd.DataFrame, method: str, other: str, family: int = 1, task: TaskDescription = BRAIN_AGE
+) -> Comparison | None:
     """The paired comparison of two methods in the predictions table; None if one of them has no predictions.
 
-    First the absolute errors of a subject are averaged over scans and refit seeds, then subjects are resampled
+    First the errors of a subject are averaged over scans and refit seeds, then subjects are resampled
     (studentised bootstrap of the mean). So the interval holds for new subjects like these. Of a `family` of comparisons
     each has the level 1 - 0.05/family (Bonferroni).
     """
-    errors = absolute_errors(predictions)
+    errors = errors_of(predictions)
     if method not in errors or other not in errors:
         return None
     gains = (errors[other] - errors[method]).dropna().to_numpy(dtype=float)
     if len(gains) == 0:
         return None
     low, high = studentised_interval(gains, level=1 - (1 - LEVEL) / family)
-    return Comparison(method, other, len(gains), float(gains.mean()), low, high, family)
+    return Comparison(method, other, len(gains), float(gains.mean()), low, high, family, task)
 
 
-def absolute_errors(predictions: pd.DataFrame) -> pd.DataFrame:
-    """|predicted - age| in years, averaged over refit seeds: one row per subject, one column per method."""
-    table = predictions.assign(error=(predictions["predicted"] - predictions["age"]).abs())
-    return table.pivot_table(index="subject", columns="method", values="error", aggfunc="mean")
+def errors_of(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The errors, averaged over refit seeds: one row per subject, one column per method."""
+    return predictions.pivot_table(index="subject", columns="method", values="error", aggfunc="mean")
 
 
 def error_interval(predictions: pd.DataFrame, method: str) -> tuple[float, float]:
-    """The interval of a method's mean absolute error over held-out subjects, in years; NaN if they are too few."""
-    errors = absolute_errors(predictions)
+    """The interval of a method's mean error over held-out subjects; NaN if they are too few."""
+    errors = errors_of(predictions)
     if method not in errors:
         return float("nan"), float("nan")
     return studentised_interval(errors[method].dropna().to_numpy(dtype=float), LEVEL)
 
 
-def comparisons(predictions: pd.DataFrame) -> list[Comparison]:
+def judged_interval(predictions: pd.DataFrame, method: str, task: TaskDescription) -> tuple[float, float]:
+    """The interval of the metric of the answer over held-out subjects; NaN if there is none."""
+    if task.interval == "error":
+        return error_interval(predictions, method)
+    if task.interval == "auc":
+        return auc_interval(predictions[predictions["method"] == method], LEVEL)
+    return float("nan"), float("nan")
+
+
+def judged_value(predictions: pd.DataFrame, method: str, task: TaskDescription) -> float:
+    """The metric of the answer over all these people; NaN if it cannot be told from predictions."""
+    if task.interval == "error":
+        errors = errors_of(predictions)
+        return float(errors[method].mean()) if method in errors else float("nan")
+    if task.interval == "auc":
+        return pooled_auc(predictions[predictions["method"] == method])
+    return float("nan")
+
+
+def comparisons(predictions: pd.DataFrame, task: TaskDescription = BRAIN_AGE) -> list[Comparison]:
     """The search winner against every other method that has predictions."""
-    return _together(predictions, [(WINNER, other) for other in (PUBLISHED, L1, MEDIAN)])
+    return _together(predictions, [(WINNER, other) for other in task.methods if other != WINNER], task)
 
 
-def beating_the_median(predictions: pd.DataFrame) -> list[str] | None:
-    """The methods that beat the training median; None if there is no comparison with it."""
-    found = _together(predictions, [(method, MEDIAN) for method in (WINNER, PUBLISHED, L1)])
+def beating_the_floor(predictions: pd.DataFrame, task: TaskDescription = BRAIN_AGE) -> list[str] | None:
+    """The methods that beat what predicts without images; None if there is no comparison with it."""
+    if task.floor is None:
+        return None
+    floor = task.floor.method
+    found = _together(predictions, [(method, floor) for method in task.methods if method != floor], task)
     usable = [each for each in found if each.outcome != "too few subjects"]
     return [each.method for each in usable if each.outcome == "better"] if usable else None
 
 
-def _together(predictions: pd.DataFrame, pairs: list[tuple[str, str]]) -> list[Comparison]:
+def _together(
+    predictions: pd.DataFrame, pairs: list[tuple[str, str]], task: TaskDescription
+) -> list[Comparison]:
     """The comparisons that can be made, corrected for their number."""
     methods = set(predictions["method"].unique())
     possible = [pair for pair in pairs if methods.issuperset(pair)]
-    found = (compare(predictions, method, other, len(possible)) for method, other in possible)
+    found = (compare(predictions, method, other, len(possible), task) for method, other in possible)
     return [comparison for comparison in found if comparison is not None]
 
 
-def verdict(predictions: pd.DataFrame) -> str:
+def verdict(predictions: pd.DataFrame, task: TaskDescription = BRAIN_AGE) -> str:
     """One sentence: what the search winner beats, what it cannot be told apart from, and what it is worse than."""
-    made = comparisons(predictions)
+    made, in_words = comparisons(predictions, task), task.in_words
     if not made:
         return "Nothing can be said about the search winner: it has no predictions on held-out subjects."
     if made[0].outcome == "too few subjects":
@@ -136,17 +161,16 @@ def verdict(predictions: pd.DataFrame) -> str:
     }
     parts = []
     for outcome, words in said.items():
-        others = [IN_WORDS[each.other] for each in made if each.outcome == outcome]
+        others = [in_words[each.other] for each in made if each.outcome == outcome]
         if others:
             parts.append(words.format(_listed(others, "and" if outcome == "better" else "or")))
     sentence = f"The search winner {'; it '.join(parts)}."
-    beating = beating_the_median(predictions)
+    beating = beating_the_floor(predictions, task)
+    floor = "" if task.floor is None else task.floor.words
     if beating == []:
-        sentence += " No method here is shown to beat predicting the training median."
+        sentence += f" No method here is shown to beat {floor}."
     elif beating and WINNER not in beating:
-        sentence += (
-            f" What does beat {IN_WORDS[MEDIAN]}: {_listed([IN_WORDS[each] for each in beating], 'and')}."
-        )
+        sentence += f" What does beat {floor}: {_listed([in_words[each] for each in beating], 'and')}."
     return sentence
 
 

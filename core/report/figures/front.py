@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from core.objectives import OBJECTIVES
 from core.report.answer.front import completed_with_objectives, pareto_front
 from core.report.answer.record import NothingToShow, RunRecord
 from core.report.figures.style import ACCENT, INK, MUTED, legend_above, new_grid, styled
@@ -28,6 +27,6 @@ def pareto_figure(record: RunRecord) -> Figure:
         axes.plot(front[first], front[other], style, color=ACCENT, label="not beaten")
         winner = front[front["number"] == record.best]
         axes.plot(winner[first], winner[other], "o", mfc="none", mec=INK, ms=11, mew=1.3, label="winner")
-        axes.set(xlabel=OBJECTIVES[first].label, ylabel=OBJECTIVES[other].label)
+        axes.set(xlabel=record.metric(first).label, ylabel=record.metric(other).label)
     legend_above(all_axes[0])
     return figure

@@ -50,7 +50,8 @@ def population(record: RunRecord) -> Figure:
     exchanges = exchange_table(record)
     if len(exchanges):
         axes.plot([], [], color=SECOND, lw=1.1, marker=7, ms=5, label="goes on from")
-    _keep_scale(axes, values, exchanges["after epoch"].min())
+    if record.objective.better == "low":
+        _keep_scale(axes, values, exchanges["after epoch"].min())
     _name_ends(axes, values)
     axes.set(xlabel="epochs done in the first cell", ylabel=record.value_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -31,7 +31,6 @@ from core.report.figures.style import (
 )
 from core.run_names import LABEL, MEMBER
 
-MAE_LABEL = "validation MAE (years)"
 MOST_SETTINGS = 12
 # with more points the curves of ordinary trials are drawn as pixels, so that the page stays small
 MOST_POINTS = 10_000
@@ -39,7 +38,7 @@ MOST_POINTS = 10_000
 
 @styled
 def optimisation_history(record: RunRecord) -> Figure:
-    """Value of every trial in the order they were started, and the best so far (years)."""
+    """Value of every trial in the order they were started, and the best so far."""
     trials = record.trials.sort_values("number")
     valued = trials[trials["value"].notna()]
     if valued.empty:
@@ -61,7 +60,8 @@ def optimisation_history(record: RunRecord) -> Figure:
         label=None if completed.empty else "completed",
     )
     if not completed.empty:
-        best = completed["value"].cummin()
+        values = completed["value"]
+        best = values.cummin() if record.objective.better == "low" else values.cummax()
         last = trials["number"].max()
         axes.step(
             [*completed["number"], last],
@@ -86,8 +86,8 @@ def optimisation_history(record: RunRecord) -> Figure:
             clip_on=False,
         )
     _ring_published(axes, record, valued)
-    _median_line(axes, record)
-    _keep_scale(axes, completed["value"], pruned["value"])
+    _floor_line(axes, record)
+    _keep_scale(axes, completed["value"], pruned["value"], record.objective.sign)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="trial number", ylabel=record.value_label)
     legend_above(axes)
@@ -108,16 +108,22 @@ def _ring_published(axes: Axes, record: RunRecord, valued: pd.DataFrame) -> None
     )
 
 
-def _median_line(axes: Axes, record: RunRecord) -> None:
-    """The score of always predicting the training median, on the same validation subjects."""
-    median = record.cells["median_mae"].mean()
-    if np.isfinite(median) and record.objectives[0] == "mae":
-        axes.axhline(median, color=INK, lw=1, ls=(0, (4, 3)), label="training median")
+def _floor_line(axes: Axes, record: RunRecord) -> None:
+    """The score of predicting without images, on the same validation subjects."""
+    floor = record.task.floor
+    if floor is None or record.objectives[0] != floor.of:
+        return
+    value = record.cells[floor.metric].mean()
+    if np.isfinite(value):
+        axes.axhline(value, color=INK, lw=1, ls=(0, (4, 3)), label=floor.method)
 
 
-def _keep_scale(axes: Axes, completed: pd.Series[float], pruned: pd.Series[float]) -> None:
-    """One diverging pruned trial must not flatten all others: limit the axis, and write how many lie above."""
-    if completed.empty or pruned.empty:
+def _keep_scale(axes: Axes, completed: pd.Series[float], pruned: pd.Series[float], sign: int) -> None:
+    """One diverging pruned trial must not flatten all others: limit the axis, and write how many lie above.
+
+    Where high values are better, the worst one is no farther away than the scale goes.
+    """
+    if completed.empty or pruned.empty or sign < 0:
         return
     low, _ = axes.get_ylim()
     limit = 2 * completed.max()
@@ -151,10 +157,12 @@ def parameter_importance(record: RunRecord) -> Figure:
 
 @styled
 def fold_spread(record: RunRecord, top: int = 5) -> Figure:
-    """MAE in every (fold, seed) cell of the `top` completed trials and the published one, mean and SD."""
+    """The result in every (fold, seed) cell of the `top` completed trials and the published one, mean and SD."""
     if record.cells.empty:
         raise NothingToShow("no (fold, seed) cell was recorded")
-    completed = record.trials[record.trials["state"] == "COMPLETE"].sort_values(["value", "number"])
+    completed = record.trials[record.trials["state"] == "COMPLETE"].sort_values(
+        ["value", "number"], ascending=[record.objective.better == "low", True]
+    )
     numbers = list(completed["number"].head(top))
     if record.published is not None and record.published not in numbers:
         numbers.append(record.published)
@@ -164,9 +172,10 @@ def fold_spread(record: RunRecord, top: int = 5) -> Figure:
     figure, axes = new_figure(1.3 + 0.42 * len(numbers))
     folds = sorted(record.cells["fold"].unique())
     for place, trial in enumerate(numbers):
-        _draw_cells(axes, record.cells[record.cells["number"] == trial], place, folds)
-    axes.set_xlabel(MAE_LABEL)
-    _median_beside(axes, record)
+        of_trial = record.cells[record.cells["number"] == trial]
+        _draw_cells(axes, of_trial.rename(columns={record.task.shown[0]: "value"}), place, folds)
+    axes.set_xlabel(record.judged_by.label)
+    _floor_beside(axes, record)
     names = [f"trial {number}" + (" (published)" if number == record.published else "") for number in numbers]
     axes.set_yticks(range(len(numbers)), names)
     axes.set(ylim=(len(numbers) - 0.4, -0.6))
@@ -175,21 +184,23 @@ def fold_spread(record: RunRecord, top: int = 5) -> Figure:
     return figure
 
 
-def _median_beside(axes: Axes, record: RunRecord) -> None:
-    """The training median: a line where it is near the cells; if it is far away, a number in the label."""
-    median = record.cells["median_mae"].mean()
-    if not np.isfinite(median):
+def _floor_beside(axes: Axes, record: RunRecord) -> None:
+    """What predicts without images: a line where it is near the cells; if it is far away, a number in the label."""
+    floor = record.task.floor
+    value = np.nan if floor is None else record.cells[floor.metric].mean()
+    if floor is None or not np.isfinite(value):
         return
     low, high = axes.get_xlim()
-    if median < high + (high - low):
-        axes.axvline(median, color=INK, lw=1, ls=(0, (4, 3)), label="training median")
+    if low - (high - low) < value < high + (high - low):
+        axes.axvline(value, color=INK, lw=1, ls=(0, (4, 3)), label=floor.method)
         return
-    axes.set_xlabel(f"{MAE_LABEL}; training median: {median:.1f}, far to the right")
+    side = "right" if value > high else "left"
+    axes.set_xlabel(f"{record.judged_by.label}; {floor.method}: {value:.1f}, far to the {side}")
 
 
 def _draw_cells(axes: Axes, cells: pd.DataFrame, place: int, folds: list[int]) -> None:
     for index, fold in enumerate(folds):
-        values = cells.loc[cells["fold"] == fold, "mae"]
+        values = cells.loc[cells["fold"] == fold, "value"]
         axes.plot(
             values,
             np.full(len(values), place + 0.14),
@@ -200,9 +211,9 @@ def _draw_cells(axes: Axes, cells: pd.DataFrame, place: int, folds: list[int]) -
             label=f"fold {fold}" if place == 0 else None,
         )
     axes.errorbar(
-        cells["mae"].mean(),
+        cells["value"].mean(),
         place - 0.16,
-        xerr=cells["mae"].std() if len(cells) > 1 else None,
+        xerr=cells["value"].std() if len(cells) > 1 else None,
         fmt="|",
         color=INK,
         ms=11,
@@ -215,7 +226,7 @@ def _draw_cells(axes: Axes, cells: pd.DataFrame, place: int, folds: list[int]) -
 
 @styled
 def learning_curves(record: RunRecord) -> Figure:
-    """The values that the pruner saw: mean validation MAE of every trial over epochs, and where trials stopped."""
+    """The values that the pruner saw: mean value of every trial over epochs, and where trials stopped."""
     if record.study is None:
         raise NothingToShow("the Optuna study, which holds the values reported by the trials, is absent")
     trials = [trial for trial in record.study.get_trials(deepcopy=False) if reported(trial)]
@@ -229,7 +240,8 @@ def learning_curves(record: RunRecord) -> Figure:
         axes.plot([], [], "x", color=INK, label="pruned here")
     if {trial.number for trial in trials} - {record.best, record.published}:
         axes.plot([], [], color=MUTED, lw=1, alpha=0.6, label="other trials")
-    _clip_curves(axes, trials)
+    if record.objective.better == "low":
+        _clip_curves(axes, trials)
     axes.set(xlabel="epochs done, over all folds and seeds", ylabel=record.value_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(axes, columns=4)

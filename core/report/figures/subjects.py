@@ -1,19 +1,23 @@
-"""The figures of the subjects of a run: held-out subjects and their predicted ages, and ages of the cohort.
+"""The figures of the subjects of a run: held-out subjects and their predictions, and the people of the cohort.
 
 As in `search`, every function takes the record of a run, and raises `NothingToShow` with the reason.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from core.objectives import with_unit
 from core.report.answer.record import NothingToShow, RunRecord
-from core.report.answer.subjects import held_out, site_names
-from core.report.answer.verdict import IN_WORDS, comparisons
+from core.report.answer.subjects import are_numbers, held_out, site_names
+from core.report.answer.verdict import comparisons
 from core.report.figures.style import (
     ACCENT,
     INK,
@@ -26,13 +30,17 @@ from core.report.figures.style import (
     new_grid,
     styled,
 )
-from core.run_names import MEDIAN
+
+BIN = 5
+"""The width of a bin of numbers, in their unit: suits ages."""
 
 
 @styled
 def gains(record: RunRecord) -> Figure:
-    """How much smaller the winner's errors are than each other method's, with 95 % intervals (years)."""
-    made = [each for each in comparisons(record.predictions) if each.outcome != "too few subjects"]
+    """How much smaller the winner's errors are than each other method's, with 95 % intervals."""
+    made = [
+        each for each in comparisons(record.predictions, record.task) if each.outcome != "too few subjects"
+    ]
     if not made:
         raise NothingToShow("there are no paired predictions of enough held-out subjects")
     figure, axes = new_figure(1.0 + 0.4 * len(made))
@@ -43,37 +51,48 @@ def gains(record: RunRecord) -> Figure:
             each.gain, place, "o", mfc=ACCENT if is_clear else PAPER, mec=ACCENT if is_clear else MUTED, ms=8
         )
     axes.axvline(0, color=INK, lw=1)
+    in_words = record.task.in_words
     axes.set_yticks(
         range(len(made)),
         [
-            f"against {IN_WORDS[each.other].removeprefix('the ').removeprefix('predicting the ')}"
+            f"against {in_words[each.other].removeprefix('the ').removeprefix('predicting the ')}"
             for each in made
         ],
     )
-    axes.set(ylim=(len(made) - 0.5, -0.5), xlabel="gain of the winner (years; above 0: better)")
+    axes.set(ylim=(len(made) - 0.5, -0.5), xlabel=_gain_label(record))
     axes.grid(visible=False, axis="y")
     return figure
 
 
+def _gain_label(record: RunRecord) -> str:
+    error = record.task.error
+    return f"gain of the winner ({error.unit or error.title}; above 0: better)"
+
+
 @styled
-def predicted_age(record: RunRecord) -> Figure:
-    """Predicted against true age of the held-out subjects (winner): mean and range over refits."""
+def predicted_against_true(record: RunRecord) -> Figure:
+    """Predicted against true numbers of the held-out subjects (winner): mean and range over refits."""
     subjects = held_out(record)
     sites = _by_site(subjects)
     columns = 3 if max(len(site) for site, _ in sites) < 12 else 2
     figure, axes = new_figure(4.3 + 0.2 * np.ceil((len(sites) + 2) / columns), width=4.8)
-    ends = [subjects[["age", "least"]].min().min() - 3, subjects[["age", "most"]].max().max() + 3]
-    axes.plot(ends, ends, color=INK, lw=1, label="true age")
-    median = record.predictions.loc[record.predictions["method"] == MEDIAN, "predicted"].median()
-    if np.isfinite(median):
-        axes.axhline(median, color=MUTED, lw=1, ls=(0, (4, 3)), label="training median")
+    truth, floor = record.task.truth, record.task.floor
+    least, most = subjects[["truth", "least"]].min().min(), subjects[["truth", "most"]].max().max()
+    room = 0.04 * (most - least) or 1.0
+    ends = [least - room, most + room]
+    axes.plot(ends, ends, color=INK, lw=1, label=f"true {truth}")
+    if floor is not None:
+        value = record.predictions.loc[record.predictions["method"] == floor.method, "predicted"].median()
+        if np.isfinite(value):
+            axes.axhline(value, color=MUTED, lw=1, ls=(0, (4, 3)), label=floor.method)
     for index, (site, group) in enumerate(sites):
         colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
-        axes.vlines(group["age"], group["least"], group["most"], color=colour, lw=1, alpha=0.6)
+        axes.vlines(group["truth"], group["least"], group["most"], color=colour, lw=1, alpha=0.6)
         axes.plot(
-            group["age"], group["predicted"], marker, color=colour, mec=PAPER, mew=0.6, ms=7, label=site
+            group["truth"], group["predicted"], marker, color=colour, mec=PAPER, mew=0.6, ms=7, label=site
         )
-    axes.set(xlabel="true age (years)", ylabel="predicted age (years)", xlim=ends, ylim=ends, aspect="equal")
+    true, predicted = (with_unit(f"{word} {truth}", record.task.truth_unit) for word in ("true", "predicted"))
+    axes.set(xlabel=true, ylabel=predicted, xlim=ends, ylim=ends, aspect="equal")
     figure.legend(loc="outside upper left", ncols=columns)
     return figure
 
@@ -84,7 +103,7 @@ def _by_site(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 @styled
 def gap_by_site(record: RunRecord) -> Figure:
-    """Brain-age gap (predicted minus true age, years) of the held-out subjects, by site."""
+    """Gap (predicted minus true) of the held-out subjects, by site."""
     groups = _by_site(held_out(record))
     figure, axes = new_figure(1.0 + 0.5 * len(groups))
     axes.axvline(0, color=INK, lw=1)
@@ -112,42 +131,57 @@ def gap_by_site(record: RunRecord) -> Figure:
             ms=6,
         )
     axes.set_yticks(range(len(groups)), [f"{site}, n = {len(group)}" for site, group in groups])
-    axes.set(xlabel="predicted − true age (years)", ylim=(len(groups) - 0.5, -0.5))
+    label = with_unit(f"predicted − true {record.task.truth}", record.task.truth_unit)
+    axes.set(xlabel=label, ylim=(len(groups) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
     return figure
 
 
 @styled
-def cohort_ages(record: RunRecord) -> Figure:
-    """Ages of the subjects of the cohort, one histogram per site; held-out subjects are hatched."""
+def cohort_people(record: RunRecord) -> Figure:
+    """What is known of the people of the cohort, one histogram per site; held-out subjects are hatched."""
     if record.cohort.empty:
-        raise NothingToShow("the cohort's manifest is not where the run says, so its ages are unknown")
-    cohort = record.cohort.assign(site=site_names(record.cohort["site"]))
+        raise NothingToShow("the cohort's manifest is not where the run says, so its people are unknown")
+    truths, task = record.cohort["truth"], record.task
+    known = record.cohort[truths.notna() & (truths.astype(str) != "")]
+    if known.empty:
+        raise NothingToShow(f"the {task.truth} of no scan is known")
+    cohort = known.assign(site=site_names(known["site"]))
     held = set(record.splits.loc[record.splits["role"] == "holdout", "subject"])
-    is_held = cohort["subject"].isin(held)
     groups = _by_site(cohort)
-    bins = np.arange(5 * np.floor(cohort["age"].min() / 5), cohort["age"].max() + 5, 5)
     figure, grid = new_grid(0.9 + 0.85 * len(groups), rows=len(groups), columns=1, shared=True)
+    classes = None if are_numbers(truths) else sorted(cohort["truth"].astype(str).unique())
     for axes, (site, group) in zip(grid, groups, strict=True):
-        parts = [group.loc[~is_held[group.index], "age"], group.loc[is_held[group.index], "age"]]
-        axes.hist(
-            parts,
-            bins=bins.tolist(),
-            stacked=True,
-            color=[ACCENT, PAPER],
-            edgecolor=[ACCENT, SECOND],
-        )
-        _, bars_of_held = axes.containers
-        for bar in bars_of_held:
-            bar.set(hatch="////", visible=bar.get_height() > 0)
+        is_held = group["subject"].isin(held)
+        parts = [group.loc[~is_held, "truth"], group.loc[is_held, "truth"]]
+        _histogram(axes, parts, classes, cohort["truth"])
         axes.set_title(f"{site}, n = {len(group)}", fontsize=9, pad=2)
         axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         axes.grid(visible=False, axis="x")
-    grid[-1].set_xlabel("age (years)")
-    figure.supylabel("subjects per 5 years", fontsize=10)
+    grid[-1].set_xlabel(with_unit(task.truth, task.truth_unit))
+    figure.supylabel(
+        f"scans per {BIN} {task.truth_unit}".rstrip() if classes is None else "scans", fontsize=10
+    )
     handles = [
         Patch(facecolor=ACCENT, label="training and validation"),
         Patch(facecolor=PAPER, edgecolor=SECOND, hatch="////", label="held out"),
     ]
     figure.legend(handles=handles, loc="outside upper right", ncols=2)
     return figure
+
+
+def _histogram(
+    axes: Axes, parts: Sequence[pd.Series], classes: Sequence[str] | None, every: pd.Series
+) -> None:
+    """Two parts of a site on top of each other: numbers in bins, or names of classes."""
+    if classes is None:
+        bins = np.arange(BIN * np.floor(every.min() / BIN), every.max() + BIN, BIN).tolist()
+        places = [list(part) for part in parts]
+    else:
+        bins = (np.arange(len(classes) + 1) - 0.5).tolist()
+        places = [[classes.index(str(name)) for name in part] for part in parts]
+        axes.set_xticks(range(len(classes)), classes)
+    axes.hist(places, bins=bins, stacked=True, color=[ACCENT, PAPER], edgecolor=[ACCENT, SECOND])
+    _, bars_of_held = axes.containers
+    for bar in bars_of_held:
+        bar.set(hatch="////", visible=bar.get_height() > 0)

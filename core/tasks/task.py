@@ -1,0 +1,300 @@
+"""What a task answers, and nothing else: the engine asks these questions, and knows no task.
+
+A task is a file with a class derived from `Task`. It never imports Ray. To be found by its name it has a line in
+`core.tasks`; a task of a user's own is named as FILE.py:NAME, or is an entry point of an installed package.
+
+Shape suffixes: N and M scans, B scans of a batch, V views, C channels, X, Y, Z, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from pydantic import JsonValue
+from torch import nn
+
+from core.errors import UserError
+from core.evaluation import Floats, Names
+from core.evaluation.site import site_balanced_accuracy
+from core.evaluation.splits import Rows, Splits
+from core.run_settings import RunSettings
+from core.task_description import TaskDescription
+from core.volumes.views import ViewSettings, make_views
+
+S = TypeVar("S", bound=RunSettings)
+Labels = npt.NDArray[np.float64 | np.object_]
+"""The truth about each scan: ages, or names of classes; NaN or None where it is unknown."""
+Facts = dict[str, JsonValue]
+"""What a model must know of the labels of its training subjects, as JSON values."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Scans and what is known of them: labels (N,), sites (N,), and subjects (N,), whose they are."""
+
+    labels: Labels
+    sites: Names
+    subjects: Names
+
+
+@dataclass(frozen=True)
+class Observed(Truth):
+    """Scans as a trained model sees them, without augmentation."""
+
+    embeddings: Floats
+    """(N, E)"""
+    outputs: Mapping[str, Floats] = field(default_factory=dict)
+    """What else `Task.observe` gave, (N, …) each."""
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How an evaluation is judged."""
+
+    sites: bool = True
+    """Whether to measure how well the site can be told from the embedding, which costs more than the rest."""
+    penalty: float | None = None
+    """What the cells of this configuration found for a refit; see `Task.penalty_of`."""
+    folds: Rows | None = None
+    """The fold (N,) of every training scan, if the outcome is to hold what `Task.judge_together` needs."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a trained model on subjects that it was not trained on."""
+
+    metrics: dict[str, float]
+    """By name: those of the description of the task, and others."""
+    predictions: pd.DataFrame
+    """One row per scan, in their order: `predicted`, `error` (see `TaskDescription.error`), and more columns."""
+    fitted: str | None = None
+    """What was fitted on the embeddings of the training subjects, as JSON."""
+    kept: Mapping[str, object] = field(default_factory=dict)
+    """What `Task.judge_together` needs, by the names in `Task.keeps`: arrays, or dictionaries of arrays."""
+
+
+@dataclass(frozen=True)
+class JudgedCell:
+    """A finished cell: its fold, the truth about its validation scans, and what its outcome kept."""
+
+    fold: int
+    truth: Truth
+    kept: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The loss of one batch, and what else is noted for the history: numbers, each the mean over an epoch."""
+
+    loss: torch.Tensor
+    noted: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `predict` prints and writes."""
+
+    table: pd.DataFrame
+    """One row per scan."""
+    shown: pd.DataFrame
+    """The same scans for the terminal: texts under headings."""
+    how_to_read: str
+    lacks: tuple[str, ...] = ()
+    """What cannot be given, and why."""
+
+
+class Task(ABC, Generic[S]):
+    """A task; its methods are pure functions of what they are given."""
+
+    about: ClassVar[TaskDescription]
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """The names in `Outcome.kept`."""
+    settings: type[S]
+    """Its settings: those that every task has, and its own blocks."""
+
+    # Before anything starts.
+
+    def check(self, settings: S) -> None:
+        """Refuse settings that validation alone cannot refuse.
+
+        Raises:
+            UserError: naming the setting, and what would be right.
+        """
+
+    @abstractmethod
+    def balanced_by(self, settings: S) -> str:
+        """The column of the cohort in which all folds are to be alike: of numbers, or of names."""
+
+    @abstractmethod
+    def labels(self, settings: S, manifest: pd.DataFrame) -> Labels:
+        """The truth (N,) about every scan of a cohort; scans without one are neither trained on nor judged.
+
+        Raises:
+            UserError: the cohort cannot have it.
+        """
+
+    def check_cohort(self, settings: S, manifest: pd.DataFrame, splits: Splits) -> None:
+        """Refuse a cohort from which nothing can be learnt.
+
+        Raises:
+            UserError: why, and what would help.
+        """
+
+    # Training.
+
+    def learn(self, settings: S, training: Truth) -> Facts:
+        """What a model must know of the labels of its training subjects, such as their mean."""
+        return {}
+
+    def targets(self, labels: Labels, facts: Facts) -> npt.NDArray[np.generic]:
+        """Labels (N,) as numbers (N,), which `step` gets as a tensor."""
+        return labels.astype(np.float32)
+
+    @abstractmethod
+    def build(self, settings: S, in_channels: int, facts: Facts) -> nn.Module:
+        """The model, on the CPU, with PyTorch's current random state; `facts` are {} for runs before version 0.3."""
+
+    @abstractmethod
+    def objective(self, settings: S, facts: Facts) -> nn.Module:
+        """What `step` computes the loss with; its schedules know the length of the run."""
+
+    def views(
+        self, settings: S, volumes_bcxyz: torch.Tensor, rows: Rows, epoch: int, seed: int
+    ) -> torch.Tensor:
+        """The views (B, V, C, X, Y, Z) of a batch: a function of seed, subject, epoch and view alone."""
+        views: ViewSettings = getattr(settings, "views", None) or ViewSettings(count=1)
+        return make_views(volumes_bcxyz, rows, epoch, seed, views)
+
+    @abstractmethod
+    def step(
+        self,
+        model: nn.Module,
+        objective: nn.Module,
+        views_bvcxyz: torch.Tensor,
+        targets_b: torch.Tensor,
+        progress: float,
+    ) -> Step:
+        """The loss of one batch.
+
+        Args:
+            model: as from `build`; it may be wrapped for distributed training.
+            objective: as from `objective`.
+            views_bvcxyz: as from `views`.
+            targets_b: as from `targets`.
+            progress: e/E in epoch e of E.
+        """
+
+    def course(self, settings: S, objective: nn.Module, progress: float) -> dict[str, float]:
+        """What is noted once in every epoch for the history, by name, such as a temperature."""
+        return {}
+
+    # Judging.
+
+    @abstractmethod
+    def observe(self, settings: S, model: nn.Module, volumes_bcxyz: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a batch of scans gives, (B, …) each by name; `embedding` (B, E) is one of them."""
+
+    @abstractmethod
+    def judge(self, settings: S, training: Observed, evaluation: Observed, judging: Judging) -> Outcome:
+        """Fit on the training subjects what has to be fitted, and measure it on the evaluation subjects."""
+
+    def judge_together(self, cells: Sequence[JudgedCell]) -> list[tuple[dict[str, float], pd.DataFrame]]:
+        """The metrics and predictions of finished cells anew, where they choose something for each other; else []."""
+        return []
+
+    def penalty_of(self, cells: Sequence[JudgedCell]) -> float | None:
+        """What the finished cells of a configuration found for its refit; None if there is nothing to find."""
+        return None
+
+    def floor(self, settings: S, training: Truth, evaluation: Truth) -> Outcome | None:
+        """What is predicted without images; None if the description has no floor."""
+        return None
+
+    # Prediction.
+
+    @abstractmethod
+    def predictions(
+        self, settings: S, outputs: Mapping[str, Floats], fitted: str | None, facts: Facts
+    ) -> pd.DataFrame:
+        """What is predicted for N scans: the column `predicted`, and more.
+
+        Args:
+            settings: of the model.
+            outputs: as from `observe`, for all scans.
+            fitted: see `Outcome`.
+            facts: see `learn`.
+        """
+
+    def check_fitted(self, fitted: str | None) -> None:
+        """ValueError, or LookupError, if `fitted` is not what `judge` makes."""
+
+    def calibrate(self, predictions: pd.DataFrame, source: str) -> str | None:
+        """What out-of-fold predictions say of further ones, as JSON; None if nothing is kept.
+
+        Args:
+            predictions: subject, truth, and the columns of `Outcome.predictions`.
+            source: whose they are, for people who read the file.
+        """
+        return None
+
+    def check_calibration(self, calibration: str) -> None:
+        """ValueError, LookupError or TypeError if `calibration` is not what `calibrate` makes."""
+
+    def read_truth(self, texts: Sequence[str], facts: Facts) -> Labels:
+        """The truth about scans as a user typed it.
+
+        Raises:
+            UserError: it is none.
+        """
+        raise UserError(f"--truth cannot act on the task {self.about.name}")
+
+    @abstractmethod
+    def present(
+        self, predictions: pd.DataFrame, truth: Labels | None, calibration: str | None, facts: Facts
+    ) -> Prediction:
+        """The predictions for N scans for people.
+
+        Args:
+            predictions: as from `predictions`.
+            truth: (N,), if it is known.
+            calibration: see `calibrate`.
+            facts: see `learn`.
+        """
+
+    @abstractmethod
+    def measure(self, presented: pd.DataFrame, truth: Truth) -> dict[str, float | str]:
+        """What `evaluate` says of predictions, by names in plain words; a person counts once.
+
+        Args:
+            presented: `Prediction.table`.
+            truth: about these scans, all of it known.
+        """
+
+
+def is_known(labels: Labels) -> npt.NDArray[np.bool_]:
+    """Which labels (N,) are known."""
+    known: npt.NDArray[np.bool_] = np.asarray(pd.notna(labels))
+    return known
+
+
+def of_sites(training: Observed, evaluation: Observed, judging: Judging) -> float:
+    """The balanced accuracy of telling the site from the embedding; NaN if it has no meaning, or is not asked for."""
+    if not judging.sites:
+        return math.nan
+    accuracy = site_balanced_accuracy(
+        training.embeddings,
+        training.sites,
+        evaluation.embeddings,
+        evaluation.sites,
+        training.subjects,
+        evaluation.subjects,
+    )
+    return math.nan if accuracy is None else accuracy
