@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from core.errors import UserError
+from core.evaluation.site import openbhb_score
 from core.lookup import look_up
 
 Metrics = Mapping[str, float]
@@ -72,6 +73,7 @@ def with_unit(words: str, unit: str) -> str:
     return f"{words} ({unit})" if unit else words
 
 
+OPENBHB = "openbhb_score"
 COST = "accelerator_seconds"
 COST_METRIC = Metric(title="cost", unit="accelerator-seconds", as_objective="cost")
 """The cost of a trial is known from its epochs: no task measures it."""
@@ -113,6 +115,10 @@ def find_objectives(names: Sequence[str], metrics: Mapping[str, Metric], sites: 
 
 def measure(name: str, metrics: Metrics) -> float:
     """The objective `name` of one cell; NaN where it is undefined (site accuracy, if all subjects are of one site)."""
+    if name == OPENBHB and name not in metrics and "site_balanced_accuracy" in metrics:
+        # Versions before 0.3 did not keep it.
+        accuracy = metrics["site_balanced_accuracy"]
+        return openbhb_score(accuracy, metrics["mae"]) or math.nan
     if name not in metrics:
         raise ValueError(f"'{name}' is not measured on a cell")
     return float(metrics[name])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import optuna
 import pytest
 import torch
+from of_age import MAE
 from optuna.trial import TrialState
 from rich.console import Console
 from small_cohort import write_small_cohort
@@ -16,7 +17,8 @@ from core.config import flatten, merge, resolve
 from core.errors import UserError
 from core.report.answer.record import read_run
 from core.run_names import LABEL, PUBLISHED, SETTINGS
-from core.tasks.brain_age import CONTRASTIVE_ONLY, build_model
+from core.task_description import BRAIN_AGE
+from core.tasks.brain_age import BrainAge
 from distributed.run.assignment import PRUNABLE_EPOCHS, Answer, baseline_name, clock, trial_number
 from distributed.run.folder import create_run
 from distributed.run.working_copy import BY_WORKERS
@@ -113,7 +115,7 @@ def end(study, *values):
 
 def test_the_space_asks_nothing_that_l1_does_not_have():
     space, published = load_space("brain_age")
-    rest = without(space, CONTRASTIVE_ONLY, published)
+    rest = without(space, BRAIN_AGE.rival.without, published)
     profile = check_space(rest, untuned(published))
     everything = check_space(space, resolve(published).model_dump(mode="json"))
     left = {name for name in everything.settings if not name.startswith(("objective.", "model."))}
@@ -151,13 +153,13 @@ def test_a_space_sees_the_number_of_the_trial_and_keeps_what_it_does_not_ask_for
 def test_what_is_called_contrastive_only_cannot_act_in_a_regression():
     base = untuned(merge(published_settings("brain_age"), {"model.width": 0.0625}))
     changes = {"model.readout": "encoder", "model.head.kind": "linear", "model.head.dimension": 4}
-    assert all(is_under(name, CONTRASTIVE_ONLY) for name in changes)
-    assert not is_under("model.width", CONTRASTIVE_ONLY)
+    assert all(is_under(name, BRAIN_AGE.rival.without) for name in changes)
+    assert not is_under("model.width", BRAIN_AGE.rival.without)
     volumes = torch.randn(2, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
 
     def output(settings):
         torch.manual_seed(0)
-        model = build_model(resolve(settings), 1, [20.0, 40.0, 60.0]).eval()
+        model = BrainAge().build(resolve(settings), 1, {"age_mean": 40.0, "age_sd": 16.0}).eval()
         return torch.cat([model(volumes), model.embed(volumes)], 1)
 
     assert torch.equal(output(base), output(merge(base, changes)))
@@ -406,7 +408,7 @@ def test_names_of_the_baseline_are_those_of_trials_and_no_others():
 
 
 def main_study(folder, *values):
-    study = open_study(folder.journal, "tpe", 0)
+    study = open_study(folder.journal, "tpe", 0, MAE)
     end(study, *values)
     return study
 
@@ -537,7 +539,7 @@ def test_the_table_has_the_columns_of_the_trials_also_before_the_first_trial(mad
     folder, request = baseline.folder, baseline.request
     write_baseline(folder, baseline_study(folder, request), baseline_progress(folder, request))
     # Interrupted before the search had a trial.
-    write_tables(folder, open_study(folder.journal, "tpe", 0), progress_reader(folder.trial, [], "mae"))
+    write_tables(folder, open_study(folder.journal, "tpe", 0, MAE), progress_reader(folder.trial, [], "mae"))
     record = read_run(folder.path)
     assert record.baseline.empty
     assert record.trials.empty

@@ -14,7 +14,7 @@ from process_helpers import end_marked, run, start, study_of, trials_of, wait_un
 from small_cohort import write_small_cohort
 
 from core.files.tables import read_table
-from core.run_names import L1_STUDY, LABEL, PUBLISHED, SETTINGS
+from core.run_names import BASELINE_STUDY, LABEL, PUBLISHED, SETTINGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -31,7 +31,7 @@ def space(trial):
 
 def baseline_of(folder):
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-    return optuna.load_study(study_name=L1_STUDY, storage=storage).get_trials()
+    return optuna.load_study(study_name=BASELINE_STUDY, storage=storage).get_trials()
 
 
 def history_of(folder, number):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from of_age import judge, judge_together, judged_cell, observed, predicted_by, probe_of
 from sklearn.linear_model import Ridge
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
 from core.evaluation.probes import ALPHAS, fit_age_probe
 from core.evaluation.splits import Splits
-from core.tasks.brain_age import Embedded, JudgedCell, cross_fit, judge
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import HOLDOUT, Cell
 from distributed.training.loop import CellTraining
@@ -59,48 +59,50 @@ def test_a_cell_judges_with_a_probe_of_its_training_subjects(cohort):
     """Nothing of the evaluation subjects, neither ages nor voxels, moves the model or the probe that judges them."""
     cell = cell_of(cohort)
     outcome = cell.judge()
-    assert outcome.probe.subjects == len(OTHERS)
+    assert probe_of(outcome).subjects == len(OTHERS)
     ages = cohort.manifest["age"].to_numpy().copy()
     ages[FIRST_FOLD] += 40
     older = cell_of(cohort, ages=ages).judge()
-    assert older.probe == outcome.probe
-    np.testing.assert_array_equal(older.predicted, outcome.predicted)
+    assert older.fitted == outcome.fitted
+    np.testing.assert_array_equal(predicted_by(older), predicted_by(outcome))
     volumes = InMemory.of(cohort).volumes.copy()
     volumes[FIRST_FOLD] *= 3
     brighter = cell_of(cohort, volumes=volumes).judge()
-    assert brighter.probe == outcome.probe
-    assert (brighter.predicted != outcome.predicted).all()
+    assert brighter.fitted == outcome.fitted
+    assert (predicted_by(brighter) != predicted_by(outcome)).all()
 
 
 def test_the_probe_and_its_penalty_depend_on_the_training_subjects_alone():
     generator = np.random.default_rng(0)
     noise, clean = generator.normal(size=(20, 6)), generator.normal(size=(80, 6))
-    training = Embedded(
+    training = observed(
         noise, generator.uniform(20, 80, 20), np.array(["a", "b"] * 10), np.arange(20).astype(str)
     )
     # the evaluation subjects' ages follow from their embeddings without noise, which asks for another penalty
-    evaluation = Embedded(
+    evaluation = observed(
         clean, 50 + 10 * clean[:, 0], np.array(["a", "b"] * 40), np.arange(20, 100).astype(str)
     )
-    alone = fit_age_probe(noise, training.ages)
-    together = fit_age_probe(np.concatenate([noise, clean]), np.concatenate([training.ages, evaluation.ages]))
+    alone = fit_age_probe(noise, training.labels)
+    together = fit_age_probe(
+        np.concatenate([noise, clean]), np.concatenate([training.labels, evaluation.labels])
+    )
     assert alone.alpha > 100 * together.alpha
     outcome = judge(training, evaluation)
-    assert outcome.probe == alone
+    assert probe_of(outcome) == alone
     mean, sd = noise.mean(axis=0), noise.std(axis=0)
-    ridge = Ridge(alpha=alone.alpha).fit((noise - mean) / sd, training.ages)
-    np.testing.assert_allclose(outcome.predicted, ridge.predict((clean - mean) / sd), rtol=1e-9)
-    median_error = np.abs(evaluation.ages - np.median(training.ages)).mean()
+    ridge = Ridge(alpha=alone.alpha).fit((noise - mean) / sd, training.labels)
+    np.testing.assert_allclose(predicted_by(outcome), ridge.predict((clean - mean) / sd), rtol=1e-9)
+    median_error = np.abs(evaluation.labels - np.median(training.labels)).mean()
     assert outcome.metrics["median_mae"] == pytest.approx(median_error, rel=1e-12)
 
 
 def of_scans(embeddings, ages, subjects, scans):
-    return Embedded(embeddings[scans], ages[scans], np.full(len(scans), "a"), subjects[scans])
+    return observed(embeddings[scans], ages[scans], np.full(len(scans), "a"), subjects[scans])
 
 
 def judged_in_folds(embeddings, ages, subjects, splits):
     """What a trial makes of frozen embeddings (n, d) for its cells: metrics and predictions by fold."""
-    return cross_fit(cells_of(embeddings, ages, subjects, splits))
+    return judge_together(cells_of(embeddings, ages, subjects, splits))
 
 
 def cells_of(embeddings, ages, subjects, splits):
@@ -110,7 +112,11 @@ def cells_of(embeddings, ages, subjects, splits):
             of_scans(embeddings, ages, subjects, scans) for scans in (splits.training(fold), rows)
         )
         outcome = judge(training, judged, folds=splits.fold_of(splits.training(fold)))
-        cells.append(JudgedCell(fold, outcome.by_penalty, judged.ages, judged.subjects, outcome.without))
+        cells.append(
+            judged_cell(
+                fold, outcome.kept["by_penalty"], judged.labels, judged.subjects, outcome.kept["without"]
+            )
+        )
     return cells
 
 
@@ -176,7 +182,7 @@ def test_cells_choose_for_each_other_from_the_second_on_or_never(sizes, is_enoug
     )
     subjects = np.array([f"s{index}" for index in range(people)])
     cells = cells_of(draws.normal(size=(people, 4)), draws.uniform(20, 80, people), subjects, splits)
-    assert [bool(cross_fit(cells[: count + 1])) for count in range(1, len(sizes))] == [is_enough] * (
+    assert [bool(judge_together(cells[: count + 1])) for count in range(1, len(sizes))] == [is_enough] * (
         len(sizes) - 1
     )
 

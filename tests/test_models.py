@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from monai.networks.nets import ResNet
@@ -18,7 +17,7 @@ from core.models import (
     build_encoder,
     build_projection_head,
 )
-from core.tasks.brain_age import build_model
+from core.tasks.brain_age import BrainAge
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -173,7 +172,7 @@ def test_probes_read_the_encoder_or_the_projection_of_the_same_network() -> None
     for readout in ("encoder", "projection"):
         torch.manual_seed(0)
         settings = resolve({"model": {"name": "resnet18", "width": 0.125, "readout": readout}})
-        model = build_model(settings, 1, np.array([40.0, 60.0])).eval()
+        model = BrainAge().build(settings, 1, {}).eval()
         read[readout] = model.embed(volumes)
     assert (read["encoder"].shape, read["projection"].shape) == ((2, 64), (2, 128))
     torch.testing.assert_close(model.encoder(volumes), read["encoder"])

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from of_age import assign
 from optuna.trial import TrialState
 from process_helpers import kill_when, marked, run, start, study_of, wait_until
 from small_cohort import SMALL, write_small_cohort
@@ -25,7 +26,7 @@ from core.report.figures.population import followed_values
 from core.run_names import LINEAGE, MEMBER, MEMBER_VALUE
 from core.schedules import as_schedule, then
 from distributed.batches.in_process import InMemory
-from distributed.run.assignment import assign, kept_checkpoint, read_progress
+from distributed.run.assignment import kept_checkpoint, read_progress
 from distributed.run.folder import open_run
 from distributed.search.population import begin_member
 from distributed.search.population_methods import (

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from of_age import judge_together, judged_cell
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneGroupOut
 
@@ -18,7 +19,8 @@ from core.evaluation.probes import (
     predictions_by_penalty,
     standardisation,
 )
-from core.tasks.brain_age import JudgedCell, cross_fit
+from core.tasks.brain_age import errors_of
+from core.tasks.task import JudgedCell
 
 
 def unit_rows(subjects: int, features: int, seed: int = 0) -> np.ndarray:
@@ -219,34 +221,34 @@ def judged(fold: int, seed: int, folds: int = 3, people: int = 6) -> JudgedCell:
     subjects = np.repeat([f"{fold}-{index}" for index in range(people)], 2)
     predicted = draws.normal(50, 10, (len(ALPHAS), 2 * people))
     without = {other: draws.uniform(5, 20, len(ALPHAS)) for other in range(folds) if other != fold}
-    return JudgedCell(fold, predicted, draws.uniform(20, 80, 2 * people), subjects, without)
+    return judged_cell(fold, predicted, draws.uniform(20, 80, 2 * people), subjects, without)
 
 
 def test_every_cell_has_the_penalty_that_is_best_in_the_cells_of_other_folds() -> None:
     """Two seeds of three folds, by nested loops: the other seed of the same fold has the same people."""
     cells = [judged(fold, seed) for seed in range(2) for fold in range(3)]
-    for cell, (metrics, predicted) in zip(cells, cross_fit(cells), strict=True):
+    for cell, (metrics, predicted) in zip(cells, judge_together(cells), strict=True):
         others = [other for other in cells if other.fold != cell.fold]
         errors = [
-            sum(other.without[cell.fold][place] for other in others) / len(others)
+            sum(other.kept["without"][cell.fold][place] for other in others) / len(others)
             for place in range(len(ALPHAS))
         ]
         best = errors.index(min(errors))
         assert metrics["penalty"] == ALPHAS[best]
-        assert (predicted == cell.by_penalty[best]).all()
+        assert (predicted == cell.kept["by_penalty"][best]).all()
         assert metrics["mae"] == pytest.approx(
-            np.abs(predicted - cell.ages).reshape(-1, 2).mean(axis=1).mean()
+            np.abs(predicted - cell.truth.labels).reshape(-1, 2).mean(axis=1).mean()
         )
 
 
 def test_the_error_of_a_cell_counts_every_person_once() -> None:
     subjects, ages = np.array(["a", "a", "a", "b"]), np.array([20.0, 22.0, 24.0, 60.0])
-    cell = JudgedCell(0, np.array([[23.0, 25.0, 27.0, 61.0], [20.0, 22.0, 24.0, 80.0]]), ages, subjects, {})
-    np.testing.assert_allclose(cell.errors, [2.0, 10.0])
+    cell = judged_cell(0, np.array([[23.0, 25.0, 27.0, 61.0], [20.0, 22.0, 24.0, 80.0]]), ages, subjects, {})
+    np.testing.assert_allclose(errors_of(cell), [2.0, 10.0])
 
 
 def test_cells_that_cannot_choose_for_each_other_choose_nothing() -> None:
     """Of one fold; or of two, where without the people of the one nobody is left for the probe of the other."""
-    assert cross_fit([judged(0, 0), judged(0, 1)]) == []
-    assert cross_fit([judged(0, 0, folds=1), judged(1, 0, folds=1)]) == []
+    assert judge_together([judged(0, 0), judged(0, 1)]) == []
+    assert judge_together([judged(0, 0, folds=1), judged(1, 0, folds=1)]) == []
     assert chosen_penalty([np.arange(28.0), np.arange(28.0)[::-1] * 3]) == ALPHAS[-1]

@@ -31,11 +31,11 @@ from core.report.answer.tables import (
     winner_beside_published,
 )
 from core.report.answer.verdict import (
-    absolute_errors,
-    beating_the_median,
+    beating_the_floor,
     compare,
     comparisons,
     error_interval,
+    errors_of,
     verdict,
 )
 from core.report.figures import (
@@ -209,7 +209,14 @@ def test_tables_of_a_run_agree_with_its_study(finished: Path) -> None:
 def _predictions(errors: dict[str, list[list[float]]]) -> pd.DataFrame:
     """errors: method -> one list per refit seed, of signed errors per subject."""
     rows = [
-        {"method": method, "seed": seed, "subject": f"s{index}", "age": 50.0, "predicted": 50.0 + error}
+        {
+            "method": method,
+            "seed": seed,
+            "subject": f"s{index}",
+            "truth": 50.0,
+            "predicted": 50.0 + error,
+            "error": abs(error),
+        }
         for method, seeds in errors.items()
         for seed, values in enumerate(seeds)
         for index, error in enumerate(values)
@@ -228,7 +235,7 @@ def test_a_clear_gain_beats_and_the_gain_is_the_paired_mean() -> None:
     assert 0 < found.low < 6.5 < found.high
     assert found.outcome == "better"
     assert "beats predicting the training median by 6.50 years" in found.sentence()
-    assert beating_the_median(predictions) == [WINNER]
+    assert beating_the_floor(predictions) == [WINNER]
 
 
 def test_the_interval_of_one_comparison_is_the_studentised_one_of_its_gains() -> None:
@@ -250,7 +257,7 @@ def test_comparisons_that_are_made_together_have_wider_intervals() -> None:
     )
     together = comparisons(predictions)
     assert [each.family for each in together] == [3, 3, 3]
-    errors = absolute_errors(predictions)
+    errors = errors_of(predictions)
     for each in together:
         gains = (errors[each.other] - errors[WINNER]).to_numpy()
         assert (each.low, each.high) == studentised_interval(gains, 1 - 0.05 / 3)
@@ -295,7 +302,7 @@ def test_the_same_model_is_identical_and_five_subjects_are_too_few() -> None:
     assert verdict(same) == "The search winner predicts exactly like the published configuration."
     few = _predictions({WINNER: [[1.0] * 5], MEDIAN: [[20.0, 21.0, 22.0, 23.0, 24.0]]})
     assert "5 held-out subjects are too few" in verdict(few)
-    assert beating_the_median(few) is None
+    assert beating_the_floor(few) is None
     single = compare(few[few["subject"] == "s0"], WINNER, MEDIAN)
     assert single is not None
     assert "1 held-out subject cannot tell" in single.sentence()
@@ -321,7 +328,7 @@ def test_the_median_is_predicted_from_the_training_subjects_where_the_sweep_did_
     written = pd.read_csv(run / "predictions.csv")
     written[written["method"] != MEDIAN].to_csv(run / "predictions.csv", index=False)
     found = read_run(run).predictions
-    columns = ["subject", "age", "predicted"]
+    columns = ["subject", "truth", "predicted"]
     expected = written.loc[written["method"] == MEDIAN, columns].reset_index(drop=True)
     made = found.loc[found["method"] == MEDIAN, columns].reset_index(drop=True)
     pd.testing.assert_frame_equal(made, expected)
@@ -382,7 +389,7 @@ def _report(run: Path) -> _Page:
 def test_page_of_a_finished_run_has_every_section_and_figure_and_needs_no_network(run: Path) -> None:
     page = _report(run)
     assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
-    assert page.tags.count("svg") == len(FIGURES) == len(page.labels)
+    assert page.tags.count("svg") == len(FIGURES) + 2 == len(page.labels)
     assert all(len(label) > 40 for label in page.labels)
     assert len(set(page.ids)) == len(page.ids)  # figures do not share clip paths
     assert set(page.tags).isdisjoint({"script", "link", "iframe", "object"})
@@ -442,7 +449,7 @@ def test_names_from_the_data_cannot_become_markup(run: Path) -> None:
         ("splits.csv", "The splits were not recorded"),
         ("run.json", "The command was not recorded"),
         ("best/settings.json", "best/settings.json is absent"),
-        ("cohort/manifest.parquet", "its ages are unknown"),
+        ("cohort/manifest.parquet", "its people are unknown"),
     ],
 )
 def test_page_without_one_of_the_files_says_what_is_missing(
@@ -600,7 +607,7 @@ def test_gaps_are_predicted_minus_true_age(finished: Path) -> None:
     record = read_run(finished)
     table = pd.read_csv(finished / "predictions.csv")
     winner = table[table["method"] == WINNER].groupby("subject")
-    expected = winner["predicted"].mean() - winner["age"].first()
+    expected = winner["predicted"].mean() - winner["truth"].first()
     found = subject_figures.held_out(record).set_index("subject")["gap"]
     pd.testing.assert_series_equal(found, expected, check_names=False)
 

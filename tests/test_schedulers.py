@@ -8,12 +8,13 @@ from itertools import count
 import numpy as np
 import optuna
 import pytest
+from of_age import assign
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from core.errors import UserError
 from core.run_names import AFTER_CELLS, CELL_VALUES, LABEL, PUBLISHED, SETTINGS
-from distributed.run.assignment import METRIC, assign, identity, trial_name
+from distributed.run.assignment import METRIC, identity, trial_name
 from distributed.search.budget import Budget
 from distributed.search.schedulers import (
     SCHEDULERS,

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from of_age import MAE, assign, objectives
+from of_age import judgement as judgement_by
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
@@ -14,10 +16,10 @@ from core.config import resolve
 from core.errors import UserError
 from core.report.answer.record import reported
 from core.run_names import CELL_VALUES
-from distributed.run.assignment import Answer, assign
+from distributed.run.assignment import Answer
 from distributed.search.budget import FEWEST_TRIALS, Budget
 from distributed.search.schedulers import Wilcoxon, spares
-from distributed.search.searcher import SLOT_CRASHES, Judgement, Proposals, StudySearch
+from distributed.search.searcher import SLOT_CRASHES, Proposals, StudySearch
 from distributed.search.study import carry_over, check_space, open_study, owed_trial, published_parameters
 from search_spaces import load_space, pin, published
 
@@ -29,7 +31,7 @@ def space(trial):
 
 @pytest.fixture
 def study(tmp_path):
-    return open_study(tmp_path / "study.journal", "tpe", 0)
+    return open_study(tmp_path / "study.journal", "tpe", 0, MAE)
 
 
 def searcher(
@@ -47,7 +49,7 @@ def searcher(
         refits=lambda study: list(refits),
         continued=list(continued),
     )
-    return StudySearch(proposals, budget or Budget(), judgement)
+    return StudySearch(proposals, budget or Budget(), judgement or judgement_by())
 
 
 def result(value, epochs, **more):
@@ -56,7 +58,7 @@ def result(value, epochs, **more):
 
 
 def cell(mae, site=0.5):
-    return {"mae": mae, "site_balanced_accuracy": site}
+    return {"mae": mae, "site_balanced_accuracy": site, "openbhb_score": site**0.3 * mae}
 
 
 def states(study):
@@ -203,7 +205,7 @@ def test_a_published_configuration_outside_a_changed_space_is_no_result(study, t
     search.suggest("a")
     search.on_trial_complete("a", result(8.0, 2, n=2, finished=True, done=True))
     assert owed_trial(study) is None
-    outside = open_study(tmp_path / "study.journal", "tpe", 0, name="other")
+    outside = open_study(tmp_path / "study.journal", "tpe", 0, MAE, name="other")
     carry_over(study, outside, lambda trial: {"views.noise": trial.suggest_float("views.noise", 0.0, 1.0)})
     again = searcher(outside, budget=Budget(deadline=0.0))
     assert again.suggest("b")["assignment"]["name"] == again.budget.completes == "0001"
@@ -320,7 +322,7 @@ def test_a_space_that_returns_nonsense_is_refused_at_start():
 
 def test_what_stopped_a_trial_is_kept_with_it(study):
     pruner = Wilcoxon(0.1, study, "mae", 8)
-    search = searcher(study, judgement=Judgement(scheduler="asha", pruner=pruner))
+    search = searcher(study, judgement=judgement_by(scheduler="asha", pruner=pruner))
     search.suggest("a")
     search.on_trial_complete("a", result(9.0, 4))
     search.suggest("b")
@@ -334,8 +336,8 @@ def test_what_stopped_a_trial_is_kept_with_it(study):
 
 def test_several_objectives_are_told_in_their_order_and_keep_what_was_reported(tmp_path):
     names = ("openbhb_score", "mae", "accelerator_seconds")
-    study = open_study(tmp_path / "study.journal", "nsga2", 0, names)
-    search = searcher(study, judgement=Judgement(names), budget=Budget(devices=3.0))
+    study = open_study(tmp_path / "study.journal", "nsga2", 0, objectives(*names))
+    search = searcher(study, judgement=judgement_by(*names), budget=Budget(devices=3.0))
     search.suggest("a")
     cells = [cell(4.0, 0.5), cell(6.0, 0.25)]
     score = np.mean([4.0 * 0.5**0.3, 6.0 * 0.25**0.3])
@@ -351,8 +353,8 @@ def test_several_objectives_are_told_in_their_order_and_keep_what_was_reported(t
 
 def test_a_finished_trial_without_a_value_has_failed(tmp_path):
     names = ("mae", "site_balanced_accuracy")
-    study = open_study(tmp_path / "study.journal", "random", 0, names)
-    search = searcher(study, judgement=Judgement(names))
+    study = open_study(tmp_path / "study.journal", "random", 0, objectives(*names))
+    search = searcher(study, judgement=judgement_by(*names))
     search.suggest("a")
     undefined = [cell(5.0), cell(5.0, math.nan)]
     search.on_trial_complete("a", result(5.0, 2, n=2, cells=undefined, finished=True, done=True))
@@ -375,7 +377,7 @@ def test_nothing_is_begun_once_improvement_is_unlikely_but_what_runs_is_finished
 def test_the_terminator_is_asked_once_enough_trials_are_completed(study):
     asked = []
     terminator = SimpleNamespace(should_terminate=lambda study: bool(asked.append(len(study.trials))) or True)
-    search = searcher(study, trials=100, judgement=Judgement(terminator=terminator))
+    search = searcher(study, trials=100, judgement=judgement_by(terminator=terminator))
     for number in range(100):
         if not isinstance(search.suggest(str(number)), dict):
             break

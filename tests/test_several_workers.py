@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from of_age import assign
 from process_helpers import MADE_SMALL, run
 from small_cohort import SMALL, write_small_cohort
 
@@ -22,7 +23,6 @@ from core.evaluation.splits import make_splits
 from core.inference import load_predictor
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import InMemory
-from distributed.run.assignment import assign
 from distributed.training.subjects import Place, Subjects
 from distributed.training.trial import Runner
 from search_spaces import published

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from of_age import assign
 
 from core.run_names import PROGRESS
-from distributed.run.assignment import assign
 from distributed.slots.slot import GROUP_RESTARTS, Slot, WorkersEndedError
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from of_age import assign
 from ray._private.internal_api import memory_summary
 from small_cohort import SMALL, write_small_cohort
 
@@ -21,7 +22,6 @@ from distributed.batches.hold import batches
 from distributed.batches.in_process import InMemory, bytes_of_a_volume
 from distributed.batches.plan import Plan
 from distributed.batches.streaming import Streaming
-from distributed.run.assignment import assign
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner
 from search_spaces import published

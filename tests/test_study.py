@@ -4,6 +4,7 @@ import warnings
 
 import optuna
 import pytest
+from of_age import MAE
 from optuna.trial import TrialState
 
 from core.config import resolve
@@ -38,7 +39,7 @@ def points(tmp_path, text):
 
 
 def test_a_member_of_a_population_is_no_trial_of_the_point_with_which_it_began(tmp_path):
-    study = open_study(tmp_path / "study.journal", "tpe", 0)
+    study = open_study(tmp_path / "study.journal", "tpe", 0, MAE)
     point = {"optimiser.learning_rate": 1e-3, "objective.name": "exponential"}
     assert enqueue(study, [point], "enqueued") == 1
     study.ask().set_user_attr("label", "member of the population")
@@ -55,7 +56,7 @@ def test_own_configurations_are_tried_next_in_their_order_and_once(tmp_path):
   objective: {name: supcon, bin_width: 4}
 """,
     )
-    study = open_study(tmp_path / "study.journal", "tpe", 0)
+    study = open_study(tmp_path / "study.journal", "tpe", 0, MAE)
     assert enqueue(study, mine, "enqueued") == 2
     assert (
         enqueue(study, [*mine, {"optimiser.learning_rate": 0.01, "objective.name": "exponential"}], None) == 1
@@ -106,7 +107,7 @@ def test_a_wrong_entry_is_one_line_that_names_it(tmp_path, text, message):
 @pytest.fixture
 def old(tmp_path):
     """Two completed trials of each method, a pruned one, one interrupted in each method, one that waits."""
-    study = open_study(tmp_path / "study.journal", "random", 0)
+    study = open_study(tmp_path / "study.journal", "random", 0, MAE)
     kinds = ["supcon", "exponential", "supcon", "exponential", "supcon", "exponential", "supcon"]
     for number, method in enumerate(kinds):
         point = {"optimiser.learning_rate": 1e-3 * (number + 1), "objective.name": method}
@@ -126,7 +127,7 @@ def old(tmp_path):
 
 def test_narrowing_keeps_every_number_and_value_and_learns_from_what_lies_inside(old, tmp_path):
     narrow = pin(space, {"objective.name": "supcon"})
-    fresh = open_study(tmp_path / "study.journal", "tpe", 0, name="brainsweep-2")
+    fresh = open_study(tmp_path / "study.journal", "tpe", 0, MAE, name="brainsweep-2")
     carried = carry_over(old, fresh, narrow, {"objective.name": "supcon"})
     assert (carried.inside, carried.outside, carried.dropped) == (4, [1, 3, 5], 1)
     before, after = old.get_trials(), fresh.get_trials()
@@ -174,7 +175,7 @@ def test_widening_a_choice_is_another_study_where_optuna_would_refuse(old, tmp_p
             trial.suggest_float("objective.bin_width", 1.0, 10.0)
         return dict(trial.params)
 
-    fresh = open_study(tmp_path / "study.journal", "tpe", 0, name="brainsweep-2")
+    fresh = open_study(tmp_path / "study.journal", "tpe", 0, MAE, name="brainsweep-2")
     carried = carry_over(old, fresh, wide)
     assert carried.outside == []
     seen = set()
@@ -193,7 +194,7 @@ def test_widening_a_choice_is_another_study_where_optuna_would_refuse(old, tmp_p
 def test_a_resumed_sampler_draws_on_and_does_not_begin_again(sampler, tmp_path):
     asked = []
     for _ in range(3):  # three processes
-        study = open_study(tmp_path / "study.journal", sampler, 0)
+        study = open_study(tmp_path / "study.journal", sampler, 0, MAE)
         for _ in range(4):
             trial = study.ask()
             asked.append(space(trial)["optimiser.learning_rate"])

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import ray
 import small_cohort
+from of_age import assign
 from process_helpers import ROOT
 from ray import tune
 from small_cohort import SMALL, write_small_cohort
@@ -19,7 +20,6 @@ from core.evaluation.splits import make_splits
 from distributed.batches.hold import hold
 from distributed.batches.in_process import InMemory
 from distributed.batches.resident import Resident
-from distributed.run.assignment import assign
 from distributed.slots.cluster import QUIET
 from distributed.slots.slot import Slot, WorkerGroup, Workers, pack
 from distributed.training.subjects import Subjects

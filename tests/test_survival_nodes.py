@@ -10,6 +10,7 @@ import pytest
 import ray
 import small_cohort
 import torch
+from of_age import assign
 from optuna.trial import TrialState
 from process_helpers import ROOT, command, end_marked, environment, finished_trials, study_of, wait_until
 from ray import train
@@ -22,7 +23,6 @@ from test_survival import each_epoch_once
 from core.config import merge, resolve
 from core.evaluation.splits import make_splits
 from distributed.batches.hold import hold
-from distributed.run.assignment import assign
 from distributed.slots.cluster import connect, fit_slots
 from distributed.slots.slot import WorkerGroup, pack
 from distributed.training.subjects import Subjects

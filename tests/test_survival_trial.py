@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from of_age import assign
 from ray.tune.experiment import Trial
 from small_cohort import SMALL, write_small_cohort
 
@@ -18,7 +19,7 @@ from core.evaluation.splits import make_splits
 from core.inference import load_predictor
 from core.run_names import CHECKPOINT, PROGRESS
 from distributed.batches.in_process import InMemory
-from distributed.run.assignment import HOLDOUT, assign, read_progress
+from distributed.run.assignment import HOLDOUT, read_progress
 from distributed.run.working_copy import DAMAGED
 from distributed.sweeps.forget_finished import ForgetFinished
 from distributed.training.loop import CellTraining

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from of_age import assign
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
@@ -15,7 +16,7 @@ from core.evaluation.probes import ALPHAS, fit_age_probe
 from core.evaluation.splits import make_splits
 from core.inference import load_predictor
 from distributed.batches.in_process import InMemory
-from distributed.run.assignment import HOLDOUT, Cell, assign
+from distributed.run.assignment import HOLDOUT, Cell
 from distributed.training.loop import CellTraining, learning_rate
 from distributed.training.subjects import Place, Subjects
 from distributed.training.trial import Runner

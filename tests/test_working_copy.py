@@ -6,6 +6,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from of_age import MAE, assign
 from rich.console import Console
 from s3_server import KEYS, s3_server
 from small_cohort import SMALL, write_small_cohort
@@ -20,7 +21,7 @@ from core.run_names import CHECKPOINT
 from distributed.batches.in_process import InMemory
 from distributed.run import working_copy
 from distributed.run.access import AccessRecord
-from distributed.run.assignment import HOLDOUT, Cell, assign
+from distributed.run.assignment import HOLDOUT, Cell
 from distributed.run.lock import claim
 from distributed.run.working_copy import (
     SCRATCH,
@@ -253,11 +254,11 @@ def test_a_new_run_does_not_begin_where_something_lies_nor_with_a_population(run
 def test_a_study_is_there_on_another_machine_as_far_as_it_was_sent(run):
     run.mkdir(parents=True)
     (run / "run.json").write_text("{}")
-    study = open_study(run / "study.journal", "random", 0)
+    study = open_study(run / "study.journal", "random", 0, MAE)
     study.ask().suggest_float("x", 0, 1)
     with kept_up(run, QUIET):
         study.tell(0, 1.0)
     another_machine(run)
     bring_run(run, QUIET)
-    (trial,) = open_study(run / "study.journal", "random", 0).get_trials()
+    (trial,) = open_study(run / "study.journal", "random", 0, MAE).get_trials()
     assert (trial.state, trial.value) == (optuna.trial.TrialState.COMPLETE, 1.0)

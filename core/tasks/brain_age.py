@@ -269,6 +269,8 @@ class BrainAge(Task[BrainAgeSettings]):
             penalty = chosen_penalty(curves)
             predicted = _by_penalty(cell)[ALPHAS.index(penalty)]
             measured = _measured(predicted, cell.truth) | {"penalty": penalty}
+            if "site_balanced_accuracy" in cell.metrics:
+                measured["openbhb_score"] = _openbhb({**cell.metrics, **measured})
             made.append((measured, _as_table(predicted, cell.truth.labels)))
         return made
 

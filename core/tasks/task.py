@@ -83,11 +83,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class JudgedCell:
-    """A finished cell: its fold, the truth about its validation scans, and what its outcome kept."""
+    """A finished cell: its fold, the truth about its validation scans, what its outcome kept, and its metrics so far."""
 
     fold: int
     truth: Truth
     kept: Mapping[str, object]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ class Trial:
         if len(self.judged) < len(self.finished):
             # This trial was begun by version 0.2, which kept no predictions.
             return
-        made = self.task.judge_together([self._judged(cell) for cell in self.judged])
+        made = self.task.judge_together(self._judged_cells())
         for row, (metrics, predictions) in zip(self.finished, made, strict=bool(made)):
             row.update(metrics)
             if self.place.rank == 0:
@@ -249,12 +249,19 @@ class Trial:
         """
         if is_refit(self.assignment) or not self.judged or len(self.judged) < len(self.finished):
             return Answer()
-        penalty = self.task.penalty_of([self._judged(cell) for cell in self.judged])
+        penalty = self.task.penalty_of(self._judged_cells())
         return Answer() if penalty is None else Answer(penalty=penalty)
 
-    def _judged(self, cell: KeptCell) -> JudgedCell:
-        truth = self.labelled.truth(self.labelled.rows_of(cell[FOLD])[1])
-        return JudgedCell(cell[FOLD], truth, {name: _as_arrays(cell[name]) for name in self.task.keeps})
+    def _judged_cells(self) -> list[JudgedCell]:
+        return [
+            JudgedCell(
+                cell[FOLD],
+                self.labelled.truth(self.labelled.rows_of(cell[FOLD])[1]),
+                {name: _as_arrays(cell[name]) for name in self.task.keeps},
+                metrics,
+            )
+            for cell, metrics in zip(self.judged, self.finished, strict=True)
+        ]
 
     def _save(self) -> None:
         """Rank 0 writes the checkpoint, then the file for people and the driver; each is replaced in one step."""
