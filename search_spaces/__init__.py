@@ -18,10 +18,13 @@ import optuna
 from core.config import Settings, flatten, read_settings, with_absent
 from core.files.python import defined_in, file_of
 from core.lookup import look_up
-from search_spaces import brain_age, points
+from search_spaces import brain_age, classification, points
 from search_spaces.points import Space, is_under
 
-SPACES: dict[str, Space] = {"brain_age": brain_age.space}
+SPACES: dict[str, Space] = {
+    "brain_age": brain_age.space,
+    "classification": classification.space,
+}
 
 DEFAULT = "brain_age"
 

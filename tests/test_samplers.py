@@ -13,6 +13,7 @@ from test_schedulers import Trial
 
 from core.config import resolve
 from core.errors import UserError
+from core.evaluation.site import openbhb_score
 from core.objectives import COST, find_objectives, measure
 from core.task_description import BRAIN_AGE
 from distributed.run.assignment import EpochRow

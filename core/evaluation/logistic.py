@@ -14,6 +14,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold, Stratifi
 from core.errors import UserError
 from core.evaluation import Classes, Floats, Names
 from core.evaluation.by_subject import subject_weights
+from core.evaluation.class_probe import ClassProbe, class_probe_of
 from core.evaluation.probes import standardisation
 
 INVERSE_PENALTIES: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -40,6 +41,11 @@ class LogisticProbe:
         """(N, D) -> the likeliest class of each subject (N,)."""
         classes_n: Classes = self.classifier.predict((embeddings_nd - self.mean) / self.scale)
         return classes_n
+
+    def as_class_probe(self) -> ClassProbe:
+        """The same map as plain numbers; its classes are 0 to K - 1."""
+        fitted = getattr(self.classifier, "best_estimator_", self.classifier)
+        return class_probe_of(fitted, self.mean, self.scale)
 
     def probabilities(self, embeddings_nd: Floats) -> Floats:
         """(N, D) -> (N, K)."""

@@ -55,3 +55,16 @@ class RegressionHead(nn.Module):
         """(B, E) -> (B,) float32."""
         output_b1: torch.Tensor = self.layer(embedding_be)
         return output_b1.float().squeeze(-1)
+
+
+class ClassHead(nn.Module):
+    """Embeddings (B, embedding_dim) -> scores of K classes (B, K), always float32."""
+
+    def __init__(self, embedding_dim: int, classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(embedding_dim, classes)
+
+    def forward(self, embedding_be: torch.Tensor) -> torch.Tensor:
+        """(B, E) -> (B, K)."""
+        scores_bk: torch.Tensor = self.layer(embedding_be)
+        return scores_bk.float()

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from pydantic import Field
 from torch import nn
 
 from core.errors import UserError
@@ -22,20 +23,28 @@ from core.evaluation.probes import (
     ALPHAS,
     FEWEST_SUBJECTS,
     AgeProbe,
-    chosen_penalty,
     fit_age_probe,
     predictions_by_penalty,
 )
 from core.evaluation.regression import median_age, median_baseline, regression_metrics
 from core.evaluation.site import openbhb_score
-from core.evaluation.splits import Rows, Splits
+from core.evaluation.splits import Splits
 from core.losses.members import Exponential
 from core.losses.settings import REGRESSION_LOSSES, ObjectiveSettings
 from core.models import build_encoder, build_projection_head
+from core.models.contrastive import ContrastiveModel
 from core.models.heads import RegressionHead
 from core.models.settings import ModelSettings, ResNetSettings
-from core.run_settings import RunSettings
+from core.run_settings import Frozen, RunSettings
 from core.task_description import BRAIN_AGE
+from core.tasks.penalties import (
+    BY_PENALTY,
+    WITHOUT,
+    best_place,
+    by_penalty_of,
+    chosen_for_each,
+    errors_without_folds,
+)
 from core.tasks.task import (
     Facts,
     JudgedCell,
@@ -59,6 +68,16 @@ NO_CALIBRATION = (
 )
 
 
+class AgeProbeSettings(Frozen):
+    """How the embedding of a contrastive encoder is judged."""
+
+    reference: Literal["dynlocrep"] | None = Field(
+        None,
+        description="dynlocrep: the published probe, ridge on embeddings as they are with penalties 0.01 to 100 by R2 "
+        "over five folds in the order of the rows, and the logistic probe of sites of the OpenBHB challenge",
+    )
+
+
 class BrainAgeSettings(RunSettings):
     """The settings of brain age; the defaults are the published ones."""
 
@@ -66,27 +85,7 @@ class BrainAgeSettings(RunSettings):
     views: ViewSettings = ViewSettings()
     model: ModelSettings = ResNetSettings()
     objective: ObjectiveSettings = Exponential()
-
-
-class ContrastiveModel(nn.Module):
-    """Encoder and projection head; `readout` says which of the two the probe sees."""
-
-    def __init__(self, encoder: nn.Module, head: nn.Module, readout: str) -> None:
-        super().__init__()
-        self.encoder, self.head, self.readout = encoder, head, readout
-
-    def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
-        """Projections (B, D) on the unit sphere."""
-        projection_bd: torch.Tensor = self.head(self.encoder(volumes_bcxyz))
-        return projection_bd
-
-    def embed(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
-        """What the probe reads, (B, E)."""
-        embedding_be: torch.Tensor = self.encoder(volumes_bcxyz)
-        if self.readout == "encoder":
-            return embedding_be
-        projection_bd: torch.Tensor = self.head(embedding_be)
-        return projection_bd
+    evaluation: AgeProbeSettings = AgeProbeSettings()
 
 
 class RegressionModel(nn.Module):
@@ -119,11 +118,15 @@ class BrainAge(Task[BrainAgeSettings]):
     """See the top of this file."""
 
     about = BRAIN_AGE
-    keeps = ("by_penalty", "without")
+    keeps = (BY_PENALTY, WITHOUT)
     settings = BrainAgeSettings
 
     def check(self, settings: BrainAgeSettings) -> None:
         """Try the objective on a few made-up embeddings over the whole run; UserError for a value it cannot take."""
+        if is_regression(settings) and settings.evaluation.reference is not None:
+            raise UserError(
+                f"evaluation.reference cannot act with objective.name={settings.objective.name}, which has no probe"
+            )
         objective = self.objective(settings, {})
         ages = torch.tensor([20.0, 40.0, 60.0, 80.0])
         embeddings = torch.eye(4)[:, None, : 1 if is_regression(settings) else 4].repeat(1, 2, 1)
@@ -219,18 +222,21 @@ class BrainAge(Task[BrainAgeSettings]):
 
         If the folds of the training scans are known, every penalty of the probe is tried, for `judge_together`.
         """
-        probe, kept = None, {}
-        predicted = evaluation.outputs.get("predicted")
+        probe, kept = None, dict[str, object]()
+        predicted, published = evaluation.outputs.get("predicted"), settings.evaluation.reference is not None
         if predicted is None:
             ages = cast(Floats, training.labels)
-            probe = fit_age_probe(training.embeddings, ages, training.subjects, penalty=judging.penalty)
+            probe = fit_age_probe(
+                training.embeddings, ages, training.subjects, penalty=judging.penalty, reference=published
+            )
             predicted = probe.predict(evaluation.embeddings)
-            if judging.folds is not None:
-                every = predictions_by_penalty(
+            if judging.folds is not None and not published:
+                kept[BY_PENALTY] = predictions_by_penalty(
                     training.embeddings, ages, evaluation.embeddings, training.subjects
                 )
-                without = _errors_without_folds(training, evaluation, judging.folds)
-                kept = {"by_penalty": every, "without": without}
+                kept[WITHOUT] = errors_without_folds(
+                    training, evaluation, judging.folds, _errors, FEWEST_SUBJECTS
+                )
         metrics = _measured(predicted, evaluation)
         metrics["median_mae"] = median_baseline(
             cast(Floats, training.labels),
@@ -238,7 +244,7 @@ class BrainAge(Task[BrainAgeSettings]):
             training.subjects,
             evaluation.subjects,
         )["mae"]
-        metrics["site_balanced_accuracy"] = of_sites(training, evaluation, judging)
+        metrics["site_balanced_accuracy"] = of_sites(training, evaluation, judging, reference=published)
         metrics["openbhb_score"] = _openbhb(metrics)
         fitted = None if probe is None else probe.to_json()
         return Outcome(metrics, _as_table(predicted, evaluation.labels), fitted, kept)
@@ -246,29 +252,12 @@ class BrainAge(Task[BrainAgeSettings]):
     def judge_together(self, cells: Sequence[JudgedCell]) -> list[tuple[dict[str, float], pd.DataFrame]]:
         """The metrics of every cell, and its predictions, with a penalty that the cells of other folds choose.
 
-        In those cells people are judged whom neither encoder nor probe knows, so the penalty is not chosen on
-        embeddings that follow age too closely. The people of the cell itself have no part in it as far as probes can
-        tell: for them the probes of the other cells are fitted, and judged, without them (nested cross-validation).
-        What remains: the encoders of the other cells were trained with them.
-
-        An empty list if a cell finds no other one that can choose for it: with two folds or fewer, or with very few
-        people.
+        See `core.tasks.penalties`. An empty list if they cannot choose for each other.
         """
-        chosen = [
-            [
-                _without(other)[cell.fold]
-                for other in cells
-                if other.fold != cell.fold and cell.fold in _without(other)
-            ]
-            for cell in cells
-        ]
-        if not all(chosen):
-            return []
         made = []
-        for cell, curves in zip(cells, chosen, strict=True):
-            penalty = chosen_penalty(curves)
-            predicted = _by_penalty(cell)[ALPHAS.index(penalty)]
-            measured = _measured(predicted, cell.truth) | {"penalty": penalty}
+        for cell, place in zip(cells, chosen_for_each(cells), strict=False):
+            predicted = by_penalty_of(cell)[place]
+            measured = _measured(predicted, cell.truth) | {"penalty": ALPHAS[place]}
             if "site_balanced_accuracy" in cell.metrics:
                 measured["openbhb_score"] = _openbhb({**cell.metrics, **measured})
             made.append((measured, _as_table(predicted, cell.truth.labels)))
@@ -276,7 +265,7 @@ class BrainAge(Task[BrainAgeSettings]):
 
     def penalty_of(self, cells: Sequence[JudgedCell]) -> float | None:
         """The penalty that is best in all cells: in each, people are judged whom neither encoder nor probe knows."""
-        return chosen_penalty([errors_of(cell) for cell in cells]) if cells else None
+        return ALPHAS[best_place([errors_of(cell) for cell in cells])] if cells else None
 
     def floor(self, settings: BrainAgeSettings, training: Truth, evaluation: Truth) -> Outcome:
         """The median over the training subjects of their mean age."""
@@ -374,25 +363,6 @@ def _openbhb(metrics: Mapping[str, float]) -> float:
     return np.nan if score is None else score
 
 
-def _errors_without_folds(training: Observed, evaluation: Observed, folds: Rows) -> dict[int, Floats]:
-    """By fold, the error (P,) of every penalty if the probe is fitted without the people of this fold.
-
-    Empty if without any two folds too few people remain for a probe. So this is the same in all cells of a trial.
-    """
-    people = [len(np.unique(training.subjects[folds == fold])) for fold in np.unique(folds)]
-    people.append(len(np.unique(evaluation.subjects)))
-    if sum(sorted(people)[:-2]) < FEWEST_SUBJECTS:
-        return {}
-    errors, ages = {}, cast(Floats, training.labels)
-    for fold in np.unique(folds):
-        rest = folds != fold
-        every = predictions_by_penalty(
-            training.embeddings[rest], ages[rest], evaluation.embeddings, training.subjects[rest]
-        )
-        errors[int(fold)] = errors_by_penalty(every, cast(Floats, evaluation.labels), evaluation.subjects)
-    return errors
-
-
 def errors_by_penalty(by_penalty: Floats, ages: Floats, subjects: Names) -> Floats:
     """The mean absolute error over people (P,) in years of predictions (P, m) for m scans."""
     errors: Floats = np.average(np.abs(by_penalty - ages), axis=1, weights=subject_weights(subjects))
@@ -401,17 +371,15 @@ def errors_by_penalty(by_penalty: Floats, ages: Floats, subjects: Names) -> Floa
 
 def errors_of(cell: JudgedCell) -> Floats:
     """The mean absolute error over the people (P,) of a cell in years with every penalty."""
-    return errors_by_penalty(_by_penalty(cell), cast(Floats, cell.truth.labels), cell.truth.subjects)
+    return errors_by_penalty(by_penalty_of(cell), cast(Floats, cell.truth.labels), cell.truth.subjects)
 
 
-def _by_penalty(cell: JudgedCell) -> Floats:
-    """The ages (P, m) in years that are predicted for the m validation scans with every penalty (`ALPHAS`)."""
-    return cast(Floats, cell.kept["by_penalty"])
-
-
-def _without(cell: JudgedCell) -> Mapping[int, Floats]:
-    """By fold, the error (P,) of every penalty if the people of this fold are not among those of the probe."""
-    return cast(Mapping[int, Floats], cell.kept["without"])
+def _errors(training: Observed, evaluation: Observed) -> Floats:
+    """The errors (P,) in years over people of the evaluation with every penalty of a probe of the training scans."""
+    every = predictions_by_penalty(
+        training.embeddings, cast(Floats, training.labels), evaluation.embeddings, training.subjects
+    )
+    return errors_by_penalty(every, cast(Floats, evaluation.labels), evaluation.subjects)
 
 
 def _how_to_read(shown: Sequence[str]) -> str:

@@ -83,7 +83,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class JudgedCell:
-    """A finished cell: its fold, the truth about its validation scans, what its outcome kept, and its metrics so far."""
+    """A finished cell: its fold, the truth about its validation scans, what its outcome kept, its metrics so far."""
 
     fold: int
     truth: Truth
@@ -286,8 +286,11 @@ def is_known(labels: Labels) -> npt.NDArray[np.bool_]:
     return known
 
 
-def of_sites(training: Observed, evaluation: Observed, judging: Judging) -> float:
-    """The balanced accuracy of telling the site from the embedding; NaN if it has no meaning, or is not asked for."""
+def of_sites(training: Observed, evaluation: Observed, judging: Judging, *, reference: bool = False) -> float:
+    """The balanced accuracy of telling the site from the embedding; NaN if it has no meaning, or is not asked for.
+
+    `reference`: with the published probe, see `site_balanced_accuracy`.
+    """
     if not judging.sites:
         return math.nan
     accuracy = site_balanced_accuracy(
@@ -297,5 +300,6 @@ def of_sites(training: Observed, evaluation: Observed, judging: Judging) -> floa
         evaluation.sites,
         training.subjects,
         evaluation.subjects,
+        reference=reference,
     )
     return math.nan if accuracy is None else accuracy

@@ -31,10 +31,13 @@ def class_names(predictions: pd.DataFrame) -> list[str]:
 
 
 def of_people(predictions: pd.DataFrame) -> pd.DataFrame:
-    """One row per person: truth and the mean probability of every class, over scans and refit seeds."""
+    """One row per person: truth and the mean probability of every class, over scans and refit seeds.
+
+    Of a person whose scans are of two classes there are two rows.
+    """
     columns = [f"{PROBABILITY}{name}" for name in class_names(predictions)]
-    people = predictions.groupby("subject", sort=True)
-    return people[columns].mean().assign(truth=people["truth"].first().astype(str))
+    of_text = predictions.assign(truth=predictions["truth"].astype(str))
+    return of_text.groupby(["subject", "truth"], sort=True)[columns].mean().reset_index("truth")
 
 
 def _arrays(predictions: pd.DataFrame) -> tuple[Floats, npt.NDArray[np.int64]]:
