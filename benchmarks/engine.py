@@ -35,6 +35,7 @@ from rich.table import Table
 
 from benchmarks.dummy_trials import Sleeper, make_runner
 from core.config import resolve
+from core.task_description import BRAIN_AGE
 from distributed.run.assignment import assign
 from distributed.search.budget import Budget
 from distributed.search.schedulers import make_scheduler
@@ -47,6 +48,7 @@ from distributed.sweeps.executor import Executor
 from search_spaces import DEFAULT, load_space
 
 HUNDRED = 100
+OBJECTIVES = {"mae": BRAIN_AGE.metrics["mae"]}
 CELLS = [{"fold": 0, "seed": 0}]
 
 
@@ -142,7 +144,7 @@ def search_for(folder: Path, sampler: str, trials: int, scheduler: str = "asha")
     """The search of a sweep over the default space, its study in `folder`, its sampler timed."""
     folder.mkdir(parents=True, exist_ok=True)
     space, settings = load_space(DEFAULT)
-    study = open_study(folder / "study.journal", sampler, seed=0)
+    study = open_study(folder / "study.journal", sampler, 0, OBJECTIVES)
     study.sampler = TimedSampler(study.sampler)
     proposals = Proposals(
         study,
@@ -150,11 +152,11 @@ def search_for(folder: Path, sampler: str, trials: int, scheduler: str = "asha")
         resolve(settings).model_dump(mode="json"),
         trials,
         assignment=lambda name, settings, prunable: assign(
-            folder / "trials" / name, settings, CELLS, prunable=prunable
+            folder / "trials" / name, settings, CELLS, metric="mae", prunable=prunable
         ),
         refits=lambda study: [],
     )
-    return StudySearch(proposals, Budget(), Judgement(scheduler=scheduler))
+    return StudySearch(proposals, Budget(), Judgement(OBJECTIVES, scheduler=scheduler))
 
 
 def run_search(
@@ -163,8 +165,12 @@ def run_search(
     """Run `search` as a sweep does; returns the records, and the seconds from start to end."""
     watch, budget, began = Watch(), search.budget, time.time()
     with Path(os.devnull).open("w") as nowhere:
-        display = Display(Console(file=nowhere), search.proposals.trials, epochs, budget)
-        callbacks = [display, TensorBoard(folder / "tensorboard", ["optimiser.learning_rate"]), watch]
+        display = Display(Console(file=nowhere), search.proposals.trials, epochs, budget, OBJECTIVES["mae"])
+        callbacks = [
+            display,
+            TensorBoard(folder / "tensorboard", ["optimiser.learning_rate"], ["value", "loss"], 1),
+            watch,
+        ]
         scheduler = make_scheduler(search.judgement.scheduler, epochs, len(CELLS))
         Executor(trainable, slots, folder / "tune", callbacks).search(search, scheduler, budget).fit()
     return watch, time.time() - began

@@ -58,8 +58,8 @@ MUTANTS = (
     Mutant(
         "ASHA compares after one epoch",
         "distributed/search/schedulers.py",
-        "    grace = max(1, epochs // 4)",
-        "    grace = 1",
+        "    grace, mode = max(1, epochs // 4), mode_of(better)",
+        "    grace, mode = 1, mode_of(better)",
         (
             "tests/test_schedulers.py::test_asha_compares_at_a_quarter_and_a_half_of_the_first_cell_then_at_doublings",
         ),
@@ -74,34 +74,30 @@ MUTANTS = (
     Mutant(
         "the probe is fitted with the evaluation subjects",
         "core/tasks/brain_age.py",
-        "fit_age_probe(training.embeddings, training.ages, training.subjects, penalty=penalty)",
-        "fit_age_probe(\n"
-        "            np.concatenate([training.embeddings, evaluation.embeddings]),\n"
-        "            np.concatenate([training.ages, evaluation.ages]),\n"
-        "        )",
+        "                training.embeddings, ages, training.subjects, penalty=judging.penalty, reference=published\n",
+        "                np.concatenate([training.embeddings, evaluation.embeddings]),\n"
+        "                np.concatenate([training.labels, evaluation.labels]),\n",
         ("tests/test_leaks.py::test_the_probe_and_its_penalty_depend_on_the_training_subjects_alone",),
     ),
     Mutant(
         "the penalty of the probe is chosen with the evaluation subjects",
         "core/tasks/brain_age.py",
-        "fit_age_probe(training.embeddings, training.ages, training.subjects, penalty=penalty)",
-        "fit_age_probe(\n"
-        "            training.embeddings,\n"
-        "            training.ages,\n"
-        "            alphas=(\n"
-        "                fit_age_probe(\n"
-        "                    np.concatenate([training.embeddings, evaluation.embeddings]),\n"
-        "                    np.concatenate([training.ages, evaluation.ages]),\n"
-        "                ).alpha,\n"
-        "            ),\n"
-        "        )",
+        "                training.embeddings, ages, training.subjects, penalty=judging.penalty, reference=published\n",
+        "                training.embeddings,\n"
+        "                ages,\n"
+        "                alphas=(\n"
+        "                    fit_age_probe(\n"
+        "                        np.concatenate([training.embeddings, evaluation.embeddings]),\n"
+        "                        np.concatenate([training.labels, evaluation.labels]),\n"
+        "                    ).alpha,\n"
+        "                ),\n",
         ("tests/test_leaks.py::test_the_probe_and_its_penalty_depend_on_the_training_subjects_alone",),
     ),
     Mutant(
         "a cell gives its evaluation subjects to the probe",
         "distributed/training/loop.py",
-        "self._embed(self.training_rows)",
-        "self._embed(np.concatenate([self.training_rows, self.evaluation_rows]))",
+        "self._observe(self.training_rows)",
+        "self._observe(np.concatenate([self.training_rows, self.evaluation_rows]))",
         ("tests/test_leaks.py::test_a_cell_judges_with_a_probe_of_its_training_subjects",),
     ),
     Mutant(
@@ -232,8 +228,8 @@ MUTANTS = (
     Mutant(
         "the L1 baseline was tuned and is refitted untuned",
         "distributed/sweeps/refits.py",
-        "        if tuned is None\n",
-        "        if True\n",
+        "untuned if tuned is None else",
+        "untuned if True else",
         ("tests/test_baseline.py::test_the_refit_takes_the_best_trial_of_the_baseline",),
     ),
     Mutant(
@@ -245,9 +241,9 @@ MUTANTS = (
     ),
     Mutant(
         "people have a part in the penalty for their own prediction",
-        "core/tasks/brain_age.py",
-        "            other.without[cell.fold]\n",
-        "            other.errors\n",
+        "core/tasks/penalties.py",
+        "errors(part_of(training, folds != fold), evaluation)",
+        "errors(training, evaluation)",
         ("tests/test_leaks.py::test_no_age_of_a_judged_person_has_a_part_in_the_prediction",),
     ),
     Mutant(

@@ -10,7 +10,7 @@ Compared are, on people whom nothing has seen:
 - out-of-fold encoders: the penalty is chosen on unseen fifths (one of them, or all five), each with an encoder of its
   own; the encoder that is judged is trained on everybody;
 - other cells: the penalty is chosen on the validation subjects of the other folds of the same configuration, which
-  costs nothing more; this is what a trial does (`core.tasks.brain_age.cross_fit`, which is called here);
+  costs nothing more; this is what a trial does (`core.tasks.penalties`, which is called here);
 - the best penalty there is, which no method can know; direct regression (L1); and the median.
 
 "reported" and "same, on unseen" say whether a trial tells the truth: the error that its cells report for their own
@@ -33,11 +33,14 @@ import pandas as pd
 import torch
 from sklearn.linear_model import Ridge
 
-from core.config import RunSettings, Settings, merge, resolve
+from core.config import Settings, merge, resolve
 from core.evaluation import Floats
 from core.evaluation.probes import ALPHAS, fit_age_probe, standardisation
 from core.evaluation.splits import Rows, Splits, make_splits
-from core.tasks.brain_age import Embedded, JudgedCell, cross_fit, judge
+from core.run_settings import RunSettings
+from core.tasks.brain_age import BrainAge
+from core.tasks.penalties import part_of
+from core.tasks.task import JudgedCell, Judging, Observed
 from core.volumes.cohort.reader import Cohort
 from core.volumes.phantom.cohort import write_phantom_cohort
 from core.volumes.phantom.settings import PhantomSettings
@@ -47,6 +50,7 @@ from distributed.training.loop import CellTraining
 from distributed.training.subjects import Place, Subjects
 from search_spaces import published
 
+TASK = BrainAge()
 PARTS = 5
 JUDGED = 150
 SIZES = (20, 40, 80)
@@ -57,7 +61,7 @@ SMALL: Settings = {"model.width": 0.25, "training.epochs": 20, "training.batch_s
 
 def embedded(
     subjects: Subjects, settings: RunSettings, trained: Rows, judged: Rows, seed: int
-) -> tuple[Embedded, Embedded]:
+) -> tuple[Observed, Observed]:
     """The embeddings of both groups by an encoder that is trained on the first one."""
     splits = Splits(holdout=judged, folds=(trained,))
     training = CellTraining(
@@ -65,15 +69,15 @@ def embedded(
     )
     for _ in range(settings.training.epochs):
         training.run_epoch()
-    return training._embed(trained), training._embed(judged)
+    return training._observe(trained), training._observe(judged)
 
 
-def errors_by_penalty(fitted: Embedded, judged: Embedded) -> Floats:
+def errors_by_penalty(fitted: Observed, judged: Observed) -> Floats:
     """MAE in years of every penalty of `ALPHAS`: the probe is fitted on the first group and judged on the second."""
     mean_d, scale_d = standardisation(np.asarray(fitted.embeddings, np.float64))
     known, unknown = ((np.asarray(each.embeddings) - mean_d) / scale_d for each in (fitted, judged))
-    predicted = (Ridge(alpha=alpha).fit(known, fitted.ages).predict(unknown) for alpha in ALPHAS)
-    return np.array([np.abs(ages - judged.ages).mean() for ages in predicted])
+    predicted = (Ridge(alpha=alpha).fit(known, fitted.labels).predict(unknown) for alpha in ALPHAS)
+    return np.array([np.abs(ages - judged.labels).mean() for ages in predicted])
 
 
 def parts_of(rows: Rows, ages: Floats, seed: int) -> list[Rows]:
@@ -98,13 +102,15 @@ def compare(
         known = splits.training(fold)
         fitted_fold, both = embedded(subjects, settings, known, np.concatenate([rows, judged]), seed)
         of_fold, unseen = take(both, slice(None, len(rows))), take(both, slice(len(rows), None))
-        outcome = judge(fitted_fold, of_fold, sites=False, folds=splits.fold_of(known))
-        cells.append(JudgedCell(fold, outcome.by_penalty, of_fold.ages, of_fold.subjects, outcome.without))
+        outcome = TASK.judge(
+            settings, fitted_fold, of_fold, Judging(sites=False, folds=splits.fold_of(known))
+        )
+        cells.append(JudgedCell(fold, of_fold, outcome.kept))
         median_of_folds.append(outcome.metrics["median_mae"])
         unseen_of.append(errors_by_penalty(fitted_fold, unseen))
         if fold == 0:
             fitted, unseen_first = fitted_fold, unseen
-    made = [metrics for metrics, _ in cross_fit(cells)]
+    made = [metrics for metrics, _ in TASK.judge_together(cells)]
     same = [errors[ALPHAS.index(each["penalty"])] for errors, each in zip(unseen_of, made, strict=True)]
     by_penalty = unseen_of[0]
 
@@ -122,16 +128,16 @@ def compare(
             one_part = errors_by_penalty(together(fitted_rest, of_part), of_judged)[int(np.argmin(curve))]
     direct = resolve(merge(settings.model_dump(mode="json"), {"objective.name": "l1"}))
     _, regressed = embedded(subjects, direct, trained, judged, seed)
-    own = fit_age_probe(fitted.embeddings, fitted.ages, fitted.subjects)
+    own = fit_age_probe(fitted.embeddings, fitted.labels, fitted.subjects)
     return {
         "median": float(np.abs(np.median(ages[trained]) - ages[judged]).mean()),
-        "seen subjects": float(np.abs(own.predict(unseen_first.embeddings) - unseen_first.ages).mean()),
+        "seen subjects": float(np.abs(own.predict(unseen_first.embeddings) - unseen_first.labels).mean()),
         "one unseen part": float(one_part),
         "one out-of-fold encoder": chosen(inner[:1]),
         "five out-of-fold encoders": chosen(inner),
         "other cells": float(same[0]),
         "best penalty": float(by_penalty.min()),
-        "direct L1": float(np.abs(regressed.predicted - regressed.ages).mean()),
+        "direct L1": float(np.abs(regressed.predicted - regressed.labels).mean()),
         "penalty of seen subjects": own.alpha,
         "penalty of five": ALPHAS[int(np.argmin(np.mean(inner, axis=0)))],
         "penalty of cells": made[0]["penalty"],
@@ -142,18 +148,18 @@ def compare(
     }
 
 
-def take(of: Embedded, rows: slice) -> Embedded:
+def take(of: Observed, rows: slice) -> Observed:
     """Some scans."""
-    return Embedded(of.embeddings[rows], of.ages[rows], of.sites[rows], of.subjects[rows])
+    return part_of(of, np.arange(len(of.labels))[rows])
 
 
-def together(first: Embedded, second: Embedded) -> Embedded:
+def together(first: Observed, second: Observed) -> Observed:
     """The scans of both groups."""
     joined = [
         np.concatenate([getattr(first, name), getattr(second, name)])
-        for name in ("embeddings", "ages", "sites", "subjects")
+        for name in ("labels", "sites", "subjects", "embeddings")
     ]
-    return Embedded(*joined)
+    return Observed(*joined)
 
 
 def on_phantoms(sizes: Sequence[int], seeds: Sequence[int]) -> Iterator[dict[str, object]]:

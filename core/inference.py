@@ -8,10 +8,12 @@ about their labels). `best/` of a run also has `calibration.json`, if its task m
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -28,6 +30,7 @@ from core.run_settings import RunSettings
 from core.tasks import TASKS, find_task
 from core.tasks.task import Facts, Labels, Prediction
 from core.volumes.images.preprocess import IntensityStatistics, Preprocessing, normalise
+from core.volumes.images.resample import resample_labels
 from core.volumes.ingest.prepare import PreparedScan, prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
 
@@ -52,9 +55,21 @@ class Predictor:
     calibration: str | None = None
     """From out-of-fold predictions; None in a run of version 0.2 or before, which kept none."""
 
-    @torch.no_grad()
     def predict(self, volumes: Floats) -> pd.DataFrame:
         """What the task predicts for volumes (n, C, X, Y, Z) as a cohort stores them, channels as in `channels`."""
+        return self.predictions(self.observe(volumes))
+
+    def predictions(self, outputs: Mapping[str, Floats]) -> pd.DataFrame:
+        """What the task makes of what was observed."""
+        return find_task(self.settings.task).predictions(self.settings, outputs, self.fitted, self.facts)
+
+    def maps(self, outputs: Mapping[str, Floats]) -> dict[str, npt.NDArray[np.int16]]:
+        """The maps of classes (n, X, Y, Z) that the task makes of it, by name."""
+        return find_task(self.settings.task).maps(self.settings, outputs, self.facts)
+
+    @torch.no_grad()
+    def observe(self, volumes: Floats) -> dict[str, Floats]:
+        """What the model gives for volumes (n, C, X, Y, Z) as a cohort stores them; see `Task.observe`."""
         self.model.eval()
         task = find_task(self.settings.task)
         seen: dict[str, list[Floats]] = {}
@@ -63,8 +78,7 @@ class Predictor:
             tensor = normalise(tensor, self.settings.data.normalise, self.statistics)
             for name, values in task.observe(self.settings, self.model, tensor).items():
                 seen.setdefault(name, []).append(values.numpy())
-        outputs = {name: np.concatenate(parts) for name, parts in seen.items()}
-        return task.predictions(self.settings, outputs, self.fitted, self.facts)
+        return {name: np.concatenate(parts) for name, parts in seen.items()}
 
     def present(self, predictions: pd.DataFrame, truth: Labels | None) -> Prediction:
         """The predictions for people, with the truth (n,) where it is known."""
@@ -172,3 +186,17 @@ def prepare_file(file: Path, preprocessing: Preprocessing, mask: Path | None = N
     """One NIfTI file as `prepare_files` prepares it, with its measures of quality."""
     scan = Scan(subject=file.name, images=(ImageFile(file),))
     return prepare_scan(scan if mask is None else replace(scan, mask=ImageFile(mask)), preprocessing)
+
+
+def on_own_grid(classes: npt.NDArray[np.int16], scan: PreparedScan, file: Path) -> nib.Nifti1Image:
+    """A map of classes (X, Y, Z) on the grid of a cohort as a map on the voxels of the file that `scan` was made from.
+
+    Every voxel has the class of the nearest voxel of the grid, and 0 beyond it.
+    """
+    own = cast(nib.Nifti1Image, nib.load(file))
+    shape = own.shape[:3]
+    placed = resample_labels(classes, scan.affine, own.affine, (shape[0], shape[1], shape[2]))
+    image = nib.Nifti1Image(placed, own.affine)
+    image.set_qform(own.affine, int(own.header["qform_code"]) or 1)
+    image.set_sform(own.affine, int(own.header["sform_code"]) or 1)
+    return image

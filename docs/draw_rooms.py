@@ -28,6 +28,8 @@ THICKNESSES = {6.0: (20, "20 or more"), 3.5: (5, "5 to 19"), 1.4: (1, "1 to 4 li
 DRAWN_WITH = {
     "core.inference": "core.tasks",
     "core.objectives": "core.evaluation",
+    "core.run_settings": "core.config",
+    "core.task_description": "core.run_description",
     "core.run_access": "core.run_description",
     "core.run_names": "core.run_description",
     "core.report.html": "core.report.page",

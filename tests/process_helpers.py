@@ -68,7 +68,8 @@ def marked(mark):
 def kill_when(condition, sweep, mark):
     """Kill the driver of `sweep` as soon as `condition` holds, and wait until its Ray has ended, too."""
     try:
-        assert wait_until(condition, 400)
+        assert wait_until(lambda: condition() or sweep.poll() is not None, 400)
+        assert sweep.poll() is None, f"it ended by itself, with exit code {sweep.returncode}"
     finally:
         sweep.send_signal(signal.SIGKILL)
         sweep.wait()

@@ -211,7 +211,7 @@ def test_without_baseline_trials_there_is_no_search_for_it(place, cohort):
 @pytest.mark.parametrize(("function", "has_parameters"), [("one_number", True), ("elsewhere", False)])
 def test_the_first_trial_is_the_untuned_baseline_which_nothing_stops_early(made, function, has_parameters):
     baseline = made(function)
-    study = baseline_study(baseline.folder, baseline.request)
+    study = baseline_study(baseline.folder, baseline.request, MAE)
     baseline.begin(study)
     baseline.begin(study)  # once
     own = Budget()
@@ -235,7 +235,7 @@ def test_its_folder_travels_with_those_of_the_trials():
 
 def test_the_baseline_has_its_share_of_the_budgets_and_the_main_search_the_rest(made):
     baseline = made(trials=6, baseline_trials=2)
-    study = baseline_study(baseline.folder, baseline.request)
+    study = baseline_study(baseline.folder, baseline.request, MAE)
     whole = Budget(seconds=100.0, accelerator_hours=4.0, devices=2.0, unit="GPU")
     own = baseline.share_of(whole, study)
     assert (own.share, own.own_seconds, own.own_hours) == (0.25, 25.0, 1.0)
@@ -257,7 +257,7 @@ def test_a_baseline_beyond_its_share_is_not_hopeless_before_it_is_beyond_the_who
     whole = Budget(seconds=100.0)
 
     def projected(each):
-        own = baseline.share_of(whole, baseline_study(baseline.folder, baseline.request))
+        own = baseline.share_of(whole, baseline_study(baseline.folder, baseline.request, MAE))
         own.completes = "l1-0000"
         for epochs in (1, 2):
             spent = {
@@ -318,8 +318,8 @@ def test_a_baseline_is_searched_once_and_the_main_search_learns_what_it_used(mad
     assert budget.used == dict.fromkeys(["l1-0000", "l1-0001", "l1-0002"], 72.0)
     assert 0 < budget.elapsed < 60
     assert not budget.interrupted
-    assert baseline_finished(baseline.folder, baseline.request) == 3
-    assert best_baseline(baseline.folder, baseline.request).number == 1
+    assert baseline_finished(baseline.folder, baseline.request, MAE) == 3
+    assert best_baseline(baseline.folder, baseline.request, MAE).number == 1
     again = Budget(devices=2.0)
     assert baseline.run(again, executor) is None
     assert len(executor.seen) == 4
@@ -329,7 +329,7 @@ def test_a_baseline_is_searched_once_and_the_main_search_learns_what_it_used(mad
 
 def test_an_unfinished_baseline_continues_before_anything_else(made, executor):
     baseline = made(baseline_trials=3)
-    study = baseline_study(baseline.folder, baseline.request)
+    study = baseline_study(baseline.folder, baseline.request, MAE)
     baseline.begin(study)
     killed = baseline.searcher(study, Budget())
     killed.suggest("a")
@@ -350,7 +350,7 @@ def test_an_unfinished_baseline_continues_before_anything_else(made, executor):
     )
     assert baseline.run(Budget(), executor) is None
     assert executor.seen == ["baseline", "l1-0001", "l1-0002"]
-    trials = baseline_study(baseline.folder, baseline.request).get_trials()
+    trials = baseline_study(baseline.folder, baseline.request, MAE).get_trials()
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
     assert trials[1].intermediate_values == {1: 12.0, 100: 7.0}  # the epoch that the study had not heard of
 
@@ -376,7 +376,7 @@ def test_ctrl_c_and_a_broken_storage_end_the_sweep_too(made, executor):
 
 def test_hours_that_are_used_up_do_not_start_it_again(made, executor):
     baseline = made(baseline_trials=3)
-    study = baseline_study(baseline.folder, baseline.request)
+    study = baseline_study(baseline.folder, baseline.request, MAE)
     baseline.begin(study)
     end(study, 9.0)
     baseline.folder.baseline("0000").mkdir(parents=True)
@@ -389,7 +389,7 @@ def test_hours_that_are_used_up_do_not_start_it_again(made, executor):
 
 def test_a_resumed_search_shows_its_scheduler_the_trials_by_their_names(made):
     baseline = made()
-    study = baseline_study(baseline.folder, baseline.request)
+    study = baseline_study(baseline.folder, baseline.request, MAE)
     for value in (9.0, 8.0):
         trial = study.ask()
         trial.report(value, step=25)
@@ -420,26 +420,26 @@ def l1_of(assignments):
 def test_the_refit_takes_the_best_trial_of_the_baseline(made):
     baseline = made()
     folder, request = baseline.folder, baseline.request
-    study = main_study(folder, 5.0)
-    l1 = l1_of(after_search(folder, request, study))
+    study, search = main_study(folder, 5.0), baseline.search
+    l1 = l1_of(after_search(folder, request, search, study))
     assert l1["settings"] == untuned(folder.about.settings)  # none was completed
-    end(baseline_study(folder, request), 9.0, 7.0, None, 8.0)
-    l1 = l1_of(after_search(folder, request, study))
+    end(baseline_study(folder, request, MAE), 9.0, 7.0, None, 8.0)
+    l1 = l1_of(after_search(folder, request, search, study))
     assert l1["settings"] == {"of": 1}
     assert l1["cells"] == request.refit_cells
     off = request.model_copy(update={"baseline_trials": 0})
-    assert l1_of(after_search(folder, off, study))["settings"] == untuned(folder.about.settings)
+    assert l1_of(after_search(folder, off, search, study))["settings"] == untuned(folder.about.settings)
 
 
 def test_a_better_baseline_after_a_look_is_refitted_anew_and_that_is_another_look(made):
     baseline = made()
     folder, request = baseline.folder, baseline.request
-    study = main_study(folder, 5.0)
-    after_search(folder, request, study)
+    study, search = main_study(folder, 5.0), baseline.search
+    after_search(folder, request, search, study)
     folder.refit("l1").mkdir(parents=True)
     for values, aside in (((9.0,), "l1-was-untuned"), ((9.5,), None), ((7.0,), "l1-was-0")):
-        end(baseline_study(folder, request), *values)
-        after_search(folder, request, study)
+        end(baseline_study(folder, request, MAE), *values)
+        after_search(folder, request, search, study)
         assert folder.refit("l1").exists() == (aside is None)
         assert aside is None or folder.refit(aside).exists()
         folder.refit("l1").mkdir(parents=True, exist_ok=True)
@@ -464,9 +464,9 @@ def test_resume_neither_forgets_nor_changes_a_baseline_that_is_unfinished(made, 
     other = request.model_copy(update={"changes": {"objective.temperature": 0.1}})
     changed = replace(sweep, request=other, search=resolve_search(other, cohort, folder.about.settings))
     assert _go_on(sweep) == "executed"
-    with pytest.raises(UserError, match=r"of the L1 baseline of .* 0 of 2 trials have ended"):
+    with pytest.raises(UserError, match=r"of the baseline of .* 0 of 2 trials have ended"):
         _check_change(changed, request, ["objective.temperature is fixed at 0.1"], is_meant=True)
-    end(baseline_study(folder, request), 9.0, 7.0)
+    end(baseline_study(folder, request, MAE), 9.0, 7.0)
     assert _go_on(sweep) == "executed"  # it was killed before its page was written
     (folder.path / "report.html").write_text("")
     finish(folder, study)
@@ -537,16 +537,20 @@ def test_a_space_of_which_nothing_is_left_does_not_end_a_run_whose_baseline_is_f
 def test_the_table_has_the_columns_of_the_trials_also_before_the_first_trial(made):
     baseline = made()
     folder, request = baseline.folder, baseline.request
-    write_baseline(folder, baseline_study(folder, request), baseline_progress(folder, request))
+    write_baseline(
+        folder, baseline_study(folder, request, MAE), baseline_progress(folder, request, baseline.search)
+    )
     # Interrupted before the search had a trial.
     write_tables(folder, open_study(folder.journal, "tpe", 0, MAE), progress_reader(folder.trial, [], "mae"))
     record = read_run(folder.path)
     assert record.baseline.empty
     assert record.trials.empty
     assert not [line for line in record.missing if line.startswith(("baseline", "trials"))]
-    baseline.begin(baseline_study(folder, request))
-    end(baseline_study(folder, request), 9.0, 7.0)
-    write_baseline(folder, baseline_study(folder, request), baseline_progress(folder, request))
+    baseline.begin(baseline_study(folder, request, MAE))
+    end(baseline_study(folder, request, MAE), 9.0, 7.0)
+    write_baseline(
+        folder, baseline_study(folder, request, MAE), baseline_progress(folder, request, baseline.search)
+    )
     record = read_run(folder.path)
     assert record.baseline["label"].tolist()[0] == PUBLISHED
     assert record.best_baseline["value"] == 7.0

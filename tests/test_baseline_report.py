@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 from fake_run import make_run
+from of_age import MAE
 from rich.console import Console
 
 from core.report.answer.findings import caveats
@@ -16,7 +17,7 @@ from distributed.sweeps.display import Display
 
 def test_the_display_counts_the_trials_of_the_baseline():
     console = Console(file=io.StringIO(), width=120)
-    display = Display(console, 3, 2, Budget(), what="L1 baseline")
+    display = Display(console, 3, 2, Budget(), MAE["mae"], what="L1 baseline")
     assignment = {
         "name": "l1-0001",
         "settings": {"objective": {"name": "l1"}},
@@ -28,7 +29,7 @@ def test_the_display_counts_the_trials_of_the_baseline():
     display.on_trial_complete(0, [], trial)
     assert (
         console.file.getvalue().strip()
-        == "trial l1-0001 finished after 2 epochs, MAE 4.25 y  best 4.25 y (trial l1-0001)"
+        == "trial l1-0001 finished after 2 epochs, MAE 4.25 years  best 4.25 years (trial l1-0001)"
     )
     assert display.done == 1
 

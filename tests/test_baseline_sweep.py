@@ -61,7 +61,7 @@ def test_a_baseline_is_searched_first_and_a_killed_one_is_resumed_and_refitted_a
     assert not trials_of(folder, TrialState.RUNNING, TrialState.COMPLETE)  # the main search has not begun
     again = run("resume", "run", "--set", "objective.temperature=0.1", "--change-search", cwd=tmp_path)
     assert again.returncode == 2
-    assert "of the L1 baseline of run 1 of 2 trials have ended" in again.stderr
+    assert "of the baseline of run 1 of 2 trials have ended" in again.stderr
 
     resumed = run("resume", "run", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr

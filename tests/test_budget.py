@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 import pytest
+from of_age import MAE
 from optuna.terminator import report_cross_validation_scores
 from rich.console import Console
 
@@ -194,7 +195,7 @@ def test_a_terminator_that_cannot_judge_is_refused(name, objectives, shared, mes
 def test_what_is_left_is_shown_live_in_a_terminal_and_in_a_line_per_trial_elsewhere(is_terminal):
     console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
     budget = Budget(seconds=60.0, accelerator_hours=2.0, unit="GPU", used={"0000": 3600.0})
-    display = Display(console, 5, 2, budget)
+    display = Display(console, 5, 2, budget, MAE["mae"])
     settings = {"objective": {"name": "supcon"}}
     trial = SimpleNamespace(
         trial_id="a",
@@ -208,14 +209,16 @@ def test_what_is_left_is_shown_live_in_a_terminal_and_in_a_line_per_trial_elsewh
         console.print(display._render())
         shown = console.file.getvalue()
         assert "left: 4 trials, 60 s, 1 GPU-hours" in shown
-        assert "best 4.25 y (trial 0000)" in shown
+        assert "best 4.25 years (trial 0000)" in shown
     else:
-        expected = "trial 0000 finished after 2 epochs, MAE 4.25 y  best 4.25 y (trial 0000)  left: 60 s, 1 GPU-hours"
-        assert console.file.getvalue().splitlines() == [expected]
+        expected = (
+            "trial 0000 finished after 2 epochs, MAE 4.25 years  best 4.25 years (trial 0000)  left: 60 s, "
+        )
+        assert console.file.getvalue().splitlines() == [f"{expected}1 GPU-hours"]
 
 
 def test_the_end_of_a_slots_workers_does_not_end_the_sweep_with_them(tmp_path):
-    board = TensorBoard(tmp_path, ["views.noise"])
+    board = TensorBoard(tmp_path, ["views.noise"], ["value", "loss"], 1)
     trial = SimpleNamespace(
         trial_id="a", config={"assignment": {"name": "0000", "settings": {"views": {"noise": 0.1}}}}
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from of_age import TASK
 from small_cohort import SMALL, write_small_cohort
 from typer.testing import CliRunner
 
@@ -226,7 +227,7 @@ def test_the_file_of_a_run_is_made_of_the_cells_of_the_trial_and_never_of_the_ho
     write_cells(trial, predicted, ages, subjects)
     held_out = pd.DataFrame({"subject": ["x"], "age": [10.0], "site": [""], "predicted": [99.0]})
     held_out.to_csv(trial / "predictions-0.csv", index=False)  # what a refit would write
-    calibrate_best(RunFolder(tmp_path), trial, "trial 7")
+    calibrate_best(RunFolder(tmp_path), TASK, trial, "trial 7")
     made = json.loads((tmp_path / "best" / "calibration.json").read_text())
     expected = calibrate(predicted, ages, subjects, "trial 7, 2 cells")
     assert (made["source"], made["subjects"]) == ("trial 7, 2 cells", 24)
@@ -235,7 +236,7 @@ def test_the_file_of_a_run_is_made_of_the_cells_of_the_trial_and_never_of_the_ho
 
 def test_a_trial_without_predictions_has_no_calibration(tmp_path):
     (tmp_path / "best").mkdir()
-    calibrate_best(RunFolder(tmp_path), Path(tmp_path / "trials" / "0000"), "trial 0")
+    calibrate_best(RunFolder(tmp_path), TASK, Path(tmp_path / "trials" / "0000"), "trial 0")
     assert not (tmp_path / "best" / "calibration.json").exists()
 
 
@@ -243,7 +244,7 @@ def test_the_ages_and_voxels_of_held_out_people_do_not_matter(tmp_path, monkeypa
     changes = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     before = write_small_cohort(tmp_path / "cohort")
     splits = make_splits(before.manifest, 2)
-    monkeypatch.setattr("distributed.sweeps.train_one.make_splits", lambda *_: splits)
+    monkeypatch.setattr("distributed.sweeps.train_one.make_splits", lambda *_, **__: splits)
     made = []
     for name in ("before", "after"):
         run = tmp_path / name

@@ -261,7 +261,7 @@ def test_from_nifti_files_to_predictions(brainsweep, tmp_path):
     scans = [renamed, other, next(source.rglob(f"{validated}_stiffness.nii.gz")), volume]
     with_ages = [word for age in (30, 40, 50, 60) for word in ("--age", age)]
     found = Calibration(slope=-0.25, intercept=10.0, half_width=12.0, level=0.9, subjects=30)
-    save_calibration(run / "best", found)
+    save_calibration(run / "best", found.to_json())
     code, out, _ = brainsweep("predict", run, *scans, *with_ages, "--out", table)
     assert code == 0
     assert "no interval" not in out
@@ -292,7 +292,10 @@ def test_from_nifti_files_to_predictions(brainsweep, tmp_path):
     code, out, _ = brainsweep("predict", run, *scans, "--out", table)
     assert "corrected gap" not in out
     assert list(pd.read_csv(table)) == columns.split()
-    for ages, refused in (([30], "4 volumes need as many --age, got 1"), ([30, 40, 50, 1950], "in years")):
+    for ages, refused in (
+        ([30], "4 volumes need as many --truth (--age), got 1"),
+        ([30, 40, 50, 1950], "in years"),
+    ):
         code, _, error = brainsweep(
             "predict", run, *scans, *[word for age in ages for word in ("--age", age)]
         )

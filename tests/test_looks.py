@@ -1,11 +1,13 @@
 """What is recorded of the uses of subjects, and of the looks at the hold-out."""
 
 import io
+from types import SimpleNamespace
 
 import optuna
 import pandas as pd
 import pytest
 from fake_run import make_run
+from of_age import MAE, TASK
 from optuna.trial import TrialState
 from rich.console import Console
 from small_cohort import write_small_cohort
@@ -54,6 +56,10 @@ def test_records_of_version_0_2_are_read(tmp_path):
     ]
 
 
+SEARCH = SimpleNamespace(base={"task": "brain_age"}, first="mae", objectives=MAE, task=TASK)
+"""What refits need of a search."""
+
+
 @pytest.fixture
 def run(tmp_path):
     return create_run(
@@ -72,35 +78,35 @@ def study_of(values, label=PUBLISHED):
 
 
 def test_without_a_winner_nobody_looks(run):
-    assert after_search(run, SweepRequest(), study_of([None, None])) == []
+    assert after_search(run, SweepRequest(), SEARCH, study_of([None, None])) == []
     assert run.about.looks == ()
 
 
 def test_refits_that_are_continued_are_one_look_and_those_after_more_trials_another(run):
     for values in ([5.0], [5.0], [5.0, 4.0]):
-        after_search(run, SweepRequest(), study_of(values))
+        after_search(run, SweepRequest(), SEARCH, study_of(values))
     assert [(look.trials, look.winner) for look in run.about.looks] == [(1, 0), (2, 1)]
 
 
 def test_another_winner_among_the_same_trials_is_another_look(run):
     """The space was changed, and the former winner lies outside: nothing ran since, and somebody else is refitted."""
     study = study_of([4.0, 5.0])
-    after_search(run, SweepRequest(), study)
+    after_search(run, SweepRequest(), SEARCH, study)
     changed = optuna.create_study()
     for trial in study.get_trials():
         if trial.number == 0:
             trial.user_attrs[OUTSIDE] = {}
         changed.add_trial(trial)
-    after_search(run, SweepRequest(), changed)
+    after_search(run, SweepRequest(), SEARCH, changed)
     assert [(look.trials, look.winner) for look in run.about.looks] == [(2, 0), (2, 1)]
 
 
 def test_a_search_that_went_on_without_finishing_a_trial_has_looked_again(run):
     """Its unfinished trials were there to be seen."""
     study = study_of([5.0])
-    after_search(run, SweepRequest(), study)
+    after_search(run, SweepRequest(), SEARCH, study)
     study.ask()
-    after_search(run, SweepRequest(), study)
+    after_search(run, SweepRequest(), SEARCH, study)
     assert [(look.trials, look.begun) for look in run.about.looks] == [(1, 1), (1, 2)]
 
 
@@ -111,7 +117,7 @@ def test_resume_says_that_the_hold_out_was_seen_before_it_goes_on(run):
         return console.file.getvalue()
 
     assert told(trials=3) == ""
-    after_search(run, SweepRequest(), study_of([5.0]))
+    after_search(run, SweepRequest(), SEARCH, study_of([5.0]))
     assert "were looked at once (last refits: " in told(trials=3)
     assert "after 1 trial)" in told(trials=3)
     assert told(trials=1) == ""  # only refits are left
@@ -151,7 +157,7 @@ def test_evaluations_of_the_own_hold_out_are_counted_here_and_in_runs_beside(run
         AccessRecord(each.access).note([0, 1], Cell(HOLDOUT, 0, EVALUATION))
         AccessRecord(each.access).note([0, 1], Cell(HOLDOUT, 1, "winner"))  # a refit is counted in run.json
     assert (count_looks(run), looks_beside(run, {"a", "b"})) == (1, {"same": 2})
-    after_search(run, SweepRequest(), study_of([5.0]))
+    after_search(run, SweepRequest(), SEARCH, study_of([5.0]))
     assert count_looks(run) == 2
     (tmp_path / "same" / "run.json").write_text("{")
     assert looks_beside(run, {"a", "b"}) == {}

@@ -159,7 +159,7 @@ class StandIn:
 def test_what_a_method_proposes_lies_inside_the_space(name):
     method = POPULATIONS[name]
     ranges = [RATE, Range("objective.temperature", 0.03, 0.5, log=True)]
-    exchange = method.scheduler(ranges, 1)
+    exchange = method.scheduler(ranges, 1, "min")
     generator = np.random.default_rng(0)
     random.seed(0)
     members = []

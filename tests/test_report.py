@@ -329,7 +329,8 @@ def test_the_median_is_predicted_from_the_training_subjects_where_the_sweep_did_
     written[written["method"] != MEDIAN].to_csv(run / "predictions.csv", index=False)
     found = read_run(run).predictions
     columns = ["subject", "truth", "predicted"]
-    expected = written.loc[written["method"] == MEDIAN, columns].reset_index(drop=True)
+    of_median = written[written["method"] == MEDIAN].rename(columns={"age": "truth"})
+    expected = of_median[columns].reset_index(drop=True)
     made = found.loc[found["method"] == MEDIAN, columns].reset_index(drop=True)
     pd.testing.assert_frame_equal(made, expected)
 
@@ -607,7 +608,7 @@ def test_gaps_are_predicted_minus_true_age(finished: Path) -> None:
     record = read_run(finished)
     table = pd.read_csv(finished / "predictions.csv")
     winner = table[table["method"] == WINNER].groupby("subject")
-    expected = winner["predicted"].mean() - winner["truth"].first()
+    expected = winner["predicted"].mean() - winner["age"].first()
     found = subject_figures.held_out(record).set_index("subject")["gap"]
     pd.testing.assert_series_equal(found, expected, check_names=False)
 

@@ -8,7 +8,7 @@ from itertools import count
 import numpy as np
 import optuna
 import pytest
-from of_age import assign
+from of_age import MAE, assign
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
@@ -197,8 +197,8 @@ def test_the_pruner_spares_startup_trials_too():
     done.set_user_attr(CELL_VALUES, [1.0] * 6)
     study.tell(done, 1.0)
     bad = {TIME: 20, "done": False, "name": "0003", "cells": [{"mae": 9.0 + index} for index in range(5)]}
-    assert Wilcoxon(0.1, study, "mae", 6, spares(3, Budget()))("id", bad)
-    assert not Wilcoxon(0.1, study, "mae", 6, spares(4, Budget()))("id", bad)
+    assert Wilcoxon(0.1, study, "mae", MAE["mae"], 6, spares(3, Budget()))("id", bad)
+    assert not Wilcoxon(0.1, study, "mae", MAE["mae"], 6, spares(4, Budget()))("id", bad)
 
 
 def test_asha_stops_the_worse_half_and_never_a_refit():
@@ -248,7 +248,7 @@ def test_what_reported_no_time_is_no_measure_for_others(name):
 
 def test_hyperband_gives_every_bracket_the_same_number_of_epochs():
     """Li et al. 2018: every bracket has the same budget when all its trials are halved as planned."""
-    scheduler = Hyperband(epochs=4, cells=27)  # 108 epochs, the first comparison after 1
+    scheduler = Hyperband(epochs=4, cells=27, better="low")  # 108 epochs, the first comparison after 1
     assert len(scheduler.brackets) == 5
     dealt = Counter(scheduler.bracket_number(number) for number in range(600))
     last = len(scheduler.brackets) - 1
@@ -260,7 +260,7 @@ def test_hyperband_gives_every_bracket_the_same_number_of_epochs():
 
 
 def test_hyperband_has_a_bracket_that_stops_nobody_early():
-    scheduler = Hyperband(epochs=4, cells=3)
+    scheduler = Hyperband(epochs=4, cells=3, better="low")
     last = len(scheduler.brackets) - 1
     patient = [number for number in range(60) if scheduler.bracket_number(number) == last]
     grace = 3**last
@@ -286,7 +286,7 @@ def test_wilcoxon_decides_as_optunas_pruner_does(seed):
     mine[0] = best[0]  # a difference of zero
     study = study_with_best(best)
     other = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=0)
-    stopper = Wilcoxon(0.1, study, "mae", 8)
+    stopper = Wilcoxon(0.1, study, "mae", MAE["mae"], 8)
     for n in range(1, 8):
         frozen = optuna.trial.create_trial(
             state=TrialState.RUNNING, intermediate_values=dict(enumerate(mine[:n]))
@@ -299,11 +299,13 @@ def test_wilcoxon_decides_as_optunas_pruner_does(seed):
 
 def test_wilcoxon_leaves_refits_the_published_and_the_first_trial_alone():
     worse = [{"mae": 9.0}] * 6
-    stopper = Wilcoxon(0.1, study_with_best([5.0] * 8), "mae", 8)
+    stopper = Wilcoxon(0.1, study_with_best([5.0] * 8), "mae", MAE["mae"], 8)
     assert stopper("a", {TIME: 6, "done": False, "cells": worse})
     assert "p = 0.0" in stopper.reasons["a"]
     assert not stopper("b", {"epochs": 6, "done": False, "cells": worse})
-    assert not Wilcoxon(0.1, optuna.create_study(), "mae", 8)("c", {TIME: 6, "done": False, "cells": worse})
+    assert not Wilcoxon(0.1, optuna.create_study(), "mae", MAE["mae"], 8)(
+        "c", {TIME: 6, "done": False, "cells": worse}
+    )
 
 
 def test_wilcoxon_compares_values_after_equally_many_cells():
@@ -313,7 +315,7 @@ def test_wilcoxon_compares_values_after_equally_many_cells():
     best.set_user_attr(CELL_VALUES, [3.0] * 6)
     best.set_user_attr(AFTER_CELLS, [[8.0] * cells for cells in range(1, 5)] + [[3.0] * 5, [3.0] * 6])
     study.tell(best, 3.0)
-    stopper = Wilcoxon(0.1, study, "mae", 6)
+    stopper = Wilcoxon(0.1, study, "mae", MAE["mae"], 6)
     for cells, stopped in [(4, False), (5, True)]:
         result = {TIME: cells, "done": False, "cells": [{"mae": 7.0}] * cells}
         assert stopper("a", result) is stopped
@@ -326,7 +328,7 @@ def test_a_mean_that_got_worse_later_does_not_spare_whoever_is_worse_after_equal
     best.set_user_attr(CELL_VALUES, [5.0] * 5 + [50.0])
     best.set_user_attr(AFTER_CELLS, [[5.0] * cells for cells in range(1, 6)] + [[5.0] * 5 + [50.0]])
     study.tell(best, 12.5)
-    stopper = Wilcoxon(0.1, study, "mae", 6)
+    stopper = Wilcoxon(0.1, study, "mae", MAE["mae"], 6)
     assert stopper("a", {TIME: 5, "done": False, "cells": [{"mae": 6.0}] * 5})
 
 

@@ -321,7 +321,7 @@ def test_a_space_that_returns_nonsense_is_refused_at_start():
 
 
 def test_what_stopped_a_trial_is_kept_with_it(study):
-    pruner = Wilcoxon(0.1, study, "mae", 8)
+    pruner = Wilcoxon(0.1, study, "mae", MAE["mae"], 8)
     search = searcher(study, judgement=judgement_by(scheduler="asha", pruner=pruner))
     search.suggest("a")
     search.on_trial_complete("a", result(9.0, 4))

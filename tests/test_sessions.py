@@ -121,9 +121,9 @@ def test_a_cohort_with_sessions_is_trained_on_judged_and_told_by_people(cohort, 
     kept = pd.read_csv(run / "trials" / "0000" / "predictions-0-0.csv", dtype={"subject": str})
     assert set(kept["subject"]) == set(roles[roles["role"] == "fold 0"]["subject"])
     assert calibration["subjects"] == validated < len(kept)
-    by_person = 1 / kept.groupby("subject")["age"].transform("size")
-    gap = kept["predicted"] - kept["age"]
-    slope, intercept = np.polyfit(kept["age"], gap, 1, w=np.sqrt(by_person))
+    by_person = 1 / kept.groupby("subject")["truth"].transform("size")
+    gap = kept["predicted"] - kept["truth"]
+    slope, intercept = np.polyfit(kept["truth"], gap, 1, w=np.sqrt(by_person))
     assert (calibration["slope"], calibration["intercept"]) == pytest.approx((slope, intercept))
     half_width = calibration["half_width"]
     assert (by_person * (gap.abs() <= half_width)).sum() >= 0.9 * (validated + 1) - 1e-9

@@ -96,8 +96,8 @@ def test_other_folds_choose_the_penalty_of_a_cell_and_a_refit_takes_the_best_of_
         kept = ~np.isin(of_known, splits.folds[without]) if without != fold else np.full(len(of_known), True)
         errors = []
         for alpha in ALPHAS:
-            probe = fit_age_probe(known.embeddings[kept], known.ages[kept], penalty=alpha)
-            errors.append(np.abs(probe.predict(unseen.embeddings) - unseen.ages).mean())
+            probe = fit_age_probe(known.embeddings[kept], known.labels[kept], penalty=alpha)
+            errors.append(np.abs(probe.predict(unseen.embeddings) - unseen.labels).mean())
         return np.array(errors)
 
     embedded = []
@@ -105,14 +105,14 @@ def test_other_folds_choose_the_penalty_of_a_cell_and_a_refit_takes_the_best_of_
         training = CellTraining(resolve(settings()), subjects, Cell(**cell), Place())
         for _ in range(2):
             training.run_epoch()
-        known, unseen = training._embed(training.training_rows), training._embed(training.evaluation_rows)
+        known, unseen = training._observe(training.training_rows), training._observe(training.evaluation_rows)
         embedded.append((known, unseen, training.training_rows))
     for fold in range(3):
         chosen = int(np.argmin(np.mean([curve(other, fold) for other in {0, 1, 2} - {fold}], axis=0)))
         error = curve(fold, fold)[chosen]
         assert (rows[fold]["penalty"], rows[fold]["mae"]) == (ALPHAS[chosen], pytest.approx(error, rel=1e-5))
         table = pd.read_csv(tmp_path / "0000" / f"predictions-{fold}-0.csv")
-        assert np.abs(table["predicted"] - table["age"]).mean() == pytest.approx(error, rel=1e-5)
+        assert np.abs(table["predicted"] - table["truth"]).mean() == pytest.approx(error, rel=1e-5)
     # The values as they were after each cell: the first cell chose alone, the second one changed it.
     assert [len(values) for values in answers[-1]["after_cells"]] == [1, 2, 3]
     assert answers[-1]["after_cells"][0] == [answers[1]["value"]]
@@ -148,7 +148,7 @@ def test_a_refit_looks_at_the_hold_out_at_its_end_only(subjects, tmp_path):
     assert [math.isnan(answer["mae"]) for answer in answers] == [True, False]
     assert "prunable_epochs" not in answers[-1]  # what a scheduler would look at
     table = pd.read_csv(tmp_path / "winner" / "predictions-0.csv")
-    assert np.abs(table["predicted"] - table["age"]).mean() == pytest.approx(answers[-1]["mae"])
+    assert np.abs(table["predicted"] - table["truth"]).mean() == pytest.approx(answers[-1]["mae"])
 
 
 @pytest.mark.parametrize("objective", ["exponential", "supcon", "l1"])
@@ -224,7 +224,9 @@ def test_the_kept_model_predicts_what_the_refit_predicted(subjects, cohort, tmp_
         folder = tmp_path / objective
         run_all(Runner(subjects), assign(folder, chosen, [{"fold": HOLDOUT, "seed": 3}], keep_model=True))
         table = pd.read_csv(folder / "predictions-3.csv")
-        predicted = load_predictor(folder / "model-3").predict(cohort.read(subjects.splits.holdout))
+        predicted = load_predictor(folder / "model-3").predict(cohort.read(subjects.splits.holdout))[
+            "predicted"
+        ]
         np.testing.assert_allclose(predicted, table["predicted"], rtol=1e-4)
 
 

@@ -234,6 +234,12 @@ class Task(ABC, Generic[S]):
             facts: see `learn`.
         """
 
+    def maps(
+        self, settings: S, outputs: Mapping[str, Floats], facts: Facts
+    ) -> dict[str, npt.NDArray[np.int16]]:
+        """Maps of classes (N, X, Y, Z) by name, on the grid of the cohort, which `predict` writes for every scan."""
+        return {}
+
     def check_fitted(self, fitted: str | None) -> None:
         """ValueError, or LookupError, if `fitted` is not what `judge` makes."""
 

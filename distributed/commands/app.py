@@ -227,6 +227,13 @@ def predict(
         Path | None,
         typer.Option(help="also write the table to this CSV file, with whether the model was trained on it"),
     ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="where to write the maps of classes of a task that has any, each on its file's grid",
+        ),
+    ] = None,
     trust: TrustsTask = False,
 ) -> None:
     """Predict single NIfTI files with the best model of a run: ages with an interval and the gap, or classes."""
@@ -234,7 +241,7 @@ def predict(
     from distributed.run.working_copy import bring_run
 
     bring_run(run, console)
-    prediction = predict_files(run, volumes, masks, truth, console=console, is_trusted=trust)
+    prediction = predict_files(run, volumes, masks, truth, maps=maps, console=console, is_trusted=trust)
     found = prediction.table
     for note in prediction.lacks:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 from rich.console import Console
@@ -14,8 +15,8 @@ from rich.console import Console
 from core.config import task_of
 from core.errors import UserError
 from core.files.tables import write_table
-from core.files.writing import writing_to
-from core.inference import Predictor, load_predictor, prepare_file
+from core.files.writing import replacing, writing_to
+from core.inference import Predictor, load_predictor, on_own_grid, prepare_file
 from core.run_access import EVALUATION
 from core.run_description import CohortOfRun
 from core.run_names import NESTED, RUN_JSON, SPLITS
@@ -23,6 +24,7 @@ from core.tasks import find_task
 from core.tasks.task import Prediction, Truth, is_known
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
+from core.volumes.ingest.prepare import PreparedScan
 from distributed.commands.known_scans import KnownScans, roles_of
 from distributed.run.access import AccessRecord
 from distributed.run.assignment import HOLDOUT, Cell
@@ -47,6 +49,7 @@ def predict_files(
     masks: Sequence[Path] | None = None,
     truth: Sequence[str] | None = None,
     *,
+    maps: Path | None = None,
     console: Console | None = None,
     is_trusted: bool = False,
 ) -> Prediction:
@@ -56,7 +59,8 @@ def predict_files(
         run: folder of the run.
         files: one NIfTI file per subject.
         masks: the brain mask of each file, in their order; needed if the cohort was made with masks.
-        truth: the truth about each file, such as the age in years, in their order and as it was typed.
+        truth: the truth about each file, in their order and as it was typed.
+        maps: a folder for the maps of classes of a task that has any, each on the grid of its file.
         console: where to say that the file of a task is executed.
         is_trusted: whether the user trusts this file as it is.
 
@@ -85,15 +89,34 @@ def predict_files(
     predicted, trained_on, notes = [], [], []
     for file, mask in zip(files, [None] * len(files) if masks is None else masks, strict=True):
         scan = prepare_file(file, preprocessing, mask)
-        predicted.append(predictor.predict(scan.voxels[None]))
+        outputs = predictor.observe(scan.voxels[None])
+        predicted.append(predictor.predictions(outputs))
+        made = predictor.maps(outputs)
+        if maps is not None:
+            _write_maps({name: several[0] for name, several in made.items()}, scan, file, maps)
         standing = known.standing(file, scan)
         trained_on.append(standing.trained_on)
         said = (predictor.unfamiliar(scan.voxels[None]), standing.note)
         notes.append("; ".join(note for note in said if note))
     presented = predictor.present(pd.concat(predicted, ignore_index=True), known_truth)
+    if made and maps is None:
+        lacks = (*presented.lacks, f"the {', '.join(made)} maps are not written: give --maps FOLDER")
+        presented = replace(presented, lacks=lacks)
+    if maps is not None and not made:
+        raise UserError(f"--maps cannot act: the task {task.about.name} makes no maps")
     table = presented.table.copy()
     table.insert(0, "file", [str(file) for file in files])
     return replace(presented, table=table.assign(trained_on=trained_on, note=notes))
+
+
+def _write_maps(maps: Mapping[str, np.ndarray], scan: PreparedScan, file: Path, folder: Path) -> None:
+    """Write the maps of a scan as NIfTI files on its own grid: FOLDER/sub-01_T1w_NAME.nii.gz."""
+    stem = file.name.removesuffix(".gz").removesuffix(".nii")
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, classes in maps.items():
+            with replacing(folder / f"{stem}_{name}.nii.gz") as path:
+                nib.save(on_own_grid(classes, scan, file), path)
 
 
 def _predictor_of(folder: RunFolder, console: Console | None, is_trusted: bool) -> Predictor:

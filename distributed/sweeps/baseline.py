@@ -1,6 +1,6 @@
 """A search for the best baseline, before the main search: on the same cells, in the same slots, by the same rules.
 
-The winner is the best of many configurations. Compared with one untuned baseline, such as L1 regression of age, it has
+The winner is the best of many configurations. Compared with one untuned baseline, such as direct regression, it has
 an advantage that does not come from its objective. The trials of the baseline have a study and folders of their own.
 """
 

@@ -195,7 +195,9 @@ class Sweep:
                 keep_best(folder, model)
                 best = folder.about.refitted
                 if best is not None:
-                    tables.calibrate_best(folder, folder.trial(trial_name(best)), f"trial {best}")
+                    tables.calibrate_best(
+                        folder, self.search.task, folder.trial(trial_name(best)), f"trial {best}"
+                    )
             folder.update(rows=tables.count_rows(folder))
             if not budget.interrupted:
                 tables.finish(folder, study, budget.reason)

@@ -30,7 +30,7 @@ from core.run_access import read_access
 from core.run_description import BestTrial
 from core.task_description import TaskDescription
 from core.tasks import find_task
-from core.tasks.task import Truth, is_known
+from core.tasks.task import Task, Truth, is_known
 from core.volumes.cohort.reader import Cohort
 from distributed.run.assignment import read_progress, trial_name
 from distributed.run.folder import RunFolder, now
@@ -156,7 +156,7 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
     write_table(pd.concat(predictions), folder.path / "predictions.csv")
 
 
-def calibrate_best(folder: RunFolder, trial: Path, source: str) -> None:
+def calibrate_best(folder: RunFolder, task: Task[Any], trial: Path, source: str) -> None:
     """Add to best/ what the out-of-fold predictions of `trial`, which has its settings, say of further ones.
 
     They are predictions for development subjects only, so the hold-out has no part in it. A trial of version 0.2 has
@@ -165,7 +165,6 @@ def calibrate_best(folder: RunFolder, trial: Path, source: str) -> None:
     tables = [read_predictions(path) for path in sorted(trial.glob("predictions-*-*.csv"))]
     if tables:
         cells = f"{len(tables)} cell{'' if len(tables) == 1 else 's'}"
-        task = find_task(resolve(folder.about.settings).task)
         found = task.calibrate(pd.concat(tables, ignore_index=True), f"{source}, {cells}")
         if found is not None:
             save_calibration(folder.path / "best", found)

@@ -142,8 +142,8 @@ def _train(
     resolved = folder.about.settings
     settings = resolve(resolved)
     cell = {"fold": request.fold, "seed": request.seed}
-    of_task = find_task(settings.task).about
-    first = of_task.objectives[0]
+    task = find_task(settings.task)
+    of_task, first = task.about, task.about.objectives[0]
     assignment = assign(folder.trial(NAME), resolved, [cell], metric=first, keep_model=True)
     with claim(folder.path, console):
         if request.workers == 1 and address is None and request.data_mode == "auto":
@@ -161,7 +161,7 @@ def _train(
             raise UserError(f"training failed: {answer['failed']}")
         with writing_to(folder.path):
             keep_best(folder, folder.trial(NAME) / f"model-{request.seed}")
-            calibrate_best(folder, folder.trial(NAME), f"fold {request.fold}")
+            calibrate_best(folder, task, folder.trial(NAME), f"fold {request.fold}")
             _write_history(folder)
             finish(folder)
     return folder
