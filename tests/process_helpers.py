@@ -20,9 +20,10 @@ MADE_SMALL = [word for name, value in SMALL.items() for word in ("--set", f"{nam
 
 
 def command(*arguments):
-    """`brainsweep ARGUMENTS`; a sweep is made small first, so that ARGUMENTS have the last word."""
+    """`brainsweep ARGUMENTS`; a sweep of brain age is made small first, so that ARGUMENTS have the last word."""
     first, *rest = map(str, arguments)
-    return [sys.executable, "-m", "distributed", first, *(MADE_SMALL if first == "sweep" else []), *rest]
+    is_small = first != "sweep" or "--task" in rest
+    return [sys.executable, "-m", "distributed", first, *([] if is_small else MADE_SMALL), *rest]
 
 
 def environment(mark="", **more):

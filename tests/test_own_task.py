@@ -89,6 +89,7 @@ def test_a_task_of_a_file_goes_through_sweep_kill_resume_report_evaluate_and_pre
     asked = (
         "sweep", "cohort", "--task", "own_task.py:BrighterSide", "--trials", 4, "--folds", 2, "--slots", 1,
         "--out", "run", "--scheduler", "none", "--set", "training.epochs=6", "--set", "training.batch_size=4",
+        "--set", "optimiser.warmup=0.1", "--set", "kind=linear",
     )  # fmt: skip
     mark = "own-task"
     sweep = start(*asked, cwd=tmp_path, mark=mark)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from core.errors import UserError
@@ -29,13 +30,16 @@ def defined_in(path: Path, name: str, what: str) -> object:
     """
     if not path.is_file():
         raise UserError(f"no file {path} with a {what}; write --{what.split()[-1]} NAME or FILE.py:NAME")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"{path.stem} of {path.resolve().parent}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    # Pydantic and dataclasses look up the types of fields in the module of a class.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return look_up(
         {key: value for key, value in vars(module).items() if callable(value)}, name, f"function in {path}"

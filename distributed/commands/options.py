@@ -109,7 +109,9 @@ def _made(request: type[BaseModel], typed: Mapping[str, object]) -> BaseModel:
         elif get_origin(field.annotation) is dict:
             from core.config import parse_changes
 
-            values[name] = parse_changes(list(value) if isinstance(value, list) else [])
+            task = typed.get("task")
+            asked = list(value) if isinstance(value, list) else []
+            values[name] = parse_changes(asked, task if isinstance(task, str) else None)
     try:
         return request(**values)
     except ValidationError as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 from rich.console import Console
@@ -116,7 +116,7 @@ def _write_maps(maps: Mapping[str, np.ndarray], scan: PreparedScan, file: Path, 
         folder.mkdir(parents=True, exist_ok=True)
         for name, classes in maps.items():
             with replacing(folder / f"{stem}_{name}.nii.gz") as path:
-                nib.save(on_own_grid(classes, scan, file), path)
+                path.write_bytes(gzip.compress(on_own_grid(classes, scan, file).to_bytes(), mtime=0))
 
 
 def _predictor_of(folder: RunFolder, console: Console | None, is_trusted: bool) -> Predictor:

@@ -265,11 +265,15 @@ def in_words(record: RunRecord) -> dict[str, str]:
         "folds": f"{judged.title} per cell of the leading trials; best: {best}.",
         "gains": " ".join(each.sentence() for each in comparisons(record.predictions, record.task)),
         **{name: words(record) for name, words in OF_PEOPLE.items() if name in record.task.figures},
-        "schedules": "Learning rate, temperature, width and neighbours of the winner against progress.",
+        "schedules": f"{_listed(['Learning rate', *record.task.course])} of the winner against progress.",
         "people": _people_in_words(record),
         "population": population_in_words(record) if has_population(record) else "",
         "steps": steps_in_words(record) if has_population(record) else "",
     }
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _importance_in_words(record: RunRecord) -> str:

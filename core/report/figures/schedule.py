@@ -79,6 +79,9 @@ def schedules(record: RunRecord) -> Figure:
     Lines come from best/settings.json, dots are means over cells of what the epochs followed.
     """
     followed = record.history[record.history["number"] == record.best]
+    # Not every task notes all of them.
+    absent = [column for _, column, _ in QUANTITIES if column not in followed]
+    followed = followed.assign(**dict.fromkeys(absent, np.nan))
     drawn = [quantity for quantity in QUANTITIES if _has(record.winner, followed, *quantity[1:])]
     if not drawn:
         raise NothingToShow("neither the winner's settings nor its epochs were recorded")
