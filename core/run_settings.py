@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from core.schedules import ByKind, Number, Pieces, Piecewise, Schedule, Step
 
@@ -45,6 +45,18 @@ NonNegativeNumber = Annotated[float, Field(ge=0), Number]
 NonNegativePieces = Annotated[Piecewise, _all_above(0, itself=True), Pieces]
 
 
+class PlateauSettings(Frozen):
+    """When the learning rate falls because the training loss does not; as `torch.optim.lr_scheduler.ReduceLROnPlateau`.
+
+    The loss is that of the training subjects. A loss of the subjects that a cell is judged on would choose for them.
+    """
+
+    factor: float = Field(0.1, gt=0, lt=1, description="of the learning rate, every time")
+    patience: int = Field(10, ge=0, description="epochs without improvement before it falls")
+    threshold: float = Field(1e-4, ge=0, description="relative improvement that counts")
+    lowest: float = Field(0.0, ge=0, description="factor below which it does not fall")
+
+
 class _EveryOptimiser(Frozen):
     """What every optimiser can be given."""
 
@@ -62,12 +74,35 @@ class _EveryOptimiser(Frozen):
     warmup: float = Field(
         0.0, ge=0, lt=1, description="share of the epochs in which the learning rate rises from 1 % of itself"
     )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="the same in optimiser steps: it rises with every step, from 1/warmup_steps of itself",
+    )
+    no_decay: Literal["none", "norms_and_biases"] = Field(
+        "none", description="parameters without weight decay: a group of their own"
+    )
+    plateau: PlateauSettings | None = Field(
+        None, description="lower the learning rate when the training loss has stopped falling; off if absent"
+    )
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> _EveryOptimiser:
+        if self.warmup and self.warmup_steps:
+            raise ValueError("warmup and warmup_steps exclude each other; give one")
+        return self
 
 
 class AdamSettings(_EveryOptimiser):
     """Adam with decoupled weight decay off, as the references use it."""
 
     name: Literal["adam"] = "adam"
+
+
+class AdamWSettings(_EveryOptimiser):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    name: Literal["adamw"] = "adamw"
 
 
 class SgdSettings(_EveryOptimiser):
@@ -77,19 +112,59 @@ class SgdSettings(_EveryOptimiser):
     momentum: float = Field(0.9, ge=0, lt=1)
 
 
-OptimiserSettings = Annotated[AdamSettings | SgdSettings, Field(discriminator="name")]
+OptimiserSettings = Annotated[AdamSettings | AdamWSettings | SgdSettings, Field(discriminator="name")]
 
 
 class TrainingSettings(Frozen):
     """The length of a run and the arithmetic of its steps."""
 
     epochs: int = Field(50, ge=1)
-    batch_size: int = Field(32, ge=2, description="subjects per step, over all workers")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast on GPUs that have it, else float32"
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps of a run, in place of epochs; judge_every of them count as an epoch",
+    )
+    judge_every: int | None = Field(
+        None, ge=1, description="optimiser steps between two judgements, if the length is given in steps"
+    )
+    batch_size: int = Field(32, ge=2, description="subjects per batch, over all workers")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="batches per optimiser step: their gradients are averaged, so a step needs less memory",
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="auto: bfloat16 autocast on GPUs that have it, else float32; float16: with a scaled loss, for GPUs "
+        "without bfloat16 (T4, V100)",
     )
     drop_last: bool = Field(False, description="leave out the last batch of an epoch if it is smaller")
     gradient_clip: float | None = Field(None, gt=0, description="largest gradient norm; none if absent")
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="which weights of a cell are judged: those of its last epoch, or of the epoch that was best on an "
+        "inner split of its training subjects",
+    )
+    inner: float = Field(
+        0.15, gt=0, lt=1, description="share of the training subjects in the inner split, for keep best"
+    )
+
+    @model_validator(mode="after")
+    def _steps_are_whole(self) -> TrainingSettings:
+        if (self.steps is None) != (self.judge_every is None):
+            raise ValueError("steps and judge_every belong together; give both, or neither")
+        if self.steps is not None and self.judge_every is not None and self.steps % self.judge_every:
+            raise ValueError(
+                f"steps must be a multiple of judge_every, got {self.steps} and {self.judge_every}"
+            )
+        return self
+
+    @property
+    def rounds(self) -> int:
+        """How often a cell is judged: its epochs, or its steps by `judge_every`. Everything counts them as epochs."""
+        return (
+            self.epochs if self.steps is None or self.judge_every is None else self.steps // self.judge_every
+        )
 
 
 class RunSettings(Frozen):

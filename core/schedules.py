@@ -96,6 +96,21 @@ class Exponential(_Shape):
         return value
 
 
+class Polynomial(_Shape):
+    """A power of what is left: end + (start − end)(1 − p)^power; 0.9 is that of nnU-Net (Isensee et al. 2021)."""
+
+    shape: Literal["polynomial"] = "polynomial"
+    start: float = Field(description="value at progress 0")
+    end: float = Field(0.0, description="value at progress 1")
+    power: float = Field(0.9, gt=0, description="above 0; 1 is a straight line")
+
+    def __call__(self, progress: float) -> float:
+        """The value at `progress`."""
+        progress = _check(progress)
+        left: float = (1 - progress) ** self.power
+        return self.end + (self.start - self.end) * left
+
+
 class Step(_Shape):
     """Multiplied by `rate` every `step` epochs: start · rate^⌊(e − 1)/step⌋ in epoch e.
 
@@ -202,7 +217,7 @@ ByKind = Discriminator(_number_or_pieces)
 Of a wrong block, a plain union would say that it is not a number, and not what is wrong in it.
 """
 
-Shape = Constant | Linear | Cosine | Exponential | Step | Staircase | Piecewise
+Shape = Constant | Linear | Cosine | Exponential | Polynomial | Step | Staircase | Piecewise
 
 
 def _number_as_constant(value: object) -> object:

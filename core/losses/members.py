@@ -186,6 +186,8 @@ class KernelSettings(PublishedSettings):
     def _width_acts(self) -> KernelSettings:
         if self.kernel == "equal" and self.width is not None:
             raise ValueError(f"width cannot act with kernel 'equal', got {self.width!r}; leave one out")
+        if self.kernel == "gaussian" and self.reference is None:
+            raise ValueError("kernel 'gaussian' is 'rbf' by another name without a reference; use rbf")
         return self
 
     def formula(self) -> Parts:

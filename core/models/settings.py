@@ -76,6 +76,12 @@ class _SwinFields(_EncoderSettings):
         description="patch merging; legacy repeats two of eight sub-lattices, as published weights do",
     )
     checkpointing: bool = Field(default=False, description="recompute activations: less memory, more time")
+    drop_path: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability of leaving a block out, rising from 0 with its depth",
+    )
 
     @field_validator("width")
     @classmethod

@@ -53,6 +53,7 @@ class SwinEncoder(nn.Module):
         pooling: Pooling,
         merging: Merging,
         checkpointing: bool,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.pooling = pooling
@@ -65,6 +66,7 @@ class SwinEncoder(nn.Module):
             num_heads=(3, 6, 12, 24),
             downsample=look_up(MERGING, merging, "merging"),
             use_checkpoint=checkpointing,
+            drop_path_rate=drop_path,
         )
         self.embedding_dim = 16 * feature_size(width)
 
@@ -179,6 +181,7 @@ def swin(
     pooling: Pooling = "mean",
     merging: Merging = "v2",
     checkpointing: bool = False,
+    drop_path: float = 0.0,
 ) -> SwinEncoder:
     """3D Swin of sa-swin: 48 to 768 channels, depths 2, window 7, patch 2; 8,062,002 parameters.
 
@@ -190,8 +193,9 @@ def swin(
         pooling: "mean" over tokens, or the published "corner" token.
         merging: "v2", or "legacy", which repeats two of eight sub-lattices, for published weights.
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        drop_path: probability of leaving a block out in training (Huang et al. 2016), rising from 0 with its depth.
     """
-    return SwinEncoder(in_channels, width, patch, window, pooling, merging, checkpointing)
+    return SwinEncoder(in_channels, width, patch, window, pooling, merging, checkpointing, drop_path)
 
 
 def swin_symmetry(
@@ -205,8 +209,9 @@ def swin_symmetry(
     layers: int = 1,
     dropout: float = 0.1,
     pre_norm: bool = False,
+    drop_path: float = 0.0,
 ) -> SymmetrySwinEncoder:
     """Symmetry-aware Swin of sa-swin: `swin` and `SymmetryAttention`; 17,513,778 parameters."""
-    encoder = SwinEncoder(in_channels, width, patch, window, pooling, merging, checkpointing)
+    encoder = SwinEncoder(in_channels, width, patch, window, pooling, merging, checkpointing, drop_path)
     attention = SymmetryAttention(encoder.embedding_dim, layers, dropout=dropout, pre_norm=pre_norm)
     return SymmetrySwinEncoder(encoder, attention)

@@ -130,8 +130,8 @@ class BrainAge(Task[BrainAgeSettings]):
         objective = self.objective(settings, {})
         ages = torch.tensor([20.0, 40.0, 60.0, 80.0])
         embeddings = torch.eye(4)[:, None, : 1 if is_regression(settings) else 4].repeat(1, 2, 1)
-        for epoch in {1, settings.training.epochs}:
-            objective(embeddings, ages, epoch / settings.training.epochs)
+        for epoch in {1, settings.training.rounds}:
+            objective(embeddings, ages, epoch / settings.training.rounds)
 
     def balanced_by(self, settings: BrainAgeSettings) -> str:
         """Folds are alike in age."""
@@ -180,7 +180,7 @@ class BrainAge(Task[BrainAgeSettings]):
 
     def objective(self, settings: BrainAgeSettings, facts: Facts) -> nn.Module:
         """The loss of `settings`, whose schedules know the length of the run."""
-        return settings.objective.build(settings.training.epochs)
+        return settings.objective.build(settings.training.rounds)
 
     def step(
         self,

@@ -250,7 +250,7 @@ class Classification(Task[ClassificationSettings]):
 
     def objective(self, settings: ClassificationSettings, facts: Facts) -> nn.Module:
         """The loss of `settings`, with the weights of the classes."""
-        loss = settings.objective.build(settings.training.epochs)
+        loss = settings.objective.build(settings.training.rounds)
         if isinstance(loss, ClassLoss):
             loss.weigh(torch.tensor(cast(list[int], facts["people"])))
         return loss

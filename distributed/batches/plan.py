@@ -38,11 +38,30 @@ class Plan:
     rank: int = 0
     workers: int = 1
     drop_last: bool = False
+    batches_per_epoch: int | None = None
+    """If the length of a training is given in steps, an epoch is so many batches of one pass over the rows after the
+    other."""
 
     def epoch(self, epoch: int) -> list[Rows]:
         """This worker's part of every batch of `epoch`, in order."""
+        if self.batches_per_epoch is None:
+            return self._pass(epoch)
+        each = len(self._pass(1))
+        first = (epoch - 1) * self.batches_per_epoch
+        passes = {number: self._pass(number) for number in set(self.passes(epoch))}
+        return [passes[at // each + 1][at % each] for at in range(first, first + self.batches_per_epoch)]
+
+    def passes(self, epoch: int) -> list[int]:
+        """The pass over the rows (from 1) in which each batch of `epoch` lies; no row is twice in a pass."""
+        each = len(self._pass(1))
+        if self.batches_per_epoch is None:
+            return [epoch] * each
+        first = (epoch - 1) * self.batches_per_epoch
+        return [at // each + 1 for at in range(first, first + self.batches_per_epoch)]
+
+    def _pass(self, number: int) -> list[Rows]:
         batches = epoch_batches(
-            self.rows, self.batch_size, self.seed, epoch, self.workers, drop_last=self.drop_last
+            self.rows, self.batch_size, self.seed, number, self.workers, drop_last=self.drop_last
         )
         return [share(batch, self.rank, self.workers) for batch in batches]
 

@@ -54,7 +54,7 @@ class ResolvedSearch:
     @property
     def epochs(self) -> int:
         """The epochs of a cell."""
-        return self.settings.training.epochs
+        return self.settings.training.rounds
 
     @property
     def first(self) -> str:
@@ -92,7 +92,7 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
         raise UserError(
             f"--grid-points {request.grid_points} acts with --sampler grid only, not {request.sampler}"
         )
-    make_scheduler(request.scheduler, settings.training.epochs, len(request.cells))
+    make_scheduler(request.scheduler, settings.training.rounds, len(request.cells))
     if request.scheduler in POPULATIONS:
         _check_population(request, profile, settings)
     pruner_threshold(request.pruner, len(request.cells))
@@ -204,4 +204,4 @@ def _check_population(request: SweepRequest, profile: Profile, settings: RunSett
         "stop-when": "" if request.stop_when == "never" else request.stop_when,
         "objectives": ",".join(request.objectives) if len(request.objectives) > 1 else "",
     }
-    check_population(request.scheduler, profile, settings.training.epochs, request.trials, beside)
+    check_population(request.scheduler, profile, settings.training.rounds, request.trials, beside)

@@ -179,7 +179,7 @@ def _run(
         TextColumn("{task.fields[now]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("epochs", total=settings.training.epochs, now="")
+        task = progress.add_task("epochs", total=settings.training.rounds, now="")
         while True:
             answer = run_epoch(assignment)
             if "note" in answer:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError
 from core.inference import Predictor, save_predictor
-from core.run_settings import RunSettings, SgdSettings
+from core.run_settings import AdamWSettings, PlateauSettings, RunSettings, SgdSettings
 from core.schedules import at, with_epochs
 from core.tasks import find_task
 from core.tasks.task import Judging, Observed, Outcome, Step
@@ -30,18 +31,34 @@ from distributed.run.assignment import Cell, EpochRow
 from distributed.training.batch_norm import synchronise_batch_norm
 from distributed.training.subjects import Labelled, Place, Subjects
 
+UNDECAYED = "undecayed"
+"""The key of a group of parameters that has no weight decay."""
+
 
 class DivergedError(RuntimeError):
     """Training produced numbers that are not finite; the message says in which epoch and cell."""
 
 
+class BestEpoch(TypedDict):
+    """The epoch that was best on the inner split of a cell."""
+
+    epoch: int
+    value: float
+    model: dict[str, torch.Tensor]
+
+
 class TrainingState(TypedDict):
-    """The state from which the training of a cell is continued."""
+    """The state from which the training of a cell is continued. Versions before 0.3 wrote the first three."""
 
     epoch: int
     """The epochs done in this cell."""
     model: dict[str, torch.Tensor]
     optimiser: dict[str, object]
+    losses: NotRequired[list[float]]
+    """The training loss of every epoch."""
+    scaler: NotRequired[dict[str, object]]
+    """Of the loss, in float16."""
+    best: NotRequired[BestEpoch | None]
 
 
 class CellTraining:
@@ -52,6 +69,7 @@ class CellTraining:
         self.task = find_task(settings.task)
         self.labelled = Labelled.of(subjects, settings)
         self.training_rows, self.evaluation_rows = self.labelled.rows_of(cell.fold)
+        self.training_rows, self.inner_rows = self._without_inner(self.training_rows)
         _check_shares(settings, len(self.training_rows), place)
         self.channels = _channel_indices(settings, subjects.channels)
         self.statistics = self._fit_statistics()
@@ -64,15 +82,21 @@ class CellTraining:
         self.trained = DistributedDataParallel(self.model) if place.workers > 1 else self.model
         self.objective = self.task.objective(settings, self.facts).to(place.device)
         self.optimiser = build_optimiser(settings, self.model)
+        self.scaler = torch.amp.GradScaler(
+            place.device.type, enabled=settings.training.precision == "float16"
+        )
         self.epoch = 0
+        self.losses: list[float] = []
+        self.best: BestEpoch | None = None
         self._reading: Batches | None = None
 
     def run_epoch(self) -> EpochRow:
         """Train one epoch, and return its row of the history."""
         started = time.time()
         self.epoch += 1
-        progress = self.epoch / self.settings.training.epochs
-        rate = set_rates(self.settings, self.optimiser, self.epoch)
+        progress = self.epoch / self.settings.training.rounds
+        lowered = plateau_factor(self.settings.optimiser.plateau, self.losses)
+        rate = set_rates(self.settings, self.optimiser, self.epoch, lowered)
         # For dropout alone: views have seeds of their own, and no objective draws anything.
         own = f" of worker {self.place.rank}" if self.place.rank else ""
         torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}{own}"))
@@ -82,8 +106,21 @@ class CellTraining:
             self._reading = batches(self.subjects.volumes, self._plan, self.place.device)
         losses: list[torch.Tensor] = []
         noted: dict[str, list[torch.Tensor]] = {}
-        for rows in self._plan.epoch(self.epoch):
-            step = self._step(rows, next(self._reading), progress)
+        plan = self._plan
+        ordered = list(zip(plan.epoch(self.epoch), plan.passes(self.epoch), strict=True))
+        together = self.settings.training.accumulate
+        for index, (rows, passed) in enumerate(ordered):
+            of_step = min(together, len(ordered) - index // together * together)
+            is_first, is_last = (
+                index % together == 0,
+                (index + 1) % together == 0 or index + 1 == len(ordered),
+            )
+            if is_first:
+                self.optimiser.zero_grad(set_to_none=True)
+                self._warm_up(index // together, math.ceil(len(ordered) / together), rate)
+            step = self._gradients(rows, next(self._reading), passed, progress, of_step)
+            if is_last:
+                self._take_step()
             losses.append(step.loss.detach())
             for name, number in step.noted.items():
                 noted.setdefault(name, []).append(number)
@@ -92,6 +129,8 @@ class CellTraining:
             raise DivergedError(
                 f"loss became {loss} in epoch {self.epoch} of fold {self.cell.fold}, seed {self.cell.seed}"
             )
+        self.losses.append(loss)
+        self._keep_best()
         row: dict[str, float] = {
             "fold": self.cell.fold, "seed": self.cell.seed, "epoch": self.epoch, "progress": progress, "loss": loss,
             "learning_rate": rate, **self.task.course(self.settings, self.objective, progress),
@@ -113,6 +152,9 @@ class CellTraining:
             penalty: see `Judging`.
             in_search: whether the outcome holds what the cells of one trial choose from together.
         """
+        if self.best is not None and self.epoch == self.settings.training.rounds:
+            # From here on the model of this cell is that of its best epoch.
+            self.model.load_state_dict(self.best["model"])
         training, evaluation = self._observe(self.training_rows), self._observe(self.evaluation_rows)
         for observed in (training, evaluation):
             if not np.isfinite(observed.embeddings).all():
@@ -125,7 +167,12 @@ class CellTraining:
     def state_dict(self) -> TrainingState:
         """Everything that is needed to continue; tensors and plain numbers only."""
         return TrainingState(
-            epoch=self.epoch, model=self.model.state_dict(), optimiser=self.optimiser.state_dict()
+            epoch=self.epoch,
+            model=self.model.state_dict(),
+            optimiser=self.optimiser.state_dict(),
+            losses=self.losses,
+            scaler=self.scaler.state_dict(),
+            best=self.best,
         )
 
     def load_state_dict(self, state: TrainingState) -> None:
@@ -133,6 +180,9 @@ class CellTraining:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.epoch = state["epoch"]
+        self.losses, self.best = list(state.get("losses", [])), state.get("best")
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
 
     def write_model(self, outcome: Outcome, folder: Path) -> None:
         """Write everything that prediction needs; see `core.inference`."""
@@ -154,26 +204,72 @@ class CellTraining:
             self.training_rows,
             self.settings.training.batch_size,
             _derive_seed(self.cell, "order"),
-            range(self.epoch, self.settings.training.epochs + 1),
+            range(self.epoch, self.settings.training.rounds + 1),
             self.place.rank,
             self.place.workers,
             self.settings.training.drop_last,
+            self._batches_per_epoch,
         )
 
-    def _step(self, rows: Rows, stored: torch.Tensor, progress: float) -> Step:
-        """One optimiser step on the part of this worker in a batch; its numbers stay on the device."""
+    @property
+    def _batches_per_epoch(self) -> int | None:
+        training = self.settings.training
+        return None if training.judge_every is None else training.judge_every * training.accumulate
+
+    def _gradients(
+        self, rows: Rows, stored: torch.Tensor, passed: int, progress: float, of_step: int
+    ) -> Step:
+        """Add the gradients of this worker's part of a batch, of which a step has `of_step`; its numbers stay on the
+        device."""
         volumes = self._prepare(rows, stored)
-        views = self.task.views(self.settings, volumes, rows, self.epoch, self.cell.seed)
+        views = self.task.views(self.settings, volumes, rows, passed, self.cell.seed)
         targets = torch.as_tensor(self.targets[rows], device=self.place.device)
-        self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.settings, self.place.device):
             step = self.task.step(self.trained, self.objective, views, targets, progress)
-        step.loss.backward()
+        self.scaler.scale(step.loss / of_step if of_step > 1 else step.loss).backward()
+        return step
+
+    def _take_step(self) -> None:
+        """One step of the optimiser, with the gradients that were added up."""
         clip = self.settings.training.gradient_clip
         if clip is not None:
+            self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self.optimiser.step()
-        return step
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+
+    def _warm_up(self, step: int, steps_per_epoch: int, rate: float) -> None:
+        """Set the learning rate for a step of this epoch, if it rises with every step."""
+        rising = self.settings.optimiser.warmup_steps
+        done = (self.epoch - 1) * steps_per_epoch + step
+        if done <= rising and rising:
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate * min(1.0, (done + 1) / rising)
+
+    def _without_inner(self, rows: Rows) -> tuple[Rows, Rows]:
+        """The rows to train on, and those of the inner split: whole subjects, chosen by the seed of the cell."""
+        training = self.settings.training
+        if training.keep == "last":
+            return rows, rows[:0]
+        people = self.subjects.manifest["subject"].to_numpy(str)[rows]
+        names = np.unique(people)
+        count = max(1, round(training.inner * len(names)))
+        drawn = np.random.default_rng(_derive_seed(self.cell, "inner split")).permutation(names)[:count]
+        is_inner = np.isin(people, drawn)
+        return rows[~is_inner], rows[is_inner]
+
+    def _keep_best(self) -> None:
+        """Keep the weights of this epoch if it is the best one on the inner split so far."""
+        if not self.inner_rows.size:
+            return
+        metric = self.task.about.objectives[0]
+        training, inner = self._observe(self.training_rows), self._observe(self.inner_rows)
+        outcome = self.task.judge(self.settings, training, inner, Judging(sites=False))
+        value = outcome.metrics[metric]
+        sign = self.task.about.metrics[metric].sign
+        if self.best is None or sign * value < sign * self.best["value"]:
+            weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            self.best = BestEpoch(epoch=self.epoch, value=value, model=weights)
 
     def _prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
         """Normalised volumes (n, C, X, Y, Z), float32, on the device, from the `stored` volumes with all channels."""
@@ -212,34 +308,61 @@ class CellTraining:
 
 def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of `settings.optimiser` over all parameters of `model`."""
-    if isinstance(settings.optimiser, SgdSettings):
-        optimiser: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
+    chosen = settings.optimiser
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if chosen.no_decay != "none":
+        # Vectors and numbers: biases, and the scales and shifts of norms.
+        flat = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+        deep = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+        groups = [{"params": deep}, {"params": flat, UNDECAYED: True}]
+    if isinstance(chosen, SgdSettings):
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(groups)
     else:
         # One pass over the parameters instead of a dozen.
-        optimiser = torch.optim.Adam(model.parameters(), fused=True)
+        kind = torch.optim.AdamW if isinstance(chosen, AdamWSettings) else torch.optim.Adam
+        optimiser = kind(groups, fused=True)
     set_rates(settings, optimiser, epoch=1)
     return optimiser
 
 
-def set_rates(settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: int) -> float:
+def set_rates(
+    settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: int, lowered: float = 1.0
+) -> float:
     """Set the learning rate, the weight decay and the momentum for `epoch` (from 1); returns the learning rate.
 
     All of them are set in every epoch, because a restored optimiser has its own values: when a member of a population
-    continues with the weights of another member, these are the values of another configuration.
+    continues with the weights of another member, these are the values of another configuration. `lowered` is a further
+    factor on the learning rate.
     """
-    rate = learning_rate(settings, epoch)
+    rate = learning_rate(settings, epoch) * lowered
     chosen = settings.optimiser
     for group in optimiser.param_groups:
         group["lr"] = rate
-        group["weight_decay"] = at(chosen.weight_decay, epoch / settings.training.epochs)
+        decays = not group.get(UNDECAYED, False)
+        group["weight_decay"] = at(chosen.weight_decay, epoch / settings.training.rounds) if decays else 0.0
         if isinstance(chosen, SgdSettings):
             group["momentum"] = chosen.momentum
     return rate
 
 
+def plateau_factor(settings: PlateauSettings | None, losses: Sequence[float]) -> float:
+    """The factor on the learning rate after the training losses so far; see `PlateauSettings`."""
+    if settings is None:
+        return 1.0
+    factor, best, bad = 1.0, math.inf, 0
+    for loss in losses:
+        if loss < best * (1 - settings.threshold):
+            best, bad = loss, 0
+        else:
+            bad += 1
+        if bad > settings.patience:
+            factor, bad = max(factor * settings.factor, settings.lowest), 0
+    return factor
+
+
 def learning_rate(settings: RunSettings, epoch: int) -> float:
     """The learning rate in `epoch` (from 1). The warm-up is linear, from 1 % of the rate of the decay schedule."""
-    chosen, epochs = settings.optimiser, settings.training.epochs
+    chosen, epochs = settings.optimiser, settings.training.rounds
     progress = epoch / epochs
     rate = at(chosen.learning_rate, progress) * with_epochs(chosen.decay, epochs)(progress)
     warmup = round(chosen.warmup * epochs)
@@ -258,6 +381,10 @@ def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
     wanted = settings.training.precision
     if wanted == "bfloat16" and device.type == "cpu":
         raise UserError("training.precision=bfloat16 gives wrong gradients on a CPU; use auto or float32")
+    if wanted == "float16":
+        if device.type == "cpu":
+            raise UserError("training.precision=float16 is for GPUs; use auto or float32")
+        return torch.autocast(device.type, torch.float16)
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted != "float32" and on_gpu)
 

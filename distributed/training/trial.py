@@ -157,7 +157,7 @@ class Trial:
         started = time.perf_counter()
         training = self._current_cell()
         row = training.run_epoch()
-        last_epoch = training.epoch == self.settings.training.epochs
+        last_epoch = training.epoch == self.settings.training.rounds
         metric, of_task = self.assignment["metric"], self.task.about
         sites = last_epoch or of_task.objective(metric).needs_sites
         outcome = None

@@ -14,6 +14,7 @@ from core.errors import UserError
 from core.volumes.images.mirror import DIRECTIONS, RAS, world_axis
 from core.volumes.images.nifti import Affine
 from core.volumes.views.intensity import recolour
+from core.volumes.views.mirrored import quarter_turns
 from core.volumes.views.motion import move, movement
 from core.volumes.views.settings import Sides, ViewSettings
 from core.volumes.views.streams import Subjects, choices_of, standard_normal, stream_of
@@ -22,13 +23,16 @@ Choices = dict[str, npt.NDArray[np.float64]]
 
 CHOICES = {
     "corner": 3, "cut_corner": 3, "cut": 1, "flip": 3, "rotate": 3, "zoom": 1, "translate": 3, "scale": 1,
-    "shift": 1, "contrast": 1, "gamma": 1,
+    "shift": 1, "contrast": 1, "gamma": 1, "happens": 4,
 }  # fmt: skip
 """How many uniform numbers a view draws for each choice, in the order of drawing.
 
 All are drawn, used or not, so that switching the crop on does not move the cutouts. New choices are added at the
 end, so that old views stay the same.
 """
+
+HAPPENS = ("crop", "noise", "move", "intensity")
+"""What a view may be spared, in the order of its numbers `happens`."""
 
 VOLUMES_AT_ONCE = 8
 """How many volumes are moved in one call on a GPU; each takes 12 bytes a voxel beside itself."""
@@ -56,8 +60,8 @@ def make_views(
         subjects: (B,) whole numbers that identify the subjects, such as rows of the cohort; not negative.
         epoch: number of the epoch, not negative; a subject gets new views in each.
         seed: seed of the run, not negative.
-        settings: the changes, in the order flips, movement, intensities, noise, cutout, crop, so that cut
-            and padded voxels are exactly 0. Cutouts keep their place on the volume's grid.
+        settings: the changes, in the order flips, movement, intensities, noise, cutout, crop, quarter turns, so that
+            cut and padded voxels are exactly 0. Cutouts keep their place on the volume's grid.
         affine: 4x4 voxel-to-world, which says where left and right are; a cohort's is RAS.
 
     Returns:
@@ -66,7 +70,8 @@ def make_views(
         device of one type.
 
     Raises:
-        UserError: `settings.pad_to` is smaller than the volume or its crop.
+        UserError: `settings.pad_to` is smaller than the volume or its crop, or views with quarter turns have unequal
+            sides.
     """
     if settings.change_nothing:
         return torch.stack([volumes_bcxyz] * settings.count, dim=1)
@@ -75,7 +80,7 @@ def make_views(
     subjects_count, channels, *grid = volumes_bcxyz.shape
     grid_of_views = _grid_of_views(grid, settings)
     # if views fill every voxel, the memory need not be zero
-    fills = list(grid_of_views) == _kept_sides(grid, settings)
+    fills = list(grid_of_views) == _kept_sides(grid, settings) and settings.crop_probability in (0.0, 1.0)
     allocate = volumes_bcxyz.new_empty if fills else volumes_bcxyz.new_zeros
     out_bvcxyz = allocate((subjects_count, settings.count, channels, *grid_of_views))
     views = [
@@ -88,17 +93,39 @@ def make_views(
     for part in _parts(views, volumes_bcxyz.device):
         sources = [_flipped(volumes_bcxyz[view.row], view.choices, settings, axes) for view in part]
         if settings.moves:
+            moved = [place for place, view in enumerate(part) if _happens(view.choices, "move", settings)]
             movements = [
-                _movement(source.shape[1:], view.choices, settings)
-                for source, view in zip(sources, part, strict=True)
+                _movement(sources[place].shape[1:], part[place].choices, settings) for place in moved
             ]
-            sources = list(move(torch.stack(sources), np.stack(movements)))
+            if moved:
+                made = move(torch.stack([sources[place] for place in moved]), np.stack(movements))
+                for place, source in zip(moved, made, strict=True):
+                    sources[place] = source
         for source_cxyz, view in zip(sources, part, strict=True):
-            coloured_cxyz = (
-                _recoloured(source_cxyz, view.choices, settings) if settings.recolours else source_cxyz
-            )
+            recolours = settings.recolours and _happens(view.choices, "intensity", settings)
+            coloured_cxyz = _recoloured(source_cxyz, view.choices, settings) if recolours else source_cxyz
             _write_view(out_bvcxyz[view.row, view.number], coloured_cxyz, view, settings)
-    return out_bvcxyz
+    if settings.quarter_turns is None:
+        return out_bvcxyz
+    turned = [
+        quarter_turns(
+            out_bvcxyz[:, number],
+            subjects,
+            epoch,
+            seed,
+            view=number,
+            about=settings.quarter_turns,
+            affine=affine,
+        )[0]
+        for number in range(settings.count)
+    ]
+    return torch.stack(turned, dim=1)
+
+
+def _happens(choices: Choices, change: str, settings: ViewSettings) -> bool:
+    """Whether a view has this change, which only a share of all views has."""
+    share: float = getattr(settings, f"{change}_probability")
+    return bool(choices["happens"][HAPPENS.index(change)] < share)
 
 
 def _draw(stream: np.random.SeedSequence) -> Choices:
@@ -147,7 +174,7 @@ def _signed(uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _grid_of_views(grid: Sequence[int], settings: ViewSettings) -> tuple[int, int, int]:
     """X, Y, Z of a view; UserError if the part of the volume that is kept does not fit in it."""
-    kept = _kept_sides(grid, settings)
+    kept = _kept_sides(grid, settings) if settings.crop_probability == 1 else list(grid)
     wanted = tuple(grid) if settings.pad_to is None else _three(settings.pad_to)
     if any(side > room for side, room in zip(kept, wanted, strict=True)):
         raise UserError(
@@ -175,12 +202,13 @@ def _write_view(
     """Fill `out_cxyz` with crop, noise and cutout of `volume_cxyz`; around a crop it must hold zeros."""
     choices = view.choices
     grid = volume_cxyz.shape[1:]
-    kept = _kept_sides(grid, settings)
+    is_cropped = _happens(choices, "crop", settings)
+    kept = _kept_sides(grid, settings) if is_cropped else list(grid)
     source = _block(grid, kept, choices["corner"]) if settings.crop_place == "random" else _middle(grid, kept)
     target = _middle(out_cxyz.shape[1:], kept)
     kept_cxyz = out_cxyz[:, target[0], target[1], target[2]]
     kept_cxyz.copy_(volume_cxyz[:, source[0], source[1], source[2]])
-    if settings.noise > 0:
+    if settings.noise > 0 and _happens(choices, "noise", settings):
         noise = standard_normal(kept_cxyz, view.stream)
         if settings.noise_in == "brain":
             noise = noise.mul_(kept_cxyz != 0)

@@ -101,6 +101,22 @@ class ViewSettings(BaseModel):
         description="largest |log γ| of a power law between the lowest and the highest intensity",
     )
 
+    crop_probability: float = Field(
+        default=1.0, ge=0, le=1, description="share of the views that are cropped; the others are whole"
+    )
+    noise_probability: float = Field(default=1.0, ge=0, le=1, description="share of the views with noise")
+    move_probability: float = Field(
+        default=1.0, ge=0, le=1, description="share of the views that are rotated, zoomed and translated"
+    )
+    intensity_probability: float = Field(
+        default=1.0, ge=0, le=1, description="share of the views whose intensities change; system C 0.5"
+    )
+    quarter_turns: Literal["left_right", "front_back", "up_down"] | None = Field(
+        default=None,
+        description="turn every view by 0 to 3 quarters about this direction, across which it must have equal sides; "
+        "system C turns about left_right",
+    )
+
     @model_validator(mode="after")
     def _settings_act(self) -> ViewSettings:
         if self.crop is not None and self.crop_size is not None:
@@ -132,6 +148,7 @@ class ViewSettings(BaseModel):
         same_grid = self.crop in (None, 1.0) and self.crop_size is None and self.pad_to is None
         return (
             same_grid
+            and self.quarter_turns is None
             and max(self.cutout, self.noise, *self.flips) == 0
             and not self.moves
             and not self.recolours
