@@ -35,8 +35,8 @@ class CohortOfRun(_Part):
     name: str = ""
     hash: str = ""
     synthetic: bool = False
-    spacing: float | None = None
-    """Voxel edge in mm."""
+    spacing: float | tuple[float, float, float] | None = None
+    """Edge of a voxel in mm, or its edges along X, Y and Z."""
     shape: tuple[int, ...] = ()
     """Voxels of the grid (X, Y, Z)."""
     source: str = ""

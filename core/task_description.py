@@ -39,7 +39,7 @@ class Rival(_Part):
     method: str
     """Its name in tables: `L1 baseline`."""
     words: str
-    changes: dict[str, JsonValue]
+    changes: dict[str, JsonValue] = {}
     """What makes it of any configuration."""
     without: tuple[str, ...] = ()
     """The settings, and blocks of settings, that it does not have."""
@@ -67,6 +67,8 @@ class TaskDescription(_Part):
     """The column of the cohort that has it; known for a run."""
     floor: Floor | None = None
     rival: Rival | None = None
+    voxels: Rival | None = None
+    """The classical baseline on the voxels themselves, if what the task fits on embeddings can be fitted on them."""
     nothing_found: str = ""
     """What follows if no method beats the floor: `age has not been found in these images`."""
     caveats: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ class TaskDescription(_Part):
     @property
     def refitted(self) -> dict[str, str]:
         """The folders of the refits of a run, and the method in each of them."""
-        return REFITTED | ({} if self.rival is None else {self.rival.folder: self.rival.method})
+        return REFITTED | {each.folder: each.method for each in (self.rival, self.voxels) if each is not None}
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -101,7 +103,8 @@ class TaskDescription(_Part):
     def in_words(self) -> dict[str, str]:
         """The methods in a sentence."""
         words = {WINNER: "the search winner", PUBLISHED: "the published configuration"}
-        return words | {each.method: each.words for each in (self.rival, self.floor) if each is not None}
+        others = (self.rival, self.voxels, self.floor)
+        return words | {each.method: each.words for each in others if each is not None}
 
     def objective(self, name: str) -> Metric:
         """The metric of this name, or the cost; one without words if an older version knew it."""
@@ -137,6 +140,7 @@ BRAIN_AGE = TaskDescription(
         changes={"objective.name": "l1"},
         without=("objective", "model.head", "model.readout"),
     ),
+    voxels=Rival(folder="voxels", method="voxels", words="ridge regression on voxels"),
     nothing_found="age has not been found in these images",
     caveats=(
         "Predicted ages are drawn to the middle: if the prediction is imperfect, young people look older and old "

@@ -447,7 +447,7 @@ def prepare(path: Path, **settings: Any) -> None:
     chosen = settings or {"spacing": 2, "shape": (12, 12, 12), "centre": "brain"}
     pipeline = Preprocessing.model_validate(chosen)
     file = ImageFile(path)
-    for scan in (Scan("sub-1", (file,)), Scan("sub-1", (file, file), label=file)):
+    for scan in (Scan("sub-1", (file,)), Scan("sub-1", (file, file), maps={"label": file})):
         prepared = prepare_scan(scan, pipeline)
         if not np.isfinite(prepared.voxels).all() or not prepared.voxels.any():
             raise AssertionError("prepared voxels are not finite, or all 0")

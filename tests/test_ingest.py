@@ -171,7 +171,7 @@ BAD_IMAGES = {
     "of another subject by its name": lambda source: misplace(source),
     "listed 2 times": lambda source: add_row(source, "01\t21\tF\tA\tright\t100"),
     "has no row": lambda source: replace_row(source, "sub-01", "sub-"),
-    "age is missing": lambda source: replace_row(source, "\t21\t", "\tn/a\t"),
+    "age 'n.a.n' is not a number": lambda source: replace_row(source, "\t21\t", "\tn.a.n\t"),
     "age '89\\+' is not a number": lambda source: replace_row(source, "\t21\t", "\t89+\t"),
     "age -3 is not between 0 and 130": lambda source: replace_row(source, "\t21\t", "\t-3\t"),
     "age 2100 is not between": lambda source: replace_row(source, "\t21\t", "\t2100\t"),
@@ -536,11 +536,11 @@ def test_label_maps_and_channels_of_a_listing(tmp_path, storage):
     for number in range(3):
         save(source, f"sub-{number:02d}_FLAIR.nii.gz", brain(number + 9))
         save(source, f"sub-{number:02d}_dseg.nii.gz", (brain(number) > 75).astype(np.uint8))
-    listing = list_scans(source, kind="bids", channels=["T1w", "FLAIR"], label="dseg")
+    listing = list_scans(source, kind="bids", channels=["T1w", "FLAIR"], maps=["dseg"])
     cohort = ingest_listing(listing, tmp_path / "c", SETTINGS, storage=storage, compression="zstd").cohort
     assert cohort.description.channels == ("T1w", "FLAIR")
-    assert cohort.description.labels
-    labels, volumes = cohort.read_labels(range(3)), cohort.read(range(3))
+    assert cohort.description.map_names == ("dseg",)
+    labels, volumes = cohort.read_map("dseg", range(3)), cohort.read(range(3))
     assert labels.shape == (3, *cohort.description.shape)
     assert set(np.unique(labels)) == {0, 1}
     assert (

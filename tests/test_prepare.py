@@ -70,9 +70,9 @@ def test_a_label_map_follows_by_the_nearest_voxel_and_no_class_is_invented(scan,
     voxels = ball()
     labels = classes(voxels)
     settings = SETTINGS.model_copy(update={"spacing": 3.0})
-    prepared = prepare_scan(replace(scan, label=save(tmp_path / "seg.nii", labels)), settings)
-    assert prepared.label.dtype == np.int16
-    assert set(np.unique(prepared.label)) == {0, 1, 4}
+    prepared = prepare_scan(replace(scan, maps={"label": save(tmp_path / "seg.nii", labels)}), settings)
+    assert prepared.maps["label"].dtype == np.int16
+    assert set(np.unique(prepared.maps["label"])) == {0, 1, 4}
     to_source = np.linalg.inv(AFFINE) @ prepared.affine
     for index in np.ndindex(*settings.shape):
         place = apply_affine(to_source, index)
@@ -80,12 +80,12 @@ def test_a_label_map_follows_by_the_nearest_voxel_and_no_class_is_invented(scan,
         if np.abs(place - np.floor(place) - 0.5).min() < 1e-6:
             continue  # half way between two voxels either is nearest
         within = (nearest >= 0).all() and (nearest < SHAPE).all()
-        assert prepared.label[index] == (labels[tuple(nearest)] if within else 0)
+        assert prepared.maps["label"][index] == (labels[tuple(nearest)] if within else 0)
 
 
 def test_the_label_map_of_a_healthy_brain_is_all_0(scan, tmp_path):
-    healthy = replace(scan, label=save(tmp_path / "seg.nii", np.zeros(SHAPE, np.uint8)))
-    assert not prepare_scan(healthy, SETTINGS).label.any()
+    healthy = replace(scan, maps={"label": save(tmp_path / "seg.nii", np.zeros(SHAPE, np.uint8))})
+    assert not prepare_scan(healthy, SETTINGS).maps["label"].any()
 
 
 def test_a_label_map_stored_in_another_orientation_is_the_same_grid(scan, tmp_path):
@@ -93,11 +93,12 @@ def test_a_label_map_stored_in_another_orientation_is_the_same_grid(scan, tmp_pa
     turned = image.as_reoriented([[1, -1], [2, 1], [0, -1]])
     straight, other = (
         prepare_scan(
-            replace(scan, label=save(tmp_path / f"{name}.nii", np.asarray(i.dataobj), i.affine)), SETTINGS
+            replace(scan, maps={"label": save(tmp_path / f"{name}.nii", np.asarray(i.dataobj), i.affine)}),
+            SETTINGS,
         )
         for name, i in (("straight", image), ("turned", turned))
     )
-    np.testing.assert_array_equal(straight.label, other.label)
+    np.testing.assert_array_equal(straight.maps["label"], other.maps["label"])
 
 
 def test_the_mask_file_says_what_is_brain_also_where_the_image_is_0(tmp_path):
@@ -182,19 +183,20 @@ def damaged(tmp_path: Path, scan: Scan) -> dict[str, tuple[Scan, Preprocessing, 
     far = affine_of([2.0, 2, 2], [900, 0, 0])
     return {
         "label of another shape": (
-            replace(scan, label=save(tmp_path / "a.nii", label["shape"])), SETTINGS,
+            replace(scan, maps={"label": save(tmp_path / "a.nii", label["shape"])}), SETTINGS,
             r"a\.nii: this label map has \(20, 28, 22\) voxels, its image t1\.nii has \(24, 28, 22\)"),
         "label moved": (
-            replace(scan, label=save(tmp_path / "b.nii", label["affine"], away)), SETTINGS,
+            replace(scan, maps={"label": save(tmp_path / "b.nii", label["affine"], away)}), SETTINGS,
             r"b\.nii: this label map lies 1\.5 voxels away from its image t1\.nii"),
         "label of halves": (
-            replace(scan, label=save(tmp_path / "c.nii", label["half"])), SETTINGS,
+            replace(scan, maps={"label": save(tmp_path / "c.nii", label["half"])}), SETTINGS,
             r"c\.nii: classes must be whole numbers from 0 to 32767, got 0\.5"),
         "negative label": (
-            replace(scan, label=save(tmp_path / "d.nii", -classes(voxels))), SETTINGS,
+            replace(scan, maps={"label": save(tmp_path / "d.nii", -classes(voxels))}), SETTINGS,
             r"d\.nii: classes must be whole numbers from 0 to 32767, got -"),
         "label too large": (
-            replace(scan, label=save(tmp_path / "e.nii", classes(voxels).astype(np.int32) * 40_000)), SETTINGS,
+            replace(scan, maps={"label": save(tmp_path / "e.nii", 40_000 * classes(voxels).astype(np.int32))}),
+            SETTINGS,
             r"e\.nii: classes must be whole numbers from 0 to 32767, got 160000"),
         "mask of another shape": (
             replace(scan, mask=save(tmp_path / "f.nii", (ball((20, 28, 22)) > 0).astype(np.uint8))), masked,
@@ -246,7 +248,7 @@ def test_affines_that_differ_by_rounding_are_one_grid(scan, tmp_path):
     rounded = AFFINE + np.random.default_rng(0).uniform(-1, 1, (4, 4)) * 1e-4
     rounded[3] = [0, 0, 0, 1]
     label = save(tmp_path / "seg.nii", classes(ball()), rounded)
-    assert prepare_scan(replace(scan, label=label), SETTINGS).label.any()
+    assert prepare_scan(replace(scan, maps={"label": label}), SETTINGS).maps["label"].any()
 
 
 def test_rows_of_arrays_are_prepared_like_files(scan, tmp_path):

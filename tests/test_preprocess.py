@@ -86,7 +86,7 @@ def test_settings_and_hash():
     with pytest.raises(UserError, match="version 99"):
         Preprocessing.from_settings({**first.settings, "version": 99})
     for wrong, message in (
-        ({"spacing": 0}, "spacing\n  Input should be greater than or equal to 0.5 "),
+        ({"spacing": 0}, r"spacing\.constrained-float\n  Input should be greater than or equal to 0.5 "),
         ({"shape": (0, 5, 5)}, r"shape\.0\n  Input should be greater than or equal to 1 "),
         ({"shape": (5, 5)}, r"shape\.2\n  Field required "),
         ({"intensity": "log"}, "unknown intensity 'log'; known: percentile, raw, window, zscore"),

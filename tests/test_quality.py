@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -37,19 +38,19 @@ def brain(row: int, generator: np.random.Generator) -> np.ndarray:
     return np.where(inside, values, 0).astype(np.float32)
 
 
-def write(folder: Path, scans: int = SCANS, channels: int = 1, labels: bool = False, **facts) -> Cohort:
+def write(folder: Path, scans: int = SCANS, channels: int = 1, maps: Sequence[str] = (), **facts) -> Cohort:
     generator = np.random.default_rng(0)
     writer = CohortWriter(
         folder, name="<i>odd</i> & name", channels=("T1w", "FLAIR")[:channels], shape=(SIDE,) * 3, spacing=8.0,
-        affine=np.eye(4), preprocessing={"spacing": 8.0}, source="test", labels=labels, dtype="float32",
+        affine=np.eye(4), preprocessing={"spacing": 8.0}, source="test", maps=maps, dtype="float32",
     )  # fmt: skip
     with writer:
         for row in range(scans):
             volume = brain(row, generator)
-            label = (volume > 11).astype(np.int16) if labels else None
+            classes = {name: (volume > 11).astype(np.int16) for name in maps}
             writer.add(
                 np.stack([volume] * channels), subject=f"sub-{row // 2:02d}", session=f"ses-{row % 2}",
-                age=np.nan if row == 0 else 20.0 + row, sex="F", site=("north", "south", "")[row % 3], label=label,
+                age=np.nan if row == 0 else 20.0 + row, sex="F", site=("north", "south", "")[row % 3], maps=classes,
                 coverage=0.8 if row == CUT else 1.0 - 1e-5 * row, intensity_median=100.0 + row % 4,
                 intensity_p99=200.0 + row % 5, **facts,
             )  # fmt: skip
@@ -222,9 +223,9 @@ def test_a_dark_scan_looks_darker_than_the_others_and_none_is_as_dark_as_the_bac
 
 
 def test_labels_are_outlined(tmp_path):
-    cohort = write(tmp_path / "labelled", channels=2, labels=True)
+    cohort = write(tmp_path / "labelled", channels=2, maps=["label"])
     measured = measure(cohort)
-    volume, label = cohort.read([0])[0], cohort.read_labels([0])[0]
+    volume, label = cohort.read([0])[0], cohort.read_map("label", [0])[0]
     plain, outlined = (
         picture(thumbnail(volume, each, measured.box, measured.shown)) for each in (None, label)
     )

@@ -28,14 +28,14 @@ def address():
 def write(folder: Path, storage: str, compression: str) -> Cohort:
     generator = np.random.default_rng(0)
     writer = CohortWriter(
-        folder, name="tiny", channels=["T1w"], shape=SHAPE, spacing=4.0, affine=np.eye(4), labels=True,
+        folder, name="tiny", channels=["T1w"], shape=SHAPE, spacing=4.0, affine=np.eye(4), maps=["label"],
         volumes_per_shard=2, storage=storage, compression=compression,
     )  # fmt: skip
     with writer:
         for number in range(5):
             writer.add(
                 generator.normal(size=(1, *SHAPE)), subject=f"sub-{number}", age=30 + number,
-                label=generator.integers(0, 4, SHAPE),
+                maps={"label": generator.integers(0, 4, SHAPE)},
             )  # fmt: skip
     return Cohort.open(folder)
 
@@ -47,7 +47,7 @@ def test_a_cohort_in_a_bucket_reads_as_on_disk(tmp_path, address, storage, compr
     rows = [4, 0, 3, 3]
     np.testing.assert_array_equal(remote.read(rows), local.read(rows))
     np.testing.assert_array_equal(remote.read_stored(rows), local.read_stored(rows))
-    np.testing.assert_array_equal(remote.read_labels(rows), local.read_labels(rows))
+    np.testing.assert_array_equal(remote.read_map("label", rows), local.read_map("label", rows))
     assert remote.description == local.description
     assert Cohort.open(remote.address).manifest.equals(local.manifest)
     assert describe(remote)["bytes_on_disk"] == describe(local)["bytes_on_disk"]

@@ -33,15 +33,15 @@ def label(number: int) -> np.ndarray:
 
 
 def write(folder: Path, count: int = 7, **options) -> Cohort:
-    options = {"dtype": "float16", "labels": True, **options}
+    options = {"dtype": "float16", "maps": ["label"], **options}
     writer = CohortWriter(
         folder, name="tiny", channels=["T1w", "FLAIR"], shape=SHAPE, spacing=4.0, affine=np.eye(4),
         volumes_per_shard=3, **options,
     )  # fmt: skip
     with writer:
         for number in range(count):
-            maps = label(number) if options["labels"] else None
-            writer.add(volume(number), subject=f"sub-{number}", age=20 + number, label=maps)
+            maps = {"label": label(number)} if options["maps"] else {}
+            writer.add(volume(number), subject=f"sub-{number}", age=20 + number, maps=maps)
     return Cohort.open(folder)
 
 
@@ -60,7 +60,7 @@ def test_what_is_written_is_read_in_every_format(tmp_path, storage, compression,
     tolerance = {"float16": 2e-3, "float32": 0, "int16": np.abs(expected).max() / 32767}[dtype]
     np.testing.assert_allclose(cohort.read(rows), expected, atol=tolerance, rtol=0)
     np.testing.assert_array_equal(cohort.read(rows) == 0, expected == 0)
-    labels = cohort.read_labels(rows)
+    labels = cohort.read_map("label", rows)
     assert labels.dtype == np.int16
     np.testing.assert_array_equal(labels, np.stack([label(row) for row in rows]))
 
@@ -91,7 +91,7 @@ def test_shards_are_plain_files_of_their_format(tmp_path):
     with h5py.File(hdf5) as file:
         assert file["volumes"].chunks == (1, 2, *SHAPE)
         np.testing.assert_array_equal(file["volumes"][:], expected)
-        np.testing.assert_array_equal(file["labels"][:], np.stack([label(number) for number in (3, 4, 5)]))
+        np.testing.assert_array_equal(file["map_label"][:], np.stack([label(number) for number in (3, 4, 5)]))
     table = pq.read_table(parquet).combine_chunks()
     assert table.schema.field("volumes").type == pa.fixed_shape_tensor(pa.float16(), (2, *SHAPE))
     np.testing.assert_array_equal(table["volumes"].chunk(0).to_numpy_ndarray(), expected)
@@ -119,25 +119,30 @@ def test_unknown_formats_and_compressions(tmp_path):
         write(tmp_path / "c", storage="parquet", compression="blosc")
     with pytest.raises(UserError, match=r"unknown format 'parket'; did you mean 'parquet'"):
         write(tmp_path / "c", storage="parket")
-    with pytest.raises(UserError, match="has no label maps"):
-        write(tmp_path / "d", labels=False).read_labels([0])
+    with pytest.raises(UserError, match="has no maps 'label'"):
+        write(tmp_path / "d", maps=[]).read_map("label", [0])
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (None, "sub-0: a label map is needed"),
-        (np.zeros((2, 2, 2), int), r"sub-0: label map must have shape \(7, 6, 5\), got \(2, 2, 2\)"),
+        (np.zeros((2, 2, 2), int), r"sub-0: map 'label' must have shape \(7, 6, 5\), got \(2, 2, 2\)"),
         (np.full(SHAPE, 0.5), "sub-0: the label map holds values that are not whole"),
         (np.full(SHAPE, 40_000), "sub-0: the label map holds values that are not whole numbers from"),
     ],
 )
 def test_label_maps_that_are_refused(tmp_path, bad, message):
     writer = CohortWriter(
-        tmp_path / "c", name="tiny", channels=["T1w"], shape=SHAPE, spacing=4.0, affine=np.eye(4), labels=True
+        tmp_path / "c",
+        name="tiny",
+        channels=["T1w"],
+        shape=SHAPE,
+        spacing=4.0,
+        affine=np.eye(4),
+        maps=["label"],
     )
     with pytest.raises(UserError, match=message), writer:
-        writer.add(volume(0, channels=1), subject="sub-0", age=30, label=bad)
+        writer.add(volume(0, channels=1), subject="sub-0", age=30, maps={"label": bad})
 
 
 def round_trip(voxels: np.ndarray, dtype) -> np.ndarray:

@@ -81,8 +81,9 @@ def test_the_age_at_another_visit_is_not_taken_for_this_one(tmp_path):
     source = bids(tmp_path, "sub-01_ses-1_T1w", "sub-01_ses-2_T1w", table=PEOPLE[:2])
     text(source / "sub-01" / "sub-01_sessions.tsv", "session_id\tage", "ses-1\t31", "ses-2\tn/a")
     listing = list_scans(source)
-    assert names(listing) == [("sub-01", "ses-1")]
-    assert reasons(listing) == {"sub-01": "age is missing"}
+    assert names(listing) == [("sub-01", "ses-1"), ("sub-01", "ses-2")]
+    assert listing.scans[0].age == 31
+    assert math.isnan(listing.scans[1].age)
 
 
 def test_a_bad_table_of_sessions_costs_its_subject_only(tmp_path):
@@ -122,18 +123,19 @@ def test_an_entity_before_the_suffix_chooses(tmp_path):
     assert names(listing) == [("sub-01", "run-1")]
 
 
-def test_channels_label_and_mask_travel_together_and_all_are_needed(tmp_path):
+def test_channels_maps_and_mask_travel_together_and_a_map_may_be_absent(tmp_path):
     source = bids(
         tmp_path, "sub-01_T1w", "sub-01_run-1_FLAIR", "sub-01_dseg", "sub-01_desc-brain_mask",
         "sub-02_T1w", "sub-02_FLAIR", "sub-02_desc-brain_mask", table=PEOPLE,
     )  # fmt: skip
-    listing = list_scans(source, channels=("FLAIR", "T1w"), label="dseg", mask="mask")
-    (scan,) = listing.scans
+    listing = list_scans(source, channels=("FLAIR", "T1w"), maps=["dseg"], mask="mask")
+    scan, without_map = listing.scans
     assert [file.path.name for file in scan.images] == ["sub-01_run-1_FLAIR.nii.gz", "sub-01_T1w.nii.gz"]
-    assert scan.label.path.name == "sub-01_dseg.nii.gz"
+    assert scan.maps["dseg"].path.name == "sub-01_dseg.nii.gz"
     assert scan.mask.path.name == "sub-01_desc-brain_mask.nii.gz"
     assert listing.channels == ("FLAIR", "T1w")
-    assert reasons(listing) == {"sub-02": "sub-02 has no image sub-02/**/*_dseg.nii[.gz]"}
+    assert (without_map.subject, without_map.maps) == ("sub-02", {})
+    assert reasons(listing) == {}
 
 
 def test_maps_are_never_taken_for_the_image_and_are_pointed_out(tmp_path):
@@ -145,8 +147,11 @@ def test_maps_are_never_taken_for_the_image_and_are_pointed_out(tmp_path):
 def test_maps_from_derivatives(tmp_path):
     source = bids(tmp_path, "sub-01_T1w", "sub-02_T1w", table=PEOPLE)
     bids(source / "derivatives" / "first", "sub-01_T1w", "sub-01_dseg", "sub-02_dseg", "sub-01_space-MNI_T1w")
-    listing = list_scans(source, label="dseg")
-    assert [scan.label.path.relative_to(source).parts[1] for scan in listing.scans] == ["first", "first"]
+    listing = list_scans(source, maps=["dseg"])
+    assert [scan.maps["dseg"].path.relative_to(source).parts[1] for scan in listing.scans] == [
+        "first",
+        "first",
+    ]
     assert [scan.images[0].path.relative_to(source).parts[0] for scan in listing.scans] == [
         "sub-01",
         "sub-02",
@@ -156,7 +161,7 @@ def test_maps_from_derivatives(tmp_path):
     assert [scan.age for scan in alone.scans] == [30, 40]  # from the raw dataset's participants.tsv
     bids(source / "derivatives" / "second", "sub-01_dseg")
     with pytest.raises(UserError, match="'dseg' in several derivatives: first, second"):
-        list_scans(source, label="dseg")
+        list_scans(source, maps=["dseg"])
 
 
 def test_without_any_table_ages_are_unknown_and_a_note_says_so(tmp_path):
@@ -169,14 +174,14 @@ def test_ages_that_are_not_wanted(tmp_path):
     table = ("participant_id\tsex", "sub-01\tF")
     source = bids(tmp_path, "sub-01_T1w", table=table)
     with pytest.raises(UserError, match="has no column 'age'"):
-        list_scans(source)
-    assert math.isnan(list_scans(source, age_column=None).scans[0].age)
+        list_scans(source, is_age_asked=True)
+    for asked in ({}, {"age_column": None}):
+        assert math.isnan(list_scans(source, **asked).scans[0].age)
 
 
 BAD_ROWS = {
     "is listed 2 times in participants.tsv": "sub-01\t30\tF\tA\t1\nsub-01\t30\tF\tA\t1",
     "has no row in participants.tsv": "sub-03\t30\tF\tA\t1",
-    "age is missing": "sub-01\t\tF\tA\t1",
     "age 0 is not between": "sub-01\t0\tF\tA\t1",
     "age -4 is not between": "sub-01\t-4\tF\tA\t1",
     "age 131 is not between": "sub-01\t131\tF\tA\t1",
@@ -317,11 +322,12 @@ def test_real_folders_agree_with_their_tables(folder):
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the real volumes of ../shared/data")
 def test_real_contrasts_and_their_segmentation_lie_on_one_grid():
-    listing = list_scans(DATA / "multi_contrast", channels=("T1w", "T1Gd", "T2w", "FLAIR"), label="dseg")
-    assert [scan.subject for scan in listing.scans] == ["sub-du7294", "sub-fg6692"]
-    assert sorted(reasons(listing)) == ["sub-aurora", "sub-gli00001"]
-    for scan in listing.scans:
-        grids = [nib.load(file.path) for file in (*scan.images, scan.label)]
+    listing = list_scans(DATA / "multi_contrast", channels=("T1w", "T1Gd", "T2w", "FLAIR"), maps=["dseg"])
+    with_map = [scan for scan in listing.scans if scan.maps]
+    assert [scan.subject for scan in with_map] == ["sub-du7294", "sub-fg6692"]
+    assert sorted(scan.subject for scan in listing.scans if not scan.maps) == ["sub-aurora", "sub-gli00001"]
+    for scan in with_map:
+        grids = [nib.load(file.path) for file in (*scan.images, *scan.maps.values())]
         assert {grid.shape for grid in grids} == {(240, 240, 155)}
         for grid in grids[1:]:
             np.testing.assert_array_equal(grid.affine, grids[0].affine)

@@ -21,7 +21,7 @@ def case(folder: Path, name: str, *contrasts: str, join: str = "-") -> None:
 def test_folders_as_brats_has_them(tmp_path):
     for name in ("BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-GLI-00002-000"):
         case(tmp_path, name, *CONTRASTS, "seg")
-    listing = list_scans(tmp_path, channels=("t2f", "t1n"), label="seg")
+    listing = list_scans(tmp_path, channels=("t2f", "t1n"), maps=["seg"])
     assert (listing.kind, listing.rejects) == ("cases", ())
     assert [(scan.subject, scan.session) for scan in listing.scans] == [
         ("BraTS-GLI-00001", "000"), ("BraTS-GLI-00001", "001"), ("BraTS-GLI-00002", "000"),
@@ -30,7 +30,7 @@ def test_folders_as_brats_has_them(tmp_path):
     assert [file.path.name for file in last.images] == [
         "BraTS-GLI-00002-000-t2f.nii.gz", "BraTS-GLI-00002-000-t1n.nii.gz",
     ]  # fmt: skip
-    assert last.label.path.name == "BraTS-GLI-00002-000-seg.nii.gz"
+    assert last.maps["seg"].path.name == "BraTS-GLI-00002-000-seg.nii.gz"
     assert math.isnan(last.age)
     assert "ages, sexes and sites are unknown" in listing.notes[0]
 
@@ -72,9 +72,9 @@ def test_every_layout_says_how_it_is_known():
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the real volumes of ../shared/data")
 def test_real_contrasts_as_cases_and_as_bids_are_the_same_files():
-    wanted = {"channels": ("T1w", "FLAIR"), "label": "dseg"}
+    wanted = {"channels": ("T1w", "FLAIR"), "maps": ["dseg"]}
     bids, cases = (list_scans(DATA / "multi_contrast", kind=kind, **wanted) for kind in ("bids", "cases"))
-    assert [(scan.subject, scan.images, scan.label) for scan in cases.scans] == [
-        (scan.subject, scan.images, scan.label) for scan in bids.scans
+    assert [(scan.subject, scan.images, scan.maps) for scan in cases.scans] == [
+        (scan.subject, scan.images, scan.maps) for scan in bids.scans
     ]
     assert {reject.subject for reject in cases.rejects} == {reject.subject for reject in bids.rejects}

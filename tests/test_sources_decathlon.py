@@ -48,13 +48,13 @@ def test_folds_classes_and_maps(tmp_path):
         (),
     )
     one, two, three = listing.scans
-    assert (one.subject, one.age, one.sex, one.site, one.label) == ("7", 31.5, "M", "X", None)
+    assert (one.subject, one.age, one.sex, one.site, one.maps) == ("7", 31.5, "M", "X", {})
     assert {key: one.extra[key] for key in ("list", "fold", "label")} == {
         "list": "training",
         "fold": 0,
         "label": 1,
     }
-    assert (two.subject, two.age, two.label.path.parent.name) == ("8", 32, "seg")
+    assert (two.subject, two.age, two.maps["label"].path.parent.name) == ("8", 32, "seg")
     assert math.isnan(two.extra["label"])
     assert two.extra["fold"] == 1
     assert three.extra["list"] == "test"
@@ -76,7 +76,7 @@ def test_the_decathlons_own_form(tmp_path):
     )
     listing = list_scans(tmp_path)
     assert (listing.kind, listing.channels, listing.rejects) == ("decathlon", ("MRI",), ())
-    assert [(scan.subject, scan.label is None) for scan in listing.scans] == [
+    assert [(scan.subject, not scan.maps) for scan in listing.scans] == [
         ("la_1", False), ("la_2", False), ("la_3", True),
     ]  # fmt: skip
     assert listing.scans[1].images[0].path.parent.name == "imagesTr"
@@ -156,7 +156,6 @@ BAD_ENTRIES = {
     "gone.nii does not exist": {"image": "gone.nii"},
     "/nowhere/x.nii does not exist": {"image": "/nowhere/x.nii"},
     "seg.nii.gz does not exist": {"image": "a.nii", "label": "seg.nii.gz"},
-    "age is missing": {"image": "a.nii", "age": None},
     "age -1 is not between": {"image": "a.nii", "age": -1},
     "age 'old' is not a number": {"image": "a.nii", "age": "old"},
     "age 'true' is not a number": {"image": "a.nii", "age": True},

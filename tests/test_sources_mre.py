@@ -87,12 +87,12 @@ def test_bad_rows_cost_themselves_only(tmp_path):
     np.save(tmp_path / "id_A.npy", np.array(["1", "2", "02", "", "5", "6"]))
     np.save(tmp_path / "age_A.npy", np.array([30, 30, 30, 30, np.nan, -1]))
     listing = list_scans(tmp_path)
-    assert [(scan.subject, scan.images[0].row) for scan in listing.scans] == [("A_1", 0)]
+    assert [(scan.subject, scan.images[0].row) for scan in listing.scans] == [("A_1", 0), ("A_5", 4)]
+    assert np.isnan(listing.scans[1].age)
     assert [(reject.subject, reject.file, reject.reason) for reject in listing.rejects] == [
         ("", "stiffness_A.npy", "row 3: its id is missing"),
         ("A_02", "stiffness_A.npy", "A_02 is listed 2 times in id_A.npy"),
         ("A_2", "stiffness_A.npy", "A_2 is listed 2 times in id_A.npy"),
-        ("A_5", "stiffness_A.npy", "age is missing"),
         ("A_6", "stiffness_A.npy", "age -1 is not between 0 and 130 years"),
     ]
     assert len(list_scans(tmp_path, age_column=None).scans) == 3
@@ -126,7 +126,7 @@ def test_arrays_that_leave_a_doubt_are_refused(tmp_path, reason):
     study(tmp_path, "A", roles="stiffness")
     UNUSABLE[reason](tmp_path)
     with pytest.raises(UserError, match=reason) as caught:
-        list_scans(tmp_path, kind="mre", channels=["stiffness"])
+        list_scans(tmp_path, kind="mre", channels=["stiffness"], is_age_asked=True)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 

@@ -163,7 +163,8 @@ def test_missing_and_double_ids_are_left_out_with_their_reason(tmp_path):
         "5\t35\tF\t1\ttrain\tX", "6\tn/a\tF\t1\ttrain\tX",
     )  # fmt: skip
     listing = list_scans(tmp_path)
-    assert [scan.subject for scan in listing.scans] == ["sub-1"]
+    assert [scan.subject for scan in listing.scans] == ["sub-1", "sub-6"]
+    assert np.isnan(listing.scans[1].age)
     found = sorted((reject.subject, reject.reason) for reject in listing.rejects)
     assert found == [
         ("", "row 4: its id is missing"),
@@ -172,7 +173,6 @@ def test_missing_and_double_ids_are_left_out_with_their_reason(tmp_path):
         ("sub-2", "sub-2 has 2 volumes; one is needed"),
         ("sub-3", "sub-3 has a volume, but no row in participants.tsv"),
         ("sub-4", "sub-4 is listed 2 times in participants.tsv; one row is needed"),
-        ("sub-6", "age is missing"),
     ]
     assert {reject.file for reject in listing.rejects} == {"quasiraw.npy"}
 
@@ -232,6 +232,6 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path, reason):
     whole(tmp_path)
     UNUSABLE[reason](tmp_path)
     with pytest.raises(UserError, match=reason) as caught:
-        list_scans(tmp_path)
+        list_scans(tmp_path, is_age_asked=True)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)

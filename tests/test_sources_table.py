@@ -31,7 +31,7 @@ def test_a_table_of_paths_with_everything(tmp_path):
     first, second, third = listing.scans
     assert (first.subject, first.session, first.age, first.sex, first.site) == ("P 1", "v1", 30.5, "M", "A")
     assert first.images[0].path.samefile(tmp_path / "images" / "a.nii.gz")
-    assert first.label.path.name == "seg.nii.gz"
+    assert first.maps["label"].path.name == "seg.nii.gz"
     assert first.mask.path.name == "brain.nii.gz"
     assert first.extra == {"score": 1.0, "table_row": "x", "note": "well, yes"}
     assert math.isnan(second.extra["score"])
@@ -42,18 +42,18 @@ def test_a_label_of_numbers_is_a_class(tmp_path):
     image(tmp_path / "a.nii")
     source = text(tmp_path / "list.tsv", "id\timage\tage\tlabel", "x\ta.nii\t30\t2")
     (scan,) = list_scans(source).scans
-    assert (scan.label, scan.extra) == (None, {"label": 2.0})
+    assert (scan.maps, scan.extra) == ({}, {"label": 2.0})
 
 
 def test_a_slip_among_the_paths_of_label_maps_costs_its_line_only(tmp_path):
     image(tmp_path / "a.nii")
     lines = ["x,a.nii,30,a.nii", "y,a.nii,30,1", "z,a.nii,30,"]
     listing = list_scans(text(tmp_path / "list.csv", "subject,path,age,label", *lines))
-    assert [(scan.subject, scan.label.path.name) for scan in listing.scans] == [("x", "a.nii")]
-    assert [reject.reason.rpartition("/")[2] for reject in listing.rejects] == [
-        "1 does not exist",
-        "label is missing",
+    assert [(scan.subject, [file.path.name for file in scan.maps.values()]) for scan in listing.scans] == [
+        ("x", ["a.nii"]),
+        ("z", []),
     ]
+    assert [reject.reason.rpartition("/")[2] for reject in listing.rejects] == ["1 does not exist"]
 
 
 def test_a_column_for_each_channel(tmp_path):
@@ -66,13 +66,10 @@ def test_a_column_for_each_channel(tmp_path):
         "y\tt1.nii\t\tseg.nii\t30",
         "z\tt1.nii\tflair.nii\tn/a\t30",
     )
-    listing = list_scans(source, channels=("FLAIR", "T1w"), label="tumour", age_column="years")
-    (scan,) = listing.scans
-    assert [file.path.name for file in scan.images] == ["flair.nii", "t1.nii"]
-    assert {r.subject: r.reason for r in listing.rejects} == {
-        "y": "FLAIR is missing",
-        "z": "tumour is missing",
-    }
+    listing = list_scans(source, channels=("FLAIR", "T1w"), maps=["tumour"], age_column="years")
+    assert [(scan.subject, sorted(scan.maps)) for scan in listing.scans] == [("x", ["tumour"]), ("z", [])]
+    assert [file.path.name for file in listing.scans[0].images] == ["flair.nii", "t1.nii"]
+    assert {r.subject: r.reason for r in listing.rejects} == {"y": "FLAIR is missing"}
     with pytest.raises(
         UserError, match="needs a column 'path' \\(or image\\), but has 'participant_id', 'T1w'"
     ):
@@ -89,7 +86,6 @@ BAD_LINES = {
     "../../b.nii does not exist": "x,../../b.nii,30",
     "is not a file": "x,folder.nii,30",
     "is not an image; .nii.gz, .nii, .npy are read": "x,list.csv,30",
-    "age is missing": "x,a.nii,",
     "cannot be read: File name too long": f"x,{'a' * 5000}.nii,30",
     "age 'two lines' is not a number": 'x,a.nii,"two\nlines"',
     "is a link to itself.nii": "x,itself.nii,30",

@@ -17,14 +17,14 @@ SHAPE = (5, 6, 4)
 def write(folder: Path, count: int = 5, **settings) -> Path:
     generator = np.random.default_rng(0)
     writer = CohortWriter(
-        folder, name="tiny", channels=["T1w"], shape=SHAPE, spacing=4.0, affine=np.eye(4), labels=True,
+        folder, name="tiny", channels=["T1w"], shape=SHAPE, spacing=4.0, affine=np.eye(4), maps=["label"],
         volumes_per_shard=3, **settings,
     )  # fmt: skip
     with writer:
         for number in range(count):
             writer.add(
                 generator.normal(size=(1, *SHAPE)), subject=f"sub-{number}", age=30, site="A",
-                label=generator.integers(0, 4, SHAPE),
+                maps={"label": generator.integers(0, 4, SHAPE)},
             )  # fmt: skip
     return folder
 
@@ -65,7 +65,7 @@ def test_every_flipped_byte_is_found(tmp_path, kind):
 def test_the_subject_of_a_damaged_volume_is_named(tmp_path, what):
     folder = write(tmp_path / "c")
     manifest = Cohort.open(folder).manifest
-    offset = int(manifest["offset" if what == "volumes" else "label_offset"][4])
+    offset = int(manifest["offset" if what == "volumes" else "map_label_offset"][4])
     path = folder / "shards" / "00001.h5"
     content = bytearray(path.read_bytes())
     content[offset + 7] ^= 4

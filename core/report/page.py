@@ -61,6 +61,7 @@ from core.report.figures.style import as_svg
 from core.report.html import load_page, write_page
 from core.run_description import CodeVersion, CohortOfRun
 from core.run_names import REPORT
+from core.volumes.cohort.reader import spacing_in_words
 
 FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "gains": ("Does the winner predict better?", subject_figures.gains),
@@ -219,7 +220,7 @@ def cohort_facts(record: RunRecord) -> list[tuple[str, str]]:
         "Scans": cohort.n,
         "Channels": _joined(cohort.channels, ", "),
         "Grid": _joined(cohort.shape, " × "),
-        "Spacing": f"{number(cohort.spacing)} mm" if cohort.spacing else None,
+        "Spacing": spacing_in_words(cohort.spacing) if cohort.spacing else None,
         "Source": cohort.source,
         "Folder": cohort.path,
         "Hash": cohort.hash,

@@ -39,7 +39,7 @@ from core.models.heads import ClassHead
 from core.models.settings import ModelSettings, ResNetSettings
 from core.objectives import Metric
 from core.run_settings import DataSettings, Frozen, RunSettings
-from core.task_description import Floor, TaskDescription
+from core.task_description import Floor, Rival, TaskDescription
 from core.tasks.penalties import (
     BY_PENALTY,
     WITHOUT,
@@ -140,6 +140,7 @@ class Classification(Task[ClassificationSettings]):
             method="class shares", words="predicting the shares of the classes", metric="floor_macro_auc",
             of="macro_auc",
         ),
+        voxels=Rival(folder="voxels", method="voxels", words="logistic regression on voxels"),
         nothing_found="the classes have not been found in these images",
         caveats=(
             "Methods are compared in pairs by the log loss of every person, which also asks how sure a prediction is; "

@@ -89,20 +89,34 @@ def ingest(
             help="images of each scan, comma-separated: suffixes such as T1w,FLAIR, or columns of a table"
         ),
     ] = None,
-    label: Annotated[
-        str | None, typer.Option(help="map of classes that goes with each scan, e.g. dseg")
+    maps: Annotated[
+        str | None,
+        typer.Option(
+            "--maps", "--label", help="maps of classes that go with scans, comma-separated, e.g. dseg,lesion"
+        ),
     ] = None,
     mask: Annotated[str | None, typer.Option(help="brain mask that comes with each scan, e.g. mask")] = None,
     age_column: Annotated[
-        str, typer.Option(help="column with the age in years; none: ingest without ages")
-    ] = "age",
-    spacing: Annotated[float, typer.Option(help="voxel edge in mm")] = 4.0,
+        str | None,
+        typer.Option(help="column with the age in years, age if absent; none: ingest without ages"),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(help="folder at which the relative paths of a list or table begin; its own if absent"),
+    ] = None,
+    spacing: Annotated[
+        str, typer.Option(metavar="MM|X,Y,Z", help="edge of a voxel in mm, or its edges along three axes")
+    ] = "4",
     shape: Annotated[
         str | None, typer.Option(help="voxels as X,Y,Z; the MNI field of view if absent")
     ] = None,
     registration: Annotated[
         bool, typer.Option("--register", help="align each brain with MNI152 by an affine transform")
     ] = False,
+    interpolation: Annotated[
+        str,
+        typer.Option(metavar="linear|bspline", help="of images; maps have the class of the nearest voxel"),
+    ] = "linear",
     intensity: Annotated[
         str,
         typer.Option(
@@ -127,15 +141,25 @@ def ingest(
     except ValueError:
         raise UserError(f"--shape must be three whole numbers such as 46,55,46, got {shape!r}") from None
     try:
+        edges = tuple(float(edge) for edge in spacing.split(","))
+    except ValueError:
+        edges = ()
+    if len(edges) not in (1, 3):
+        raise UserError(
+            f"--spacing must be a number of mm such as 4, or three such as 1,1,5, got {spacing!r}"
+        )
+    try:
         preprocessing = Preprocessing(
-            spacing=spacing, shape=grid, intensity=intensity,
+            spacing=edges[0] if len(set(edges)) == 1 else edges, shape=grid, intensity=intensity,
+            interpolation=interpolation,
             mask="file" if mask else None, registration="affine" if registration else None,
         )  # fmt: skip
     except ValidationError as error:
         raise wrong_option(error) from None
     listing = list_scans(
-        source, kind=layout, channels=names(channels) or None, label=label, mask=mask,
-        age_column=None if age_column.lower() == "none" else age_column,
+        source, kind=layout, channels=names(channels) or None, maps=names(maps), mask=mask,
+        age_column=None if age_column and age_column.lower() == "none" else age_column or "age",
+        is_age_asked=age_column is not None, root=root,
     )  # fmt: skip
     for note in listing.notes:
         console.print(f"note: {note}", highlight=False)
@@ -176,10 +200,11 @@ def _show_ingest(report: IngestReport, out: Path, said: Sequence[str]) -> None:
     if len(report.rejects) > 10:
         console.print(f"… and {len(report.rejects) - 10} more in {out}/rejects.csv", style="yellow")
     console.print(f"{len(report.cohort)} scans in {out}, {len(report.rejects)} left out")
-    console.print(
-        f"\nNext:\n  brainsweep quality {out}\n  brainsweep describe {out}\n  brainsweep sweep {out}",
-        highlight=False,
-    )
+    following = [f"quality {out}", f"describe {out}"]
+    # Only a cohort with ages can be searched as it is.
+    if report.cohort.manifest["age"].notna().any():
+        following.append(f"sweep {out}")
+    console.print("\nNext:" + "".join(f"\n  brainsweep {each}" for each in following), highlight=False)
 
 
 @data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep describe cohorts/phantom")

@@ -22,7 +22,7 @@ from core.run_description import CohortOfRun
 from core.run_names import NESTED, RUN_JSON, SPLITS
 from core.tasks import find_task
 from core.tasks.task import Prediction, Truth, is_known
-from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.reader import Cohort, spacing_in_words
 from core.volumes.images.preprocess import Preprocessing
 from core.volumes.ingest.prepare import PreparedScan
 from distributed.commands.known_scans import KnownScans, roles_of
@@ -203,8 +203,8 @@ def _check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> Non
     trained = _cohort_of(folder)
     if cohort.description.spacing != trained.spacing:
         raise UserError(
-            f"cohort {cohort.location} has voxels of {cohort.description.spacing:g} mm, the model was trained at "
-            f"{trained.spacing:g} mm; ingest it with --spacing {trained.spacing:g}"
+            f"cohort {cohort.location} has voxels of {spacing_in_words(cohort.description.spacing)}, the model was "
+            f"trained at {spacing_in_words(trained.spacing or 0.0)}; ingest it with the same --spacing"
         )
     absent = [channel for channel in predictor.channels if channel not in cohort.description.channels]
     if absent:

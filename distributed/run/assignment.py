@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from core.errors import UserError
 from core.files.fingerprint import fingerprint
@@ -60,6 +60,8 @@ class Assignment(TypedDict):
     `kept_checkpoint`."""
     penalty: float | None
     """Of a refit, as its configuration's cells found it (`core.tasks.task.Task.penalty_of`); found anew if None."""
+    on_voxels: NotRequired[bool]
+    """Whether this is the classical baseline, without a network; see `distributed.training.voxels`."""
     spent_before: float
     """Seconds that this trial spent on weights that it gave up, minus those that other trials spent on the weights with
     which it continued."""

@@ -50,7 +50,7 @@ def repetitions(
 def refits(
     folder: RunFolder, request: SweepRequest, search: ResolvedSearch, study: optuna.Study
 ) -> list[Assignment]:
-    """The winner, the published configuration and the rival of the task, each on all development subjects.
+    """The winner, the published configuration and the baselines of the task, each on all development subjects.
 
     Without a winner there is nothing to judge, so the held-out subjects stay unseen.
     """
@@ -78,7 +78,7 @@ def refits(
         for method, trial in {"winner": best, "published": published}.items()
         if trial is not None
     }
-    return [
+    made = [
         assign(
             folder.refit(method),
             settings,
@@ -89,6 +89,11 @@ def refits(
         )
         for method, settings in chosen.items()
     ]
+    if of_task.voxels is not None:
+        # Nothing in it is drawn, so one seed is enough.
+        place, cells = folder.refit(of_task.voxels.folder), request.refit_cells[:1]
+        made.append({**assign(place, base, cells, metric=of_task.objectives[0]), "on_voxels": True})
+    return made
 
 
 def _set_aside_former_winner(folder: RunFolder, number: int) -> None:

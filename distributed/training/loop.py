@@ -61,8 +61,8 @@ class TrainingState(TypedDict):
     best: NotRequired[BestEpoch | None]
 
 
-class CellTraining:
-    """The training of one model on one cell."""
+class CellData:
+    """The scans of one cell, as every method on it gets them: whose they are, and on which scale."""
 
     def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
         self.settings, self.subjects, self.cell, self.place = settings, subjects, cell, place
@@ -70,9 +70,49 @@ class CellTraining:
         self.labelled = Labelled.of(subjects, settings)
         self.training_rows, self.evaluation_rows = self.labelled.rows_of(cell.fold)
         self.training_rows, self.inner_rows = self._without_inner(self.training_rows)
-        _check_shares(settings, len(self.training_rows), place)
         self.channels = _channel_indices(settings, subjects.channels)
         self.statistics = self._fit_statistics()
+
+    @property
+    def evaluation_subjects(self) -> int:
+        """How many people the cell is judged on."""
+        return int(self.subjects.manifest["subject"].iloc[self.evaluation_rows].nunique())
+
+    def prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
+        """Normalised volumes (n, C, X, Y, Z), float32, on the device, from the `stored` volumes with all channels."""
+        self.subjects.note(rows, self.cell)
+        volumes = stored[:, self.channels].to(self.place.device).float()
+        if self.subjects.scales is not None:
+            scales = torch.as_tensor(self.subjects.scales[rows][:, self.channels], device=self.place.device)
+            volumes = volumes * scales[:, :, None, None, None]
+        return normalise(volumes, self.settings.data.normalise, self.statistics)
+
+    def _without_inner(self, rows: Rows) -> tuple[Rows, Rows]:
+        """The rows to train on, and those of the inner split: whole subjects, chosen by the seed of the cell."""
+        training = self.settings.training
+        if training.keep == "last":
+            return rows, rows[:0]
+        people = self.subjects.manifest["subject"].to_numpy(str)[rows]
+        names = np.unique(people)
+        count = max(1, round(training.inner * len(names)))
+        drawn = np.random.default_rng(_derive_seed(self.cell, "inner split")).permutation(names)[:count]
+        is_inner = np.isin(people, drawn)
+        return rows[~is_inner], rows[is_inner]
+
+    def _fit_statistics(self) -> IntensityStatistics | None:
+        """Intensity statistics of this cell's training subjects."""
+        if self.settings.data.normalise != "training":
+            return None
+        self.subjects.note(self.training_rows, self.cell)
+        return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
+
+
+class CellTraining(CellData):
+    """The training of one model on one cell."""
+
+    def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
+        super().__init__(settings, subjects, cell, place)
+        _check_shares(settings, len(self.training_rows), place)
         torch.manual_seed(_derive_seed(cell, "initialisation"))
         self.facts = self.task.learn(settings, self.labelled.truth(self.training_rows))
         self.targets = self.task.targets(self.labelled.labels, self.facts)
@@ -89,6 +129,11 @@ class CellTraining:
         self.losses: list[float] = []
         self.best: BestEpoch | None = None
         self._reading: Batches | None = None
+
+    @property
+    def rounds(self) -> int:
+        """The epochs of the cell."""
+        return self.settings.training.rounds
 
     def run_epoch(self) -> EpochRow:
         """Train one epoch, and return its row of the history."""
@@ -138,11 +183,6 @@ class CellTraining:
             "first_step_at": started, "seconds": time.time() - started,
         }  # fmt: skip
         return cast(EpochRow, row)
-
-    @property
-    def evaluation_subjects(self) -> int:
-        """How many people the cell is judged on."""
-        return int(self.subjects.manifest["subject"].iloc[self.evaluation_rows].nunique())
 
     def judge(self, *, sites: bool = True, penalty: float | None = None, in_search: bool = False) -> Outcome:
         """Judge the model on the evaluation subjects, with what the task fits on the training subjects.
@@ -221,7 +261,7 @@ class CellTraining:
     ) -> Step:
         """Add the gradients of this worker's part of a batch, of which a step has `of_step`; its numbers stay on the
         device."""
-        volumes = self._prepare(rows, stored)
+        volumes = self.prepare(rows, stored)
         views = self.task.views(self.settings, volumes, rows, passed, self.cell.seed)
         targets = torch.as_tensor(self.targets[rows], device=self.place.device)
         with autocast(self.settings, self.place.device):
@@ -246,18 +286,6 @@ class CellTraining:
             for group in self.optimiser.param_groups:
                 group["lr"] = rate * min(1.0, (done + 1) / rising)
 
-    def _without_inner(self, rows: Rows) -> tuple[Rows, Rows]:
-        """The rows to train on, and those of the inner split: whole subjects, chosen by the seed of the cell."""
-        training = self.settings.training
-        if training.keep == "last":
-            return rows, rows[:0]
-        people = self.subjects.manifest["subject"].to_numpy(str)[rows]
-        names = np.unique(people)
-        count = max(1, round(training.inner * len(names)))
-        drawn = np.random.default_rng(_derive_seed(self.cell, "inner split")).permutation(names)[:count]
-        is_inner = np.isin(people, drawn)
-        return rows[~is_inner], rows[is_inner]
-
     def _keep_best(self) -> None:
         """Keep the weights of this epoch if it is the best one on the inner split so far."""
         if not self.inner_rows.size:
@@ -271,15 +299,6 @@ class CellTraining:
             weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
             self.best = BestEpoch(epoch=self.epoch, value=value, model=weights)
 
-    def _prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
-        """Normalised volumes (n, C, X, Y, Z), float32, on the device, from the `stored` volumes with all channels."""
-        self.subjects.note(rows, self.cell)
-        volumes = stored[:, self.channels].to(self.place.device).float()
-        if self.subjects.scales is not None:
-            scales = torch.as_tensor(self.subjects.scales[rows][:, self.channels], device=self.place.device)
-            volumes = volumes * scales[:, :, None, None, None]
-        return normalise(volumes, self.settings.data.normalise, self.statistics)
-
     @torch.no_grad()
     def _observe(self, rows: Rows) -> Observed:
         """What the model sees in `rows` without augmentation, in evaluation mode; every worker computes a part."""
@@ -291,19 +310,12 @@ class CellTraining:
         reading = read_ahead(self.subjects.volumes, parts, self.place.device)
         for part, stored in zip(parts, reading, strict=True):
             with autocast(self.settings, self.place.device):
-                seen = self.task.observe(self.settings, self.model, self._prepare(part, stored))
+                seen = self.task.observe(self.settings, self.model, self.prepare(part, stored))
             for name, values in seen.items():
                 mine.setdefault(name, []).append(values.float().cpu().numpy())
         outputs = _gather(mine, self.place)
         truth = self.labelled.truth(rows)
         return Observed(truth.labels, truth.sites, truth.subjects, outputs.pop("embedding"), outputs)
-
-    def _fit_statistics(self) -> IntensityStatistics | None:
-        """Intensity statistics of this cell's training subjects."""
-        if self.settings.data.normalise != "training":
-            return None
-        self.subjects.note(self.training_rows, self.cell)
-        return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
 
 
 def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:

@@ -33,6 +33,8 @@ class Subjects:
     """Factors (rows, C) from stored to real values; None if stored values are the real values."""
     access: AccessRecord | None = None
     """Where the uses of every subject are noted; they are not noted if None."""
+    spacing: float = 8.0
+    """The shortest edge of a voxel in mm."""
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Subjects:
             cohort.description.channels,
             None if (scales == 1).all() else scales,
             access,
+            min(cohort.description.edges),
         )
 
     def note(self, rows: Rows, cell: Cell) -> None:

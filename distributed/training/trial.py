@@ -49,6 +49,7 @@ from distributed.run.working_copy import DAMAGED, bring, send, set_aside
 from distributed.training.loop import CellTraining, DivergedError, TrainingState
 from distributed.training.out_of_memory import out_of_memory
 from distributed.training.subjects import Labelled, Place, Subjects
+from distributed.training.voxels import VoxelCell
 
 Kept = TypeVar("Kept")
 
@@ -138,7 +139,7 @@ class Trial:
         self.judged: list[KeptCell] = []
         self.after_cells: list[list[float]] = []
         self.answer: Answer | None = None
-        self.training: CellTraining | None = None
+        self.training: CellTraining | VoxelCell | None = None
         self.identity = identity(assignment)
         self.notes: list[str] = []
         """What the next answer tells the user about the files of this trial."""
@@ -157,7 +158,7 @@ class Trial:
         started = time.perf_counter()
         training = self._current_cell()
         row = training.run_epoch()
-        last_epoch = training.epoch == self.settings.training.rounds
+        last_epoch = training.epoch == training.rounds
         metric, of_task = self.assignment["metric"], self.task.about
         sites = last_epoch or of_task.objective(metric).needs_sites
         outcome = None
@@ -195,13 +196,14 @@ class Trial:
         if self.training is not None:
             self.training.close()
 
-    def _current_cell(self) -> CellTraining:
+    def _current_cell(self) -> CellTraining | VoxelCell:
         if self.training is None:
             cell = self.cells[len(self.finished)]
-            self.training = CellTraining(self.settings, self.subjects, cell, self.place)
+            kind = VoxelCell if self.assignment.get("on_voxels") else CellTraining
+            self.training = kind(self.settings, self.subjects, cell, self.place)
         return self.training
 
-    def _finish_cell(self, training: CellTraining, outcome: Outcome) -> None:
+    def _finish_cell(self, training: CellTraining | VoxelCell, outcome: Outcome) -> None:
         cell = training.cell
         self.finished.append(
             {"fold": cell.fold, "seed": cell.seed, "n": training.evaluation_subjects, **outcome.metrics}

@@ -80,9 +80,9 @@ def measure(cohort: Cohort) -> Measured:
         voxels.append(np.count_nonzero(somewhere))
         for axis, seen in enumerate(occupied):
             seen |= somewhere.any(axis=tuple(other for other in range(3) if other != axis))
-        coarse.append(_coarse(volume, max(1, round(COARSE_MM / cohort.description.spacing))))
+        coarse.append(_coarse(volume, max(1, round(COARSE_MM / min(cohort.description.edges)))))
     if "brain_ml" not in table:
-        table["brain_ml"] = np.array(voxels) * cohort.description.spacing**3 / 1000
+        table["brain_ml"] = np.array(voxels) * math.prod(cohort.description.edges) / 1000
     table["likeness"] = _likeness(np.stack(coarse))
     edges = np.stack([_edges([scan[index] for scan in samples]) for index in range(len(channels))])
     densities = np.array([[_density(s, e) for s, e in zip(scan, edges, strict=True)] for scan in samples])

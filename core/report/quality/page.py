@@ -27,7 +27,7 @@ from core.report.quality.measures import (
     scores,
 )
 from core.report.quality.pictures import thumbnail
-from core.volumes.cohort.reader import Cohort, read_file
+from core.volumes.cohort.reader import Cohort, read_file, spacing_in_words
 
 REJECTS = "rejects.csv"
 STRIPS = ("coverage", "template_overlap", "brain_ml", "likeness", "intensity_median", "registration_stretch")
@@ -85,7 +85,7 @@ def render(cohort: Cohort) -> str:
         more_rejects=max(0, len(rejects) - MOST_LISTED),
         channels=channels,
         card_width=200 if len(channels) == 1 else 230,
-        labels=cohort.description.labels,
+        labels=bool(cohort.description.map_names),
         histograms=_histograms(measured, channels, z, why),
         strips=_strips(measured, z, channels),
         facts=_facts(cohort),
@@ -101,7 +101,8 @@ def _cards(
     worst = np.argsort(np.argsort(-judged, kind="stable"), kind="stable")
     cards = []
     for row in range(len(manifest)):
-        label = cohort.read_labels([row])[0] if cohort.description.labels else None
+        drawn = next((name for name in cohort.description.map_names if cohort.has_map(name)[row]), None)
+        label = None if drawn is None else cohort.read_map(drawn, [row])[0]
         picture = thumbnail(cohort.read([row])[0], label, measured.box, measured.shown)
         facts = manifest.iloc[row]
         cards.append(
@@ -184,7 +185,7 @@ def _facts(cohort: Cohort) -> list[tuple[str, str]]:
         "Sexes": ", ".join(f"{name} {count}" for name, count in sexes.items()),
         "Sites": ", ".join(f"{name} {count}" for name, count in sites.items()),
         "Channels": ", ".join(description.channels),
-        "Grid": f"{' × '.join(map(str, description.shape))} voxels of {description.spacing:g} mm",
+        "Grid": f"{' × '.join(map(str, description.shape))} voxels of {spacing_in_words(description.spacing)}",
         "Stored as": description.dtype,
         "Preprocessing": ", ".join(
             f"{name} {number(value)}" for name, value in description.preprocessing.items()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
 from core.files.places import shown
-from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.reader import COLUMNS, Cohort
 from core.volumes.images.preprocess import fit_intensity_statistics
 
 SAMPLE = 200
+MOST_CLASSES = 20
 
 
 def describe(cohort: Cohort) -> dict[str, object]:
@@ -23,7 +26,7 @@ def describe(cohort: Cohort) -> dict[str, object]:
     """
     description, manifest = cohort.description, cohort.manifest
     # Of every subject, the mean over the person's scans.
-    age = manifest.groupby("subject")["age"].mean().to_numpy(dtype=float)
+    age = manifest.groupby("subject")["age"].mean().dropna().to_numpy(dtype=float)
     return {
         "name": description.name,
         "folder": shown(cohort.location),
@@ -33,24 +36,50 @@ def describe(cohort: Cohort) -> dict[str, object]:
         "scans": len(cohort),
         "channels": list(description.channels),
         "shape": list(description.shape),
-        "spacing_mm": description.spacing,
+        "spacing_mm": list(description.spacing)
+        if isinstance(description.spacing, tuple)
+        else description.spacing,
         "dtype": description.dtype,
         "storage": description.storage,
         "compression": description.compression,
-        "labels": description.labels,
+        "maps": {name: int(cohort.has_map(name).sum()) for name in description.map_names},
         "bytes_on_disk": cohort.size(),
         "preprocessing": description.preprocessing,
         "hash": description.hash,
+        "subjects_with_an_age": len(age),
+        **(_ages(age) if len(age) else {}),
+        "sexes": _counts(manifest["sex"]),
+        "sites": _counts(manifest["site"]),
+        **_classes(manifest),
+        **_voxel_facts(cohort, manifest["age"].to_numpy(dtype=float)),
+    }
+
+
+def _ages(age: npt.NDArray[np.float64]) -> dict[str, object]:
+    return {
         "age_mean": float(age.mean()),
         "age_sd": float(age.std(ddof=1)) if len(age) > 1 else 0.0,
         "age_min": float(age.min()),
         "age_median": float(np.median(age)),
         "age_max": float(age.max()),
         "median_age_mae": float(np.abs(age - np.median(age)).mean()),
-        "sexes": _counts(manifest["sex"]),
-        "sites": _counts(manifest["site"]),
-        **_voxel_facts(cohort, manifest["age"].to_numpy(dtype=float)),
     }
+
+
+def _classes(manifest: pd.DataFrame) -> dict[str, object]:
+    """Columns of the source with few different words or whole numbers, by which scans could be classified."""
+    found: dict[str, object] = {}
+    for column in map(str, manifest.columns):
+        if column in (*COLUMNS, "sex", "site", "split", "list", "fold") or column.startswith(
+            ("source_", "map_")
+        ):
+            continue
+        if manifest[column].map(type).isin([list]).any() or pd.api.types.is_float_dtype(manifest[column]):
+            continue
+        values = manifest[column].replace("", pd.NA).dropna()
+        if 2 <= values.nunique() <= MOST_CLASSES:
+            found[f"classes of {column}"] = _counts(manifest[column])
+    return found
 
 
 def _counts(labels: pd.Series[str]) -> dict[str, int]:
@@ -64,15 +93,16 @@ def _voxel_facts(cohort: Cohort, age: npt.NDArray[np.float64]) -> dict[str, obje
     rows = np.unique(np.linspace(0, len(cohort) - 1, min(SAMPLE, len(cohort))).round().astype(int))
     voxels = np.array([np.count_nonzero(cohort.read([row])[0].any(axis=0)) for row in rows])
     statistics = fit_intensity_statistics(cohort.read([row])[0] for row in rows)
-    millilitres = voxels * cohort.description.spacing**3 / 1000
-    correlated = len(rows) > 2 and np.ptp(millilitres) > 0 and np.ptp(age[rows]) > 0
+    millilitres = voxels * math.prod(cohort.description.edges) / 1000
+    known = ~np.isnan(age[rows])
+    correlated = known.sum() > 2 and np.ptp(millilitres[known]) > 0 and np.ptp(age[rows][known]) > 0
     return {
         "sampled_scans": len(rows),
         "intensity_mean": dict(zip(cohort.description.channels, statistics.mean, strict=True)),
         "intensity_sd": dict(zip(cohort.description.channels, statistics.sd, strict=True)),
         "brain_volume_ml_mean": float(millilitres.mean()),
         "brain_volume_ml_sd": float(millilitres.std(ddof=1)) if len(rows) > 1 else 0.0,
-        "brain_volume_age_r": float(stats.pearsonr(millilitres, age[rows])[0])
+        "brain_volume_age_r": float(stats.pearsonr(millilitres[known], age[rows][known])[0])
         if correlated
         else float("nan"),
     }

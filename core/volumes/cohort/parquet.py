@@ -53,7 +53,10 @@ def unpack(file: OpenFile, column: str, positions: Sequence[int]) -> Iterator[St
     """The arrays of a column at `positions`, decompressed; OSError, ValueError, … where the file is damaged."""
     opened = pq.ParquetFile(file)
     for position in positions:
-        yield opened.read_row_group(position, columns=[column]).column(column).chunk(0).to_numpy_ndarray()[0]
+        values = opened.read_row_group(position, columns=[column]).column(column).chunk(0)
+        if not isinstance(values, pa.FixedShapeTensorArray):  # one flipped bit in the schema is enough
+            raise ValueError(f"column {column!r} holds {values.type} instead of tensors")
+        yield values.to_numpy_ndarray()[0]
 
 
 def _tensor(array: StoredVoxels) -> pa.FixedShapeTensorType:

@@ -3,7 +3,9 @@
     cohort.json        what it is (`CohortDescription`); written last, so its presence means "complete"
     manifest.parquet   one row per scan: where its volume lies, age, sex, site, checksum, origin
     rejects.csv        subjects that ingest left out, with the reason
-    shards/00000.h5 …  or .parquet: columns "volumes" (n, C, X, Y, Z) and, where there are any, "labels"
+    shards/00000.h5 …  or .parquet: columns "volumes" (n, C, X, Y, Z), and "map_NAME" (n, X, Y, Z) for each map
+
+Format 2 had one map, the column "labels"; it is opened as it is, and its map is called `label`.
 
 Volumes are (C, X, Y, Z) in RAS order: X runs from left to right. 0 is background outside the brain.
 The folder may lie in an object store (`core.files.places`). `core.volumes.cohort.writer` writes cohorts.
@@ -13,11 +15,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,17 +36,25 @@ from core.volumes.cohort.shards import (
     KeptDtype,
     checksum,
     kept_as,
+    map_column,
     read_compressed,
     read_pieces,
 )
 from core.volumes.cohort.stored import StoredDtype, StoredVoxels, decode
 
-FORMAT = 2
+FORMAT = 3
+OLDEST_FORMAT = 2
+LABEL = "label"
+"""The name of the one map of format 2."""
 DESCRIPTION, MANIFEST, SHARDS, REJECTS = "cohort.json", "manifest.parquet", "shards", "rejects.csv"
 COLUMNS = ("subject", "session", "shard", "position", "age", "sex", "site", "checksum", "source")
 
 Rows = Sequence[int] | npt.NDArray[np.int64]
 """Rows of the manifest, (n,)."""
+Box = tuple[slice, slice, slice]
+"""A part of the grid: the voxels along X, Y and Z."""
+Spacing = float | tuple[float, float, float]
+"""Edges of a voxel in mm: one number if all are equal."""
 
 _DAMAGE = (OSError, EOFError, KeyError, IndexError, ValueError, RuntimeError)
 """What reading a damaged file raises; pyarrow's errors are ValueErrors."""
@@ -61,12 +72,17 @@ class CohortDescription(BaseModel):
     name: str
     channels: tuple[str, ...] = Field(description="what each channel shows, such as T1w or stiffness")
     shape: tuple[Side, Side, Side] = Field(description="voxels along X, Y, Z")
-    spacing: float = Field(description="edge of a voxel in mm", gt=0)
+    spacing: Annotated[float, Field(gt=0)] | tuple[float, float, float] = Field(
+        description="edge of a voxel in mm, or its edges along X, Y and Z where they differ"
+    )
     affine: tuple[tuple[float, ...], ...] = Field(description="4 x 4, voxel index to RAS mm of the grid")
     dtype: StoredType = Field(description="how voxels are stored; `read` always gives float32")
     storage: Storage = Field(default="hdf5", description="file format of the shards")
     compression: Compression = "none"
-    labels: bool = Field(default=False, description="whether a map of classes goes with every volume")
+    labels: bool = Field(
+        default=False, description="format 2: whether a map of classes goes with every volume"
+    )
+    maps: tuple[str, ...] = Field(default=(), description="names of the maps of classes that scans may have")
     preprocessing: dict[str, object] = Field(
         description="settings of the pipeline that made the volumes, as plain JSON values"
     )
@@ -79,6 +95,28 @@ class CohortDescription(BaseModel):
     digests: dict[str, str] = Field(default={}, description="sha256 of every other file of the cohort")
     digest: str = Field(default="", description="sha256 of cohort.json itself with these digits left out")
     format: int = Field(default=FORMAT, description="version of this layout")
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """The maps of classes that scans of this cohort may have."""
+        return (*self.maps, LABEL) if self.labels else self.maps
+
+    @property
+    def edges(self) -> tuple[float, float, float]:
+        """Edges of a voxel along X, Y and Z in mm."""
+        return edges_of(self.spacing)
+
+
+def edges_of(spacing: Spacing) -> tuple[float, float, float]:
+    """Edges of a voxel along X, Y and Z in mm."""
+    return spacing if isinstance(spacing, tuple) else (spacing, spacing, spacing)
+
+
+def spacing_in_words(spacing: Spacing) -> str:
+    """`4 mm`, or `1 x 1 x 5 mm`."""
+    return (
+        f"{spacing:g} mm" if not isinstance(spacing, tuple) else f"{' x '.join(f'{e:g}' for e in spacing)} mm"
+    )
 
 
 @dataclass(frozen=True)
@@ -178,12 +216,16 @@ class Cohort:
         *,
         verify: bool = True,
         out: StoredVoxels | None = None,
+        box: Box | None = None,
     ) -> StoredVoxels:
         """As `read`, but (n, C, X, Y, Z) in the stored type; multiplied by `scales` they are what `read` returns.
 
-        They are written into `out` if given: memory that was used before is twice as fast as new pages.
+        They are written into `out` if given: memory that was used before is twice as fast as new pages. With `box` only
+        this part of the grid is read from plain shards; no checksum can be compared then.
         """
         column, wanted = self._volumes, self._checked(rows)
+        if box is not None:
+            return self._read_box(column, wanted, box, out)
         shape = (len(wanted), *column.shape)
         stored = np.empty(shape, dtype=column.dtype) if out is None else out
         if stored.shape != shape or stored.dtype != column.dtype:
@@ -191,12 +233,28 @@ class Cohort:
         self._read_into(stored, column, wanted, verify)
         return stored
 
-    def read_labels(self, rows: Rows, *, verify: bool = True) -> npt.NDArray[np.int16]:
-        """Maps of classes (n, X, Y, Z) int16 of `rows`, as `read`; UserError if the cohort has none."""
-        column, wanted = self._labels, self._checked(rows)
-        labels = np.empty((len(wanted), *column.shape), dtype=np.int16)
-        self._read_into(labels, column, wanted, verify)
-        return labels
+    def has_map(self, name: str) -> npt.NDArray[np.bool_]:
+        """Which rows (N,) of the manifest have the map `name`; UserError if the cohort has none of this name."""
+        return np.array([bool(each) for each in self._map(name).checksum], dtype=bool)
+
+    def read_map(
+        self, name: str, rows: Rows, *, verify: bool = True, box: Box | None = None
+    ) -> npt.NDArray[np.int16]:
+        """The maps of classes `name`, (n, X, Y, Z) int16, of `rows`, as `read_stored` reads volumes.
+
+        Raises:
+            UserError: the cohort has no such map, or one of the scans has none.
+        """
+        column, wanted = self._map(name), self._checked(rows)
+        absent = [row for row in wanted if not column.checksum[row]]
+        if absent:
+            subject = self.manifest["subject"].iloc[absent[0]]
+            raise UserError(f"{shown(self.location)}: {subject} has no map '{name}'")
+        if box is not None:
+            return cast("npt.NDArray[np.int16]", self._read_box(column, wanted, box, None))
+        maps = np.empty((len(wanted), *column.shape), dtype=np.int16)
+        self._read_into(maps, column, wanted, verify)
+        return maps
 
     def scales(self, rows: Rows) -> npt.NDArray[np.float32]:
         """Factors (n, C) from stored to real values: 1, except for int16 volumes that were not whole numbers."""
@@ -234,11 +292,53 @@ class Cohort:
     def _volumes(self) -> _Column:
         return self._column(VOLUMES, self.volume_shape, self.description.dtype, "checksum", "offset")
 
+    def _map(self, name: str) -> _Column:
+        known = self.description.map_names
+        if name not in known:
+            there = f"it has {', '.join(known)}" if known else "it has none; ingest it with --maps"
+            raise UserError(f"{shown(self.location)} has no maps '{name}': {there}")
+        if name not in self._maps:
+            is_old = name == LABEL and self.description.labels
+            stored, beginning = (LABELS, "label") if is_old else (map_column(name), map_column(name))
+            self._maps[name] = self._column(
+                stored, self.description.shape, "int16", f"{beginning}_checksum", f"{beginning}_offset"
+            )
+        return self._maps[name]
+
     @cached_property
-    def _labels(self) -> _Column:
-        if not self.description.labels:
-            raise UserError(f"{shown(self.location)} has no label maps; ingest it from a source that has")
-        return self._column(LABELS, self.description.shape, "int16", "label_checksum", "label_offset")
+    def _maps(self) -> dict[str, _Column]:
+        return {}
+
+    def _read_box(
+        self, column: _Column, wanted: npt.NDArray[np.int64], box: Box, out: StoredVoxels | None
+    ) -> StoredVoxels:
+        """A part of every row: from plain shards its own bytes alone, otherwise cut out of the whole."""
+        whole = column.shape
+        shape = (
+            len(wanted),
+            *whole[:-3],
+            *(len(range(*cut.indices(side))) for cut, side in zip(box, whole[-3:], strict=True)),
+        )
+        made = np.empty(shape, dtype=column.dtype) if out is None else out
+        if column.offset is None or is_url(self.location):
+            stored = np.empty((1, *whole), dtype=column.dtype)
+            for place in range(len(wanted)):
+                self._read_into(stored, column, wanted[place : place + 1], verify=True)
+                made[place] = stored[0][..., *box]
+            return made
+        for shard, places in self._by_shard(wanted):
+            try:
+                content = np.memmap(self.folder / SHARDS / shard, dtype=np.uint8, mode="r")
+                for place in places:
+                    begin = int(column.offset[wanted[place]])
+                    size = math.prod(whole) * column.kept.itemsize
+                    if begin < 0 or begin + size > len(content):
+                        raise EOFError("the file ends too early")
+                    made[place] = content[begin : begin + size].view(column.kept).reshape(whole)[..., *box]
+            except _DAMAGE as error:
+                reason = "the file is missing" if isinstance(error, FileNotFoundError) else str(error)
+                raise self._damaged(wanted[places[0]], reason.splitlines()[0]) from error
+        return made
 
     def _column(
         self, name: str, shape: tuple[int, ...], dtype: StoredType, checksums: str, offsets: str
@@ -350,9 +450,10 @@ def read_description(location: str) -> CohortDescription:
             raise UserError(
                 f"{path} has format {made_by}, this version reads format {FORMAT}; update brainsweep"
             )
-        if made_by < FORMAT:
+        if made_by < OLDEST_FORMAT:
             raise UserError(
-                f"{path} has format {made_by}, this version reads format {FORMAT}; make the cohort again"
+                f"{path} has format {made_by}, this version reads format {OLDEST_FORMAT} to {FORMAT}; make the cohort "
+                "again"
             )
         return CohortDescription.model_validate(fields)
     except (ValidationError, ValueError, TypeError, RecursionError) as error:

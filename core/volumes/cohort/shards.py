@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +35,19 @@ _UNPACK: dict[str, Callable[[OpenFile, str, Sequence[int]], Iterator[StoredVoxel
 }
 
 VOLUMES, LABELS = "volumes", "labels"
+"""Columns of a shard: volumes, and the one map of classes of format 2."""
 _WORDS = 1021  # a prime, so that two exchanged disk sectors do not meet in the same words
 
 
 Fact = str | int | float | list[float]
 """What one cell of the manifest holds; the list is an affine's."""
+
+
+def map_column(name: str) -> str:
+    """The column of a shard with the maps of this name."""
+    return f"map_{name}"
+
+
 KeptDtype = np.dtype[np.float16 | np.float32 | np.int16 | np.int32]
 
 
@@ -47,7 +55,8 @@ class Written(NamedTuple):
     """What a shard adds to the manifest."""
 
     rows: list[dict[str, Fact]]
-    """For each volume `shard`, `position`, `checksum`; `label_checksum`; `offset` and `label_offset`."""
+    """For each volume `shard`, `position`, `checksum`, `offset`; for each map `map_NAME_checksum` ("" if the scan has
+    none), `map_NAME_offset`."""
     digest: str
     """sha256 of the file."""
 
@@ -77,25 +86,30 @@ def check_storage(storage: str, compression: str) -> None:
 def write_shard(
     path: Path,
     volumes: Sequence[StoredVoxels],
-    labels: Sequence[npt.NDArray[np.int16]],
+    maps: Mapping[str, Sequence[npt.NDArray[np.int16] | None]],
     storage: Storage,
     compression: Compression,
 ) -> Written:
-    """Write volumes (C, X, Y, Z) and their label maps (X, Y, Z), if there are any, as one shard.
+    """Write volumes (C, X, Y, Z) and their maps of classes (X, Y, Z) by name as one shard.
 
-    Equal volumes give equal bytes. Raises OSError where `path` cannot be written (see `writing_to`).
+    A scan without a map has zeros in its place. Equal volumes give equal bytes. Raises OSError where `path` cannot be
+    written (see `writing_to`).
     """
-    columns: dict[str, Sequence[StoredVoxels]] = {VOLUMES: volumes} | ({LABELS: labels} if labels else {})
+    nothing = np.zeros(volumes[0].shape[1:], dtype=np.int16)
+    columns: dict[str, Sequence[StoredVoxels]] = {VOLUMES: volumes} | {
+        map_column(name): [nothing if each is None else each for each in several]
+        for name, several in maps.items()
+    }
     image, offsets = _PACK[storage](columns, compression)
     with replacing(path) as temporary:
         temporary.write_bytes(image)
     facts: dict[str, Sequence[Fact]] = {"checksum": [checksum(volume) for volume in volumes]}
     if offsets:
         facts["offset"] = offsets[VOLUMES]
-    if labels:
-        facts["label_checksum"] = [checksum(label) for label in labels]
-    if labels and offsets:
-        facts["label_offset"] = offsets[LABELS]
+    for name, several in maps.items():
+        facts[f"{map_column(name)}_checksum"] = ["" if each is None else checksum(each) for each in several]
+        if offsets:
+            facts[f"{map_column(name)}_offset"] = offsets[map_column(name)]
     rows: list[dict[str, Fact]] = [
         {
             "shard": path.name,

@@ -31,7 +31,7 @@ def verify(location: str | Path, on_progress: OnProgress | None = None) -> list[
     """Everything in the cohort at `location` that is not as it was written; [] where all of it is.
 
     Every file is compared with its sha256 in cohort.json, and cohort.json with its own, so a changed byte
-    is found in any file. In a damaged shard every volume and label map is then read, to name the
+    is found in any file. In a damaged shard every volume and map is then read, to name the
     subjects that are lost; if all of them are whole, the structure of the shard is damaged. Files that the
     cohort does not know, such as a quality page, are not looked at. Raises UserError where there is no
     cohort, or one of another version.
@@ -80,8 +80,9 @@ def _damaged_rows(location: str, name: str, reason: str) -> list[Damage]:
     for row in cohort.rows_of(name):
         try:
             cohort.read_stored([row])
-            if cohort.description.labels:
-                cohort.read_labels([row])
+            for map_name in cohort.description.map_names:
+                if cohort.has_map(map_name)[row]:
+                    cohort.read_map(map_name, [row])
         except UserError as error:
             subject = str(cohort.manifest["subject"].iloc[row])
             damage.append(Damage(name, int(row), subject, f"{reason}: {error}"))

@@ -28,9 +28,17 @@ from core.volumes.cohort.reader import (
     REJECTS,
     SHARDS,
     CohortDescription,
+    Spacing,
     scale_column,
 )
-from core.volumes.cohort.shards import ENDINGS, Fact, Written, check_storage, write_shard
+from core.volumes.cohort.shards import (
+    ENDINGS,
+    Fact,
+    Written,
+    check_storage,
+    map_column,
+    write_shard,
+)
 from core.volumes.cohort.stored import StoredVoxels, encode, encode_label
 from core.volumes.images.nifti import Volume
 
@@ -38,7 +46,7 @@ UNFINISHED = "unfinished"
 """Folder with the state of an unfinished ingest; removed when the cohort is complete."""
 OWN_FILES = {DESCRIPTION, MANIFEST, SHARDS, REJECTS, UNFINISHED, "quality.html"}
 RESERVED = {"row", *COLUMNS, "offset", "label_offset", "label_checksum"}
-"""Columns that a source must not have; those of `scale_column` neither."""
+"""Columns that a source must not have; those of `scale_column` and `map_column` neither."""
 
 
 def describe_cohort(
@@ -46,12 +54,12 @@ def describe_cohort(
     name: str,
     channels: Sequence[str],
     shape: Sequence[int],
-    spacing: float,
+    spacing: Spacing,
     affine: npt.ArrayLike,
     dtype: StoredType = "float16",
     storage: Storage = "hdf5",
     compression: Compression = "none",
-    labels: bool = False,
+    maps: Sequence[str] = (),
     preprocessing: Mapping[str, object] | None = None,
     source: str = "",
     synthetic: bool = False,
@@ -64,12 +72,12 @@ def describe_cohort(
         name=name,
         channels=tuple(channels),
         shape=tuple(int(size) for size in shape),  # pydantic wants three
-        spacing=float(spacing),
+        spacing=spacing if isinstance(spacing, tuple) else float(spacing),
         affine=tuple(tuple(float(value) for value in row) for row in np.asarray(affine)),
         dtype=dtype,
         storage=storage,
         compression=compression,
-        labels=labels,
+        maps=tuple(maps),
         preprocessing=settings,
         preprocessing_hash=fingerprint(settings),
         hash="",
@@ -82,35 +90,40 @@ def describe_cohort(
 
 
 class ShardInMemory:
-    """The volumes and label maps of one shard, in the stored type, before they are written."""
+    """The volumes and maps of one shard, in the stored type, before they are written."""
 
     def __init__(self, description: CohortDescription) -> None:
         self.description = description
         self._volumes: list[StoredVoxels] = []
-        self._labels: list[npt.NDArray[np.int16]] = []
+        self._maps: dict[str, list[npt.NDArray[np.int16] | None]] = {name: [] for name in description.maps}
         self._rows: list[dict[str, Fact]] = []
 
     def __len__(self) -> int:
         return len(self._volumes)
 
-    def add(self, volume: Volume, label: npt.NDArray[np.int16] | None, facts: Mapping[str, Fact]) -> None:
-        """Append a volume (C, X, Y, Z), its label map (X, Y, Z) if the cohort has them, and its columns.
+    def add(
+        self, volume: Volume, maps: Mapping[str, npt.NDArray[np.int16]], facts: Mapping[str, Fact]
+    ) -> None:
+        """Append a volume (C, X, Y, Z), those of the cohort's maps (X, Y, Z) that it has, and its columns.
 
         Raises UserError, without naming the subject, for what does not fit the cohort or the stored type.
         """
         expected = (len(self.description.channels), *self.description.shape)
         if volume.shape != expected:
             raise UserError(f"volume must have shape {expected}, got {volume.shape}")
-        if (label is not None) != self.description.labels:
-            raise UserError("a label map is needed" if label is None else "this cohort has no label maps")
-        if label is not None and label.shape != self.description.shape:
-            raise UserError(f"label map must have shape {self.description.shape}, got {label.shape}")
+        for name, classes in maps.items():
+            if name not in self._maps:
+                raise UserError(f"this cohort has no maps '{name}', only {', '.join(self._maps) or 'none'}")
+            if classes.shape != self.description.shape:
+                raise UserError(f"map '{name}' must have shape {self.description.shape}, got {classes.shape}")
         scales = [scale_column(channel) for channel in self.description.channels]
-        if taken := sorted(set(facts) & (RESERVED.difference(COLUMNS) | set(scales))):
+        ours = {f"{map_column(name)}_{end}" for name in self._maps for end in ("checksum", "offset")}
+        if taken := sorted(set(facts) & (RESERVED.difference(COLUMNS) | set(scales) | ours)):
             raise UserError(f"{taken} are columns of the manifest itself; rename them")
         stored, scale = encode(volume, self.description.dtype)
-        if label is not None:
-            self._labels.append(encode_label(label))
+        encoded = {name: encode_label(classes) for name, classes in maps.items()}
+        for name, several in self._maps.items():
+            several.append(encoded.get(name))
         factors = dict(zip(scales, scale.tolist(), strict=True)) if self.description.dtype == "int16" else {}
         self._volumes.append(stored)
         self._rows.append({**facts, **factors})
@@ -119,7 +132,7 @@ class ShardInMemory:
         """Write shard number `index` into the folder `shards`; its rows are whole rows of the manifest."""
         path = shards / f"{index:05d}.{ENDINGS[self.description.storage]}"
         written = write_shard(
-            path, self._volumes, self._labels, self.description.storage, self.description.compression
+            path, self._volumes, self._maps, self.description.storage, self.description.compression
         )
         rows = [in_order({**facts, **place}) for facts, place in zip(self._rows, written.rows, strict=True)]
         return written._replace(rows=rows)
@@ -161,12 +174,12 @@ class CohortWriter:
         sex: str = "",
         site: str = "",
         source: str = "",
-        label: npt.NDArray[np.int16] | None = None,
+        maps: Mapping[str, npt.NDArray[np.int16]] | None = None,
         **extra: Fact,
     ) -> None:
         """Append one volume (C, X, Y, Z) with its facts; `extra` become further columns of the manifest.
 
-        `age` is NaN where it is unknown; `label` (X, Y, Z) is needed where the cohort has label maps.
+        `age` is NaN where it is unknown; `maps` (X, Y, Z) by name are those of the cohort's that this scan has.
         Raises UserError, naming the subject, for a wrong shape, voxels that are not finite or do not fit
         the stored type, an infinite age, a scan that is already there, or a full disk.
         """
@@ -182,7 +195,7 @@ class CohortWriter:
             "source": source, **extra,
         }  # fmt: skip
         try:
-            self._waiting.add(volume, label, facts)
+            self._waiting.add(volume, maps or {}, facts)
         except UserError as error:
             raise UserError(f"{scan}: {error}") from error
         self._scans.add((subject, session))
@@ -263,7 +276,8 @@ def _hash_of_content(manifest: pd.DataFrame, preprocessing_hash: str) -> str:
     """sha256 over what training sees: subjects, ages, stored bytes and the preprocessing that made them."""
     seen = ["subject", "session", "age", "sex", "site", "checksum"]
     columns = map(str, manifest.columns)
-    seen += [name for name in columns if name == "label_checksum" or name.startswith("scale_")]
+    ours = ("label_checksum", "scale_", "map_")
+    seen += [name for name in columns if name.startswith(ours) and not name.endswith("_offset")]
     rows = manifest[seen].astype({"age": object}).where(manifest[seen].notna(), None).to_numpy().tolist()
     return fingerprint({"preprocessing": preprocessing_hash, "rows": rows})
 

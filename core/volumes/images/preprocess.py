@@ -33,16 +33,24 @@ FIELD_CENTRE = (0.0, -18.0, 18.0)
 """Centre of the MNI152 grid in MNI mm."""
 
 
-def default_shape(spacing: float) -> tuple[int, int, int]:
+Edge = Annotated[float, Field(ge=0.5, le=20)]
+Spacing = float | tuple[float, float, float]
+
+
+def default_shape(spacing: Spacing) -> tuple[int, int, int]:
     """The smallest grid that covers the MNI152 field of view: 4 mm gives (46, 55, 46)."""
-    x, y, z = (math.ceil(extent / spacing - 1e-9) for extent in FIELD_OF_VIEW)
+    edges = np.broadcast_to(spacing, 3).tolist()
+    x, y, z = (math.ceil(extent / edge - 1e-9) for extent, edge in zip(FIELD_OF_VIEW, edges, strict=True))
     return x, y, z
 
 
-def grid_affine(spacing: float, shape: tuple[int, int, int], centre: npt.ArrayLike = FIELD_CENTRE) -> Affine:
+def grid_affine(
+    spacing: Spacing, shape: tuple[int, int, int], centre: npt.ArrayLike = FIELD_CENTRE
+) -> Affine:
     """Affine (4, 4) of an RAS grid of `shape` voxels of `spacing` mm around `centre` (mm)."""
-    affine = np.diag([spacing, spacing, spacing, 1.0])
-    affine[:3, 3] = np.asarray(centre) - spacing * (np.asarray(shape) - 1) / 2
+    edges = np.broadcast_to(np.asarray(spacing, dtype=np.float64), 3)
+    affine = np.diag([*edges, 1.0])
+    affine[:3, 3] = np.asarray(centre) - edges * (np.asarray(shape) - 1) / 2
     return affine
 
 
@@ -51,7 +59,9 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    spacing: float = Field(default=4.0, ge=0.5, le=20, description="edge of a voxel in mm")
+    spacing: Edge | tuple[Edge, Edge, Edge] = Field(
+        default=4.0, description="edge of a voxel in mm, or its edges along X, Y and Z"
+    )
     shape: tuple[Side, Side, Side] = Field(
         default=None,
         validate_default=True,
@@ -70,6 +80,11 @@ class Preprocessing(BaseModel):
         default=None,
         description="affine: lay each brain over the MNI152 template, so that the grid is in MNI mm; "
         "null: leave it as it lies",
+    )
+    interpolation: Literal["linear", "bspline"] = Field(
+        default="linear",
+        description="of images. linear: after smoothing by the blur of coarser voxels, without darkening the brain's "
+        "edge; bspline: cubic, as system B. Maps always have the class of the nearest voxel",
     )
     centre: Literal["auto", "brain", "world"] = Field(
         default="auto",
@@ -112,7 +127,11 @@ class Preprocessing(BaseModel):
     @property
     def settings(self) -> dict[str, object]:
         """The settings that a cohort records: fields and version of the pipeline, as plain JSON values."""
-        return {**self.model_dump(mode="json"), "version": PIPELINE_VERSION}
+        fields = self.model_dump(mode="json")
+        if self.interpolation == "linear":
+            # Cohorts of format 2 do not have it, and theirs are the same voxels.
+            del fields["interpolation"]
+        return {**fields, "version": PIPELINE_VERSION}
 
     @property
     def hash(self) -> str:

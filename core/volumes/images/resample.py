@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,12 @@ class Resampled(NamedTuple):
 
 
 def resample(
-    voxels: Volume, affine: Affine, target: Affine, shape: Shape, mask: Mask | None = None
+    voxels: Volume,
+    affine: Affine,
+    target: Affine,
+    shape: Shape,
+    mask: Mask | None = None,
+    interpolation: Literal["linear", "bspline"] = "linear",
 ) -> Resampled:
     """Values of an image (X, Y, Z) at the voxels of another grid; `target` maps its voxels to the image's mm.
 
@@ -39,6 +44,9 @@ def resample(
     then divided (normalised convolution, Knutsson and Westin 1993), so the edge of the brain
     is not darkened by the background, and the background stays exactly 0. On its own grid a volume stays
     the same, bit by bit.
+
+    With `bspline` values are those of a cubic spline through all voxels, background included (system B), of an image
+    that was smoothed in the same way; outside the mask they are 0 again.
     """
     mask = voxels != 0 if mask is None else mask
     to_source = np.linalg.inv(affine) @ target
@@ -50,8 +58,14 @@ def resample(
     to_box[:3, 3] -= [part.start for part in box]
     known = mask[box].astype(np.float32)
     weight = _interpolated(known, sigma, to_box, shape)
-    values = _interpolated(np.where(mask[box], voxels[box], np.float32(0)), sigma, to_box, shape)
     inside = weight >= 0.5
+    if interpolation == "bspline":
+        smooth = ndimage.gaussian_filter(voxels, sigma, truncate=_TRUNCATE) if sigma.any() else voxels
+        spline = ndimage.affine_transform(
+            smooth, to_source, output_shape=shape, order=3, mode="constant", output=np.float32
+        )
+        return Resampled(np.where(inside, spline, np.float32(0)), inside)
+    values = _interpolated(np.where(mask[box], voxels[box], np.float32(0)), sigma, to_box, shape)
     return Resampled(np.divide(values, weight, out=np.zeros(shape, dtype=np.float32), where=inside), inside)
 
 

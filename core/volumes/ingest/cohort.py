@@ -108,7 +108,7 @@ def ingest(
         dtype=dtype,
         storage=storage,
         compression=compression,
-        labels=any(scan.label for scan in listing.scans),
+        maps=sorted({name for scan in listing.scans for name in scan.maps}),
         preprocessing=preprocessing.settings,
         source=str(listing.source.resolve()),
     )
@@ -292,9 +292,11 @@ def _check_room(out: Path, scans: int, description: CohortDescription) -> None:
 
 
 def volume_bytes(description: CohortDescription) -> int:
-    """Bytes of one stored volume and its label map."""
+    """Bytes of one stored volume and its maps."""
     voxels = math.prod(description.shape)
-    per_voxel = len(description.channels) * np.dtype(description.dtype).itemsize + 2 * description.labels
+    per_voxel = len(description.channels) * np.dtype(description.dtype).itemsize + 2 * len(
+        description.map_names
+    )
     return voxels * per_voxel
 
 

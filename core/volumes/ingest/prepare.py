@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel.affines import apply_affine
@@ -16,7 +20,7 @@ from core.volumes.images.nifti import Affine, Volume
 from core.volumes.images.preprocess import Preprocessing, covers_template_field, grid_affine
 from core.volumes.images.registration import overlap_with_template, register
 from core.volumes.images.resample import Labels, Mask, Resampled, resample, resample_labels
-from core.volumes.sources.images import read_image
+from core.volumes.sources.images import read_image, read_image_geometry
 from core.volumes.sources.listing import ImageFile, Scan
 
 SAME_GRID = (
@@ -30,12 +34,14 @@ class PreparedScan(NamedTuple):
 
     voxels: npt.NDArray[np.float32]
     """(C, X, Y, Z), exactly 0 outside the brain and nowhere else."""
-    label: Labels | None
-    """(X, Y, Z) classes, 0 is background; None where the scan has no label map."""
+    maps: dict[str, Labels]
+    """(X, Y, Z) classes by the name of the map, 0 is background; those that the scan has."""
     affine: Affine
     """(4, 4), voxel to mm of the *source*: a landmark keeps its place in the first image's world."""
     quality: dict[str, float]
     """Measures for the manifest, one value each; see `prepare_scan`."""
+    origin: Mapping[str, str | list[float]] = MappingProxyType({})
+    """What leads back to the source: see `origin_of`."""
 
 
 class Image(NamedTuple):
@@ -48,8 +54,8 @@ class Image(NamedTuple):
 def prepare_scan(scan: Scan, preprocessing: Preprocessing) -> PreparedScan:
     """Run the pipeline on one scan: a pure function of its files and the settings.
 
-    The first image decides where the brain is; further channels and the label map are placed by their own
-    affines in the same mm. A mask or label map must be on the first image's grid.
+    The first image decides where the brain is; further channels and the maps are placed by their own
+    affines in the same mm. A mask or a map must be on the first image's grid.
     `quality` holds:
 
     - coverage: fraction of the brain's voxels that lie within the grid
@@ -68,15 +74,41 @@ def prepare_scan(scan: Scan, preprocessing: Preprocessing) -> PreparedScan:
         "brain_ml": float(np.count_nonzero(mask) * abs(np.linalg.det(first.affine[:3, :3])) / 1000),
         **placing,
     }
-    channels = []
+    channels, origin = [], origin_of(scan.images[0], first)
     for number, file in enumerate(scan.images, start=1):
         image = first if number == 1 else _read(file)
         inside = mask if number == 1 else _mask_of(image, mask, first.affine, preprocessing)
-        placed = resample(*image, target, preprocessing.shape, inside)
+        if number > 1:
+            origin[f"source_hash_{number}"] = voxel_hash(image.voxels)
+        placed = resample(*image, target, preprocessing.shape, inside, preprocessing.interpolation)
         quality |= _intensity_measures(placed, "" if number == 1 else f"_{number}")
         channels.append(_scaled(placed, file, preprocessing))
-    label = None if scan.label is None else _label(scan.label, scan.images[0], first, target, preprocessing)
-    return PreparedScan(np.stack(channels), label, target, quality)
+    maps = {
+        name: _label(file, scan.images[0], first, target, preprocessing) for name, file in scan.maps.items()
+    }
+    return PreparedScan(np.stack(channels), maps, target, quality, origin)
+
+
+def voxel_hash(voxels: Volume) -> str:
+    """Digits that two images share only if all their voxels are the same, in canonical orientation."""
+    return hashlib.sha256(np.ascontiguousarray(voxels, dtype=np.float32).data).hexdigest()[:32]
+
+
+def origin_of(file: ImageFile, image: Image) -> dict[str, str | list[float]]:
+    """What the manifest keeps of the first image before resampling.
+
+    source_hash: of its voxels (of further channels with _2, …), which tells the same scan under another name.
+    source_shape, source_affine (three rows) and source_codes (such as LAS): its grid as stored, with which a map of the
+    cohort's grid is brought back onto the voxels of the file.
+    """
+    shape, affine = read_image_geometry(file)
+    codes = "".join(code or "?" for code in nib.orientations.aff2axcodes(affine))
+    return {
+        "source_hash": voxel_hash(image.voxels),
+        "source_shape": [float(side) for side in shape],
+        "source_affine": np.asarray(affine, dtype=np.float64)[:3].reshape(-1).tolist(),
+        "source_codes": codes,
+    }
 
 
 def _read(file: ImageFile) -> Image:

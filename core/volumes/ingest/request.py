@@ -42,7 +42,9 @@ def newest_file(scans: Sequence[Scan]) -> tuple[int, str]:
 
 def _files(scan: Scan) -> Iterator[ImageFile]:
     yield from scan.images
-    yield from (file for file in (scan.label, scan.mask) if file is not None)
+    yield from (file for _, file in sorted(scan.maps.items()))
+    if scan.mask is not None:
+        yield scan.mask
 
 
 def _paths(scans: Sequence[Scan]) -> list[Path]:

@@ -70,17 +70,15 @@ def write_shard_of(task: ShardTask) -> ShardRecord:
 
 def _add(shard: ShardInMemory, scan: Scan, task: ShardTask) -> None:
     prepared = prepare_scan(scan, task.preprocessing)
-    if task.description.labels and prepared.label is None:
-        raise UserError("has no label map, but others have; list without label maps, or leave it out")
     facts: dict[str, Fact] = {
         "subject": scan.subject, "session": scan.session, "age": float(scan.age), "sex": scan.sex,
         "site": scan.site, "source": name_of(scan.images[0], task.source),
-        **{name: float(value) for name, value in prepared.quality.items()},
+        **{name: float(value) for name, value in prepared.quality.items()}, **prepared.origin,
         "affine": np.asarray(prepared.affine, dtype=np.float64)[:3].reshape(-1).tolist(),
     }  # fmt: skip
     taken = RESERVED | set(facts)
     extra = {f"source_{name}" if name in taken else name: value for name, value in scan.extra.items()}
-    shard.add(prepared.voxels, prepared.label, {**facts, **extra})
+    shard.add(prepared.voxels, prepared.maps, {**facts, **extra})
 
 
 def _as_json(record: ShardRecord) -> str:

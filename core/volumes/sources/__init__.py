@@ -41,22 +41,34 @@ def list_scans(
     *,
     kind: str | None = None,
     channels: Sequence[str] | None = None,
-    label: str | None = None,
+    maps: Sequence[str] = (),
     mask: str | None = None,
     age_column: str | None = "age",
+    is_age_asked: bool = False,
+    root: Path | None = None,
 ) -> Listing:
     """The scans that `source` holds, in order of (subject, session), and the subjects that are left out.
 
     `kind` is a key of `SOURCES`; None: what `recognised` finds. `channels` names the images that make a
-    scan, needed wherever there are several kinds; `label` and `mask` its maps. With `age_column=None` ages
-    are not wanted, and no subject without an age is left out. The layout decides what the names mean: a
-    suffix (bids, cases), a column (table), a quantity (mre, openbhb), a key (decathlon).
+    scan, needed wherever there are several kinds; `maps` and `mask` what goes with them. Whatever a scan lacks beside
+    its images, an age, a class or a map, is unknown, and the scan is kept. `root` is where relative paths of a list
+    begin. The layout decides what the names mean: a suffix (bids, cases), a column (table), a quantity (mre, openbhb),
+    a key (decathlon).
 
     No voxel is read; `read_image` checks the content of a file. Raises UserError where the source as a whole
     cannot be used.
     """
     source = Path(source)
-    wanted = Wanted(tuple(channels) if channels else None, label or None, mask or None, age_column or None)
+    wanted = Wanted(
+        tuple(channels) if channels else None,
+        tuple(maps),
+        mask or None,
+        age_column or None,
+        is_age_asked,
+        root,
+    )
+    if twice := [name for name, n in Counter(wanted.maps).items() if n > 1]:
+        raise UserError(f"map '{twice[0]}' is asked for twice; each is needed once")
     if wanted.channels and (twice := [name for name, n in Counter(wanted.channels).items() if n > 1]):
         raise UserError(f"channel '{twice[0]}' is asked for twice; each is needed once")
     listing = look_up(SOURCES, kind or recognised(source), "layout")(source, wanted)
@@ -66,8 +78,22 @@ def list_scans(
         rejects=tuple(
             map(_in_one_line, sorted(listing.rejects, key=lambda reject: (reject.subject, reject.file)))
         ),
-        notes=(*listing.notes, *_shared_images(listing)),
+        notes=(*listing.notes, *_unknown(listing, wanted), *_shared_images(listing)),
     )
+
+
+def _unknown(listing: Listing, wanted: Wanted) -> Iterator[str]:
+    """What is not known of some of the scans."""
+    scans = listing.scans
+    without = [scan.subject for scan in scans if math.isnan(scan.age)]
+    if wanted.age_column and 0 < len(without) < len(scans):
+        yield f"the age of {len(without)} of {len(scans)} scans is unknown, such as that of {without[0]}"
+    for name in wanted.maps:
+        lacking = [scan.subject for scan in scans if name not in scan.maps]
+        if scans and len(lacking) == len(scans):
+            raise UserError(f"{listing.source} has no map '{name}' of any scan")
+        if lacking:
+            yield f"{len(lacking)} of {len(scans)} scans have no map '{name}', such as {lacking[0]}"
 
 
 def _in_one_line(reject: Reject) -> Reject:

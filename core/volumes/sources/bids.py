@@ -48,7 +48,7 @@ Visit = dict[str, list[BidsImage]]
 def list_bids(source: Path, wanted: Wanted) -> Listing:
     """Match the images of a BIDS-like folder with its tables.
 
-    A kind of image (channel, label, mask) is a suffix, or a suffix after entities that a name must have
+    A kind of image (channel, map, mask) is a suffix, or a suffix after entities that a name must have
     too: "T1w", "space-MNI152NLin6Asym_T1w". It is looked for under sub-*/ and, only if no subject has it
     there, under derivatives/*/sub-*/.
 
@@ -58,28 +58,31 @@ def list_bids(source: Path, wanted: Wanted) -> Listing:
     UserError where the folder as a whole cannot be used.
     """
     folders = _subject_folders(checked_folder(source, "bids"))
-    people = read_people(source, folders, wanted.age_column)
+    people = read_people(source, folders, wanted)
     images, rejects = _read_names(folders)
     kinds = _kinds(images)
     if not kinds and not rejects:
         raise UserError(f"{source} has no images: NIfTI files (.nii or .nii.gz) are needed under sub-*/")
     own = {kind: count for kind, count in kinds.items() if kind not in MAPS}
-    channels = wanted.channels or chosen_channels(source, own or kinds, leave={wanted.label, wanted.mask})
-    needed = [kind for kind in (*channels, wanted.label, wanted.mask) if kind]
-    found = {kind: _of_kind(source, images, kind) for kind in needed}
+    channels = wanted.channels or chosen_channels(source, own or kinds, leave=wanted.kinds_of_maps)
+    needed = [kind for kind in (*channels, wanted.mask) if kind]
+    found = {kind: _of_kind(source, images, kind) for kind in (*needed, *wanted.maps)}
     scans: list[Scan] = []
     for subject in sorted({*people.subjects, *images} - {reject.subject for reject in rejects}):
-        for session, name, visit in _visits({kind: found[kind].get(subject, []) for kind in needed}):
+        for session, name, visit in _visits({kind: found[kind].get(subject, []) for kind in found}):
             try:
-                files = _only_files(source, subject, name, visit)
+                # A scan may lack a map.
+                there = {kind: group for kind, group in visit.items() if group or kind in needed}
+                files = _only_files(source, subject, name, there)
                 shown = tuple(files[kind] for kind in channels)
-                label, mask = files.get(wanted.label or ""), files.get(wanted.mask or "")
-                scans.append(Scan(subject, shown, name, label, mask, *people.labels(subject, session)))
+                maps = {kind: files[kind] for kind in wanted.maps if kind in files}
+                mask = files.get(wanted.mask or "")
+                scans.append(Scan(subject, shown, name, maps, mask, *people.labels(subject, session)))
             except UserError as error:
                 blamed = next((image.path for group in visit.values() for image in group), None)
                 rejects.append(Reject(subject, name_in(source, blamed) if blamed else "", str(error)))
     rejects.sort(key=lambda reject: (reject.subject, reject.file))
-    notes = tuple(_notes(people, scans, kinds, needed))
+    notes = tuple(_notes(people, scans, kinds, [*needed, *wanted.maps], wanted))
     return Listing(source, "bids", channels, tuple(scans), tuple(rejects), digest_of(people.files), notes)
 
 
@@ -192,9 +195,13 @@ def _how_to_choose(kind: str, group: list[BidsImage]) -> str:
     return ""
 
 
-def _notes(people: People, scans: list[Scan], kinds: Counter[str], needed: list[str]) -> Iterator[str]:
+def _notes(
+    people: People, scans: list[Scan], kinds: Counter[str], needed: list[str], wanted: Wanted
+) -> Iterator[str]:
     if not people.files:
         yield f"there is no {PARTICIPANTS}: ages, sexes and sites are unknown"
+    elif wanted.age_column and people.age_column is None:
+        yield f"{people.files[0].name} has no column '{wanted.age_column}': ages are unknown"
     if unused := {kind: count for kind, count in kinds.items() if kind in MAPS and kind not in needed}:
         yield f"maps that are there but were not asked for: {listed(unused)}"
     sessions: dict[str, set[str]] = defaultdict(set)

@@ -10,6 +10,8 @@ from pathlib import Path
 from core.errors import UserError
 from core.volumes.sources.labels import (
     Labels,
+    Wanted,
+    age_column_of,
     known_text,
     labels_of,
     need_columns,
@@ -73,11 +75,11 @@ class People:
         return rows[0]
 
 
-def read_people(source: Path, folders: Iterable[Path], age_column: str | None) -> People:
+def read_people(source: Path, folders: Iterable[Path], wanted: Wanted) -> People:
     """The tables of `source` and of its subjects' `folders`.
 
     UserError where a table about all subjects cannot be used; the fault of a table about one subject is kept
-    for that subject. Without any table there are no ages, and `age_column` of the result is None.
+    for that subject. Where no table has ages, `age_column` of the result is None.
     """
     files = []
     participants: Rows | None = None
@@ -97,8 +99,9 @@ def read_people(source: Path, folders: Iterable[Path], age_column: str | None) -
             faults[subject] = str(error)
     rows = [row for group in (participants or {}).values() for row in group]
     sessions = [row for group in visits.values() for row in group.values()]
-    if files and age_column and not any(age_column in row for row in sessions):
-        need_columns(files[0], rows or sessions, [age_column], " (or name another with --age-column)")
+    age_column = wanted.age_column
+    if files and not any(age_column in row for row in sessions):
+        age_column = age_column_of(files[0], rows or sessions, wanted)
     return People(
         participants,
         dict(visits),

@@ -29,10 +29,10 @@ TIMEPOINT = re.compile(r"(BraTS-[A-Za-z]+-\d{5})-(\d{3})")
 def list_cases(source: Path, wanted: Wanted) -> Listing:
     """Scans from a folder of case folders; a contrast is the last word of a file's name.
 
-    `channels` names the contrasts that a scan needs, `label` and `mask` maps among them; a case that lacks
-    one, or has it twice, is left out. The case's folder is the subject; in names like BraTS-GLI-00001-002
-    the last number is the session, so that no patient is ever split. There are no tables: ages are NaN,
-    with a note. UserError where the folder as a whole cannot be used.
+    `channels` names the contrasts that a scan needs, and `mask` its mask; a case that lacks one is left out. It may
+    lack any of the `maps`. A case that has one of them twice is left out. The case's folder is the subject; in names
+    like BraTS-GLI-00001-002 the last number is the session, so that no patient is ever split. There are no tables:
+    ages are NaN, with a note. UserError where the folder as a whole cannot be used.
     """
     folders = folders_in(checked_folder(source, "cases"))
     cases: dict[str, dict[str, list[Path]]] = {}
@@ -46,23 +46,26 @@ def list_cases(source: Path, wanted: Wanted) -> Listing:
     if not kinds:
         raise UserError(f"{source} has no folders with images: CASE/CASE_CONTRAST.nii.gz is needed")
     own = {kind: count for kind, count in kinds.items() if kind not in MAPS}
-    channels = wanted.channels or chosen_channels(source, own or kinds, leave={wanted.label, wanted.mask})
-    needed = [kind for kind in (*channels, wanted.label, wanted.mask) if kind]
-    for kind in needed:
+    channels = wanted.channels or chosen_channels(source, own or kinds, leave=wanted.kinds_of_maps)
+    needed = [kind for kind in (*channels, wanted.mask) if kind]
+    for kind in (*needed, *wanted.maps):
         if kind not in kinds:
             raise UserError(f"{source} has no contrast '{kind}'; it has {listed(kinds)}")
     scans: list[Scan] = []
     for case, contrasts in cases.items():
         subject, session = found.groups() if (found := TIMEPOINT.fullmatch(case)) else (case, "")
         try:
-            files = {kind: _only_file(source, case, kind, contrasts) for kind in needed}
+            there = [kind for kind in wanted.maps if kind in contrasts]
+            files = {kind: _only_file(source, case, kind, contrasts) for kind in (*needed, *there)}
             shown = tuple(files[kind] for kind in channels)
-            maps = files.get(wanted.label or ""), files.get(wanted.mask or "")
-            scans.append(Scan(subject, shown, session, *maps))
+            maps = {kind: files[kind] for kind in there}
+            scans.append(Scan(subject, shown, session, maps, files.get(wanted.mask or "")))
         except UserError as error:
             rejects.append(Reject(subject, case, str(error)))
     notes = [f"{source} has no table: ages, sexes and sites are unknown"]
-    if unused := {kind: count for kind, count in kinds.items() if kind in MAPS and kind not in needed}:
+    if unused := {
+        kind: count for kind, count in kinds.items() if kind in MAPS and kind not in (*needed, *wanted.maps)
+    }:
         notes.append(f"maps that are there but were not asked for: {listed(unused)}")
     return Listing(source, "cases", channels, tuple(scans), tuple(rejects), digest_of([]), tuple(notes))
 

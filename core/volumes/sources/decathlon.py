@@ -38,7 +38,7 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
         {key: value for key, value in entry.values.items() if not value.endswith(ENDINGS)}
         for entry in content.entries
     )
-    maps = (("label", wanted.label), ("mask", wanted.mask))
+    folder, maps = wanted.root or source.parent, wanted.maps or ("label",)
     visits: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for entry in content.entries:
         visits[entry.subject].add(entry.images)
@@ -46,19 +46,18 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
     rejects: list[Reject] = []
     for entry in content.entries:
         try:
-            files = _images(source, entry, content.channels, channels)
+            files = _images(folder, entry, content.channels, channels)
             session = _session(entry, several=len(visits[entry.subject]) > 1)
             if (entry.subject, session) in scans:
                 raise UserError(f"the scan is listed again in {entry.place}; the first is taken")
-            label, mask = (_map(source, entry, key, asked) for key, asked in maps)
-            own = OWN | {
-                asked or key for (key, asked), found in zip(maps, (label, mask), strict=True) if found
-            }
+            found = {name: file for name in maps if (file := _map(folder, entry, name, bool(wanted.maps)))}
+            mask = _mask(folder, entry, wanted.mask)
+            own = OWN | found.keys() | ({wanted.mask or "mask"} if mask else set())
             labels = labels_of(entry.values, age_column=age_column, numeric=numeric, own=own, prefix="list_")
-            scans[entry.subject, session] = Scan(entry.subject, files, session, label, mask, *labels)
+            scans[entry.subject, session] = Scan(entry.subject, files, session, found, mask, *labels)
         except UserError as error:
-            file = entry.images[0] if entry.images else ""
-            rejects.append(Reject(entry.subject, file, f"{entry.where}: {error}"))
+            first = entry.images[0] if entry.images else ""
+            rejects.append(Reject(entry.subject, first, f"{entry.where}: {error}"))
     notes = list(leaks(content.entries))
     if wanted.age_column and not age_column:
         notes.append(f"no entry has '{wanted.age_column}': ages are unknown")
@@ -80,7 +79,7 @@ def _numbered(source: Path, entries: Sequence[Entry]) -> tuple[str, ...]:
 
 
 def _images(
-    source: Path, entry: Entry, named: tuple[str, ...] | None, channels: tuple[str, ...]
+    folder: Path, entry: Entry, named: tuple[str, ...] | None, channels: tuple[str, ...]
 ) -> tuple[ImageFile, ...]:
     """One file for each channel: by its name where the list names its channels, otherwise by its position."""
     order = named if named and set(channels) <= set(named) else channels
@@ -93,21 +92,27 @@ def _images(
         )
     if not entry.subject:
         raise UserError("the subject of this image is unknown; a key 'subject' is needed")
-    return tuple(_file(source, entry.images[order.index(channel)]) for channel in channels)
+    return tuple(_file(folder, entry.images[order.index(channel)]) for channel in channels)
 
 
-def _map(source: Path, entry: Entry, key: str, wanted: str | None) -> ImageFile | None:
-    """The map that an entry names under `wanted`, or under `key` if it is a path there."""
-    text = known_text(entry.values.get(wanted or key, ""))
-    if wanted and not text:
+def _map(folder: Path, entry: Entry, name: str, is_asked: bool) -> ImageFile | None:
+    """The map that an entry names under `name`, if it names one; a value that is no path is one of a column."""
+    text = known_text(entry.values.get(name, ""))
+    if is_asked and text and not text.endswith(ENDINGS):
+        raise UserError(f"{name} '{text}' is not the path of an image")
+    return _file(folder, text) if text.endswith(ENDINGS) else None
+
+
+def _mask(folder: Path, entry: Entry, wanted: str | None) -> ImageFile | None:
+    """The brain mask, which every entry needs if the user asks for it."""
+    found = _map(folder, entry, wanted or "mask", wanted is not None)
+    if wanted and found is None:
         raise UserError(f"{wanted} is missing")
-    if wanted and not text.endswith(ENDINGS):
-        raise UserError(f"{wanted} '{text}' is not the path of an image")
-    return _file(source, text) if text.endswith(ENDINGS) else None
+    return found
 
 
-def _file(source: Path, text: str) -> ImageFile:
-    candidates = [source.parent / folder / text for folder in FOLDERS]
+def _file(folder: Path, text: str) -> ImageFile:
+    candidates = [folder / below / text for below in FOLDERS]
     path = checked_file(next(filter(is_file, candidates), candidates[0]))
     return array_file(path) if path.suffix == ".npy" else ImageFile(path)
 

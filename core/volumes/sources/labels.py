@@ -34,10 +34,20 @@ class Wanted:
 
     channels: tuple[str, ...] | None = None
     """What each image of a scan shows; None: the only kind of image that is there."""
-    label: str | None = None
+    maps: tuple[str, ...] = ()
+    """Maps of classes that go with scans; a scan may lack any of them."""
     mask: str | None = None
     age_column: str | None = "age"
-    """None: ages are not wanted, and no subject without an age is left out."""
+    """None: ages are not wanted."""
+    is_age_asked: bool = False
+    """Whether the user named the column, so that a source without it is a mistake."""
+    root: Path | None = None
+    """Where the relative paths of a list begin; at its own folder if None."""
+
+    @property
+    def kinds_of_maps(self) -> set[str | None]:
+        """The kinds of images that are maps, and the mask."""
+        return {*self.maps, self.mask}
 
 
 class Labels(NamedTuple):
@@ -92,6 +102,16 @@ def need_columns(path: Path, rows: list[dict[str, str]], needed: Iterable[str], 
             )
 
 
+def age_column_of(path: Path, rows: list[dict[str, str]], wanted: Wanted) -> str | None:
+    """The column with ages; None if the table has none of its name, unless the user has named it: then a UserError."""
+    column = wanted.age_column
+    if column is not None and column not in rows[0] and not wanted.is_age_asked:
+        return None
+    if column is not None:
+        need_columns(path, rows, [column], " (or name another with --age-column)")
+    return column
+
+
 def number_columns(rows: Iterable[Row]) -> set[str]:
     """The columns in which every known value is a finite number, and at least one is known."""
     known: dict[str, bool] = {}
@@ -108,7 +128,7 @@ def labels_of(
     """Age, sex and site of a row, and its further columns: all but those and `own`.
 
     `numeric` columns become floats, NaN where unknown; a column named like one of the manifest's gets
-    `prefix`. UserError for an age that is missing or impossible, unless `age_column` is None.
+    `prefix`. An age that is not there is NaN; UserError for one that is impossible.
     """
     sex = known_text(row.get("sex", ""))
     age = math.nan if age_column is None else age_of(row.get(age_column, ""))
@@ -123,10 +143,10 @@ def labels_of(
 
 
 def age_of(value: str | float) -> float:
-    """Age in years; UserError unless it is a number above 0 and below 130."""
+    """Age in years, NaN where it is not known; UserError unless it is a number above 0 and below 130."""
     text = known_text(str(value))
     if not text:
-        raise UserError("age is missing")
+        return math.nan
     try:
         age = float(text)
     except ValueError:

@@ -27,12 +27,12 @@ class Scan:
     """One for each of the listing's `channels`, in that order."""
     session: str = ""
     """Distinguishes several scans of one subject (BIDS session and run); "" where there is one."""
-    label: ImageFile | None = None
-    """Map of whole-number classes on the grid of the first image."""
+    maps: dict[str, ImageFile] = field(default_factory=dict)
+    """Maps of whole-number classes on the grid of the first image, by name; those that this scan has."""
     mask: ImageFile | None = None
     """Brain mask (non-zero is brain) on the grid of the first image."""
     age: float = math.nan
-    """Years; NaN where the source has no ages at all."""
+    """Years; NaN where the source does not say it."""
     sex: str = ""
     site: str = ""
     extra: dict[str, str | float] = field(default_factory=dict)

@@ -53,15 +53,17 @@ def list_mre(source: Path, wanted: Wanted) -> Listing:
     UserError, listing the arrays found, for ambiguous names, missing quantities, arrays of different lengths and
     volumes on no MNI152 grid.
     """
-    if wanted.label or wanted.mask:
-        raise UserError(f"{source}: MRE arrays have no label maps or masks; leave --label and --mask out")
+    if wanted.maps or wanted.mask:
+        raise UserError(f"{source}: MRE arrays have no maps or masks; leave --maps and --mask out")
     studies = _studies(checked_folder(source, "mre"))
     there = Counter(role for study in studies for role in study.files if role in VOLUMES)
     channels = wanted.channels or chosen_channels(source, there)
     scans: list[Scan] = []
     rejects: list[Reject] = []
     for study in studies:
-        more_scans, more_rejects = _read_study(source, study, channels, wanted.age_column)
+        is_needed = wanted.is_age_asked and wanted.age_column is not None
+        has_ages = wanted.age_column is not None and (is_needed or "age" in study.files)
+        more_scans, more_rejects = _read_study(source, study, channels, "age" if has_ages else None)
         scans += more_scans
         rejects += more_rejects
     tables = [path for study in studies for role, path in sorted(study.files.items()) if role not in VOLUMES]
@@ -99,7 +101,7 @@ def _read_study(
                 own=("id", "age"), prefix="mre_",
             )  # fmt: skip
             images = tuple(ImageFile(study.files[role], row, grids[role]) for role in channels)
-            scans.append(Scan(subject, images, "", None, None, *labels))
+            scans.append(Scan(subject, images, "", {}, None, *labels))
         except UserError as error:
             rejects.append(Reject(subject, name_in(source, study.files[channels[0]]), str(error)))
     return scans, rejects

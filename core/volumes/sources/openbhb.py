@@ -28,6 +28,7 @@ from core.volumes.sources.choose import chosen_channels, listed
 from core.volumes.sources.files import checked_folder, digest_of, files_below, name_in
 from core.volumes.sources.labels import (
     Wanted,
+    age_column_of,
     known_name,
     known_text,
     labels_of,
@@ -78,8 +79,8 @@ def list_openbhb(source: Path, wanted: Wanted) -> Listing:
     a whole cannot be used: arrays without ids or with another number of them, volumes on no MNI152 grid, no
     table.
     """
-    if wanted.label or wanted.mask:
-        raise UserError(f"{source}: OpenBHB has no label maps or masks; leave --label and --mask out")
+    if wanted.maps or wanted.mask:
+        raise UserError(f"{source}: OpenBHB has no maps or masks; leave --maps and --mask out")
     kinds = _arrays(checked_folder(source, "openbhb"))
     channels = wanted.channels or chosen_channels(source, Counter(kinds.values()))
     if len(channels) > 1 or channels[0] not in kinds.values():
@@ -88,7 +89,7 @@ def list_openbhb(source: Path, wanted: Wanted) -> Listing:
     paths = [path for path, kind in kinds.items() if kind == channels[0]]
     volumes, id_files = _volumes(source, paths)
     tables = [path for path in files_below(source, (".tsv", ".csv")) if "participants" in path.name]
-    people = _read_people(source, tables, wanted.age_column)
+    people, age_column = _read_people(source, tables, wanted)
     numeric = number_columns(person.row for person in people.values())
     times = Counter(volume.subject for volume in volumes)
     scans: list[Scan] = []
@@ -107,9 +108,9 @@ def list_openbhb(source: Path, wanted: Wanted) -> Listing:
                 raise UserError(person.fault)
             row = {**person.row, SPLIT: known_text(person.row.get(SPLIT, "")) or volume.part}
             labels = labels_of(
-                row, age_column=wanted.age_column, numeric=numeric - {SPLIT}, own=OWN, prefix="participants_"
+                row, age_column=age_column, numeric=numeric - {SPLIT}, own=OWN, prefix="participants_"
             )
-            scans.append(Scan(name, (volume.file,), "", None, None, *labels))
+            scans.append(Scan(name, (volume.file,), "", {}, None, *labels))
         except UserError as error:
             rejects.append(Reject(name, name_in(source, volume.file.path), str(error)))
     notes = [MNI_NOTE]
@@ -206,8 +207,10 @@ def _read_ids(path: Path) -> list[object]:
     return ids
 
 
-def _read_people(source: Path, tables: Sequence[Path], age_column: str | None) -> dict[str, Person]:
-    """The labels of each subject in the tables, by `plain_id`."""
+def _read_people(
+    source: Path, tables: Sequence[Path], wanted: Wanted
+) -> tuple[dict[str, Person], str | None]:
+    """The labels of each subject in the tables, by `plain_id`, and the column with ages if there is one."""
     if not tables:
         raise UserError(f"{source} has no participants.tsv, so ages and sites are unknown")
     people: dict[str, Person] = {}
@@ -226,9 +229,7 @@ def _read_people(source: Path, tables: Sequence[Path], age_column: str | None) -
                 continue  # its volume is rejected for having no row
             seen[key] += 1
             people[key] = _merged(people.get(key), Person(written, row), path.name, seen[key])
-    if age_column:
-        need_columns(tables[0], [columns], [age_column], " (or name another with --age-column)")
-    return people
+    return people, age_column_of(tables[0], [columns], wanted)
 
 
 def _merged(known: Person | None, new: Person, table: str, times: int) -> Person:

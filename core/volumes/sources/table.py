@@ -11,6 +11,7 @@ from core.volumes.sources.arrays import MNI_NOTE, array_file
 from core.volumes.sources.files import NIFTI, checked_file, digest_of
 from core.volumes.sources.labels import (
     Wanted,
+    age_column_of,
     known_name,
     known_text,
     labels_of,
@@ -32,22 +33,22 @@ ENDINGS = (*NIFTI, ".npy")
 def list_table(source: Path, wanted: Wanted) -> Listing:
     """Scans from a table with columns subject (or participant_id, id), path, age, sex, site and session.
 
-    With `channels` there is a column of paths for each of them, in place of "path". `label` and `mask`
-    name columns of paths; by default columns with these names are used if they hold paths (a "label" of
-    numbers is a class). A line without one of its paths is left out. All other columns are
-    kept. Relative paths start at the table's folder; several lines of a subject need a session each.
+    With `channels` there is a column of paths for each of them, in place of "path". `maps` and `mask`
+    name columns of paths; by default the columns "label" and "mask" are used if they hold paths (a "label" of
+    numbers is a class). A line without one of its images, or without its mask, is left out. All other columns are
+    kept. Relative paths start at `root`, or at the table's folder; several lines of a subject need a session each.
     UserError where the table as a whole cannot be used.
     """
     rows = read_table(source)
     subject_column = _first_column(source, rows, SUBJECT_COLUMNS)
     paths = wanted.channels or (_first_column(source, rows, PATH_COLUMNS),)
-    label = wanted.label or _column_of_paths(rows, "label")
+    found = _column_of_paths(rows, "label")
+    maps = wanted.maps or ((found,) if found else ())
     mask = wanted.mask or _column_of_paths(rows, "mask")
-    need_columns(source, rows, [column for column in (*paths, label, mask) if column])
-    if wanted.age_column:
-        need_columns(source, rows, [wanted.age_column], " (or name another with --age-column)")
-    own = {column for column in (subject_column, SESSION_COLUMN, *paths, label, mask) if column}
-    numeric = number_columns(rows)
+    need_columns(source, rows, [column for column in (*paths, *maps, mask) if column])
+    age_column = age_column_of(source, rows, wanted)
+    own = {column for column in (subject_column, SESSION_COLUMN, *paths, *maps, mask) if column}
+    numeric, folder = number_columns(rows), wanted.root or source.parent
     keys = Counter(_key(row, subject_column) for row in rows)
     scans: list[Scan] = []
     rejects: list[Reject] = []
@@ -58,11 +59,11 @@ def list_table(source: Path, wanted: Wanted) -> Listing:
             scans.append(
                 Scan(
                     subject,
-                    tuple(_image(source, row, column) for column in paths),
+                    tuple(_image(folder, row, column) for column in paths),
                     session,
-                    _image(source, row, label) if label else None,
-                    _image(source, row, mask) if mask else None,
-                    *labels_of(row, age_column=wanted.age_column, numeric=numeric, own=own, prefix="table_"),
+                    {name: _image(folder, row, name) for name in maps if known_text(row[name])},
+                    _image(folder, row, mask) if mask else None,
+                    *labels_of(row, age_column=age_column, numeric=numeric, own=own, prefix="table_"),
                 )
             )
         except UserError as error:
@@ -70,6 +71,8 @@ def list_table(source: Path, wanted: Wanted) -> Listing:
     arrays = any(file.path.suffix == ".npy" for scan in scans for file in scan.images)
     channels = wanted.channels or ("image",)
     notes = [MNI_NOTE] if arrays else []
+    if wanted.age_column and age_column is None:
+        notes.append(f"the table has no column '{wanted.age_column}': ages are unknown")
     for column in FOLD_COLUMNS:
         folds = [(_key(row, subject_column)[0], known_text(row.get(column, ""))) for row in rows]
         notes += leak_notes("subjects", [(name, f"{column} {fold}") for name, fold in folds if name and fold])
@@ -103,11 +106,11 @@ def _check_key(subject: str, session: str, subject_column: str, times: int) -> N
         )
 
 
-def _image(source: Path, row: dict[str, str], column: str) -> ImageFile:
+def _image(folder: Path, row: dict[str, str], column: str) -> ImageFile:
     text = known_text(row[column])
     if not text:
         raise UserError(f"{column} is missing")
-    path = checked_file(source.parent / text)  # an absolute path stays what it is
+    path = checked_file(folder / text)  # an absolute path stays what it is
     if not path.name.endswith(ENDINGS):
         raise UserError(f"{path} is not an image; {', '.join(ENDINGS)} are read")
     return array_file(path) if path.suffix == ".npy" else ImageFile(path)
