@@ -78,7 +78,7 @@ class BrighterSide(Task[SideSettings]):
 
     def observe(self, settings: SideSettings, model: Any, volumes: torch.Tensor) -> dict[str, torch.Tensor]:
         score = model(volumes)
-        return {"embedding": score[:, None], "score": score, "classes": (volumes[:, 0] > 0).float()}
+        return {"embedding": score[:, None], "score": score, "classes": (volumes[:, 0] != 0).float()}
 
     def judge(self, settings: SideSettings, training: Any, evaluation: Any, judging: Any) -> Outcome:
         table = self.predictions(settings, evaluation.outputs, None, {})
@@ -89,7 +89,7 @@ class BrighterSide(Task[SideSettings]):
         return pd.DataFrame({"predicted": (outputs["score"] > 0).astype(float)})
 
     def maps(self, settings: SideSettings, outputs: Any, facts: Any) -> dict[str, Any]:
-        return {"bright": outputs["classes"].astype(np.int16)}
+        return {"inside": outputs["classes"].astype(np.int16)}
 
     def present(self, predictions: pd.DataFrame, truth: Any, calibration: Any, facts: Any) -> Prediction:
         table = predictions if truth is None else predictions.assign(truth=truth)

@@ -151,7 +151,8 @@ def test_ingest_refuses_an_empty_folder_and_a_missing_age_column(brainsweep, tmp
     code, _, err = brainsweep("ingest", tmp_path / "empty", tmp_path / "out")
     assert code == 2
     assert err.startswith(f"error: {tmp_path / 'empty'} is of no layout that is known: bids: ")
-    code, _, err = brainsweep("ingest", bids(tmp_path / "study", age_column="years"), tmp_path / "out")
+    study = bids(tmp_path / "study", age_column="years")
+    code, _, err = brainsweep("ingest", study, tmp_path / "out", "--age-column", "age")
     assert code == 2
     # with the columns that are there
     assert "participants.tsv has no column 'age', only 'participant_id', 'years', 'sex'" in err

@@ -16,7 +16,7 @@ from core.losses import LOSSES, ObjectiveSettings, build
 
 NAMES = sorted(LOSSES)
 KERNELLED = ("y_aware", "threshold", "exponential")
-KERNELS = ("equal", "rbf", "gaussian", "cauchy", "laplace", "epanechnikov")
+KERNELS = ("equal", "rbf", "cauchy", "laplace", "epanechnikov")
 
 
 def embeddings_of(subjects: int, views: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -296,7 +296,7 @@ def test_a_nested_search_that_is_killed_goes_on_and_everyone_is_held_out_once(tm
     for number in range(2):
         roles = pd.read_csv(run / f"outer-{number + 1}" / "splits.csv", dtype=str)
         held_out = set(roles.loc[roles["role"] == "holdout", "subject"])
-        splits = splits_of(request.model_copy(update={"outer_fold": number}), cohort.manifest)
+        splits = splits_of(request.model_copy(update={"outer_fold": number}), cohort.manifest, "age")
         assert held_out == set(cohort.manifest["subject"].iloc[splits.holdout])
         used = pd.read_csv(run / f"outer-{number + 1}" / "access.csv", dtype={"subject": str})
         assert set(used.loc[used["subject"].isin(held_out), "fold"]) == {-1}

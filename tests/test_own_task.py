@@ -138,11 +138,11 @@ def test_a_task_of_a_file_goes_through_sweep_kill_resume_report_evaluate_and_pre
     nib.save(nib.Nifti1Image(scan, affine), tmp_path / "own.nii.gz")
     made = run("predict", "run", "own.nii.gz", "--maps", "maps", "--out", "table.csv", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
-    bright = nib.load(tmp_path / "maps" / "own_bright.nii.gz")
+    made = nib.load(tmp_path / "maps" / "own_inside.nii.gz")
     # On the scan's own voxels, which are finer than the grid and run from right to left.
-    np.testing.assert_array_equal(bright.affine, affine)
-    assert bright.shape == scan.shape
-    classes = np.asarray(bright.dataobj)
+    np.testing.assert_array_equal(made.affine, affine)
+    assert made.shape == scan.shape
+    classes = np.asarray(made.dataobj)
     assert set(np.unique(classes)) == {0, 1}
     inside = scan[6:18, 6:18, 3:9] > 0
     assert (classes[6:18, 6:18, 3:9] == inside).mean() > 0.95

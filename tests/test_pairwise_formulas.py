@@ -8,7 +8,7 @@ from reference_pairwise import kernel, reference_loss
 
 from core.losses import build
 
-KERNELS = ("equal", "rbf", "gaussian", "cauchy", "laplace", "epanechnikov")
+KERNELS = ("equal", "rbf", "cauchy", "laplace", "epanechnikov")
 KERNELLED = ("y_aware", "threshold", "exponential")
 METRICS = ("cosine", "euclidean", "manhattan", "chebyshev")
 

@@ -76,7 +76,7 @@ def test_a_sweep_from_beginning_to_end(workplace):
 
     holdout = pd.read_csv(folder / "holdout.csv")
     assert holdout["method"].value_counts().to_dict() == {
-        "search winner": 2, "published": 2, "L1 baseline": 2, "training median": 1,
+        "search winner": 2, "published": 2, "L1 baseline": 2, "voxels": 1, "training median": 1,
     }  # fmt: skip
     predictions = pd.read_csv(folder / "predictions.csv")
     held_out = pd.read_csv(folder / "splits.csv").query("role == 'holdout'")["subject"]

@@ -1,7 +1,7 @@
 """The classical baseline of a cell: principal components of the voxels themselves, read as a task reads embeddings.
 
 No network is trained. The components are those of the training subjects, at voxels of at least 8 mm, and what the task
-fits on embeddings (ridge, logistic regression) is fitted on them, with its penalty chosen inside the training subjects.
+fits on embeddings is fitted on them, with its penalty chosen inside the training subjects.
 With few subjects it is what a network must beat first.
 """
 
@@ -64,9 +64,15 @@ class VoxelCell:
     def judge(self, *, sites: bool = True, penalty: float | None = None, in_search: bool = False) -> Outcome:
         """Let the task judge the components as embeddings; see `CellTraining.judge`."""
         training, evaluation = (
-            self._observed(rows) for rows in (self.data.training_rows, self.data.evaluation_rows)
+            self.observed(rows) for rows in (self.data.training_rows, self.data.evaluation_rows)
         )
         return self.data.task.judge(self.settings, training, evaluation, Judging(sites))
+
+    def observed(self, rows: Rows) -> Observed:
+        """The components of scans, as a task sees embeddings."""
+        truth = self.data.labelled.truth(rows)
+        scores = [self.components.transform(self._voxels(part)) for part in chunks(rows, TOGETHER)]
+        return Observed(truth.labels, truth.sites, truth.subjects, np.concatenate(scores))
 
     def state_dict(self) -> TrainingState:
         """Nothing that is worth keeping: the fit takes seconds."""
@@ -80,11 +86,6 @@ class VoxelCell:
 
     def close(self) -> None:
         """Nothing is read ahead."""
-
-    def _observed(self, rows: Rows) -> Observed:
-        truth = self.data.labelled.truth(rows)
-        scores = [self.components.transform(self._voxels(part)) for part in chunks(rows, TOGETHER)]
-        return Observed(truth.labels, truth.sites, truth.subjects, np.concatenate(scores))
 
     def _voxels(self, rows: Rows) -> np.ndarray:
         """Normalised voxels (n, D) of at least `COARSEST` mm."""
