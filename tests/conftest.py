@@ -3,11 +3,13 @@
 import distributed  # noqa: F401, I001 - before any test imports Ray
 
 import random
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from distributed.commands.app import main
 from distributed.run.quiet import quiet
 
 quiet()
@@ -19,3 +21,17 @@ def _same_random_numbers() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def brainsweep(monkeypatch, capsys):
+    """Run `brainsweep ARGUMENTS` in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["brainsweep", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, printed.err
+
+    return run

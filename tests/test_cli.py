@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import nibabel
@@ -15,7 +14,7 @@ from small_cohort import SMALL, write_small_cohort
 
 from core.evaluation.calibration import Calibration
 from core.inference import save_calibration
-from distributed.commands.app import app, main
+from distributed.commands.app import app
 from distributed.commands.cohorts import data
 
 COHORTS = ["phantom", "ingest", "describe", "quality", "verify"]
@@ -26,20 +25,6 @@ COMMANDS = COHORTS + RUNS
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     return write_small_cohort(tmp_path_factory.mktemp("cohort") / "small").folder
-
-
-@pytest.fixture
-def brainsweep(monkeypatch, capsys):
-    """Run `brainsweep ARGUMENTS` in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["brainsweep", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return stop.value.code or 0, printed.out, printed.err
-
-    return run
 
 
 def bids(folder: Path, age_column="age", damage=None) -> Path:

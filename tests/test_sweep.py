@@ -96,7 +96,7 @@ def test_a_sweep_from_beginning_to_end(workplace):
     out_of_fold = pd.concat(kept)
     assert calibration["subjects"] == len(out_of_fold) == 30 - len(held_out)
     assert not set(out_of_fold["subject"]) & set(held_out)
-    expected = calibrate(*(out_of_fold[name].to_numpy() for name in ("predicted", "age", "subject")))
+    expected = calibrate(*(out_of_fold[name].to_numpy() for name in ("predicted", "truth", "subject")))
     assert (calibration["slope"], calibration["half_width"]) == pytest.approx(
         (expected.slope, expected.half_width)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from core.errors import UserError
+from core.lookup import did_you_mean
 
 Rows = npt.NDArray[np.int64]
 Subjects = npt.NDArray[np.object_]
@@ -121,6 +122,128 @@ def nested_splits(
         inner = make_splits(manifest.iloc[others], folds, 0.0, seed, by)
         made.append(Splits(holdout=held_out, folds=tuple(others[rows] for rows in inner.folds)))
     return tuple(made)
+
+
+def splits_by_column(
+    manifest: pd.DataFrame, column: str, folds: int, holdout: float, seed: int, by: str
+) -> Splits:
+    """The folds that a column of the cohort names, in the order of its values.
+
+    Subjects without a value are held out. If everybody has one, a hold-out is drawn from all folds as in `make_splits`.
+
+    Raises:
+        UserError: no such column, another number of values than `folds`, or a subject with two values.
+    """
+    value = _column_by_subject(manifest, column, "--folds-from")
+    names = sorted(value[value != ""].unique(), key=lambda name: (len(name), name))
+    if len(names) != folds:
+        some = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+        raise UserError(
+            f"--folds-from {column}: the column has {len(names)} values ({some}), and --folds is {folds}; "
+            + (f"give --folds {len(names)}" if len(names) > 1 else "two or more are needed")
+        )
+    held_out = np.array(value.index[value == ""], dtype=object)
+    if not held_out.size:
+        how = "mean" if pd.api.types.is_numeric_dtype(manifest[by]) else "first"
+        subjects = manifest.groupby("subject").agg(value=(by, how), site=("site", "first"))
+        subjects["value"] = subjects["value"].fillna(subjects["value"].min())
+        held_out = _hold_out(subjects, holdout, [seed])
+    return _of_roles(manifest, value.where(~value.index.isin(held_out), ""), names, column)
+
+
+def splits_leaving_out(manifest: pd.DataFrame, column: str, folds: int, holdout: float, seed: int) -> Splits:
+    """Folds, and a hold-out, of whole groups: everybody with one value of a column, such as a site, is in one part.
+
+    The seed draws the groups of the hold-out until they have about `holdout` of the subjects; the others go, the
+    largest first, to the fold that is smallest.
+
+    Raises:
+        UserError: no such column, a subject with no value or with two, or too few groups.
+    """
+    group = _column_by_subject(manifest, column, "--leave-out")
+    if (group == "").any():
+        raise UserError(
+            f"--leave-out {column}: {int((group == '').sum())} subjects have no value there, such as "
+            f"{group.index[group == ''][0]}; give them one, or leave them out of the cohort"
+        )
+    sizes = group.value_counts().sort_index()
+    if len(sizes) < folds + 1:
+        raise UserError(
+            f"--leave-out {column}: the column has {len(sizes)} values, and {folds} folds and a hold-out need "
+            f"{folds + 1}; {f'give --folds {len(sizes) - 1}' if len(sizes) > 2 else 'three or more are needed'}"
+        )
+    names = sizes.index.to_numpy(dtype=object)
+    drawn = names[np.random.default_rng([seed, len(column)]).permutation(len(names))]
+    # The first group is held out whatever its size, and every fold keeps one.
+    held = [drawn[0]]
+    for name in drawn[1 : len(drawn) - folds]:
+        with_it = sizes[held].sum() + sizes[name]
+        if abs(with_it - holdout * len(group)) < abs(sizes[held].sum() - holdout * len(group)):
+            held.append(name)
+    rest = sorted((name for name in drawn if name not in held), key=lambda name: (-sizes[name], str(name)))
+    filled = [0] * folds
+    role = pd.Series("", index=group.index)
+    for name in rest:
+        fold = int(np.argmin(filled))
+        filled[fold] += int(sizes[name])
+        role[group == name] = str(fold)
+    return _of_roles(manifest, role, [str(fold) for fold in range(folds)], column)
+
+
+def splits_as_recorded(manifest: pd.DataFrame, recorded: pd.DataFrame, folds: int, source: str) -> Splits:
+    """The roles that another run has given to the same subjects.
+
+    Args:
+        manifest: of the cohort.
+        recorded: columns subject and role, as `Splits.to_frame` makes them.
+        folds: how many are asked for.
+        source: what the error message calls the table.
+
+    Raises:
+        UserError: a subject without a role, or another number of folds.
+    """
+    role = recorded.drop_duplicates("subject").set_index("subject")["role"]
+    known = sorted({name for name in role if name != "holdout"}, key=lambda name: (len(name), name))
+    if len(known) != folds:
+        raise UserError(f"{source} has {len(known)} folds, and --folds is {folds}; give --folds {len(known)}")
+    subjects = pd.Series(manifest["subject"].unique())
+    strange = subjects[~subjects.isin(role.index)]
+    if len(strange):
+        raise UserError(
+            f"{source} has no role for {len(strange)} of {len(subjects)} subjects of the cohort, such as "
+            f"{strange.iloc[0]}; its run must know everybody"
+        )
+    of_subject = role[subjects].replace("holdout", "")
+    return _of_roles(manifest, of_subject, known, source)
+
+
+def _column_by_subject(manifest: pd.DataFrame, column: str, option: str) -> pd.Series[str]:
+    """The value of every subject as text, "" where there is none."""
+    if column not in manifest:
+        raise UserError(
+            f"{option}: the cohort has no column '{column}'; {did_you_mean(column, map(str, manifest.columns))}"
+        )
+    values = manifest[column]
+    if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
+        values = values.astype("Int64")
+    text = values.astype("string").fillna("").str.strip()
+    found = text.groupby(manifest["subject"].to_numpy()).agg(["first", "nunique"])
+    double = found.index[found["nunique"] > 1]
+    if len(double):
+        raise UserError(
+            f"{option} {column}: {len(double)} subjects have several values there, such as {double[0]}; all scans of a "
+            "person must lie in one part"
+        )
+    return found["first"].astype(str)
+
+
+def _of_roles(manifest: pd.DataFrame, role: pd.Series[str], names: Sequence[str], source: str) -> Splits:
+    """Splits of the role of every subject: one of `names`, or "" for the hold-out."""
+    parts = [_rows(manifest, role.index[role == name]) for name in names]
+    for name, rows in zip(names, parts, strict=True):
+        if not rows.size:
+            raise UserError(f"{source}: nobody of the cohort is left in fold {name}")
+    return Splits(holdout=_rows(manifest, role.index[role == ""]), folds=tuple(parts))
 
 
 def _hold_out(subjects: pd.DataFrame, holdout: float, seed: list[int]) -> Subjects:

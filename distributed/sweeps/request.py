@@ -24,6 +24,35 @@ class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class _Divided(_Request):
+    """How the subjects are divided."""
+
+    folds: int = Field(5, ge=2, description="cross-validation folds of every trial")
+    folds_from: str | None = Field(
+        None,
+        description="column of the cohort with the fold of every subject; those without one are held out",
+    )
+    leave_out: str | None = Field(
+        None,
+        description="column, such as site: all subjects with one value of it are in one fold, or held out",
+    )
+    splits_from: Path | None = Field(
+        None, description="another RUN, whose hold-out and folds are taken, to compare on the same people"
+    )
+    splits_hash: str | None = None
+    """Of what was taken from there. A field without a description is no option."""
+
+    @property
+    def given_splits(self) -> list[str]:
+        """The options that say who is in which part."""
+        given = {
+            "--folds-from": self.folds_from,
+            "--leave-out": self.leave_out,
+            "--splits-from": self.splits_from,
+        }
+        return [f"{option} {value}" for option, value in given.items() if value is not None]
+
+
 def space_of(task: JsonValue) -> str:
     """The space of a task: one of ours has its name, and in the file of a task it is the function `space`."""
     if not isinstance(task, str):
@@ -31,7 +60,7 @@ def space_of(task: JsonValue) -> str:
     return f"{task.rpartition(':')[0] or task}:space" if ":" in task or task.endswith(".py") else task
 
 
-class SweepRequest(_Request):
+class SweepRequest(_Divided):
     """What a user asks of a sweep. run.json records it, so that `resume` uses the same request."""
 
     task: str | None = Field(None, description=TASK)
@@ -42,7 +71,6 @@ class SweepRequest(_Request):
     baseline_trials: int = Field(
         0, ge=0, description="configurations of the baseline (L1) to try first; 0: it is refitted untuned"
     )
-    folds: int = Field(5, ge=2, description="cross-validation folds of every trial")
     seeds: int = Field(1, ge=1, description="repeats of every fold, each with another seed")
     outer: int | None = Field(
         None, ge=2, description="repeat the whole search with so many hold-outs, everyone held out once"
@@ -135,7 +163,7 @@ class ResumeRequest(_Request):
     )
 
 
-class TrainRequest(_Request):
+class TrainRequest(_Divided):
     """What a user asks of one training run. run.json records it."""
 
     task: str | None = Field(None, description=TASK)
@@ -146,7 +174,6 @@ class TrainRequest(_Request):
         None, description="YAML file of settings, such as RUN/schedule.yaml; the published ones if absent"
     )
     changes: Changes = Field({}, description=CHANGES)
-    folds: int = Field(5, ge=2, description="cross-validation folds")
     fold: int = Field(0, ge=0, description="the fold to validate on")
     seed: int = Field(0, ge=0, description="seed of initialisation, order and views")
     workers: int = Field(1, ge=1, description="data-parallel workers; more than 1 starts Ray")

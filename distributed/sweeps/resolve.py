@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import pandas as pd
 
 from core.config import Settings, merge, resolve
 from core.errors import UserError
-from core.evaluation.splits import Splits, make_splits, nested_splits
+from core.evaluation.splits import (
+    Splits,
+    make_splits,
+    nested_splits,
+    splits_as_recorded,
+    splits_by_column,
+    splits_leaving_out,
+)
 from core.files.python import file_of
+from core.files.tables import read_table
 from core.objectives import Metric, find_objectives
+from core.run_names import SPLITS
 from core.run_settings import RunSettings
 from core.task_description import Rival
 from core.tasks import find_task
@@ -25,9 +35,11 @@ from distributed.search.samplers import GRID, check_sampler
 from distributed.search.schedulers import Wilcoxon, make_scheduler, pruner_threshold, spares
 from distributed.search.searcher import Judgement
 from distributed.search.study import check_space
-from distributed.sweeps.request import SweepRequest
+from distributed.sweeps.request import SweepRequest, TrainRequest
 from search_spaces import load_space, pin, without
 from search_spaces.points import Profile, Space
+
+Request = TypeVar("Request", SweepRequest, TrainRequest)
 
 
 @dataclass(frozen=True)
@@ -190,11 +202,60 @@ def _resolve_baseline(
     return ResolvedSearch(own, base, profile, objectives)
 
 
-def splits_of(request: SweepRequest, manifest: pd.DataFrame, by: str) -> Splits:
-    """The hold-out and the folds that a request asks for, alike in the column `by`; in a nested search its own."""
-    if request.outer is None or request.outer_fold is None:
-        return make_splits(manifest, request.folds, request.holdout, request.search_seed, by)
-    return nested_splits(manifest, request.outer, request.folds, request.search_seed, by)[request.outer_fold]
+def splits_of(
+    request: SweepRequest | TrainRequest, manifest: pd.DataFrame, by: str, own: Path | None = None
+) -> Splits:
+    """The hold-out and the folds that a request asks for.
+
+    Args:
+        request: of the user.
+        manifest: of the cohort.
+        by: the column in which the parts are alike.
+        own: the splits of the run itself, if it has begun: what it took from another run is read there.
+
+    Raises:
+        UserError: the subjects cannot be divided so.
+    """
+    given = request.given_splits
+    is_sweep = isinstance(request, SweepRequest)
+    holdout, seed = (request.holdout, request.search_seed) if isinstance(request, SweepRequest) else (0.2, 0)
+    if len(given) > 1:
+        raise UserError(f"{given[0]} and {given[1]} both say who is in which part; give one")
+    if given and isinstance(request, SweepRequest) and request.outer is not None:
+        raise UserError(f"{given[0]} cannot act: --outer {request.outer} makes hold-outs of its own")
+    if request.folds_from is not None:
+        return splits_by_column(manifest, request.folds_from, request.folds, holdout, seed, by)
+    if request.leave_out is not None:
+        return splits_leaving_out(manifest, request.leave_out, request.folds, holdout, seed)
+    if request.splits_from is not None:
+        path = own if own is not None and own.exists() else request.splits_from / SPLITS
+        try:
+            recorded = read_table(path, ("subject", "role"))
+        except FileNotFoundError:
+            raise UserError(f"--splits-from {request.splits_from}: there is no {path}") from None
+        splits = splits_as_recorded(manifest, recorded, request.folds, str(path))
+        if is_sweep and not splits.holdout.size:
+            raise UserError(f"--splits-from {request.splits_from}: nobody is held out there")
+        if request.splits_hash not in (None, hash_of(splits, manifest)):
+            raise UserError(f"{path} is damaged: put it back from a backup, or start a new run")
+        return splits
+    if isinstance(request, SweepRequest) and request.outer is not None and request.outer_fold is not None:
+        return nested_splits(manifest, request.outer, request.folds, request.search_seed, by)[
+            request.outer_fold
+        ]
+    return make_splits(manifest, request.folds, holdout, seed, by)
+
+
+def with_hash(request: Request, splits: Splits, manifest: pd.DataFrame) -> Request:
+    """The request, which knows what it took from another run: that one may change, or go."""
+    if request.splits_from is None:
+        return request
+    return request.model_copy(update={"splits_hash": hash_of(splits, manifest)})
+
+
+def hash_of(splits: Splits, manifest: pd.DataFrame) -> str:
+    """SHA-256 of who is in which part."""
+    return hashlib.sha256(splits.to_frame(manifest).to_csv(index=False).encode()).hexdigest()
 
 
 def _check_population(request: SweepRequest, profile: Profile, settings: RunSettings) -> None:

@@ -89,7 +89,9 @@ def resume_sweep(
             splits = check_subjects(request, search, cohort)
         else:
             by = search.task.balanced_by(search.settings)
-            splits = same_splits(folder, splits_of(request, cohort.manifest, by), cohort)
+            splits = same_splits(
+                folder, splits_of(request, cohort.manifest, by, folder.path / SPLITS), cohort
+            )
         study = open_study(
             folder.journal, request.sampler, request.search_seed, search.objectives, about.study
         )

@@ -66,7 +66,7 @@ from distributed.sweeps.executor import Executor
 from distributed.sweeps.interruption import interruptible, resumable, stopped
 from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import SweepRequest
-from distributed.sweeps.resolve import ResolvedSearch, judgement, resolve_search, splits_of
+from distributed.sweeps.resolve import ResolvedSearch, judgement, resolve_search, splits_of, with_hash
 from distributed.training.subjects import Subjects
 from distributed.training.trial import make_runner
 
@@ -380,6 +380,7 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
     first = first_points(search, launch) if shared is None else shared.first
     request = with_whole_grid(request, search, first)
     splits = check_subjects(request, search, opened)
+    request = with_hash(request, splits, opened.manifest)
     folder = create_run(out, SWEEP, recorded(request, search), search.base, opened, first)
     with held(folder, console):
         study = open_study(folder.journal, request.sampler, request.search_seed, search.objectives)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from core.config import Settings, merge, read_settings, resolve
 from core.errors import UserError
-from core.evaluation.splits import Splits, make_splits
+from core.evaluation.splits import Splits
 from core.files.python import file_of
 from core.files.tables import write_table
 from core.files.writing import writing_to
@@ -30,7 +30,7 @@ from distributed.run.trust import check_trusted
 from distributed.slots.cluster import connect, fit_slots
 from distributed.slots.slot import WorkerGroup, pack
 from distributed.sweeps.request import TrainRequest
-from distributed.sweeps.resolve import chosen_task
+from distributed.sweeps.resolve import chosen_task, splits_of, with_hash
 from distributed.sweeps.resume import same_splits
 from distributed.sweeps.tables import calibrate_best, finish
 from distributed.training.subjects import Subjects
@@ -67,12 +67,13 @@ def train_one(
     task = find_task(settings.task)
     task.check(settings)
     task.labels(settings, opened.manifest)
-    splits = make_splits(opened.manifest, request.folds, by=task.balanced_by(settings))
+    splits = splits_of(request, opened.manifest, task.balanced_by(settings))
     if request.fold >= request.folds:
         raise UserError(
             f"--fold {request.fold} does not exist; with --folds {request.folds} it is 0 to {request.folds - 1}"
         )
     task.check_cohort(settings, opened.manifest, splits)
+    request = with_hash(request, splits, opened.manifest)
     asked, resolved = request.model_dump(mode="json"), settings.model_dump(mode="json")
     folder = create_run(out, TRAIN, asked, resolved, opened)
     write_splits(folder, splits, opened)
@@ -121,7 +122,7 @@ def resume_training(
     opened = cohort_of(folder, cohort)
     settings = resolve(folder.about.settings)
     by = find_task(settings.task).balanced_by(settings)
-    splits = make_splits(opened.manifest, request.folds, by=by)
+    splits = splits_of(request, opened.manifest, by, folder.path / SPLITS)
     if (folder.path / SPLITS).exists():
         same_splits(folder, splits, opened)
     else:
