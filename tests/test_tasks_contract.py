@@ -1,0 +1,211 @@
+"""What every task promises to the engine: runs for everything in TASKS, and for the task of a user's file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from core.config import merge, resolve
+from core.evaluation.splits import make_splits
+from core.task_description import TaskDescription
+from core.tasks import TASKS, find_task
+from core.tasks.task import Judging, Observed, Truth, is_known
+from search_spaces import SPACES, published
+
+OWN = f"{Path(__file__).parent / 'own_task.py'}:BrighterSide"
+SMALL = {"model.width": 0.0625, "training.epochs": 2, "training.batch_size": 8}
+GIVEN: dict[str, list[dict[str, object]]] = {
+    "brain_age": [SMALL, {**SMALL, "objective.name": "l1", "objective.kernel": None}],
+    "classification": [
+        {**SMALL, "data.target": "kind"},
+        {**SMALL, "data.target": "kind", "objective.name": "supcon", "views.count": 2},
+    ],
+    OWN: [{"training.epochs": 2}],
+}
+"""The settings of every task here, in every way in which it can be trained."""
+ALL = [
+    pytest.param(name, index, id=f"{name.rpartition(':')[2]}-{index}")
+    for name, ways in GIVEN.items()
+    for index in range(len(ways))
+]
+SIDE, SCANS = 8, 40
+
+
+def made(name, index):
+    """(task, settings, manifest, volumes (N, 1, X, Y, Z)); the truth about the last four scans is unknown."""
+    task, chosen = find_task(name), GIVEN[name][index]
+    if name in TASKS:
+        base = published(name)
+        if chosen.get("objective.name") == "l1":
+            base, chosen = {**base, "objective": {"name": "l1"}}, SMALL
+        settings = resolve(merge(base, chosen))
+    else:
+        settings = resolve({"task": name} | {"training": {"epochs": 2}})
+    generator = np.random.default_rng(0)
+    manifest = pd.DataFrame(
+        {
+            "subject": [f"sub-{row:02d}" for row in range(SCANS)],
+            "site": [("a", "b")[row % 2] for row in range(SCANS)],
+            "age": generator.uniform(20, 80, SCANS),
+            "kind": pd.array([("case", "control", "other")[row % 3] for row in range(SCANS)], dtype=object),
+            "side": (np.arange(SCANS) // 2 % 2).astype(float),
+        }
+    )
+    manifest.loc[SCANS - 4 :, ["age", "side"]] = np.nan
+    manifest.loc[SCANS - 4 :, "kind"] = ""
+    volumes = torch.from_numpy(generator.normal(size=(SCANS, 1, SIDE, SIDE, SIDE)).astype(np.float32))
+    return task, settings, manifest, volumes
+
+
+def truth_of(labels, manifest, rows):
+    return Truth(labels[rows], manifest["site"].to_numpy(str)[rows], manifest["subject"].to_numpy(str)[rows])
+
+
+def judged(name, index, labels_of_evaluation=None, order=None):
+    """(task, settings, facts, outputs of the evaluation scans, outcome), of a model that was never trained."""
+    task, settings, manifest, volumes = made(name, index)
+    labels = task.labels(settings, manifest)
+    training, evaluation = np.arange(24), np.arange(24, 36)
+    if order is not None:
+        evaluation = evaluation[order]
+    facts = task.learn(settings, truth_of(labels, manifest, training))
+    torch.manual_seed(0)
+    model = task.build(settings, 1, facts).eval()
+    seen = []
+    for rows in (training, evaluation):
+        with torch.no_grad():
+            outputs = {
+                key: value.numpy() for key, value in task.observe(settings, model, volumes[rows]).items()
+            }
+        truth = truth_of(labels, manifest, rows)
+        seen.append(Observed(truth.labels, truth.sites, truth.subjects, outputs["embedding"], outputs))
+    if labels_of_evaluation is not None:
+        seen[1] = replace(seen[1], labels=labels_of_evaluation(seen[1].labels))
+    return task, settings, facts, seen, task.judge(settings, *seen, Judging())
+
+
+def test_every_task_is_here_and_has_a_space():
+    assert set(TASKS) == set(GIVEN) - {OWN}
+    assert set(TASKS) <= set(SPACES)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_description_is_whole_and_survives_run_json(name):
+    about = find_task(name).about
+    assert TaskDescription.model_validate(json.loads(about.model_dump_json())) == about
+    assert set(about.shown) <= set(about.metrics)
+    assert about.objectives
+    for objective in about.objectives:
+        assert about.objective(objective).better in ("low", "high")
+
+
+@pytest.mark.parametrize(("name", "index"), ALL)
+def test_labels_say_what_is_unknown_and_folds_are_alike_in_a_column(name, index):
+    task, settings, manifest, _ = made(name, index)
+    task.check(settings)
+    labels = task.labels(settings, manifest)
+    assert is_known(labels).tolist() == [True] * (SCANS - 4) + [False] * 4
+    splits = make_splits(manifest, 3, 0.2, 0, task.balanced_by(settings))
+    task.check_cohort(settings, manifest, splits)
+    facts = task.learn(settings, truth_of(labels, manifest, np.arange(24)))
+    assert json.loads(json.dumps(facts)) == facts
+    assert np.isfinite(task.targets(labels, facts)[: SCANS - 4].astype(float)).all()
+
+
+@pytest.mark.parametrize(("name", "index"), ALL)
+def test_a_step_moves_the_model_and_the_seed_alone_makes_it(name, index):
+    task, settings, manifest, volumes = made(name, index)
+    labels = task.labels(settings, manifest)
+    facts = task.learn(settings, truth_of(labels, manifest, np.arange(24)))
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model, rows = task.build(settings, 1, facts), np.arange(8)
+        views = task.views(settings, volumes[rows], rows, 1, 0)
+        assert views.shape[0] == 8
+        assert views.ndim == 6
+        targets = torch.as_tensor(task.targets(labels, facts)[rows])
+        step = task.step(model, task.objective(settings, facts), views, targets, 0.5)
+        step.loss.backward()
+        assert step.loss.ndim == 0
+        losses.append(step.loss.item())
+    assert np.isfinite(losses[0])
+    assert losses[0] == losses[1]
+    assert any(
+        parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters()
+    )
+
+
+@pytest.mark.parametrize(("name", "index"), ALL)
+def test_a_scan_is_seen_alike_in_any_company(name, index):
+    task, settings, manifest, volumes = made(name, index)
+    facts = task.learn(settings, truth_of(task.labels(settings, manifest), manifest, np.arange(24)))
+    torch.manual_seed(0)
+    model = task.build(settings, 1, facts).eval()
+    with torch.no_grad():
+        together = task.observe(settings, model, volumes[:6])
+        alone = [task.observe(settings, model, volumes[row : row + 1]) for row in range(6)]
+    assert together["embedding"].shape[0] == 6
+    assert together["embedding"].ndim == 2
+    for key, values in together.items():
+        torch.testing.assert_close(values, torch.cat([one[key] for one in alone]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "index"), ALL)
+def test_what_is_judged_is_what_is_predicted(name, index):
+    task, settings, facts, (_, evaluation), outcome = judged(name, index)
+    assert {"predicted", "error"} <= set(outcome.predictions)
+    assert len(outcome.predictions) == len(evaluation.labels)
+    assert (outcome.predictions["error"] >= 0).all()
+    for objective in task.about.objectives:
+        if not task.about.metrics[objective].needs_sites:
+            assert np.isfinite(outcome.metrics[objective]), objective
+    again = task.predictions(settings, evaluation.outputs, outcome.fitted, facts)
+    task.check_fitted(outcome.fitted)
+    if not pd.api.types.is_numeric_dtype(again["predicted"]):
+        assert again["predicted"].tolist() == outcome.predictions["predicted"].tolist()
+    else:
+        np.testing.assert_allclose(again["predicted"], outcome.predictions["predicted"], rtol=1e-6)
+    for damaged in ("{}", "[1", '"text"'):
+        if outcome.fitted is not None:
+            with pytest.raises((ValueError, LookupError, TypeError)):
+                task.check_fitted(damaged)
+
+
+@pytest.mark.parametrize(("name", "index"), ALL)
+def test_the_truth_about_the_evaluation_moves_no_prediction(name, index):
+    outcome = judged(name, index)[-1]
+    other = judged(name, index, labels_of_evaluation=lambda labels: labels[::-1])[-1]
+    assert outcome.fitted == other.fitted
+    assert outcome.predictions["predicted"].tolist() == other.predictions["predicted"].tolist()
+    assert outcome.predictions["error"].tolist() != other.predictions["error"].tolist()
+
+
+@pytest.mark.parametrize(("name", "index"), ALL)
+def test_the_order_of_scans_moves_nothing(name, index):
+    order = np.random.default_rng(1).permutation(12)
+    outcome, other = judged(name, index)[-1], judged(name, index, order=order)[-1]
+    expected = outcome.predictions.iloc[order].reset_index(drop=True)
+    for column in expected:
+        if not pd.api.types.is_numeric_dtype(expected[column]):
+            assert other.predictions[column].tolist() == expected[column].tolist()
+        else:
+            np.testing.assert_allclose(other.predictions[column], expected[column], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "index"), ALL)
+def test_the_floor_uses_the_truth_of_the_training_alone(name, index):
+    task, settings, _, (training, evaluation), _ = judged(name, index)
+    floor = task.floor(settings, training, evaluation)
+    assert (floor is None) == (task.about.floor is None)
+    if floor is not None:
+        assert floor.predictions["predicted"].nunique() == 1
+        flipped = task.floor(settings, training, replace(evaluation, labels=evaluation.labels[::-1]))
+        assert flipped.predictions["predicted"].tolist() == floor.predictions["predicted"].tolist()
+        assert np.isfinite(floor.metrics[task.about.floor.of])
