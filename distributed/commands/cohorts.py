@@ -63,7 +63,10 @@ def phantom(
         )
     else:
         console.print(f"{len(cohort)} phantom brains of {cohort.description.shape} voxels in {out}")
-        console.print(f"\nNext:\n  brainsweep describe {out}\n  brainsweep sweep {out}", highlight=False)
+        of_kind = " --task classification --set data.target=disease" if settings.kind == "lesions" else ""
+        console.print(
+            f"\nNext:\n  brainsweep describe {out}\n  brainsweep sweep {out}{of_kind}", highlight=False
+        )
 
 
 @data.command(

@@ -105,7 +105,8 @@ def _made(request: type[BaseModel], typed: Mapping[str, object]) -> BaseModel:
     for name, field in _options(request).items():
         value = typed[name]
         if get_origin(field.annotation) is tuple:
-            values[name] = names(value if isinstance(value, str) else None)
+            is_left_to_it = value is None and field.default is None
+            values[name] = None if is_left_to_it else names(value if isinstance(value, str) else None)
         elif get_origin(field.annotation) is dict:
             from core.config import parse_changes
 
@@ -124,7 +125,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     spelled: tuple[str, ...] = ()
     metavar = None
     if get_origin(kind) is tuple:
-        default, kind = ",".join(default), str
+        default, kind = None if default is None else ",".join(default), str
     elif get_origin(kind) is dict:
         default, kind, spelled, metavar = None, list[str] | None, ("--set",), "NAME=VALUE"
     elif get_origin(kind) is Literal:

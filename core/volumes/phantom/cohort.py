@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import nibabel as nib
 import numpy as np
@@ -24,13 +24,14 @@ from core.files.fingerprint import fingerprint
 from core.files.writing import writing_to
 from core.volumes.cohort.reader import DESCRIPTION, Cohort
 from core.volumes.cohort.writer import CohortWriter
+from core.volumes.phantom.lesions import Diseased, with_disease
 from core.volumes.phantom.settings import SPACINGS, PhantomSettings
 from core.volumes.phantom.subject import PERSON, Person, PhantomBrain, make_brain, random_stream
 from core.volumes.phantom.templates import Floats
 
 YOUNGEST, OLDEST = 18.0, 90.0  # years
-BIDS_FOLDER = {"stiffness": "mre", "t1w": "anat"}
-BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w"}
+BIDS_FOLDER = {"stiffness": "mre", "t1w": "anat", "lesion": "anat"}
+BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w", "lesion": "lesion"}
 
 OnProgress = Callable[[int, int], None]
 """Called as on_progress(done, total) after each subject."""
@@ -82,27 +83,38 @@ def _site_shares(age: float, sites: int) -> npt.NDArray[np.float64]:
 
 
 def phantom_brain(settings: PhantomSettings, index: int) -> PhantomBrain:
-    """The brain of subject `index` (from 0, so 0 is "sub-0001"); the first call makes the anatomy (2 s)."""
+    """The healthy brain of subject `index` (from 0, so 0 is "sub-0001"); the first call makes the anatomy (2 s)."""
+    return make_brain(_person(settings, index), settings.spacing, settings.channels)
+
+
+def phantom_disease(settings: PhantomSettings, index: int) -> Diseased:
+    """What subject `index` has, of kind lesions: half of the subjects have nothing."""
+    person, brain = _person(settings, index), phantom_brain(settings, index)
+    return with_disease(person, brain, settings.spacing, settings.rung or 1)
+
+
+def _person(settings: PhantomSettings, index: int) -> Person:
     if not 0 <= index < settings.subjects:
         raise UserError(f"there is no phantom subject {index}; they run from 0 to {settings.subjects - 1}")
     participant = _participant(settings, index)
     half = settings.sex_effect / 2
-    person = Person(
+    return Person(
         seed=settings.seed,
         index=index,
         age=participant["age"],
         site=int(participant["site"].removeprefix("site-")),
         relative_stiffness=1 + (half if participant["sex"] == "F" else -half),
     )
-    return make_brain(person, settings.spacing, settings.channels)
 
 
 def _each_brain(
     settings: PhantomSettings, on_progress: OnProgress | None
-) -> Iterator[tuple[Participant, PhantomBrain]]:
-    """Every participant with their brain, reporting each once it has been used."""
+) -> Iterator[tuple[Participant, PhantomBrain, Diseased | None]]:
+    """Every participant with their brain and disease, reporting each once it has been used."""
     for index in range(settings.subjects):
-        yield _participant(settings, index), phantom_brain(settings, index)
+        disease = phantom_disease(settings, index) if settings.kind == "lesions" else None
+        brain = phantom_brain(settings, index) if disease is None else disease.brain
+        yield _participant(settings, index), brain, disease
         if on_progress:
             on_progress(index + 1, settings.subjects)
 
@@ -128,11 +140,15 @@ def write_phantom_cohort(
         preprocessing=settings.identity(),
         source="phantom",
         synthetic=True,
+        maps=("lesion",) if settings.kind == "lesions" else (),
     )
     with writer:
-        for participant, brain in _each_brain(settings, on_progress):
+        for participant, brain, disease in _each_brain(settings, on_progress):
             volume = np.stack([brain.channels[name] for name in settings.channels])
-            writer.add(volume, source="phantom", **participant, **brain.volumes_ml)
+            columns: dict[str, Any] = {**participant, **brain.volumes_ml}
+            if disease is not None:
+                columns |= {**disease.columns, "maps": {"lesion": disease.lesion.astype(np.int16)}}
+            writer.add(volume, source="phantom", **columns)
     return Cohort.open(out)
 
 
@@ -155,10 +171,12 @@ def write_phantom_bids(
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         rows = []
-        for participant, brain in _each_brain(settings, on_progress):
+        for participant, brain, disease in _each_brain(settings, on_progress):
             for name, image in brain.channels.items():
                 _write_nifti(out, participant["subject"], name, image, brain.affine)
-            rows.append(participant)
+            if disease is not None:
+                _write_nifti(out, participant["subject"], "lesion", disease.lesion, brain.affine)
+            rows.append({**participant, **({} if disease is None else disease.columns)})
         table = pd.DataFrame(rows).rename(columns={"subject": "participant_id"})
         table.to_csv(out / "participants.tsv", sep="\t", index=False, lineterminator="\n")
         description = {
@@ -172,7 +190,11 @@ def write_phantom_bids(
 
 
 def _write_nifti(
-    out: Path, subject: str, channel: str, image: Floats, affine: npt.NDArray[np.float64]
+    out: Path,
+    subject: str,
+    channel: str,
+    image: Floats | npt.NDArray[np.uint8],
+    affine: npt.NDArray[np.float64],
 ) -> None:
     folder = out / subject / BIDS_FOLDER[channel]
     folder.mkdir(parents=True, exist_ok=True)

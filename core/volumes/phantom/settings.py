@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 VERSION = 1  # increase it when the same settings give other brains
 SPACINGS = {2.0: (91, 109, 91), 4.0: (46, 55, 46), 8.0: (23, 28, 23)}
@@ -18,6 +18,16 @@ class PhantomSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Literal["ageing", "lesions"] = Field(
+        default="ageing",
+        description="ageing: healthy brains of all ages; lesions: half of them ill on one side, with a map of lesions",
+    )
+    rung: int | None = Field(
+        default=None,
+        ge=1,
+        le=5,
+        description="of kind lesions: 1, large and dark (the default), to 5, invisible",
+    )
     subjects: int = Field(default=96, ge=1, le=9999, description="how many brains")
     spacing: float = Field(default=4.0, description="voxel edge in mm: 2, 4 or 8")
     seed: int = Field(default=0, ge=0, description="another seed gives other brains")
@@ -31,12 +41,32 @@ class PhantomSettings(BaseModel):
         description="scanner sites, from mostly young to mostly old people",
     )
     channels: tuple[Channel, ...] = Field(
-        default=("stiffness",),
-        description="stiffness (kPa), t1w (units of each scanner), or stiffness,t1w",
+        default=None,
+        validate_default=True,
+        description="stiffness (kPa, the default), t1w (units of each scanner), or both; t1w alone of kind lesions",
     )
     sex_effect: float = Field(
         default=0.0, ge=-0.3, le=0.3, description="share by which women's brains are stiffer than men's"
     )
+
+    @field_validator("rung")
+    @classmethod
+    def _rung_of_lesions(cls, rung: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("kind") == "lesions":
+            return rung or 1
+        if rung is not None:
+            raise ValueError(f"rung cannot act with kind ageing, got {rung}; add kind lesions")
+        return None
+
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _channels_of_kind(cls, channels: object, info: ValidationInfo) -> object:
+        of_lesions = info.data.get("kind") == "lesions"
+        if channels is None:
+            return ("t1w",) if of_lesions else ("stiffness",)
+        if of_lesions and channels != ("t1w",):
+            raise ValueError("channels must be t1w with kind lesions, which are seen in no other")
+        return channels
 
     @field_validator("spacing")
     @classmethod
@@ -54,4 +84,8 @@ class PhantomSettings(BaseModel):
 
     def identity(self) -> dict[str, object]:
         """The settings as a cohort records them."""
-        return {"phantom": VERSION, **self.model_dump(mode="json")}
+        recorded = self.model_dump(mode="json")
+        if self.kind == "ageing":
+            # As before there were kinds: an ageing cohort of an older version is the same cohort.
+            del recorded["kind"], recorded["rung"]
+        return {"phantom": VERSION, **recorded}

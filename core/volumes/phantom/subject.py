@@ -36,7 +36,7 @@ from core.volumes.phantom.settings import SPACINGS
 from core.volumes.phantom.templates import Floats, Kind
 
 # Streams of random numbers.
-PERSON, SHAPE, STIFFNESS, TEXTURE, SITE, SCANNER, PATTERN = range(7)
+PERSON, SHAPE, STIFFNESS, TEXTURE, SITE, SCANNER, PATTERN, LESIONS = range(8)
 
 ANATOMICAL_AGE_SD = 6.0  # years by which a person's atrophy is ahead of or behind the median
 VENTRICLE_LOG_SD = 0.22  # beyond what goes with atrophy
