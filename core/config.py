@@ -38,9 +38,21 @@ def resolve(settings: Mapping[str, object]) -> RunSettings:
     name = task_of(settings)
     kind: type[RunSettings] = find_task(name).settings
     try:
-        return kind.model_validate({**settings, TASK: name})
+        return kind.model_validate({**_with_own_defaults(kind, settings), TASK: name})
     except ValidationError as error:
         raise UserError(_explain(error, name)) from None
+
+
+def _with_own_defaults(kind: type[RunSettings], settings: Mapping[str, object]) -> Settings:
+    """`settings` in which a block that names no choice, such as {"width": 0.25} of a model, is of the default one."""
+    whole = dict(settings)
+    for field, about in kind.model_fields.items():
+        given, default = settings.get(field), about.get_default(call_default_factory=True)
+        if isinstance(given, Mapping) and isinstance(default, BaseModel):
+            chosen = default.model_dump(mode="json")
+            if any(key in chosen and key not in given for key in DISCRIMINATORS):
+                whole[field] = chosen | dict(given)
+    return whole
 
 
 def task_of(settings: Mapping[str, object]) -> str:

@@ -1,31 +1,52 @@
-"""The example of the README: a loss added with one file and one line is a full member of the family."""
+"""The example of the README: a loss in a file of the user is a full member of the family, without any other change."""
 
 from __future__ import annotations
 
+import json
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
+from small_cohort import SMALL, write_small_cohort
 
+from core.files.python import defined_in
 from core.losses import LOSSES, build
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture
-def decoupled(monkeypatch):
-    """The README's code block, run as the module it says it is."""
+def example(tmp_path):
+    """The README's code block, as the file that it says it is."""
     text = README.read_text() if README.exists() else ""
-    block = re.search(r"```python\n(# core/losses/decoupled\.py\n.*?)```", text, re.DOTALL)
+    block = re.search(r"```python\n(# decoupled\.py.*?)```", text, re.DOTALL)
     if block is None:
-        pytest.skip("README.md has no core/losses/decoupled.py example")
-    module = types.ModuleType("core.losses.decoupled")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(block[1], module.__dict__)
-    monkeypatch.setitem(LOSSES, "decoupled", module.Decoupled)
+        pytest.skip("README.md has no example decoupled.py")
+    path = tmp_path / "decoupled.py"
+    path.write_text(block[1])
+    return path
+
+
+@pytest.fixture
+def decoupled(monkeypatch, example):
+    monkeypatch.setitem(LOSSES, "decoupled", defined_in(example, "Decoupled", "loss"))
+
+
+def test_train_takes_it_from_the_file(example, brainsweep):
+    write_small_cohort(example.parent / "cohort", subjects=30)
+    asked = ("train", example.parent / "cohort", "--task", f"{example}:DecoupledAge", "--folds", 3)
+    small = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    code, out, err = brainsweep(
+        *asked, *small, "--set", "objective.temperature=0.2", "--out", example.parent / "run"
+    )
+    assert code == 0, err
+    assert "validation MAE" in out
+    chosen = json.loads((example.parent / "run" / "run.json").read_text())["settings"]["objective"]
+    assert (chosen["name"], chosen["temperature"]) == ("decoupled", 0.2)
+    code, _, err = brainsweep(*asked, "--set", "objective.bin_width=3", "--out", example.parent / "other")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "objective.bin_width" in err
 
 
 def test_the_example_of_the_readme(decoupled):

@@ -81,7 +81,7 @@ class AgeProbeSettings(Frozen):
 class BrainAgeSettings(RunSettings):
     """The settings of brain age; the defaults are the published ones."""
 
-    task: Literal["brain_age"] = "brain_age"
+    task: str = "brain_age"
     views: ViewSettings = ViewSettings()
     model: ModelSettings = ResNetSettings()
     objective: ObjectiveSettings = Exponential()

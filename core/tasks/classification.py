@@ -92,7 +92,7 @@ class ProbeSettings(Frozen):
 class ClassificationSettings(RunSettings):
     """The settings of classification."""
 
-    task: Literal["classification"] = "classification"
+    task: str = "classification"
     data: ClassificationData = ClassificationData()
     views: ViewSettings = ViewSettings(count=1)
     model: ModelSettings = ResNetSettings()
