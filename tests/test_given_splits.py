@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from small_cohort import SMALL, write_small_cohort
 
 from core.errors import UserError
 from core.evaluation.splits import make_splits, splits_as_recorded, splits_by_column, splits_leaving_out
+from distributed.sweeps.request import SweepRequest
+from distributed.sweeps.resolve import splits_of, with_hash
 
 
 def people(count=60, seed=0):
@@ -163,3 +166,34 @@ def test_train_takes_the_splits_of_another_run(cohort, brainsweep):
         assert message in said
         assert said.count("\n") == 1
     assert not (cohort / "third").exists()
+
+
+def test_what_was_taken_from_another_run_is_kept_and_checked(tmp_path):
+    """The other run may go; a changed table of one's own is not taken for what it was."""
+    manifest = people()
+    (tmp_path / "other").mkdir()
+    first = make_splits(manifest, 3, 0.2, 7)
+    first.to_frame(manifest).to_csv(tmp_path / "other" / "splits.csv", index=False)
+    asked = SweepRequest(folds=3, splits_from=tmp_path / "other")
+    own = tmp_path / "splits.csv"
+    taken = splits_of(asked, manifest, "age", own)
+    assert parts_of(taken, manifest) == parts_of(first, manifest)
+    request = with_hash(asked, taken, manifest)
+    assert with_hash(SweepRequest(), taken, manifest) == SweepRequest()
+
+    shutil.move(tmp_path / "other" / "splits.csv", own)
+    again = splits_of(SweepRequest.model_validate(request.model_dump(mode="json")), manifest, "age", own)
+    assert parts_of(again, manifest) == parts_of(first, manifest)
+    with pytest.raises(UserError, match="there is no "):
+        splits_of(request, manifest, "age")
+
+    table = pd.read_csv(own)
+    in_fold = table["subject"] == table.query("role == 'fold 0'")["subject"].iloc[0]
+    table.assign(role=table["role"].mask(in_fold, "holdout")).to_csv(own, index=False)
+    with pytest.raises(UserError, match="is damaged: put it back from a backup"):
+        splits_of(request, manifest, "age", own)
+
+
+def test_a_nested_search_has_hold_outs_of_its_own():
+    with pytest.raises(UserError, match="--leave-out site cannot act: --outer 3 makes hold-outs of its own"):
+        splits_of(SweepRequest(outer=3, outer_fold=0, leave_out="site"), people(), "age")
