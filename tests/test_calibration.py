@@ -244,7 +244,7 @@ def test_the_ages_and_voxels_of_held_out_people_do_not_matter(tmp_path, monkeypa
     changes = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     before = write_small_cohort(tmp_path / "cohort")
     splits = make_splits(before.manifest, 2)
-    monkeypatch.setattr("distributed.sweeps.train_one.make_splits", lambda *_, **__: splits)
+    monkeypatch.setattr("distributed.sweeps.train_one.splits_of", lambda *_, **__: splits)
     made = []
     for name in ("before", "after"):
         run = tmp_path / name
