@@ -21,6 +21,8 @@ from core.task_description import BRAIN_AGE, TaskDescription
 
 ABSENT = "–"
 INTERVAL = "95 % interval"
+IN_A_TERMINAL = 3
+"""The metrics that a table of results has room for in a terminal."""
 SHOWN_FAILURES = 5
 SHOWN_SETTINGS = 7
 
@@ -224,7 +226,11 @@ def print_leaderboard(console: Console, record: RunRecord) -> None:
     unit = f" in {judged.unit}" if judged.unit else ""
     over = "; its interval over subjects" if record.task.interval != "none" else ""
     title = f"Held-out subjects ({judged.title}{unit}, mean ± SD over refit seeds{over})"
-    console.print(_rich(holdout_table(record.holdout, record.predictions, record.task), title, None))
+    table = holdout_table(record.holdout, record.predictions, record.task)
+    beyond = [record.task.metrics[name].title for name in record.task.shown[IN_A_TERMINAL:]]
+    console.print(_rich(table.drop(columns=beyond), title, None))
+    if beyond:
+        console.print(f"Also in the report: {', '.join(beyond)}.", highlight=False)
     console.print(verdict(record.predictions, record.task), style="bold", markup=False)
     if looked := after_a_look(record.about.looks):
         console.print(looked, style="bold", markup=False)
