@@ -15,6 +15,7 @@ import pytest
 from reference_resample import affine_of, rotation
 
 from core.errors import UserError
+from core.volumes.cohort.describe import describe
 from core.volumes.cohort.reader import Cohort
 from core.volumes.cohort.verify import verify
 from core.volumes.images.preprocess import Preprocessing
@@ -108,6 +109,8 @@ def test_a_clean_folder(tmp_path):
     assert description.preprocessing == SETTINGS.model_copy(update={"centre": "brain"}).settings
     assert description.source == str(source)
     assert not description.synthetic
+    # What leads back to the source, and where a volume lies, are no classes.
+    assert not [name for name in describe(report.cohort) if name.startswith("classes of")]
 
 
 def test_each_subject_keeps_its_own_voxels_and_its_place_in_mm(tmp_path):

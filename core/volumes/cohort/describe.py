@@ -71,10 +71,11 @@ def _classes(manifest: pd.DataFrame) -> dict[str, object]:
     found: dict[str, object] = {}
     for column in map(str, manifest.columns):
         if column in (*COLUMNS, "sex", "site", "split", "list", "fold") or column.startswith(
-            ("source_", "map_")
+            ("source_", "map_", "offset")
         ):
             continue
-        if manifest[column].map(type).isin([list]).any() or pd.api.types.is_float_dtype(manifest[column]):
+        is_list = manifest[column].map(lambda value: isinstance(value, list | np.ndarray)).any()
+        if is_list or pd.api.types.is_float_dtype(manifest[column]):
             continue
         values = manifest[column].replace("", pd.NA).dropna()
         if 2 <= values.nunique() <= MOST_CLASSES:
