@@ -8,7 +8,7 @@ about their labels). `best/` of a run also has `calibration.json`, if its task m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -169,21 +169,11 @@ def load_predictor(folder: Path, task: str | None = None) -> Predictor:
     return Predictor(settings, model, fitted, tuple(inputs["channels"]), intensity, facts, calibration)
 
 
-def prepare_files(
-    files: Sequence[Path], preprocessing: Preprocessing, masks: Sequence[Path] | None = None
-) -> npt.NDArray[np.float32]:
-    """Volumes (n, 1, X, Y, Z) of NIfTI files, prepared as the training cohort was, registration included.
-
-    `masks` are their brain masks, needed where the cohort was made with them. UserError names the file.
-    """
-    given = [None] * len(files) if masks is None else masks
-    return np.stack(
-        [prepare_file(file, preprocessing, mask).voxels for file, mask in zip(files, given, strict=True)]
-    )
-
-
 def prepare_file(file: Path, preprocessing: Preprocessing, mask: Path | None = None) -> PreparedScan:
-    """One NIfTI file as `prepare_files` prepares it, with its measures of quality."""
+    """One NIfTI file, prepared as the training cohort was (registration included), with its measures of quality.
+
+    `mask` is its brain mask, needed where the cohort was made with them. UserError names the file.
+    """
     scan = Scan(subject=file.name, images=(ImageFile(file),))
     return prepare_scan(scan if mask is None else replace(scan, mask=ImageFile(mask)), preprocessing)
 

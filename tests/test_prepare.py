@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from reference_resample import affine_of, rotation, trilinear
 
 from core.errors import UserError
-from core.inference import prepare_files
+from core.inference import prepare_file
 from core.volumes.images.preprocess import Preprocessing
 from core.volumes.ingest.prepare import prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
@@ -262,11 +262,11 @@ def test_rows_of_arrays_are_prepared_like_files(scan, tmp_path):
 
 def test_prediction_prepares_files_as_ingest_did(scan, tmp_path):
     mask = save(tmp_path / "mask.nii", (ball() > 100).astype(np.uint8))
-    for settings, masks in ((SETTINGS, None), (SETTINGS.model_copy(update={"mask": "file"}), [mask.path])):
+    for settings, masks in ((SETTINGS, None), (SETTINGS.model_copy(update={"mask": "file"}), mask.path)):
         expected = prepare_scan(replace(scan, mask=mask if masks else None), settings).voxels
-        np.testing.assert_array_equal(prepare_files([scan.images[0].path], settings, masks), expected[None])
+        np.testing.assert_array_equal(prepare_file(scan.images[0].path, settings, masks).voxels, expected)
     with pytest.raises(UserError, match="comes with no brain mask"):
-        prepare_files([scan.images[0].path], settings)
+        prepare_file(scan.images[0].path, settings)
 
 
 def test_settings_round_trip_and_equal_voxels_have_equal_hashes():

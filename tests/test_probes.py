@@ -13,13 +13,13 @@ from core.evaluation.probes import (
     ALPHAS,
     REFERENCE_ALPHAS,
     AgeProbe,
-    chosen_penalty,
     errors_without_each_subject,
     fit_age_probe,
     predictions_by_penalty,
     standardisation,
 )
 from core.tasks.brain_age import errors_of
+from core.tasks.penalties import best_place
 from core.tasks.task import JudgedCell
 
 
@@ -251,4 +251,4 @@ def test_cells_that_cannot_choose_for_each_other_choose_nothing() -> None:
     """Of one fold; or of two, where without the people of the one nobody is left for the probe of the other."""
     assert judge_together([judged(0, 0), judged(0, 1)]) == []
     assert judge_together([judged(0, 0, folds=1), judged(1, 0, folds=1)]) == []
-    assert chosen_penalty([np.arange(28.0), np.arange(28.0)[::-1] * 3]) == ALPHAS[-1]
+    assert best_place([np.arange(28.0), np.arange(28.0)[::-1] * 3]) == len(ALPHAS) - 1

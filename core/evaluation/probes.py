@@ -85,7 +85,7 @@ def fit_age_probe(
         ages_n: the ages (N,) at these scans in years.
         subjects_n: whose they are (N,); each of another subject if None.
         alphas: penalties to choose from.
-        penalty: the penalty to use, if it was chosen on people that the encoder does not know; see `chosen_penalty`.
+        penalty: the penalty to use, if it was chosen on people that the encoder does not know; see `Task.penalty_of`.
         reference: as published: penalties 0.01 to 100 on the embeddings as they are, by R² over five folds
             taken in the order of the rows (fewer when N is below 10); `alphas` is then not used.
 
@@ -147,20 +147,6 @@ def predictions_by_penalty(
     along_k = left_nk.T @ (root_n * (ages_n - mean_age))
     scores_mk = (unknown_md - centre_d) @ right_kd.T
     return np.stack([mean_age + scores_mk @ (spread_k / (spread_k**2 + alpha) * along_k) for alpha in alphas])
-
-
-def chosen_penalty(errors_cp: Sequence[Floats], alphas: Sequence[float] = ALPHAS) -> float:
-    """The penalty with the least error on people whom encoder and probe do not know.
-
-    An encoder fits the people that it was trained on, so their embeddings follow age too closely, and a penalty
-    chosen on them is too small. `python -m benchmarks.probe_penalty` has the figures.
-
-    Args:
-        errors_cp: for each of C cells the mean absolute error in years on its validation people, with every
-            penalty (P,).
-        alphas: the penalties (P,).
-    """
-    return float(alphas[int(np.argmin(np.mean(np.stack(errors_cp), axis=0)))])
 
 
 def errors_without_each_subject(

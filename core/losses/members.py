@@ -9,6 +9,7 @@ publication.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypedDict
 
@@ -51,16 +52,16 @@ OptionalNormalise = Annotated[
 ]
 
 
-class LossSettings(BaseModel):
+class LossSettings(BaseModel, ABC):
     """What the settings of every loss share: immutable, and only fields that can act."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: str
 
+    @abstractmethod
     def build(self, epochs: int | None = None) -> nn.Module:
         """The loss module; `epochs` fills in schedules that count epochs and were not told how many."""
-        raise NotImplementedError
 
 
 class SharedParts(TypedDict):
@@ -87,9 +88,9 @@ class PairwiseSettings(LossSettings):
         settings = self if epochs is None else _with_epochs(self, epochs)
         return PairwiseLoss(self.name, settings.parts())
 
+    @abstractmethod
     def parts(self) -> Parts:
         """The parts that these settings mean."""
-        raise NotImplementedError
 
     def shared(self) -> SharedParts:
         """The parts that the fields of every pairwise loss mean, by name."""
@@ -167,9 +168,9 @@ class PublishedSettings(PairwiseSettings):
         formula = self.formula()
         return formula if self.reference is None else RELEASES[self.reference].restore(formula)
 
+    @abstractmethod
     def formula(self) -> Parts:
         """The parts that the fields of this loss mean, before `Release.restore` changes what all losses share."""
-        raise NotImplementedError
 
 
 class KernelSettings(PublishedSettings):
