@@ -216,13 +216,13 @@ def splits_of(
     Raises:
         UserError: the subjects cannot be divided so.
     """
-    given = request.given_splits
-    is_sweep = isinstance(request, SweepRequest)
-    holdout, seed = (request.holdout, request.search_seed) if isinstance(request, SweepRequest) else (0.2, 0)
+    given, sweep = request.given_splits, request if isinstance(request, SweepRequest) else None
+    asked = sweep or SweepRequest()
+    holdout, seed = asked.holdout, asked.search_seed
     if len(given) > 1:
         raise UserError(f"{given[0]} and {given[1]} both say who is in which part; give one")
-    if given and isinstance(request, SweepRequest) and request.outer is not None:
-        raise UserError(f"{given[0]} cannot act: --outer {request.outer} makes hold-outs of its own")
+    if given and asked.outer is not None:
+        raise UserError(f"{given[0]} cannot act: --outer {asked.outer} makes hold-outs of its own")
     if request.folds_from is not None:
         return splits_by_column(manifest, request.folds_from, request.folds, holdout, seed, by)
     if request.leave_out is not None:
@@ -234,7 +234,7 @@ def splits_of(
         except FileNotFoundError:
             raise UserError(f"--splits-from {request.splits_from}: there is no {path}") from None
         splits = splits_as_recorded(manifest, recorded, request.folds, str(path))
-        if is_sweep and not splits.holdout.size:
+        if sweep is not None and not splits.holdout.size:
             raise UserError(f"--splits-from {request.splits_from}: nobody is held out there")
         if request.splits_hash not in (None, hash_of(splits, manifest)):
             raise UserError(f"{path} is damaged: put it back from a backup, or start a new run")

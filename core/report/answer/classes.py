@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -127,22 +129,29 @@ def confusion(people: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return pd.crosstab(people["truth"], people["predicted"]).reindex(index=names, columns=names, fill_value=0)
 
 
-def roc_in_words(record: RunRecord) -> str:
+def _of_held_out_people(words: Callable[[RunRecord, pd.DataFrame], str]) -> Callable[[RunRecord], str]:
+    """The words about a run that need the people of its hold-out, or the reason why there are none."""
+
+    @functools.wraps(words)
+    def of_record(record: RunRecord) -> str:
+        try:
+            return words(record, held_out_people(record))
+        except NothingToShow as reason:
+            return str(reason)
+
+    return of_record
+
+
+@_of_held_out_people
+def roc_in_words(record: RunRecord, people: pd.DataFrame) -> str:
     """The areas under the curves of the figure."""
-    try:
-        people = held_out_people(record)
-    except NothingToShow as reason:
-        return str(reason)
     winner = record.predictions[record.predictions["method"] == WINNER]
     return f"Sensitivity against 1 - specificity of {len(people)} people; macro AUC {pooled_auc(winner):.2f}."
 
 
-def confusion_in_words(record: RunRecord) -> str:
+@_of_held_out_people
+def confusion_in_words(record: RunRecord, people: pd.DataFrame) -> str:
     """The table of the figure."""
-    try:
-        people = held_out_people(record)
-    except NothingToShow as reason:
-        return str(reason)
     table = confusion(people, class_names(record.predictions))
     rows = (
         f"of {int(row.sum())} {name}: "
@@ -152,12 +161,9 @@ def confusion_in_words(record: RunRecord) -> str:
     return f"{'; '.join(rows)}."
 
 
-def reliability_in_words(record: RunRecord) -> str:
+@_of_held_out_people
+def reliability_in_words(record: RunRecord, people: pd.DataFrame) -> str:
     """How sure the predictions are, and how often they are right."""
-    try:
-        people = held_out_people(record)
-    except NothingToShow as reason:
-        return str(reason)
     sure, right = confidence(people)
     return (
         f"Mean probability of the predicted class {sure.mean():.2f}; a share of {right.mean():.2f} is right."
