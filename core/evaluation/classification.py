@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from core.evaluation import Floats, Names
@@ -11,6 +12,17 @@ from core.evaluation import Floats, Names
 Indices = npt.NDArray[np.int64]
 SMALLEST = 1e-6
 """A probability below this costs as much as this: a single prediction cannot make a mean infinite."""
+PROBABILITY = "p_"
+"""Before the name of a class: the column of its probability in a table of predictions."""
+
+
+def predicted_classes(predictions: pd.DataFrame) -> list[str]:
+    """The classes that have a column of probabilities, in the order of the columns."""
+    return [
+        str(name).removeprefix(PROBABILITY)
+        for name in predictions.columns
+        if str(name).startswith(PROBABILITY)
+    ]
 
 
 def classification_metrics(

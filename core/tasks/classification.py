@@ -27,7 +27,14 @@ from core.evaluation.class_probe import (
     read_probe,
     softmax,
 )
-from core.evaluation.classification import Indices, by_person, classification_metrics, log_losses
+from core.evaluation.classification import (
+    PROBABILITY,
+    Indices,
+    by_person,
+    classification_metrics,
+    log_losses,
+    predicted_classes,
+)
 from core.evaluation.logistic import fit_logistic_probe
 from core.evaluation.splits import Rows, Splits
 from core.lookup import did_you_mean
@@ -64,8 +71,6 @@ from core.tasks.task import (
 )
 from core.volumes.views import ViewSettings
 
-PROBABILITY = "p_"
-"""Before the name of a class: the column of its probability in a table of predictions."""
 MOST_CLASSES = 100
 UNKNOWN = ("", "n/a", "nan", "none")
 """What a table says where a class is not known."""
@@ -388,9 +393,7 @@ class Classification(Task[ClassificationSettings]):
 
     def measure(self, presented: pd.DataFrame, truth: Truth) -> dict[str, float | str]:
         """The metrics, and how many people of every class there are."""
-        names = [
-            str(name).removeprefix(PROBABILITY) for name in presented if str(name).startswith(PROBABILITY)
-        ]
+        names = predicted_classes(presented)
         facts: Facts = {"classes": cast(Any, names)}
         other = sorted({str(name) for name in truth.labels} - set(names))
         if other:

@@ -12,24 +12,13 @@ import pandas as pd
 from scipy import stats
 
 from core.evaluation import Floats
-from core.evaluation.classification import macro_auc
+from core.evaluation.classification import PROBABILITY, macro_auc, predicted_classes
 from core.report.answer.record import NothingToShow, RunRecord
 from core.run_names import WINNER
 
-PROBABILITY = "p_"
-"""Before the name of a class: the column of its probability in a table of predictions."""
 RESAMPLES = 2_000
 FEWEST_OF_A_CLASS = 5
 """Below this, an interval of an area under the ROC curve says more about these people than about others."""
-
-
-def class_names(predictions: pd.DataFrame) -> list[str]:
-    """The classes that have a column of probabilities, in the order of the columns."""
-    return [
-        str(name).removeprefix(PROBABILITY)
-        for name in predictions.columns
-        if str(name).startswith(PROBABILITY)
-    ]
 
 
 def of_people(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -37,13 +26,13 @@ def of_people(predictions: pd.DataFrame) -> pd.DataFrame:
 
     Of a person whose scans are of two classes there are two rows.
     """
-    columns = [f"{PROBABILITY}{name}" for name in class_names(predictions)]
+    columns = [f"{PROBABILITY}{name}" for name in predicted_classes(predictions)]
     of_text = predictions.assign(truth=predictions["truth"].astype(str))
     return of_text.groupby(["subject", "truth"], sort=True)[columns].mean().reset_index("truth")
 
 
 def _arrays(predictions: pd.DataFrame) -> tuple[Floats, npt.NDArray[np.int64]]:
-    names, people = class_names(predictions), of_people(predictions)
+    names, people = predicted_classes(predictions), of_people(predictions)
     probabilities_nk = people[[f"{PROBABILITY}{name}" for name in names]].to_numpy(float)
     known = {name: place for place, name in enumerate(names)}
     classes_n = np.array([known.get(name, -1) for name in people["truth"]], dtype=np.int64)
@@ -52,7 +41,7 @@ def _arrays(predictions: pd.DataFrame) -> tuple[Floats, npt.NDArray[np.int64]]:
 
 def pooled_auc(predictions: pd.DataFrame) -> float:
     """The macro AUC over these people, a person once; NaN without two classes among them."""
-    if predictions.empty or not class_names(predictions):
+    if predictions.empty or not predicted_classes(predictions):
         return math.nan
     return macro_auc(*_arrays(predictions))
 
@@ -63,7 +52,7 @@ def auc_interval(predictions: pd.DataFrame, level: float) -> tuple[float, float]
     NaN if a class has fewer than `FEWEST_OF_A_CLASS` people, or if everyone is ranked without a mistake: then no
     resample has one, and the interval would have no width.
     """
-    if predictions.empty or not class_names(predictions):
+    if predictions.empty or not predicted_classes(predictions):
         return math.nan, math.nan
     probabilities_nk, classes_n = _arrays(predictions)
     groups = [np.flatnonzero(classes_n == each) for each in range(probabilities_nk.shape[1])]
@@ -116,7 +105,7 @@ def held_out_people(record: RunRecord) -> pd.DataFrame:
         NothingToShow: the winner has no predictions of held-out subjects.
     """
     winner = record.predictions[record.predictions["method"] == WINNER]
-    names = class_names(winner)
+    names = predicted_classes(winner)
     if winner.empty or not names:
         raise NothingToShow("the winner has not been tried on the held-out subjects")
     people = of_people(winner)
@@ -152,7 +141,7 @@ def roc_in_words(record: RunRecord, people: pd.DataFrame) -> str:
 @_of_held_out_people
 def confusion_in_words(record: RunRecord, people: pd.DataFrame) -> str:
     """The table of the figure."""
-    table = confusion(people, class_names(record.predictions))
+    table = confusion(people, predicted_classes(record.predictions))
     rows = (
         f"of {int(row.sum())} {name}: "
         + ", ".join(f"{int(number)} taken for {other}" for other, number in row.items())

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from sklearn.metrics import roc_curve
 
-from core.report.answer.classes import PROBABILITY, class_names, confidence, confusion, held_out_people
+from core.evaluation.classification import PROBABILITY, predicted_classes
+from core.report.answer.classes import confidence, confusion, held_out_people
 from core.report.answer.record import RunRecord
 from core.report.figures.style import ACCENT, INK, MARKERS, MUTED, PAPER, SERIES, new_figure, styled
 
@@ -17,7 +18,7 @@ BINS = 5
 @styled
 def roc(record: RunRecord) -> Figure:
     """The ROC curve of every class against the rest, of the mean probabilities over refits (winner)."""
-    people, names = held_out_people(record), class_names(record.predictions)
+    people, names = held_out_people(record), predicted_classes(record.predictions)
     figure, axes = new_figure(4.3, width=4.8)
     axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)), label="chance")
     # Of two classes, one curve is the other one turned.
@@ -44,7 +45,7 @@ def roc(record: RunRecord) -> Figure:
 @styled
 def confusion_matrix(record: RunRecord) -> Figure:
     """How many people of every class are taken for every class; darker: a larger share of the class."""
-    people, names = held_out_people(record), class_names(record.predictions)
+    people, names = held_out_people(record), predicted_classes(record.predictions)
     table = confusion(people, names).to_numpy()
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     figure, axes = new_figure(1.4 + 0.5 * len(names), width=2.6 + 0.7 * len(names))
