@@ -17,9 +17,9 @@ from distributed.run import folder as folders
 from distributed.run.folder import open_run
 from distributed.sweeps import sweep as sweeps
 from distributed.sweeps import train_one as training
+from distributed.sweeps.launch import Launch
 from distributed.sweeps.nested import resume_run, run_or_resume
 from distributed.sweeps.request import ResumeRequest, SweepRequest, TrainRequest
-from distributed.sweeps.sweep import Launch
 from distributed.training.trial import Runner
 
 RATE = "optimiser.learning_rate"

@@ -107,8 +107,9 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Search for the best configuration, refit it, and look at the held-out subjects once."""
+    from distributed.sweeps.launch import Launch
     from distributed.sweeps.nested import run_nested, run_or_resume
-    from distributed.sweeps.sweep import Launch, run_sweep
+    from distributed.sweeps.sweep import run_sweep
 
     if resume and out is None:
         raise UserError("--resume needs --out RUN: the run that this command begins or continues")
@@ -128,7 +129,8 @@ def demo(
     from core.volumes.phantom.settings import PhantomSettings
     from distributed.run.quiet import quiet
     from distributed.sweeps.demo import measure_epoch, size_of, slots_here
-    from distributed.sweeps.sweep import Launch, run_sweep
+    from distributed.sweeps.launch import Launch
+    from distributed.sweeps.sweep import run_sweep
 
     quiet()
     console.print(f"synthetic brains in {cohort} …", highlight=False)

@@ -32,18 +32,11 @@ from distributed.run.quiet import quiet
 from distributed.run.trust import check_trusted
 from distributed.run.working_copy import address_of, bring_run, refuse_taken, run_as_typed
 from distributed.slots.cluster import connect
+from distributed.sweeps.launch import Launch, check_subjects, first_points, recorded, with_whole_grid
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import NO_CHANGES, as_request, resume_sweep
-from distributed.sweeps.sweep import (
-    Launch,
-    Shared,
-    check_subjects,
-    first_points,
-    recorded,
-    run_sweep,
-    with_whole_grid,
-)
+from distributed.sweeps.sweep import Shared, run_sweep
 from distributed.sweeps.train_one import resume_training
 
 

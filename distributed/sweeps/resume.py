@@ -29,10 +29,11 @@ from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID
 from distributed.search.study import carry_over, open_study, trials_begun
 from distributed.sweeps.baseline import baseline_finished
+from distributed.sweeps.launch import check_place, check_subjects
 from distributed.sweeps.looks import looks_of, tell_looks
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search, splits_of
-from distributed.sweeps.sweep import Shared, Sweep, check_place, check_subjects, held
+from distributed.sweeps.sweep import Shared, Sweep, held
 from search_spaces import fixed_by
 
 CHANGE = "--change-search"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 from optuna.trial import TrialState
-from pydantic import JsonValue
 from ray import tune
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
@@ -20,7 +19,7 @@ from core.files.writing import writing_to
 from core.report.answer.record import read_run
 from core.report.answer.tables import print_leaderboard
 from core.report.page import write_report
-from core.run_names import ENQUEUED, LABEL, MEMBER, PUBLISHED, REASON, SWEEP
+from core.run_names import LABEL, MEMBER, PUBLISHED, REASON, SWEEP
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import Volumes
@@ -39,7 +38,7 @@ from distributed.run.working_copy import (
     send,
 )
 from distributed.search.budget import Budget
-from distributed.search.population_methods import POPULATIONS, members_of
+from distributed.search.population_methods import POPULATIONS
 from distributed.search.samplers import GRID, grid_points, sampler_note
 from distributed.search.schedulers import make_scheduler, replay, spares
 from distributed.search.searcher import Proposals, StudySearch
@@ -52,8 +51,6 @@ from distributed.search.study import (
     open_study,
     owed_trial,
     progress_reader,
-    published_parameters,
-    read_points,
     running_trials,
 )
 from distributed.slots.cluster import check_shared, connect, fit_slots
@@ -64,31 +61,20 @@ from distributed.sweeps.display import Display, TensorBoard
 from distributed.sweeps.evolution import STATE, Evolution
 from distributed.sweeps.executor import Executor
 from distributed.sweeps.interruption import interruptible, resumable, stopped
+from distributed.sweeps.launch import (
+    Launch,
+    Points,
+    check_place,
+    check_subjects,
+    first_points,
+    recorded,
+    with_whole_grid,
+)
 from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import SweepRequest
-from distributed.sweeps.resolve import ResolvedSearch, judgement, resolve_search, splits_of, with_hash
+from distributed.sweeps.resolve import ResolvedSearch, judgement, resolve_search, with_hash
 from distributed.training.subjects import Subjects
 from distributed.training.trial import make_runner
-
-Points = Sequence[Mapping[str, object]]
-"""Configurations, each as the parameters of a point of the space."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a user begins a search."""
-
-    cohort: str | Path
-    """The folder or the URL of the cohort."""
-    request: SweepRequest
-    out: Path
-    """The folder of the run, which is made."""
-    address: str | None
-    """The address of a Ray cluster; this machine if None."""
-    console: Console
-    """Where to print the progress."""
-    enqueued: Path | None = None
-    """A YAML file with configurations to try after the published one."""
 
 
 @dataclass(frozen=True)
@@ -388,67 +374,8 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
         return sweep.begin().execute()
 
 
-def check_place(out: Path, request: SweepRequest) -> None:
-    """UserError if the run of a population is at an address."""
-    if address_of(out) and request.scheduler in POPULATIONS:
-        raise UserError(
-            f"--scheduler {request.scheduler} needs --out on storage that all nodes mount: its members begin from each "
-            "other's checkpoints"
-        )
-
-
-def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort) -> Splits:
-    """The splits of a request; UserError if the subjects cannot be split so, or can teach nothing."""
-    task, settings, manifest = search.task, search.settings, cohort.manifest
-    task.labels(settings, manifest)
-    splits = splits_of(request, manifest, task.balanced_by(settings))
-    task.check_cohort(settings, manifest, splits)
-    return splits
-
-
-def recorded(request: SweepRequest, search: ResolvedSearch) -> dict[str, JsonValue]:
-    """The request for run.json, with what it means where nothing was given."""
-    meant = {"space": request.space_name, "objectives": tuple(search.objectives)}
-    return request.model_copy(update=meant).model_dump(mode="json")
-
-
 @contextmanager
 def held(folder: RunFolder, console: Console) -> Iterator[None]:
     """Lock the folder of the run against other writers; if the run has an address, keep its files up to date."""
     with claim(folder.path, console), kept_up(folder.path, console):
         yield
-
-
-def first_points(search: ResolvedSearch, launch: Launch) -> dict[str, Points]:
-    """The points to try before the sampler is asked, by label: the published configuration, then those of the user."""
-    published = published_parameters(search.space, search.base)
-    if published is None:
-        launch.console.print(
-            "note: the starting settings lie outside this space; they are refitted, not searched"
-        )
-    own = read_points(launch.enqueued, search.space) if launch.enqueued else []
-    request = launch.request
-    members = members_of(request.trials, published is not None)
-    if request.scheduler in POPULATIONS and len(own) > members:
-        raise UserError(
-            f"{launch.enqueued} has {len(own)} configurations, and a population of {request.trials} trials has "
-            f"{members} members; give --trials {request.trials + len(own) - members} or more"
-        )
-    return {PUBLISHED: [published] if published is not None else [], ENQUEUED: own}
-
-
-def with_whole_grid(
-    request: SweepRequest, search: ResolvedSearch, first: Mapping[str, Points]
-) -> SweepRequest:
-    """`request`, for a grid with one trial for each point and those before; UserError if it asks for fewer trials."""
-    if request.sampler != GRID:
-        return request
-    grid = grid_points(search.space, request.grid_points, request.search_seed)
-    before = [point for points in first.values() for point in points if point not in grid]
-    needed = len(grid) + len(before)
-    if request.trials < needed:
-        raise UserError(
-            f"the grid has {len(grid)} points, {needed} trials with those before it, and --trials is {request.trials}; "
-            f"give --trials {needed}, fewer --grid-points, or --sampler qmc to spread fewer trials"
-        )
-    return request.model_copy(update={"trials": needed})
