@@ -7,6 +7,10 @@ page cache) in shuffled batches of 16, as torch tensors of the stored type. One 
 yardstick is "raw h5py": single volumes without batches. Ours compare every volume with its checksum (streaming and
 direct: at every read; resident: once); the others check nothing. Each contender runs `EPOCHS` epochs after a warm-up
 epoch. The contenders take turns several times; the table has the medians.
+
+A second table compares, in turns as well: what each source gives without maps and with one map beside every volume
+(bytes per second, because a map has as many as a volume), and what one slice across each axis takes of the time of a
+volume. Along X, Y and Z a slice is one piece of the file, 91 pieces, or single voxels all over it.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +36,11 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from core.volumes.cohort.moments import pooled_statistics
-from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.reader import Box, Boxes, Cohort
 from core.volumes.cohort.writer import CohortWriter
 from distributed.batches.hold import batches
 from distributed.batches.in_process import Direct, Volumes
-from distributed.batches.plan import Plan
+from distributed.batches.plan import Cut, Plan, Rows
 from distributed.batches.resident import Resident
 from distributed.batches.streaming import Streaming
 from distributed.slots.cluster import connect
@@ -45,6 +49,7 @@ SHAPE = (91, 109, 91)
 BATCH = 16
 EPOCHS = 5
 TRIALS = 4
+MAP = "dseg"
 # Values of float16.
 VALUES_PER_PAGE = 2048
 
@@ -76,12 +81,13 @@ def write_cohorts(folder: Path, volumes: int) -> dict[str, Cohort]:
         generator = np.random.default_rng(0)
         writer = CohortWriter(
             folder / storage, name="random", channels=("T1w",), shape=SHAPE, spacing=2.0, affine=np.eye(4),
-            synthetic=True, volumes_per_shard=32, storage=storage,
+            synthetic=True, volumes_per_shard=32, storage=storage, maps=(MAP,),
         )  # fmt: skip
         with writer:
             for row in range(volumes):
                 volume = generator.random((1, *SHAPE), dtype=np.float32)
-                writer.add(volume, subject=f"{row:04d}", age=float(20 + row % 60))
+                classes = (volume[0] * 4).astype(np.int16)
+                writer.add(volume, subject=f"{row:04d}", age=float(20 + row % 60), maps={MAP: classes})
         cohorts[storage] = Cohort.open(folder / storage)
     return cohorts
 
@@ -101,9 +107,15 @@ def loader(dataset: Dataset, workers: int, epochs: int) -> Batches:
         yield from made
 
 
-def ours(volumes: Volumes, rows: int, epochs: int) -> Batches:
-    """The volumes as a training worker gets them."""
-    return batches(volumes, Plan(np.arange(rows), BATCH, 0, range(1, epochs + 1)), torch.device("cpu"))
+def ours(
+    volumes: Volumes, rows: int, epochs: int, maps: Sequence[str] = (), cut: Cut | None = None
+) -> Iterator[torch.Tensor]:
+    """The volumes as a training worker gets them; of their `maps` one value per memory page is read here."""
+    plan = Plan(np.arange(rows), BATCH, 0, range(1, epochs + 1), cut=cut)
+    for batch in batches(volumes, plan, torch.device("cpu"), maps):
+        for several in batch.maps.values():
+            several.view(-1)[::VALUES_PER_PAGE].sum()
+        yield batch.volumes
 
 
 def rate_of(reading: Batches, volumes: int) -> float:
@@ -115,6 +127,48 @@ def rate_of(reading: Batches, volumes: int) -> float:
             started, seen = time.perf_counter(), 0
         seen += len(batch)
     return seen / (time.perf_counter() - started)
+
+
+class OneSlice:
+    """Of every scan one slice across an axis, another one in every pass."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+    def __call__(self, rows: Rows, number: int) -> Sequence[Boxes]:
+        """See `Cut`."""
+        at = np.random.default_rng((number, self.axis)).integers(0, SHAPE[self.axis], len(rows))
+        return [[self._box(int(place))] for place in at]
+
+    def _box(self, place: int) -> Box:
+        x, y, z = (
+            slice(place, place + 1) if axis == self.axis else slice(0, SHAPE[axis]) for axis in range(3)
+        )
+        return x, y, z
+
+
+def maps_and_slices(
+    cohorts: dict[str, Cohort], resident: Resident
+) -> dict[str, tuple[Callable[[], Batches], Callable[[], Batches]]]:
+    """By name what is compared: whole volumes alone, and beside them a map, or a slice of each instead."""
+    count, known, epochs = len(cohorts["hdf5"]), resident.known, EPOCHS + 1
+    with_map = Resident.of(cohorts["hdf5"], (MAP,))
+    sources: dict[str, tuple[Volumes, Volumes]] = {"resident": (resident, with_map)}
+    for storage, cohort in cohorts.items():
+        direct, streaming = Direct(cohort.address, known), Streaming(cohort.address, known)
+        sources |= {f"direct, {storage}": (direct, direct), f"streaming, {storage}": (streaming, streaming)}
+
+    def read(volumes: Volumes, *options: Any) -> Callable[[], Batches]:
+        return lambda: ours(volumes, count, epochs, *options)
+
+    pairs = {f"{name}, one map": (read(alone), read(more, (MAP,))) for name, (alone, more) in sources.items()}
+    for name, (alone, _) in sources.items():
+        if name != "streaming, parquet":
+            pairs |= {
+                f"{name}, a slice across {'XYZ'[axis]}": (read(alone), read(alone, (), OneSlice(axis)))
+                for axis in range(3)
+            }
+    return pairs
 
 
 def contenders(cohorts: dict[str, Cohort], resident: Resident) -> dict[str, Callable[[], Batches]]:
@@ -216,6 +270,32 @@ def main() -> None:
                 rates.setdefault(name, []).append(rate_of(start(), len(cohorts["hdf5"])))
                 gc.collect()
         print_table(rates, console)
+        compared = maps_and_slices(cohorts, resident)
+        pairs: dict[str, list[tuple[float, ...]]] = {name: [] for name in compared}
+        for _ in range(given.rounds):
+            for name, both in compared.items():
+                pairs[name].append(tuple(rate_of(start(), len(cohorts["hdf5"])) for start in both))
+                gc.collect()
+        print_pairs(pairs, console)
+
+
+def print_pairs(pairs: dict[str, list[tuple[float, ...]]], console: Console) -> None:
+    """Print the medians of both, and the median of their ratios in each round."""
+    table = Table(
+        "source",
+        "volumes/s",
+        "with it/s",
+        "by bytes",
+        "time of a slice / of a volume",
+        title="beside or instead",
+    )
+    for name, rounds in pairs.items():
+        alone, other = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ratio = statistics.median(two / one for one, two in rounds)
+        is_map = name.endswith("map")
+        figures = (f"{2 * ratio:.2f}", "") if is_map else ("", f"1/{ratio:.0f}")
+        table.add_row(name, f"{alone:,.0f}", f"{other:,.0f}", *figures)
+    console.print(table)
 
 
 def print_table(rates: dict[str, list[float]], console: Console) -> None:

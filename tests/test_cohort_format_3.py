@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from reference_resample import affine_of
 from test_shards import KINDS, SHAPE, label, volume
 
 from core.errors import UserError
+from core.volumes.cohort import reader
 from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.shards import read_compressed
 from core.volumes.cohort.verify import verify
 from core.volumes.cohort.writer import CohortWriter
 from core.volumes.images.preprocess import Preprocessing, grid_affine
@@ -62,13 +65,48 @@ def test_maps_that_are_there_are_read_and_the_others_are_named(tmp_path, storage
 def test_a_box_is_that_part_of_the_whole(tmp_path, storage, compression):
     cohort = write(tmp_path / "c", storage=storage, compression=compression)
     rows = [4, 0, 0, 3]
-    np.testing.assert_array_equal(cohort.read_stored(rows, box=BOX), cohort.read_stored(rows)[..., *BOX])
     np.testing.assert_array_equal(
-        cohort.read_map("dseg", rows, box=BOX), cohort.read_map("dseg", rows)[:, *BOX]
+        cohort.read_stored(rows, boxes=[BOX] * 4), cohort.read_stored(rows)[..., *BOX]
+    )
+    np.testing.assert_array_equal(
+        cohort.read_map("dseg", rows, boxes=[BOX] * 4), cohort.read_map("dseg", rows)[:, *BOX]
     )
     into = np.empty((4, 2, 3, 1, SHAPE[2]), dtype=np.float16)
-    assert cohort.read_stored(rows, out=into, box=BOX) is into
+    assert cohort.read_stored(rows, out=into, boxes=[BOX] * 4) is into
     np.testing.assert_array_equal(into, cohort.read_stored(rows)[..., *BOX])
+
+
+@pytest.mark.parametrize(("storage", "compression"), KINDS)
+def test_every_row_has_its_own_box_and_a_packed_volume_is_read_once_for_all_of_them(
+    tmp_path, storage, compression, monkeypatch
+):
+    cohort = write(tmp_path / "c", storage=storage, compression=compression)
+    rows = [4, 4, 4, 1, 0]
+    boxes = [(slice(0, 3), slice(at, at + 1), slice(2, 2 + 3)) for at in range(5)]
+    expected = np.stack(
+        [cohort.read_stored([row])[0][..., *box] for row, box in zip(rows, boxes, strict=True)]
+    )
+    read = []
+    monkeypatch.setattr(
+        reader, "read_compressed", lambda *given: read.append(given[3]) or read_compressed(*given)
+    )
+    np.testing.assert_array_equal(cohort.read_stored(rows, boxes=boxes), expected)
+    assert len(read) == (0 if compression == "none" else 3)
+    with pytest.raises(ValueError, match="4 boxes cannot be read from 5 rows"):
+        cohort.read_stored(rows, boxes=boxes[:4])
+
+
+def test_a_shard_that_was_written_anew_is_not_read_as_it_was(tmp_path):
+    """A mapped file that becomes shorter ends the process that reads beyond its end."""
+    cohort = write(tmp_path / "c")
+    shard = cohort.folder / "shards" / "00000.h5"
+    before = cohort.read_stored([0], boxes=[BOX])
+    content = shard.read_bytes()
+    os.truncate(shard, 300)
+    with pytest.raises(UserError, match="ends too early"):
+        cohort.read_stored([0], boxes=[BOX])
+    shard.write_bytes(content)
+    np.testing.assert_array_equal(cohort.read_stored([0], boxes=[BOX]), before)
 
 
 def test_a_shard_that_is_cut_off_is_named_when_a_box_is_read(tmp_path):
@@ -76,8 +114,8 @@ def test_a_shard_that_is_cut_off_is_named_when_a_box_is_read(tmp_path):
     shard = cohort.folder / "shards" / "00001.h5"
     shard.write_bytes(shard.read_bytes()[:300])
     with pytest.raises(UserError, match=r"00001\.h5.*ends too early"):
-        cohort.read_stored([2], box=BOX)
-    cohort.read_stored([0], box=BOX)
+        cohort.read_stored([2], boxes=[BOX])
+    cohort.read_stored([0], boxes=[BOX])
 
 
 @pytest.mark.parametrize("storage", ["hdf5", "parquet"])
@@ -95,7 +133,7 @@ def test_a_cohort_of_version_0_2_opens_in_place(tmp_path, storage):
     assert cohort.has_map("label").all()
     np.testing.assert_array_equal(cohort.read_map("label", rows), [label(row) for row in rows])
     np.testing.assert_array_equal(
-        cohort.read_map("label", rows, box=BOX), np.stack([label(row)[BOX] for row in rows])
+        cohort.read_map("label", rows, boxes=[BOX] * 4), np.stack([label(row)[BOX] for row in rows])
     )
     assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()} == before
 

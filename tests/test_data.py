@@ -48,7 +48,8 @@ def test_in_memory_and_direct_give_the_rows_asked_in_order(cohort):
 def test_batches_are_read_one_ahead_and_are_whole_when_they_are_given(cohort):
     volumes = Direct(cohort.address, moments_of(cohort))
     given = [
-        (batch.clone(), rows) for batch, rows in zip(batches(volumes, PLAN, CPU), PLAN.batches(), strict=True)
+        (batch.volumes.clone(), rows)
+        for batch, rows in zip(batches(volumes, PLAN, CPU), PLAN.batches(), strict=True)
     ]
     assert len(given) == 3 * 5
     for batch, rows in given:
@@ -60,17 +61,17 @@ def test_reading_ahead_passes_errors_on_and_stops_when_it_is_closed(cohort):
     read = []
 
     class Failing(InMemory):
-        def read(self, rows, out=None):
+        def read(self, rows, out=None, boxes=None):
             read.append(len(rows))
             if len(read) == 4:
                 raise UserError("damaged volume: shard x")
-            return super().read(rows, out)
+            return super().read(rows, out, boxes)
 
     volumes = Failing(InMemory.of(cohort).volumes, np.ones((24, 1), np.float32))
     with pytest.raises(UserError, match="damaged volume: shard x"):
-        list(read_ahead(volumes, PLAN.batches(), CPU))
+        list(read_ahead(volumes, PLAN.parts(), CPU))
     read.clear()
-    reading = read_ahead(volumes, PLAN.batches(), CPU)
+    reading = read_ahead(volumes, PLAN.parts(), CPU)
     next(reading)
     reading.close()
     assert len(read) == 2  # the one given, and the one ahead
@@ -176,5 +177,5 @@ def test_batches_on_a_gpu_are_those_of_the_disk(cohort):
     volumes = Direct(cohort.address, moments_of(cohort))
     device = torch.device("cuda")
     for batch, rows in zip(batches(volumes, PLAN, device), PLAN.batches(), strict=True):
-        assert batch.device.type == "cuda"
-        np.testing.assert_array_equal(batch.float().cpu().numpy(), cohort.read(rows))
+        assert batch.volumes.device.type == "cuda"
+        np.testing.assert_array_equal(batch.volumes.float().cpu().numpy(), cohort.read(rows))

@@ -11,16 +11,17 @@ import ray
 import torch
 from of_age import assign
 from ray._private.internal_api import memory_summary
-from small_cohort import SMALL, write_small_cohort
+from small_cohort import SIDE, SMALL, write_small_cohort
 
 from core.config import merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import make_splits
 from core.volumes.cohort.reader import Cohort
-from distributed.batches import streaming
+from distributed.batches import resident, streaming
 from distributed.batches.hold import batches
-from distributed.batches.in_process import InMemory, bytes_of_a_volume
+from distributed.batches.in_process import Direct, InMemory, bytes_of_a_volume
 from distributed.batches.plan import Plan
+from distributed.batches.resident import Resident
 from distributed.batches.streaming import Streaming
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner
@@ -65,8 +66,12 @@ def small_reads(cohorts, monkeypatch):
     monkeypatch.setattr(streaming, "READ_BYTES", 10 * bytes_of_a_volume(cohorts["hdf5"]))
 
 
+def moments_of(cohort):
+    return InMemory.of(cohort).moments(np.arange(len(cohort)))
+
+
 def streamed(cohort):
-    return Streaming(cohort.address, InMemory.of(cohort).moments(np.arange(len(cohort))))
+    return Streaming(cohort.address, moments_of(cohort))
 
 
 def threads(name):
@@ -95,7 +100,7 @@ class Slot:
     """Holds every CPU there is, as slots do, and trains on a stream."""
 
     def take(self, volumes, plan):
-        return [batch.numpy().copy() for batch in batches(volumes, plan, CPU)]
+        return [batch.volumes.numpy().copy() for batch in batches(volumes, plan, CPU)]
 
 
 @pytest.mark.parametrize("storage", ["hdf5", "parquet", "zstd"])
@@ -118,10 +123,71 @@ def test_a_stream_flows_in_a_slot_that_holds_every_cpu_and_keeps_the_plans_order
     ray.kill(slot)
 
 
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_maps_and_boxes_are_the_same_from_every_source(tmp_path, monkeypatch, compression, is_cut):
+    names = ("dseg", "lesion")
+    cohort = write_small_cohort(tmp_path / "cohort", compression=compression, maps=names)
+    having = np.flatnonzero(cohort.has_map("dseg"))
+    assert len(having) == 16
+    cut = slices if is_cut else None
+    plan = Plan(having, 5, seed=1, epochs=range(1, 4), cut=cut)
+    monkeypatch.setattr(resident, "BLOCK_BYTES", 5 * bytes_of_a_volume(cohort))
+    sources = [
+        InMemory.of(cohort, names), Direct(cohort.address, moments_of(cohort)), Resident.of(cohort, names),
+        streamed(cohort),
+    ]  # fmt: skip
+    assert len(sources[2].maps["lesion"].blocks) == 4  # of 16 maps, five each; none for scans without one
+    given = [[copied(batch) for batch in batches(each, plan, CPU, names)] for each in sources]
+    expected = list(plan.batches())
+    for several in given:
+        assert len(several) == len(expected) == 3 * 3
+    for at, rows in enumerate(expected):
+        whole = {"": cohort.read_stored(rows)} | {
+            name: cohort.read_map(name, rows)[:, None] for name in names
+        }
+        if is_cut:
+            boxes = slices(rows, at // 3 + 1)
+            whole = {
+                name: np.stack(
+                    [each[..., *box] for each, of_row in zip(array, boxes, strict=True) for box in of_row]
+                )
+                for name, array in whole.items()
+            }
+        for several in given:
+            np.testing.assert_array_equal(several[at][""], whole[""])
+            for name in names:
+                np.testing.assert_array_equal(several[at][name], whole[name][:, 0])
+    without = int(np.flatnonzero(~cohort.has_map("dseg"))[0])
+    with pytest.raises(UserError, match=f"sub-{without:03d} has no map 'dseg'"):
+        sources[1].read_map("dseg", np.array([without]))
+
+
+def test_a_stream_passes_on_that_a_scan_has_no_map(tmp_path):
+    cohort = write_small_cohort(tmp_path / "cohort", maps=("dseg",))
+    with pytest.raises(UserError, match=r"sub-\d+ has no map 'dseg'"):
+        list(batches(streamed(cohort), Plan(np.arange(24), 4, 0, range(1, 3)), CPU, ("dseg",)))
+
+
+def slices(rows, number):
+    """Two slices of every scan, others in every pass."""
+    return [[box_at((row + number) % SIDE), box_at((row * 5 + number) % SIDE)] for row in rows.tolist()]
+
+
+def box_at(place):
+    return (slice(0, SIDE), slice(place, place + 1), slice(2, SIDE))
+
+
+def copied(batch):
+    return {"": batch.volumes.numpy().copy()} | {
+        name: each.numpy().copy() for name, each in batch.maps.items()
+    }
+
+
 def test_a_stream_that_is_closed_early_leaves_no_execution_and_no_object(cohorts):
     before = shared_memory()
     stream = batches(streamed(cohorts["hdf5"]), Plan(np.arange(24), 4, 0, range(1, 10_000)), CPU)
-    kept = next(stream).clone()
+    kept = next(stream).volumes.clone()
     assert executors()
     stream.close()
     assert wait_until(lambda: not executors()), executors()

@@ -31,9 +31,9 @@ class Recorded:
     def __init__(self, volumes):
         self.volumes, self.rows = volumes, set()
 
-    def read(self, rows, out=None):
+    def read(self, rows, out=None, boxes=None):
         self.rows |= set(np.asarray(rows).tolist())
-        return self.volumes.read(rows, out)
+        return self.volumes.read(rows, out, boxes)
 
     def moments(self, rows):
         self.rows |= set(np.asarray(rows).tolist())

@@ -6,29 +6,40 @@ All implementations of `Volumes` give the same bytes for the same rows; they dif
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from core.volumes.cohort.moments import Moments, volume_moments
-from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.reader import Boxes, Cohort
 from distributed.batches.plan import Rows
 
 Stored = npt.NDArray[Any]
 """Volumes (n, C, X, Y, Z) in the type that the cohort stores."""
+Maps = npt.NDArray[np.int16]
+"""Maps of classes (n, X, Y, Z)."""
 
 
 class Volumes(Protocol):
-    """The volumes of a cohort, wherever they are."""
+    """The volumes of a cohort and its maps of classes, wherever they are."""
 
-    def read(self, rows: Rows, out: Stored | None = None) -> Stored:
+    def read(self, rows: Rows, out: Stored | None = None, boxes: Boxes | None = None) -> Stored:
         """The stored volumes (n, C, X, Y, Z) of `rows`, in their order; in `out` if it is given and this is faster.
+
+        With `boxes`, one for each row, only this part of them.
 
         Raises:
             UserError: a volume is damaged; the message names the shard, the row and the subject.
+        """
+
+    def read_map(self, name: str, rows: Rows, out: Maps | None = None, boxes: Boxes | None = None) -> Maps:
+        """The maps `name` (n, X, Y, Z) of `rows`, as `read` gives volumes.
+
+        Raises:
+            UserError: as `read`; or one of the scans has no such map.
         """
 
     def moments(self, rows: Rows) -> Moments:
@@ -41,16 +52,27 @@ class InMemory:
 
     volumes: Stored
     scales: npt.NDArray[np.float32]
+    maps: Mapping[str, Mapping[int, Maps]] = field(default_factory=dict)
+    """By name and row the maps (X, Y, Z)."""
 
     @classmethod
-    def of(cls, cohort: Cohort) -> InMemory:
-        """Read the whole cohort in its stored type."""
+    def of(cls, cohort: Cohort, maps: Sequence[str] = ()) -> InMemory:
+        """Read the whole cohort in its stored type, and these `maps` of the scans that have them."""
         rows = np.arange(len(cohort))
-        return cls(cohort.read_stored(rows), cohort.scales(rows))
+        having = {name: np.flatnonzero(cohort.has_map(name)) for name in maps}
+        held = {
+            name: dict(zip(several.tolist(), cohort.read_map(name, several), strict=True))
+            for name, several in having.items()
+        }
+        return cls(cohort.read_stored(rows), cohort.scales(rows), held)
 
-    def read(self, rows: Rows, out: Stored | None = None) -> Stored:
+    def read(self, rows: Rows, out: Stored | None = None, boxes: Boxes | None = None) -> Stored:
         """See `Volumes.read`."""
-        return gather([self.volumes[row] for row in rows], out)
+        return gather([self.volumes[row] for row in rows], out, boxes)
+
+    def read_map(self, name: str, rows: Rows, out: Maps | None = None, boxes: Boxes | None = None) -> Maps:
+        """See `Volumes.read_map`; only maps that are held, of scans that have one."""
+        return gather([self.maps[name][row] for row in rows.tolist()], out, boxes)
 
     def moments(self, rows: Rows) -> Moments:
         """See `Volumes.moments`."""
@@ -65,21 +87,26 @@ class Direct:
     known: Moments
     """Moments (rows, C, 3) of the whole cohort."""
 
-    def read(self, rows: Rows, out: Stored | None = None) -> Stored:
+    def read(self, rows: Rows, out: Stored | None = None, boxes: Boxes | None = None) -> Stored:
         """See `Volumes.read`."""
-        return opened(self.address).read_stored(rows, out=out)
+        return opened(self.address).read_stored(rows, out=out, boxes=boxes)
+
+    def read_map(self, name: str, rows: Rows, out: Maps | None = None, boxes: Boxes | None = None) -> Maps:
+        """See `Volumes.read_map`."""
+        return opened(self.address).read_map(name, rows, out=out, boxes=boxes)
 
     def moments(self, rows: Rows) -> Moments:
         """See `Volumes.moments`."""
         return self.known[rows]
 
 
-def gather(volumes: Sequence[Stored], out: Stored | None = None) -> Stored:
-    """The `volumes` as one array (n, C, X, Y, Z), in `out` if given: new memory pages cost more than the copy."""
+def gather(whole: Sequence[Stored], out: Stored | None = None, boxes: Boxes | None = None) -> Stored:
+    """The arrays as one, in `out` if given: new memory pages cost more than the copy. With `boxes` their parts."""
+    parts = whole if boxes is None else [each[..., *box] for each, box in zip(whole, boxes, strict=True)]
     if out is None:
-        return np.stack(volumes)
-    for place, volume in enumerate(volumes):
-        np.copyto(out[place], volume)
+        return np.stack(parts)
+    for place, part in enumerate(parts):
+        np.copyto(out[place], part)
     return out
 
 
@@ -93,6 +120,17 @@ def read_with_moments(cohort: Cohort, rows: Rows) -> tuple[Stored, Moments]:
 def bytes_of_a_volume(cohort: Cohort) -> int:
     """Bytes of one stored volume."""
     return np.dtype(cohort.description.dtype).itemsize * int(np.prod(cohort.volume_shape))
+
+
+def bytes_of_a_map(cohort: Cohort) -> int:
+    """Bytes of one stored map."""
+    return np.dtype(np.int16).itemsize * int(np.prod(cohort.description.shape))
+
+
+def bytes_of_a_cohort(cohort: Cohort, maps: Sequence[str] = ()) -> int:
+    """Bytes of all its volumes, and of these `maps`."""
+    of_maps = sum(int(cohort.has_map(name).sum()) for name in maps) * bytes_of_a_map(cohort)
+    return bytes_of_a_volume(cohort) * len(cohort) + of_maps
 
 
 @functools.lru_cache(maxsize=4)

@@ -7,17 +7,41 @@ last batch that has fewer subjects than workers joins the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-Rows = npt.NDArray[np.int64]
+from core.volumes.cohort.reader import Boxes
 
-READS = pa.schema([("epoch", pa.int64()), ("rows", pa.list_(pa.int64())), ("sizes", pa.list_(pa.int64()))])
-"""One line per read: the rows of several consecutive batches, and the number of rows in each batch."""
+Rows = npt.NDArray[np.int64]
+Cut = Callable[[Rows, int], Sequence[Boxes]]
+"""(rows (n,), pass) -> for each row the k boxes that are read of it, all of one shape. A pure function that can be
+pickled: the same scan gives the same boxes in the same pass, in whatever batch and process."""
+
+READS = pa.schema(
+    [
+        ("epoch", pa.int64()),
+        ("rows", pa.list_(pa.int64())),
+        ("sizes", pa.list_(pa.int64())),
+        ("boxes", pa.list_(pa.int64())),
+    ]
+)
+"""One line per read: what is read for several consecutive batches. `rows` stands as often as a scan has boxes; `sizes`
+counts the rows of each batch; `boxes` has the first voxel of each row's box and the one behind its last, along X, Y and
+Z: 6 numbers, and none where whole volumes are read."""
+
+
+class Part(NamedTuple):
+    """What is read for one batch."""
+
+    rows: Rows
+    """(n,); the row of a scan of which k boxes are read stands k times, side by side."""
+    boxes: Boxes | None = None
+    """The part of each of them that is read; all of it if None."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,8 @@ class Plan:
     batches_per_epoch: int | None = None
     """If the length of a training is given in steps, an epoch is so many batches of one pass over the rows after the
     other."""
+    cut: Cut | None = None
+    """The boxes that are read of every scan; whole volumes if None."""
 
     def epoch(self, epoch: int) -> list[Rows]:
         """This worker's part of every batch of `epoch`, in order."""
@@ -70,19 +96,56 @@ class Plan:
         for epoch in self.epochs:
             yield from self.epoch(epoch)
 
+    def parts_of(self, epoch: int) -> list[Part]:
+        """What this worker reads for every batch of `epoch`, in order."""
+        if self.cut is None:
+            return [Part(rows) for rows in self.epoch(epoch)]
+        return [
+            _part(rows, self.cut(rows, number))
+            for rows, number in zip(self.epoch(epoch), self.passes(epoch), strict=True)
+        ]
+
+    def parts(self) -> Iterator[Part]:
+        """What this worker reads for every batch of all epochs, in order."""
+        for epoch in self.epochs:
+            yield from self.parts_of(epoch)
+
     def reads(self, epoch: int, rows_per_read: int) -> pa.Table:
         """The batches of `epoch`, one line per read (`READS`); as many batches per read as fit into `rows_per_read`."""
-        batches = self.epoch(epoch)
-        sizes = np.array([len(batch) for batch in batches])
+        parts = self.parts_of(epoch)
+        sizes = np.array([len(part.rows) for part in parts])
         together = max(1, rows_per_read // int(sizes.max()))
-        first_batch = np.append(np.arange(0, len(batches), together), len(batches))
+        first_batch = np.append(np.arange(0, len(parts), together), len(parts))
         first_row = np.append(0, np.cumsum(sizes))[first_batch]
+        edges = [
+            edge
+            for part in parts
+            for box in part.boxes or ()
+            for cut in box
+            for edge in (cut.start, cut.stop)
+        ]
         columns = [
             pa.array(np.full(len(first_batch) - 1, epoch)),
-            pa.ListArray.from_arrays(first_row, np.concatenate(batches)),
+            pa.ListArray.from_arrays(first_row, np.concatenate([part.rows for part in parts])),
             pa.ListArray.from_arrays(first_batch, sizes),
+            pa.ListArray.from_arrays(first_row * 6 if edges else first_row * 0, pa.array(edges, pa.int64())),
         ]
         return pa.table(columns, schema=READS)
+
+
+def boxes_of(edges: Sequence[int]) -> Boxes | None:
+    """The boxes whose `edges` are a line of `READS`; None if whole volumes are read."""
+    if not edges:
+        return None
+    by_axis = [slice(*edges[at : at + 2]) for at in range(0, len(edges), 2)]
+    return [(by_axis[at], by_axis[at + 1], by_axis[at + 2]) for at in range(0, len(by_axis), 3)]
+
+
+def _part(rows: Rows, boxes: Sequence[Boxes]) -> Part:
+    counts = {len(several) for several in boxes}
+    if len(counts) != 1:
+        raise ValueError(f"every scan needs the same number of boxes, got {sorted(counts)}")
+    return Part(np.repeat(rows, counts.pop()), [box for several in boxes for box in several])
 
 
 def epoch_batches(

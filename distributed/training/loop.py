@@ -26,7 +26,7 @@ from core.tasks.task import Judging, Observed, Outcome, Step
 from core.volumes.cohort.moments import pooled_statistics
 from core.volumes.images.preprocess import IntensityStatistics, normalise
 from distributed.batches.hold import Batches, batches, read_ahead
-from distributed.batches.plan import Plan, Rows, chunks, share
+from distributed.batches.plan import Part, Plan, Rows, chunks, share
 from distributed.run.assignment import Cell, EpochRow
 from distributed.training.batch_norm import synchronise_batch_norm
 from distributed.training.subjects import Labelled, Place, Subjects
@@ -163,7 +163,7 @@ class CellTraining(CellData):
             if is_first:
                 self.optimiser.zero_grad(set_to_none=True)
                 self._warm_up(index // together, math.ceil(len(ordered) / together), rate)
-            step = self._gradients(rows, next(self._reading), passed, progress, of_step)
+            step = self._gradients(rows, next(self._reading).volumes, passed, progress, of_step)
             if is_last:
                 self._take_step()
             losses.append(step.loss.detach())
@@ -304,13 +304,12 @@ class CellTraining(CellData):
         """What the model sees in `rows` without augmentation, in evaluation mode; every worker computes a part."""
         self.trained.eval()
         mine: dict[str, list[np.ndarray]] = {}
-        parts = list(
-            chunks(share(rows, self.place.rank, self.place.workers), self.settings.training.batch_size)
-        )
+        mine_only = share(rows, self.place.rank, self.place.workers)
+        parts = [Part(part) for part in chunks(mine_only, self.settings.training.batch_size)]
         reading = read_ahead(self.subjects.volumes, parts, self.place.device)
-        for part, stored in zip(parts, reading, strict=True):
+        for part, read in zip(parts, reading, strict=True):
             with autocast(self.settings, self.place.device):
-                seen = self.task.observe(self.settings, self.model, self.prepare(part, stored))
+                seen = self.task.observe(self.settings, self.model, self.prepare(part.rows, read.volumes))
             for name, values in seen.items():
                 mine.setdefault(name, []).append(values.float().cpu().numpy())
         outputs = _gather(mine, self.place)

@@ -37,6 +37,7 @@ from core.volumes.cohort.shards import (
     checksum,
     kept_as,
     map_column,
+    mapped,
     read_compressed,
     read_pieces,
 )
@@ -53,6 +54,8 @@ Rows = Sequence[int] | npt.NDArray[np.int64]
 """Rows of the manifest, (n,)."""
 Box = tuple[slice, slice, slice]
 """A part of the grid: the voxels along X, Y and Z."""
+Boxes = Sequence[Box]
+"""For each row the part of it that is read; all of one shape."""
 Spacing = float | tuple[float, float, float]
 """Edges of a voxel in mm: one number if all are equal."""
 
@@ -216,29 +219,28 @@ class Cohort:
         *,
         verify: bool = True,
         out: StoredVoxels | None = None,
-        box: Box | None = None,
+        boxes: Boxes | None = None,
     ) -> StoredVoxels:
         """As `read`, but (n, C, X, Y, Z) in the stored type; multiplied by `scales` they are what `read` returns.
 
-        They are written into `out` if given: memory that was used before is twice as fast as new pages. With `box` only
-        this part of the grid is read from plain shards; no checksum can be compared then.
+        They are written into `out` if given: memory that was used before is twice as fast as new pages. With `boxes`
+        only this part of each volume is read from plain shards; no checksum can be compared then. From other shards a
+        volume is read once for all its boxes, if its rows stand side by side.
         """
-        column, wanted = self._volumes, self._checked(rows)
-        if box is not None:
-            return self._read_box(column, wanted, box, out)
-        shape = (len(wanted), *column.shape)
-        stored = np.empty(shape, dtype=column.dtype) if out is None else out
-        if stored.shape != shape or stored.dtype != column.dtype:
-            raise ValueError(f"out must be {column.dtype} {shape}, got {stored.dtype} {stored.shape}")
-        self._read_into(stored, column, wanted, verify)
-        return stored
+        return self._read_column(self._volumes, self._checked(rows), verify, out, boxes)
 
     def has_map(self, name: str) -> npt.NDArray[np.bool_]:
         """Which rows (N,) of the manifest have the map `name`; UserError if the cohort has none of this name."""
         return np.array([bool(each) for each in self._map(name).checksum], dtype=bool)
 
     def read_map(
-        self, name: str, rows: Rows, *, verify: bool = True, box: Box | None = None
+        self,
+        name: str,
+        rows: Rows,
+        *,
+        verify: bool = True,
+        out: npt.NDArray[np.int16] | None = None,
+        boxes: Boxes | None = None,
     ) -> npt.NDArray[np.int16]:
         """The maps of classes `name`, (n, X, Y, Z) int16, of `rows`, as `read_stored` reads volumes.
 
@@ -250,11 +252,7 @@ class Cohort:
         if absent:
             subject = self.manifest["subject"].iloc[absent[0]]
             raise UserError(f"{shown(self.location)}: {subject} has no map '{name}'")
-        if box is not None:
-            return cast("npt.NDArray[np.int16]", self._read_box(column, wanted, box, None))
-        maps = np.empty((len(wanted), *column.shape), dtype=np.int16)
-        self._read_into(maps, column, wanted, verify)
-        return maps
+        return cast("npt.NDArray[np.int16]", self._read_column(column, wanted, verify, out, boxes))
 
     def scales(self, rows: Rows) -> npt.NDArray[np.float32]:
         """Factors (n, C) from stored to real values: 1, except for int16 volumes that were not whole numbers."""
@@ -309,36 +307,56 @@ class Cohort:
     def _maps(self) -> dict[str, _Column]:
         return {}
 
-    def _read_box(
-        self, column: _Column, wanted: npt.NDArray[np.int64], box: Box, out: StoredVoxels | None
+    def _read_column(
+        self,
+        column: _Column,
+        wanted: npt.NDArray[np.int64],
+        verify: bool,
+        out: StoredVoxels | None,
+        boxes: Boxes | None,
     ) -> StoredVoxels:
-        """A part of every row: from plain shards its own bytes alone, otherwise cut out of the whole."""
-        whole = column.shape
-        shape = (
-            len(wanted),
-            *whole[:-3],
-            *(len(range(*cut.indices(side))) for cut, side in zip(box, whole[-3:], strict=True)),
-        )
-        made = np.empty(shape, dtype=column.dtype) if out is None else out
-        if column.offset is None or is_url(self.location):
-            stored = np.empty((1, *whole), dtype=column.dtype)
-            for place in range(len(wanted)):
-                self._read_into(stored, column, wanted[place : place + 1], verify=True)
-                made[place] = stored[0][..., *box]
-            return made
+        cut = column.shape if boxes is None else (*column.shape[:-3], *shape_of(boxes, column.shape[-3:]))
+        shape = (len(wanted), *cut)
+        if boxes is not None and len(boxes) != len(wanted):
+            raise ValueError(f"{len(boxes)} boxes cannot be read from {len(wanted)} rows")
+        stored = np.empty(shape, dtype=column.dtype) if out is None else out
+        if stored.shape != shape or stored.dtype != column.dtype:
+            raise ValueError(f"out must be {column.dtype} {shape}, got {stored.dtype} {stored.shape}")
+        if boxes is None:
+            self._read_into(stored, column, wanted, verify)
+        elif column.offset is None or is_url(self.location):
+            self._cut_out(stored, column, wanted, boxes)
+        else:
+            self._read_boxes(stored, column, wanted, boxes)
+        return stored
+
+    def _cut_out(
+        self, stored: StoredVoxels, column: _Column, wanted: npt.NDArray[np.int64], boxes: Boxes
+    ) -> None:
+        """Fill `stored` with boxes of whole volumes, each of which is read once while its row stays the same."""
+        whole = np.empty((1, *column.shape), dtype=column.dtype)
+        for place, (row, box) in enumerate(zip(wanted, boxes, strict=True)):
+            if place == 0 or row != wanted[place - 1]:
+                self._read_into(whole, column, wanted[place : place + 1], verify=True)
+            stored[place] = whole[0][..., *box]
+
+    def _read_boxes(
+        self, stored: StoredVoxels, column: _Column, wanted: npt.NDArray[np.int64], boxes: Boxes
+    ) -> None:
+        """Fill `stored` with boxes of plain shards, of which only the pages are read in which a box lies."""
+        assert column.offset is not None
+        offsets, size = column.offset[wanted].tolist(), math.prod(column.shape) * column.kept.itemsize
         for shard, places in self._by_shard(wanted):
             try:
-                content = np.memmap(self.folder / SHARDS / shard, dtype=np.uint8, mode="r")
+                content = mapped(self.folder / SHARDS / shard)
                 for place in places:
-                    begin = int(column.offset[wanted[place]])
-                    size = math.prod(whole) * column.kept.itemsize
-                    if begin < 0 or begin + size > len(content):
+                    if not 0 <= offsets[place] <= len(content) - size:
                         raise EOFError("the file ends too early")
-                    made[place] = content[begin : begin + size].view(column.kept).reshape(whole)[..., *box]
+                    whole = np.ndarray(column.shape, column.kept, content, offsets[place])
+                    stored[place] = whole[..., *boxes[place]]
             except _DAMAGE as error:
                 reason = "the file is missing" if isinstance(error, FileNotFoundError) else str(error)
                 raise self._damaged(wanted[places[0]], reason.splitlines()[0]) from error
-        return made
 
     def _column(
         self, name: str, shape: tuple[int, ...], dtype: StoredType, checksums: str, offsets: str
@@ -415,6 +433,13 @@ class Cohort:
         return UserError(
             f"damaged volume: shard {shard}, row {row}, subject {subject}: {reason}; make the cohort again"
         )
+
+
+def shape_of(boxes: Boxes, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Voxels along X, Y and Z of the first of `boxes` on a grid (X, Y, Z); the whole grid if there is none."""
+    if not boxes:
+        return grid
+    return tuple(len(range(*cut.indices(side))) for cut, side in zip(boxes[0], grid, strict=True))
 
 
 def scale_column(channel: str) -> str:

@@ -6,7 +6,9 @@ offset, so reading a volume is one `seek` and one `readinto`, without a library 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import mmap
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,6 +147,24 @@ def read_pieces(
         if values is not target:
             target[:] = values
         yield
+
+
+def mapped(path: Path) -> memoryview:
+    """The content of a file as memory of this process; its pages are read when they are used.
+
+    The files used last stay mapped, because mapping one takes longer than reading a slice. One that has changed, or
+    has become shorter, is mapped anew; beyond the end of a file the memory does not exist.
+    """
+    found = path.stat()
+    return _mapped(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=128)
+def _mapped(path: Path, size: int, changed: int) -> memoryview:
+    with path.open("rb") as file:
+        return (
+            memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
+        )
 
 
 def read_compressed(
