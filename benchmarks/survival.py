@@ -287,7 +287,7 @@ def _marked(mark: str) -> list[tuple[int, str]]:
     return found
 
 
-WHOLE = {"trials": TRIALS, "complete": TRIALS, "visited as planned": TRIALS, "refits": 3, "report": True}
+WHOLE = {"trials": TRIALS, "complete": TRIALS, "visited as planned": TRIALS, "refits": 4, "report": True}
 
 
 def complete(run: Path) -> dict[str, Any]:
