@@ -109,6 +109,35 @@ class Look(_Part):
         return f"{self.when[:16].replace('T', ' ')} UTC{known}"
 
 
+class LeakCheck(_Part):
+    """Whether the weights that a run starts from know people whom the run judges."""
+
+    start: str
+    """NAME#HASH."""
+    judged: int
+    """How many subjects the run judges, in its folds and its hold-out."""
+    seen: tuple[str, ...] | None = None
+    """The ids of those whom the start was trained on; None if nobody knows whom it was trained on."""
+    alike: int = 0
+    """How many others have an id that the start knows from another data set."""
+
+    def in_words(self) -> str:
+        """One sentence."""
+        if self.seen is None:
+            return f"Whom {self.start} was trained on is unknown, so it may know people whom it is judged on."
+        if self.seen:
+            return (
+                f"{self.start} was trained on {len(self.seen)} of the {self.judged} people whom it is judged on: its "
+                "results are too good."
+            )
+        alike = (
+            f" {self.alike} of them have the id of somebody in another data set that it knows."
+            if self.alike
+            else ""
+        )
+        return f"{self.start} was trained on none of the {self.judged} people whom it is judged on.{alike}"
+
+
 class RunDescription(_Part):
     """The content of run.json."""
 
@@ -118,6 +147,8 @@ class RunDescription(_Part):
     """The command as it was typed."""
     created: str = ""
     """ISO 8601, UTC."""
+    leaks: tuple[LeakCheck, ...] = ()
+    """Of every start."""
     begun: bool = True
     """False until the splits and the first points of a sweep are written."""
     finished: str | None = None

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from core.models.weights import Freeze, Take
 from core.schedules import ByKind, Number, Pieces, Piecewise, Schedule, Step
 
 
@@ -167,10 +168,41 @@ class TrainingSettings(Frozen):
         )
 
 
+class BeginSettings(Frozen):
+    """Which weights a training starts from, what is taken of them, and how that part is trained further."""
+
+    weights: str | None = Field(
+        None,
+        description="a RUN, a .safetensors or a PyTorch file; random weights if absent. A run keeps a copy under "
+        "NAME#HASH",
+    )
+    take: Take = Field("encoder", description="the parts of the model that start from these weights")
+    rename: tuple[Annotated[str, Field(pattern="^[^=]*=[^=]*$")], ...] = Field(
+        (), description="THEIRS=OURS: what names in the file begin with, and what they are to begin with here"
+    )
+    freeze: Freeze = Field(
+        "none", description="parts that are not trained; their batch norm keeps its statistics"
+    )
+    thaw: float | None = Field(
+        None, gt=0, lt=1, description="progress after which frozen parts are trained, too; never if absent"
+    )
+    rate: float = Field(1.0, gt=0, description="factor on the learning rate of the encoder")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on it from each layer of the encoder to the one before"
+    )
+
+    @model_validator(mode="after")
+    def _acts(self) -> BeginSettings:
+        if self.thaw is not None and self.freeze == "none":
+            raise ValueError(f"thaw={self.thaw:g} cannot act where nothing is frozen; set freeze, too")
+        return self
+
+
 class RunSettings(Frozen):
     """One configuration: what a trial trains, on any fold and seed. A task adds its blocks, and says its name."""
 
     task: str
+    begin: BeginSettings = BeginSettings()
     data: DataSettings = DataSettings()
     optimiser: OptimiserSettings = AdamSettings()
     training: TrainingSettings = TrainingSettings()

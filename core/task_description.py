@@ -69,6 +69,8 @@ class TaskDescription(_Part):
     rival: Rival | None = None
     voxels: Rival | None = None
     """The classical baseline on the voxels themselves, if what the task fits on embeddings can be fitted on them."""
+    starts: tuple[Rival, ...] = ()
+    """Of a run that compares starts: the best trial of each. Known for a run."""
     nothing_found: str = ""
     """What follows if no method beats the floor: `age has not been found in these images`."""
     caveats: tuple[str, ...] = ()
@@ -91,7 +93,8 @@ class TaskDescription(_Part):
     @property
     def refitted(self) -> dict[str, str]:
         """The folders of the refits of a run, and the method in each of them."""
-        return REFITTED | {each.folder: each.method for each in (self.rival, self.voxels) if each is not None}
+        others = (self.rival, self.voxels, *self.starts)
+        return REFITTED | {each.folder: each.method for each in others if each is not None}
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -103,7 +106,7 @@ class TaskDescription(_Part):
     def in_words(self) -> dict[str, str]:
         """The methods in a sentence."""
         words = {WINNER: "the search winner", PUBLISHED: "the published configuration"}
-        others = (self.rival, self.voxels, self.floor)
+        others = (self.rival, self.voxels, *self.starts, self.floor)
         return words | {each.method: each.words for each in others if each is not None}
 
     def objective(self, name: str) -> Metric:

@@ -29,6 +29,7 @@ DRAWN_WITH = {
     "core.inference": "core.tasks",
     "core.objectives": "core.evaluation",
     "core.run_settings": "core.config",
+    "core.starts": "core.tasks",
     "core.task_description": "core.run_description",
     "core.run_access": "core.run_description",
     "core.run_names": "core.run_description",

@@ -9,15 +9,18 @@ This is a package of brainsweep.
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
 
 import optuna
 
-from core.config import Settings, flatten, read_settings, with_absent
+from core.config import TASK, Settings, flatten, read_settings, with_absent
 from core.files.python import defined_in, file_of
 from core.lookup import look_up
+from core.tasks import ENTRY_POINTS
 from search_spaces import brain_age, classification, points
 from search_spaces.points import Space, is_under
 
@@ -39,11 +42,25 @@ def load_space(name: str) -> tuple[Space, Settings]:
     """
     path = file_of(name)
     if path is None:
-        return look_up(SPACES, name, "space"), published(name)
+        own = None if name in SPACES else _installed(name)
+        return (own, {TASK: name}) if own else (look_up(SPACES, name, "space"), published(name))
     function = name.rpartition(":")[2] if ":" in name else "space"
     space = cast(Space, defined_in(path, function, "search space"))
     beside = path.with_suffix(".yaml")
     return space, read_settings(beside) if beside.exists() else published(DEFAULT)
+
+
+def _installed(task: str) -> Space | None:
+    """The function `space` of the module in which an installed package has this task; None if there is none.
+
+    Its settings start from the defaults of the task.
+    """
+    found = importlib.metadata.entry_points(group=ENTRY_POINTS, name=task)
+    for each in found:
+        return cast(
+            Space, look_up(vars(importlib.import_module(each.module)), "space", f"name in {each.module}")
+        )
+    return None
 
 
 def pin(space: Space, changes: Mapping[str, object]) -> Space:

@@ -22,7 +22,10 @@ from core.config import merge, resolve
 from core.errors import UserError
 from core.evaluation.class_probe import PENALTIES, NeighbourProbe, fit_class_probe, read_probe
 from core.evaluation.splits import make_splits
+from core.files.tables import write_table
 from core.losses.classes import CrossEntropy, Focal
+from core.report.answer.classes import pooled_auc
+from core.report.answer.record import read_predictions
 from core.tasks.classification import Classification
 from core.tasks.task import Judging, Observed
 from core.volumes.cohort.reader import Cohort
@@ -293,3 +296,37 @@ def test_classes_from_sweep_to_page(workplace):
     assert refused.returncode == 2
     assert "did you mean 'kind'" in refused.stderr
     assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "names", [("0", "0.5", "1"), ("TRUE", "FALSE"), ("01", "1"), ("nobody", "none"), ("1e3", "5")]
+)
+def test_names_of_classes_that_look_like_something_else_stay_names(tmp_path, names):
+    """What is written and read again says of every person what it said before."""
+    truth = [names[row % len(names)] for row in range(30)]
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(len(names)), 30)
+    table = pd.DataFrame({"subject": [f"{row:02d}" for row in range(30)], "site": "a", "truth": truth})
+    table["predicted"] = [names[place] for place in probabilities.argmax(1)]
+    for place, name in enumerate(names):
+        table[f"p_{name}"] = probabilities[:, place]
+    write_table(table, tmp_path / "predictions.csv")
+    read = read_predictions(tmp_path / "predictions.csv")
+    assert read["truth"].tolist() == truth
+    assert read["predicted"].tolist() == table["predicted"].tolist()
+    classes = np.array([names.index(name) for name in truth])
+    scores = probabilities[:, 1] if len(names) == 2 else probabilities
+    assert pooled_auc(read) == pytest.approx(
+        roc_auc_score(classes, scores, multi_class="ovr", average="macro")
+    )
+
+
+def test_people_without_a_class_are_divided_by_themselves_however_that_is_written():
+    table = pd.DataFrame({"subject": [f"{row:02d}" for row in range(40)], "site": ""})
+    table["kind"] = ["A" if row % 2 else "B" for row in range(30)] + [""] * 10
+    of_empty = make_splits(table, 5, seed=3, by="kind")
+    of_none = make_splits(table.assign(kind=table["kind"].replace("", None)), 5, seed=3, by="kind")
+    np.testing.assert_array_equal(of_empty.holdout, of_none.holdout)
+    for one, other in zip(of_empty.folds, of_none.folds, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(UserError, match="the kind of no scan is known"):
+        make_splits(table.assign(kind=" "), 5, by="kind")

@@ -27,7 +27,7 @@ from core.volumes.sources import list_scans
 from core.volumes.sources.listing import ImageFile, Scan
 
 OF_0_2 = Path(__file__).parent / "fixtures" / "cohorts_0_2"
-BOX = (slice(1, 6, 2), slice(2, 3), slice(None))
+BOX = (slice(1, 6), slice(2, 3), slice(0, SHAPE[2]))
 
 
 def write(folder, **options):
@@ -71,7 +71,7 @@ def test_a_box_is_that_part_of_the_whole(tmp_path, storage, compression):
     np.testing.assert_array_equal(
         cohort.read_map("dseg", rows, boxes=[BOX] * 4), cohort.read_map("dseg", rows)[:, *BOX]
     )
-    into = np.empty((4, 2, 3, 1, SHAPE[2]), dtype=np.float16)
+    into = np.empty((4, 2, 5, 1, SHAPE[2]), dtype=np.float16)
     assert cohort.read_stored(rows, out=into, boxes=[BOX] * 4) is into
     np.testing.assert_array_equal(into, cohort.read_stored(rows)[..., *BOX])
 
@@ -94,6 +94,27 @@ def test_every_row_has_its_own_box_and_a_packed_volume_is_read_once_for_all_of_t
     assert len(read) == (0 if compression == "none" else 3)
     with pytest.raises(ValueError, match="4 boxes cannot be read from 5 rows"):
         cohort.read_stored(rows, boxes=boxes[:4])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (slice(0, 6, 2), "is no part of"), (slice(-1, 2), "is no part of"), (slice(3, 3), "is no part of"),
+        (slice(SHAPE[0] - 1, SHAPE[0] + 1), "is no part of"), (slice(0, 4), "all boxes must have one shape"),
+    ],
+)  # fmt: skip
+def test_boxes_beyond_the_grid_or_of_several_shapes_are_refused(tmp_path, wrong, says):
+    cohort = write(tmp_path / "c")
+    with pytest.raises(ValueError, match=says):
+        cohort.read_stored([0, 1], boxes=[BOX, (wrong, *BOX[1:])])
+
+
+def test_the_subject_whose_box_lies_behind_the_end_of_a_shard_is_named(tmp_path):
+    cohort = write(tmp_path / "c")
+    end = int(cohort.manifest["offset"].iloc[1])
+    os.truncate(cohort.folder / "shards" / "00000.h5", end)
+    with pytest.raises(UserError, match=r"row 1, subject sub-1: the file ends too early"):
+        cohort.read_stored([0, 1], boxes=[BOX, BOX])
 
 
 def test_a_shard_that_was_written_anew_is_not_read_as_it_was(tmp_path):

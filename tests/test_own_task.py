@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 from process_helpers import kill_when, run, start, study_of
@@ -16,6 +17,7 @@ from core.tasks import find_task
 from core.volumes.cohort.reader import Cohort
 from core.volumes.cohort.writer import CohortWriter
 from distributed.run.assignment import read_progress
+from search_spaces import load_space
 
 HERE, SIDE = Path(__file__).parent, 12
 WORDS = re.compile(r"\b(age|ages|mae|years|probe|probes|ridge)\b", re.IGNORECASE)
@@ -73,12 +75,38 @@ def test_a_task_is_found_by_its_name_its_file_or_refused(tmp_path):
             find_task(name)
 
 
-def test_a_task_of_an_installed_package_is_an_entry_point(monkeypatch):
-    import importlib.metadata as metadata
-
-    point = metadata.EntryPoint("sides", "own_task:BrighterSide", "brainsweep.tasks")
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == point.group else [])
+def test_a_task_of_an_installed_package_is_found_and_trained_by_its_name(tmp_path, monkeypatch, brainsweep):
+    """The package is a folder on the path with the metadata that pip writes."""
+    (tmp_path / "sides-1.dist-info").mkdir()
+    (tmp_path / "sides-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: sides\nVersion: 1\n"
+    )
+    (tmp_path / "sides-1.dist-info" / "entry_points.txt").write_text(
+        "[brainsweep.tasks]\nsides = sides_task:BrighterSide\n"
+    )
+    shutil.copy(HERE / "own_task.py", tmp_path / "sides_task.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
     assert find_task("sides").about.name == "brighter_side"
+    space, base = load_space("sides")
+    assert {"network.slope", "optimiser.learning_rate"} == set(space(optuna.trial.FixedTrial(
+        {"network.slope": 1.0, "optimiser.learning_rate": 1e-4}
+    )))  # fmt: skip
+    assert base == {"task": "sides"}
+    cohort = cohort_of_sides(tmp_path / "cohort")
+    code, out, err = brainsweep(
+        "train",
+        cohort.folder,
+        "--task",
+        "sides",
+        "--folds",
+        2,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        "training.epochs=1",
+    )
+    assert code == 0, err
+    assert "accuracy" in out
 
 
 @pytest.mark.slow

@@ -25,11 +25,11 @@ def cohort(tmp_path_factory):
     return write_small_cohort(tmp_path_factory.mktemp("cohort") / "small")
 
 
-def cell_of(cohort, volumes=None, ages=None, spacing=8.0):
+def cell_of(cohort, volumes=None, ages=None, edges=(8.0, 8.0, 8.0)):
     held = InMemory.of(cohort)
     held = held if volumes is None else InMemory(volumes, held.scales)
     manifest = cohort.manifest if ages is None else cohort.manifest.assign(age=ages)
-    subjects = Subjects(held, manifest, SPLITS, ("stiffness",), spacing=spacing)
+    subjects = Subjects(held, manifest, SPLITS, ("stiffness",), edges=edges)
     cell = VoxelCell(resolve(published("brain_age")), subjects, Cell(0, 0), Place())
     cell.run_epoch()
     return cell
@@ -42,17 +42,17 @@ def normalised(cohort):
     return np.where(volumes != 0, (volumes - inside.mean()) / inside.std(), 0)
 
 
-@pytest.mark.parametrize("spacing", [8.0, 4.0])
-def test_it_is_principal_components_and_the_probe_of_ages(cohort, spacing):
+@pytest.mark.parametrize("edges", [(8.0, 8.0, 8.0), (4.0, 4.0, 4.0), (2.0, 4.0, 9.0)])
+def test_it_is_principal_components_and_the_probe_of_ages(cohort, edges):
     voxels = normalised(cohort)
-    if spacing < COARSEST:
-        # Blocks of 2 x 2 x 2 are one voxel of 8 mm.
-        voxels = voxels.reshape(24, 6, 2, 6, 2, 6, 2).mean(axis=(2, 4, 6))
+    # Blocks are voxels of at most 8 mm along every axis.
+    x, y, z = (max(1, int(COARSEST // edge)) for edge in edges)
+    voxels = voxels.reshape(24, 12 // x, x, 12 // y, y, 12 // z, z).mean(axis=(2, 4, 6))
     voxels = voxels.reshape(24, -1)
     components = PCA(len(OTHERS) - 1, svd_solver="full").fit(voxels[OTHERS])
     training, evaluated = (components.transform(voxels[rows]) for rows in (OTHERS, EVALUATED))
     ages, people = cohort.manifest["age"].to_numpy(), cohort.manifest["subject"].to_numpy(str)
-    cell = cell_of(cohort, spacing=spacing)
+    cell = cell_of(cohort, edges=edges)
     for rows, expected in ((OTHERS, training), (EVALUATED, evaluated)):
         found = cell.observed(rows).embeddings
         # The sign of a component is free.

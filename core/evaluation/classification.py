@@ -8,11 +8,11 @@ import pandas as pd
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from core.evaluation import Floats, Names
+from core.files.tables import PROBABILITY
 
 Indices = npt.NDArray[np.int64]
 SMALLEST = 1e-6
 """A probability below this costs as much as this: a single prediction cannot make a mean infinite."""
-PROBABILITY = "p_"
 """Before the name of a class: the column of its probability in a table of predictions."""
 
 

@@ -16,6 +16,10 @@ Rows = npt.NDArray[np.int64]
 Subjects = npt.NDArray[np.object_]
 
 
+NO_NAME = ("", "n/a", "nan")
+"""What a column of names says where a value is unknown: nothing, BIDS' n/a, or what reading an empty cell gives."""
+
+
 @dataclass(frozen=True, eq=False)
 class Splits:
     """Rows of a manifest, divided once for a whole sweep. All subjects' rows stay together."""
@@ -62,8 +66,8 @@ def make_splits(
     lined up together. Fold sizes differ by at most one. The result depends on the seed and on the
     subjects' ids, values and sites, not on the order of rows; the hold-out does not depend on `folds`.
 
-    Subjects without a value are divided in the same way by themselves, so whether other people have one never changes
-    where a subject is.
+    Subjects without a value are divided in the same way by themselves. Who is where depends on who has a value: to
+    compare two tasks on the same people, take the splits of one for the other (`splits_as_recorded`).
 
     Args:
         manifest: columns subject, site and `by`, one row per scan.
@@ -79,8 +83,12 @@ def make_splits(
         raise UserError(f"folds={folds} is too few; at least 2 are needed")
     if not 0 <= holdout < 1:
         raise UserError(f"holdout={holdout} must be a fraction from 0 up to, but not including, 1")
-    how = "mean" if pd.api.types.is_numeric_dtype(manifest[by]) else "first"
-    subjects = manifest.groupby("subject").agg(value=(by, how), site=("site", "first"))
+    is_number = pd.api.types.is_numeric_dtype(manifest[by])
+    values = manifest[by] if is_number else manifest[by].map(known_name)
+    of_scans = pd.DataFrame({"subject": manifest["subject"], "site": manifest["site"], "value": values})
+    subjects = of_scans.groupby("subject").agg(
+        value=("value", "mean" if is_number else "first"), site=("site", "first")
+    )
     known = subjects["value"].notna()
     if len(subjects) and not known.any():
         raise UserError(f"the {by} of no scan is known; ingest a source with a column '{by}'")
@@ -98,6 +106,11 @@ def make_splits(
         holdout=_rows(manifest, [*held_out, *more_held_out]),
         folds=tuple(_rows(manifest, place.index[place == fold]) for fold in range(folds)),
     )
+
+
+def known_name(value: object) -> object:
+    """A name in a column of a cohort; None where it says that there is none."""
+    return None if pd.isna(value) or str(value).strip().lower() in NO_NAME else value  # type: ignore[call-overload]
 
 
 def _divide(

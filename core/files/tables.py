@@ -15,6 +15,10 @@ from core.files.writing import replacing
 
 NAMES = ("subject", "session", "site", "role", "method", "state", "file", "kind")
 """Columns whose every value is a name: also '007', 'NA', 'null' and ''."""
+PROBABILITY = "p_"
+"""What the name of a column with the probabilities of a class begins with."""
+OF_CLASSES = ("truth", "predicted")
+"""Columns that hold names of classes, which may look like numbers, in a table with such probabilities."""
 WORDS = ("label", "reason", "note")
 """Columns of text that may be absent: then they are empty."""
 ACTING = ("=", "+", "-", "@", "\t", "\r")
@@ -68,7 +72,9 @@ def read_table(path: Path | IO[bytes], every: Collection[str] | None = None) -> 
 
 def _parse(text: str, *, everything_is_text: bool) -> pd.DataFrame:
     header = pd.read_csv(io.StringIO(text), nrows=0, dtype=str).columns
-    names = [name for name in header if everything_is_text or _plain(name) in NAMES]
+    has_classes = any(str(_plain(name)).startswith(PROBABILITY) for name in header)
+    known = (*NAMES, *(OF_CLASSES if has_classes else ()))
+    names = [name for name in header if everything_is_text or _plain(name) in known]
     words = [name for name in header if name not in names and _plain(name) in WORDS]
     absent = {name: [] if name in names else [""] if name in words else ["", "nan", "NaN"] for name in header}
     table = pd.read_csv(

@@ -28,7 +28,6 @@ from core.evaluation.class_probe import (
     softmax,
 )
 from core.evaluation.classification import (
-    PROBABILITY,
     Indices,
     by_person,
     classification_metrics,
@@ -36,7 +35,8 @@ from core.evaluation.classification import (
     predicted_classes,
 )
 from core.evaluation.logistic import fit_logistic_probe
-from core.evaluation.splits import Rows, Splits
+from core.evaluation.splits import NO_NAME, Rows, Splits
+from core.files.tables import PROBABILITY
 from core.lookup import did_you_mean
 from core.losses.classes import ClassLoss, CrossEntropy, Focal
 from core.losses.members import SimCLR, SupCon
@@ -72,8 +72,6 @@ from core.tasks.task import (
 from core.volumes.views import ViewSettings
 
 MOST_CLASSES = 100
-UNKNOWN = ("", "n/a", "nan", "none")
-"""What a table says where a class is not known."""
 
 
 class ClassificationData(DataSettings):
@@ -437,7 +435,7 @@ def _name(value: object) -> str | None:
             return None
         return str(int(value)) if value.is_integer() else str(value)
     text = str(value).strip()
-    return None if text.lower() in UNKNOWN else text
+    return None if text.lower() in NO_NAME else text
 
 
 def _fit(

@@ -286,6 +286,24 @@ class Task(ABC, Generic[S]):
         """
 
 
+def check_parts(labels: Labels, splits: Splits, truth: str) -> None:
+    """Refuse a fold, or a hold-out, without a scan whose truth is known: nothing could be judged there.
+
+    Raises:
+        UserError: naming the part.
+    """
+    known = is_known(labels)
+    parts = {f"fold {fold}": rows for fold, rows in enumerate(splits.folds)}
+    if splits.holdout.size:
+        parts["the hold-out"] = splits.holdout
+    for part, rows in parts.items():
+        if not known[rows].any():
+            raise UserError(
+                f"{part} has {len(rows)} scans, and the {truth} of none of them is known: nothing can be judged there; "
+                "use other splits, or give these people a value"
+            )
+
+
 def is_known(labels: Labels) -> npt.NDArray[np.bool_]:
     """Which labels (N,) are known."""
     known: npt.NDArray[np.bool_] = np.asarray(pd.notna(labels))

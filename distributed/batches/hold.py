@@ -7,6 +7,7 @@ All modes give the same batches in the same order; they differ in speed and in w
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import ray
 import torch
 
 from core.errors import UserError
-from core.volumes.cohort.reader import Cohort
+from core.volumes.cohort.reader import Boxes, Cohort
 from distributed.batches.in_process import Direct, Stored, Volumes, bytes_of_a_cohort
 from distributed.batches.mode import Mode
 from distributed.batches.plan import Part, Plan
@@ -103,7 +104,7 @@ def _in_turn(
     """Part after part, in two sets of buffers that alternate: the caller uses one while the other is filled."""
     buffers: list[Streamed] = []
     for turn, (rows, boxes) in enumerate(parts):
-        if len(buffers) < 2 or len(buffers[turn % 2].volumes) < len(rows):
+        if len(buffers) < 2 or not _holds(buffers[turn % 2].volumes, len(rows), boxes):
             read = Streamed(
                 volumes.read(rows, boxes=boxes),
                 {name: volumes.read_map(name, rows, boxes=boxes) for name in maps},
@@ -119,6 +120,12 @@ def _in_turn(
                 volumes.read(rows, into.volumes[: len(rows)], boxes),
                 {name: volumes.read_map(name, rows, into.maps[name][: len(rows)], boxes) for name in maps},
             )
+
+
+def _holds(buffer: Stored, rows: int, boxes: Boxes | None) -> bool:
+    """Whether a buffer has room for so many rows, and their shape."""
+    shape = buffer.shape[-3:] if not boxes else tuple(cut.stop - cut.start for cut in boxes[0])
+    return len(buffer) >= rows and buffer.shape[-3:] == shape
 
 
 def _pin(stored: Stored) -> Stored:
@@ -152,6 +159,7 @@ def _ahead(source: Iterator[Streamed], device: torch.device) -> Batches:
                     tensor.record_stream(torch.cuda.current_stream(device))
             yield batch
     finally:
-        # The thread that runs a generator must also close it.
-        reader.submit(getattr(source, "close", lambda: None))
+        # The thread that runs a generator must also close it. There are no more threads if the process ends.
+        with contextlib.suppress(RuntimeError):
+            reader.submit(getattr(source, "close", lambda: None))
         reader.shutdown(wait=True)

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from core.errors import UserError
 from core.volumes.cohort.moments import Moments, volume_moments
-from core.volumes.cohort.reader import Boxes, Cohort
+from core.volumes.cohort.reader import Boxes, Cohort, shape_of
 from distributed.batches.plan import Rows
 
 Stored = npt.NDArray[Any]
@@ -71,8 +72,12 @@ class InMemory:
         return gather([self.volumes[row] for row in rows], out, boxes)
 
     def read_map(self, name: str, rows: Rows, out: Maps | None = None, boxes: Boxes | None = None) -> Maps:
-        """See `Volumes.read_map`; only maps that are held, of scans that have one."""
-        return gather([self.maps[name][row] for row in rows.tolist()], out, boxes)
+        """See `Volumes.read_map`; the maps that are held."""
+        held = self.maps.get(name, {})
+        absent = next((row for row in rows.tolist() if row not in held), None)
+        if absent is not None:
+            raise no_map(name, absent)
+        return gather([held[row] for row in rows.tolist()], out, boxes)
 
     def moments(self, rows: Rows) -> Moments:
         """See `Volumes.moments`."""
@@ -102,12 +107,20 @@ class Direct:
 
 def gather(whole: Sequence[Stored], out: Stored | None = None, boxes: Boxes | None = None) -> Stored:
     """The arrays as one, in `out` if given: new memory pages cost more than the copy. With `boxes` their parts."""
-    parts = whole if boxes is None else [each[..., *box] for each, box in zip(whole, boxes, strict=True)]
+    parts = whole
+    if boxes is not None:
+        shape_of(boxes, whole[0].shape[-3:])
+        parts = [each[..., *box] for each, box in zip(whole, boxes, strict=True)]
     if out is None:
         return np.stack(parts)
     for place, part in enumerate(parts):
         np.copyto(out[place], part)
     return out
+
+
+def no_map(name: str, row: int) -> UserError:
+    """What is said where a map is not held."""
+    return UserError(f"row {row} of the cohort has no map '{name}'")
 
 
 def read_with_moments(cohort: Cohort, rows: Rows) -> tuple[Stored, Moments]:

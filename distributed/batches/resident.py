@@ -19,6 +19,7 @@ from distributed.batches.in_process import (
     bytes_of_a_map,
     bytes_of_a_volume,
     gather,
+    no_map,
     opened,
     read_with_moments,
 )
@@ -92,8 +93,12 @@ class Resident:
         )
 
     def read_map(self, name: str, rows: Rows, out: Maps | None = None, boxes: Boxes | None = None) -> Maps:
-        """See `Volumes.read_map`; only maps that are held, of scans that have one."""
-        return gather([self.maps[name].of_row(row) for row in rows.tolist()], out, boxes)
+        """See `Volumes.read_map`; the maps that are held."""
+        held = self.maps.get(name)
+        absent = next((row for row in rows.tolist() if held is None or held.place[row] < 0), None)
+        if held is None or absent is not None:
+            raise no_map(name, int(rows[0]) if absent is None else absent)
+        return gather([held.of_row(row) for row in rows.tolist()], out, boxes)
 
     def moments(self, rows: Rows) -> Moments:
         """See `Volumes.moments`."""

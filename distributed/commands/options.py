@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from core.errors import UserError
+from distributed.sweeps.request import REPEATED
 
 # A log file has no width, and 80 columns are not enough for the tables.
 # Names of people's folders and subjects may hold [brackets], which are no markup.
@@ -104,7 +105,9 @@ def _made(request: type[BaseModel], typed: Mapping[str, object]) -> BaseModel:
     values = dict(typed)
     for name, field in _options(request).items():
         value = typed[name]
-        if get_origin(field.annotation) is tuple:
+        if is_repeated(field):
+            values[name] = tuple(value) if isinstance(value, list) else ()
+        elif get_origin(field.annotation) is tuple:
             is_left_to_it = value is None and field.default is None
             values[name] = None if is_left_to_it else names(value if isinstance(value, str) else None)
         elif get_origin(field.annotation) is dict:
@@ -124,7 +127,9 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     default, kind = field.get_default(call_default_factory=True), field.annotation
     spelled: tuple[str, ...] = ()
     metavar = None
-    if get_origin(kind) is tuple:
+    if is_repeated(field):
+        default, kind = None, list[str] | None
+    elif get_origin(kind) is tuple:
         default, kind = None if default is None else ",".join(default), str
     elif get_origin(kind) is dict:
         default, kind, spelled, metavar = None, list[str] | None, ("--set",), "NAME=VALUE"
@@ -137,6 +142,11 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
+
+
+def is_repeated(field: FieldInfo) -> bool:
+    """Whether the option is given once for each of its values, which may hold commas."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(REPEATED))
 
 
 def _bounds(field: FieldInfo) -> str:
@@ -162,6 +172,8 @@ def as_typed(cohort: Path, request: BaseModel) -> str:
     for name, value in request.model_dump(exclude_defaults=True).items():
         if isinstance(value, dict):
             words += [f"--set {setting}={given}" for setting, given in value.items()]
+        elif isinstance(value, tuple):
+            words += [f"--{name.replace('_', '-')} {given}" for given in value]
         else:
             words.append(f"--{name.replace('_', '-')} {value}")
     return " ".join(words)

@@ -13,6 +13,7 @@ RUN/run.json                       request, resolved settings, seeds, versions, 
     holdout.csv, predictions.csv   made from these
     tensorboard/  report.html
     best/                          the model of the refitted winner, with calibration.json, if its task makes one
+    starts/NAME#HASH/              the weights that trainings start from, and whom they were trained on
     evaluations/                   predictions for the cohorts of `evaluate`
 """
 
@@ -47,6 +48,7 @@ from core.run_names import (
     REPORT,
     RUN_JSON,
     SPLITS,
+    STARTS,
     TRIALS,
     TUNE,
 )
@@ -89,6 +91,11 @@ class RunFolder:
     def confirmed(self, method: str) -> Path:
         """The folder of a repetition on the folds of the search with fresh seeds."""
         return self.path / CONFIRMED / method
+
+    @property
+    def starts(self) -> Path:
+        """The weights that trainings of the run start from; see `core.starts`."""
+        return self.path / STARTS
 
     @property
     def access(self) -> Path:

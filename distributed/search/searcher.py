@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ from core.run_names import (
     REASON,
     SD,
     SECONDS,
+    WEIGHTS,
 )
 from distributed.run.assignment import METRIC, Answer, Assignment, forget_checkpoint, trial_name
 from distributed.search.budget import Budget, judge_improvement
@@ -62,6 +63,8 @@ class Proposals:
     """(name of its folder, settings, prunable) -> assignment"""
     refits: Callable[[optuna.Study], list[Assignment]]
     continued: list[FrozenTrial] = field(default_factory=list)
+    starts: Sequence[str | None] = ()
+    """What is compared in equally many trials: the choices of the parameter `WEIGHTS`; all alike if fewer than two."""
     secure: Callable[[], None] = lambda: None
     """Called when the study has changed in a way that must not be lost with this machine."""
     tell: Callable[[str], None] = lambda text: None
@@ -205,7 +208,15 @@ class StudySearch(tune.search.Searcher):
         if proposals.continued:
             unfinished = proposals.continued.pop(0)
             return optuna.Trial(proposals.study, unfinished._trial_id)
-        return proposals.study.ask() if trials_begun(proposals.study) < proposals.trials else None
+        return self._ask() if trials_begun(proposals.study) < proposals.trials else None
+
+    def _ask(self) -> optuna.Trial:
+        """A new trial: the one that waits, or one from the start that has had the fewest trials."""
+        study, starts = self.proposals.study, self.proposals.starts
+        if len(starts) > 1 and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            had = [trial.params.get(WEIGHTS) for trial in study.get_trials(deepcopy=False)]
+            study.enqueue_trial({WEIGHTS: min(starts, key=had.count)})
+        return study.ask()
 
     def _owed(self) -> optuna.Trial | None:
         """The trial that is completed whatever the budget says, if it does not run; None if there is none.
@@ -218,7 +229,7 @@ class StudySearch(tune.search.Searcher):
         owed = owed_trial(study)
         if owed is None:
             may_begin = trials_begun(study) < proposals.trials and not self.budget.far_beyond
-            return study.ask() if best_trial(study) is None and may_begin else None
+            return self._ask() if best_trial(study) is None and may_begin else None
         if owed.number in {trial.number for trial in self.running.values()}:
             return None
         if owed.state == TrialState.WAITING:

@@ -23,7 +23,18 @@ from core.config import Settings, flatten, merge, resolve, task_of, with_absent
 from core.errors import UserError
 from core.objectives import Objectives
 from core.report.answer.record import reported
-from core.run_names import LABEL, MEMBER, OUTSIDE, OUTSIDE_LABEL, PUBLISHED, REASON, SETTINGS, STUDY, VALUE_AT
+from core.run_names import (
+    LABEL,
+    MEMBER,
+    OUTSIDE,
+    OUTSIDE_LABEL,
+    PUBLISHED,
+    REASON,
+    SETTINGS,
+    STUDY,
+    VALUE_AT,
+    WEIGHTS,
+)
 from core.tasks import find_task
 from distributed.run.assignment import Progress, assign, identity, read_progress, trial_name
 from distributed.run.journal import Journal
@@ -404,11 +415,20 @@ def owed_trial(study: optuna.Study) -> FrozenTrial | None:
     return None
 
 
-def best_trial(study: optuna.Study) -> FrozenTrial | None:
+ANY = object()
+"""Whatever a trial started from."""
+
+
+def best_trial(study: optuna.Study, start: object = ANY) -> FrozenTrial | None:
     """The completed trial inside the present space with the best first objective; None if there is none.
 
-    The other objectives break ties, so that the winner is on the Pareto front.
+    The other objectives break ties, so that the winner is on the Pareto front. With `start` of those that started from
+    it: NAME#HASH, or None for random weights.
     """
     completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    within = [trial for trial in completed if OUTSIDE not in trial.user_attrs]
+    within = [
+        trial
+        for trial in completed
+        if OUTSIDE not in trial.user_attrs and start in (ANY, trial.params.get(WEIGHTS))
+    ]
     return min(within, key=lambda trial: (ranks(study, trial.values), trial.number), default=None)

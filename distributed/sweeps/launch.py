@@ -12,6 +12,7 @@ from rich.console import Console
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.run_names import ENQUEUED, PUBLISHED
+from core.tasks.task import check_parts
 from core.volumes.cohort.reader import Cohort
 from distributed.run.working_copy import address_of
 from distributed.search.population_methods import POPULATIONS, members_of
@@ -53,9 +54,10 @@ def check_place(out: Path, request: SweepRequest) -> None:
 def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort) -> Splits:
     """The splits of a request; UserError if the subjects cannot be split so, or can teach nothing."""
     task, settings, manifest = search.task, search.settings, cohort.manifest
-    task.labels(settings, manifest)
+    labels = task.labels(settings, manifest)
     splits = splits_of(request, manifest, task.balanced_by(settings))
     task.check_cohort(settings, manifest, splits)
+    check_parts(labels, splits, task.about.truth)
     return splits
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 
 from core.config import Settings, merge, resolve
-from core.run_names import LABEL, PENALTY, PUBLISHED
+from core.run_names import LABEL, PENALTY, PUBLISHED, WEIGHTS
 from distributed.run.assignment import Assignment, assign
 from distributed.run.folder import RunFolder
 from distributed.run.working_copy import bring, set_aside
@@ -78,6 +78,11 @@ def refits(
         for method, trial in {"winner": best, "published": published}.items()
         if trial is not None
     }
+    for rival in folder.about.task.starts:
+        of_start = best_trial(study, rival.changes[WEIGHTS])
+        if of_start is not None and of_start.number != best.number:
+            chosen[rival.folder] = recorded_settings(of_start, base)
+            penalties[rival.folder] = of_start.user_attrs.get(PENALTY)
     made = [
         assign(
             folder.refit(method),

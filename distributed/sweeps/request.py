@@ -17,7 +17,14 @@ TASK = "NAME of a task, or FILE.py:NAME; that of the space if absent"
 Changes = dict[str, JsonValue]
 """Settings by dotted name, as `--set` gives them."""
 CHANGES = "change any setting, e.g. training.epochs=20; repeatable"
+ALLOW_SEEN = "start from weights that know people who are judged; the report says so"
 DATA_MODE = "where volumes wait: auto, resident (in shared memory), streaming (by Ray Data), direct (on disk)"
+
+
+NONE = "none"
+"""As a start: random weights."""
+REPEATED = "repeated"
+"""In a field: its option is given once for each of its values."""
 
 
 class _Request(BaseModel):
@@ -64,6 +71,12 @@ class SweepRequest(_Divided):
     """What a user asks of a sweep. run.json records it, so that `resume` uses the same request."""
 
     task: str | None = Field(None, description=TASK)
+    start: tuple[str, ...] = Field(
+        (),
+        json_schema_extra={REPEATED: True},
+        description="RUN or file of weights to start from, or none; repeat it, and the search compares them",
+    )
+    allow_seen_subjects: bool = Field(False, description=ALLOW_SEEN)
     space: str | None = Field(
         None, description="NAME of a space, or FILE.py:FUNCTION; that of the task if absent"
     )
@@ -121,6 +134,11 @@ class SweepRequest(_Divided):
     changes: Changes = Field({}, description=CHANGES)
 
     @property
+    def starts(self) -> tuple[str | None, ...]:
+        """What the trials start from: NAME#HASH, or None for random weights."""
+        return tuple(None if each == NONE else each for each in self.start)
+
+    @property
     def space_name(self) -> str:
         """The space, or that of the task."""
         return self.space or space_of(self.task or self.changes.get("task"))
@@ -167,6 +185,7 @@ class TrainRequest(_Divided):
     """What a user asks of one training run. run.json records it."""
 
     task: str | None = Field(None, description=TASK)
+    allow_seen_subjects: bool = Field(False, description=ALLOW_SEEN)
     space: str | None = Field(
         None, description="space whose published settings are trained; that of the task if absent"
     )

@@ -23,7 +23,7 @@ from core.evaluation.splits import (
 from core.files.python import file_of
 from core.files.tables import read_table
 from core.objectives import Metric, find_objectives
-from core.run_names import SPLITS
+from core.run_names import SPLITS, WEIGHTS
 from core.run_settings import RunSettings
 from core.task_description import Rival
 from core.tasks import find_task
@@ -91,9 +91,11 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
         UserError: the first choice, or combination of choices, that cannot work, and why.
     """
     space, published = load_space(request.space_name)
-    space, is_new = pin(space, request.changes), base is None
+    space, is_new = _with_starts(pin(space, request.changes), request), base is None
     if base is None:
-        base = resolve(merge(published, chosen_task(request.task) | request.changes)).model_dump(mode="json")
+        begun = {WEIGHTS: request.starts[0]} if request.start else {}
+        asked = chosen_task(request.task) | request.changes | begun
+        base = resolve(merge(published, asked)).model_dump(mode="json")
     profile = check_space(space, base)
     settings = resolve(base)
     about = find_task(settings.task).about
@@ -117,6 +119,29 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
     if about.rival is None:
         raise UserError(f"--baseline-trials cannot act: the task {about.name} has no older method to tune")
     return replace(search, baseline=_resolve_baseline(request, search, about.rival, is_new=is_new))
+
+
+def _with_starts(space: Space, request: SweepRequest) -> Space:
+    """The space with the choice of a start, if several were given.
+
+    Raises:
+        UserError: they cannot be compared so.
+    """
+    if len(request.starts) < 2:
+        return space
+    if request.scheduler in POPULATIONS:
+        raise UserError(
+            f"--start {' --start '.join(request.start)} cannot act with --scheduler {request.scheduler}: its members "
+            "go on from each other's weights; use --scheduler asha"
+        )
+    if WEIGHTS in request.changes:
+        raise UserError(f"--start and --set {WEIGHTS} both say what to start from; give one")
+
+    def among(trial: optuna.Trial) -> Settings:
+        chosen = trial.suggest_categorical(WEIGHTS, request.starts)
+        return {**space(trial), WEIGHTS: chosen}
+
+    return among
 
 
 def chosen_task(name: str | None) -> dict[str, Any]:

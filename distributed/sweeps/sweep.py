@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import optuna
 from optuna.trial import TrialState
 from ray import tune
@@ -73,6 +74,14 @@ from distributed.sweeps.launch import (
 from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import SweepRequest
 from distributed.sweeps.resolve import ResolvedSearch, judgement, resolve_search, with_hash
+from distributed.sweeps.starts import (
+    check_starts,
+    keep_starts,
+    read_starts,
+    starts_of,
+    tell_what_matches,
+    with_starts,
+)
 from distributed.training.subjects import Subjects
 from distributed.training.trial import make_runner
 
@@ -228,6 +237,7 @@ class Sweep:
             ),
             refits=lambda study: after_search(self.folder, request, self.search, study),
             continued=self._unfinished(),
+            starts=request.starts,
             secure=lambda: send(self.folder.journal),
             tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
@@ -289,7 +299,8 @@ class Sweep:
         """The class `Slot` with the subjects of this sweep for its workers."""
         held_already = None if self.shared is None else self.shared.volumes
         volumes = held_already or hold(self.cohort, self.request.data_mode)
-        subjects = Subjects.of(self.cohort, self.splits, volumes, AccessRecord(self.folder.access))
+        access, starts = AccessRecord(self.folder.access), starts_of(self.folder)
+        subjects = Subjects.of(self.cohort, self.splits, volumes, access, starts)
         slot: type[tune.Trainable] = tune.with_parameters(
             Slot, workers=workers, runner=pack(make_runner, subjects=subjects), storage=str(self.folder.tune)
         )
@@ -358,7 +369,8 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
         UserError: a part of the request cannot work; this is raised before anything starts.
     """
     quiet()
-    request, out, console = launch.request, launch.out, launch.console
+    out, console = launch.out, launch.console
+    request, starts = read_starts(launch.request)
     opened = Cohort.open(launch.cohort)
     search = resolve_search(request, opened)
     check_place(out, request)
@@ -366,8 +378,13 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
     first = first_points(search, launch) if shared is None else shared.first
     request = with_whole_grid(request, search, first)
     splits = check_subjects(request, search, opened)
+    judged = np.concatenate([splits.development, splits.holdout])
+    tell_what_matches(search.settings, starts, opened, splits.development, console)
+    leaks = check_starts(starts, opened, judged, console, is_allowed=request.allow_seen_subjects)
     request = with_hash(request, splits, opened.manifest)
     folder = create_run(out, SWEEP, recorded(request, search), search.base, opened, first)
+    keep_starts(folder, starts, leaks)
+    folder.update(task=with_starts(folder.about.task, request.starts))
     with held(folder, console):
         study = open_study(folder.journal, request.sampler, request.search_seed, search.objectives)
         sweep = Sweep(folder, request, search, opened, splits, study, console, launch.address, shared)

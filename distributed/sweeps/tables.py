@@ -121,7 +121,8 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
     """Write holdout.csv and predictions.csv from the finished refits, and add what predicts without images."""
     settings = resolve(folder.about.settings)
     task = find_task(settings.task)
-    made = {name: read_progress(folder.refit(name))["cells"] for name in task.about.refitted}
+    about = folder.about.task
+    made = {name: read_progress(folder.refit(name))["cells"] for name in about.refitted}
     if not any(made.values()):
         return
     manifest, labels = cohort.manifest, task.labels(settings, cohort.manifest)
@@ -145,7 +146,7 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
         table = with_truth(manifest, labels, held_out, floor.predictions)
         predictions.append(table.assign(method=method, seed=0))
     for name, cells in made.items():
-        method = task.about.refitted[name]
+        method = about.refitted[name]
         for cell in cells:
             rows.append(
                 {"method": method, "seed": cell["seed"], **{key: cell[key] for key in shown}, **sizes}

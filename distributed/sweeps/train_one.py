@@ -19,6 +19,7 @@ from core.objectives import Metric
 from core.run_names import SPLITS, TRAIN
 from core.run_settings import RunSettings
 from core.tasks import find_task
+from core.tasks.task import check_parts
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import InMemory
@@ -32,6 +33,7 @@ from distributed.slots.slot import WorkerGroup, pack
 from distributed.sweeps.request import TrainRequest
 from distributed.sweeps.resolve import chosen_task, splits_of, with_hash
 from distributed.sweeps.resume import same_splits
+from distributed.sweeps.starts import check_starts, find_starts, keep_starts, starts_of, tell_what_matches
 from distributed.sweeps.tables import calibrate_best, finish
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner, make_runner
@@ -63,19 +65,25 @@ def train_one(
     """
     quiet()
     opened = Cohort.open(cohort)
-    settings = resolve(merge(_published(request), chosen_task(request.task) | request.changes))
+    given, starts = find_starts(merge(_published(request), chosen_task(request.task) | request.changes))
+    settings = resolve(given)
     task = find_task(settings.task)
     task.check(settings)
-    task.labels(settings, opened.manifest)
+    labels = task.labels(settings, opened.manifest)
     splits = splits_of(request, opened.manifest, task.balanced_by(settings))
     if request.fold >= request.folds:
         raise UserError(
             f"--fold {request.fold} does not exist; with --folds {request.folds} it is 0 to {request.folds - 1}"
         )
     task.check_cohort(settings, opened.manifest, splits)
+    check_parts(labels, splits, task.about.truth)
+    judged = splits.folds[request.fold]
+    tell_what_matches(settings, starts, opened, splits.training(request.fold), console)
+    leaks = check_starts(starts, opened, judged, console, is_allowed=request.allow_seen_subjects)
     request = with_hash(request, splits, opened.manifest)
     asked, resolved = request.model_dump(mode="json"), settings.model_dump(mode="json")
     folder = create_run(out, TRAIN, asked, resolved, opened)
+    keep_starts(folder, starts, leaks)
     write_splits(folder, splits, opened)
     return _train(folder, request, opened, splits, address, console)
 
@@ -148,7 +156,7 @@ def _train(
     assignment = assign(folder.trial(NAME), resolved, [cell], metric=first, keep_model=True)
     with claim(folder.path, console):
         if request.workers == 1 and address is None and request.data_mode == "auto":
-            runner = Runner(Subjects.of(cohort, splits, InMemory.of(cohort)))
+            runner = Runner(Subjects.of(cohort, splits, InMemory.of(cohort), starts=starts_of(folder)))
             answer = _run(runner, assignment, settings, of_task.metrics[first], console)
         else:
             with connect(address, console):
@@ -195,7 +203,8 @@ def _run(
 def _worker_group(request: TrainRequest, cohort: Cohort, splits: Splits, folder: RunFolder) -> WorkerGroup:
     """The workers of one slot, with the cohort."""
     size, _ = fit_slots(slots=1, workers=request.workers, gpus_per_worker=None, trials=1)
-    subjects = Subjects.of(cohort, splits, hold(cohort, request.data_mode))
+    volumes = hold(cohort, request.data_mode)
+    subjects = Subjects.of(cohort, splits, volumes, starts=starts_of(folder))
     return WorkerGroup(size, pack(make_runner, subjects=subjects), str(folder.tune))
 
 

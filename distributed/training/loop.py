@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError
+from core.evaluation.splits import make_splits
+from core.files.tables import write_table
 from core.inference import Predictor, save_predictor
+from core.lookup import look_up
+from core.models.weights import freeze, load_part, rates_by_layer, train_unfrozen
 from core.run_settings import AdamWSettings, PlateauSettings, RunSettings, SgdSettings
 from core.schedules import at, with_epochs
+from core.starts import TRAINED_ON, scans_of
 from core.tasks import find_task
 from core.tasks.task import Judging, Observed, Outcome, Step
 from core.volumes.cohort.moments import pooled_statistics
@@ -31,8 +37,8 @@ from distributed.run.assignment import Cell, EpochRow
 from distributed.training.batch_norm import synchronise_batch_norm
 from distributed.training.subjects import Labelled, Place, Subjects
 
-UNDECAYED = "undecayed"
-"""The key of a group of parameters that has no weight decay."""
+UNDECAYED, FACTOR = "undecayed", "factor"
+"""The keys of a group of parameters that has no weight decay, and of the factor on its learning rate."""
 
 
 class DivergedError(RuntimeError):
@@ -92,12 +98,25 @@ class CellData:
         training = self.settings.training
         if training.keep == "last":
             return rows, rows[:0]
-        people = self.subjects.manifest["subject"].to_numpy(str)[rows]
-        names = np.unique(people)
-        count = max(1, round(training.inner * len(names)))
-        drawn = np.random.default_rng(_derive_seed(self.cell, "inner split")).permutation(names)[:count]
-        is_inner = np.isin(people, drawn)
-        return rows[~is_inner], rows[is_inner]
+        seed = _derive_seed(self.cell, "inner split")
+        manifest = self.subjects.manifest.iloc[rows].reset_index(drop=True)
+        by = self.task.balanced_by(self.settings)
+        # Alike in what the folds are alike in, so that a rare class is on both sides.
+        try:
+            inner = rows[make_splits(manifest, 2, training.inner, seed, by).holdout]
+        except UserError:
+            # Too few are left.
+            inner = rows
+        rest = np.setdiff1d(rows, inner)
+        labels = self.labelled.labels
+        is_whole = labels.dtype != object or len(set(labels[inner])) == len(set(labels[rest]))
+        if min(len(inner), len(rest)) < 2 or not is_whole:
+            raise UserError(
+                f"training.keep=best cannot act: training.inner={training.inner:g} makes an inner split of "
+                f"{len(inner)} of {len(rows)} training scans{'' if is_whole else ', and a class is on one side only'}; "
+                "use another share, or training.keep=last"
+            )
+        return rest, inner
 
     def _fit_statistics(self) -> IntensityStatistics | None:
         """Intensity statistics of this cell's training subjects."""
@@ -117,9 +136,11 @@ class CellTraining(CellData):
         self.facts = self.task.learn(settings, self.labelled.truth(self.training_rows))
         self.targets = self.task.targets(self.labelled.labels, self.facts)
         self.model: nn.Module = self.task.build(settings, len(self.channels), self.facts).to(place.device)
+        self._begin()
         if place.workers > 1:
             synchronise_batch_norm(self.model, place.device)
-        self.trained = DistributedDataParallel(self.model) if place.workers > 1 else self.model
+        freeze(self.model, settings.begin.freeze)
+        self.trained = self._shared()
         self.objective = self.task.objective(settings, self.facts).to(place.device)
         self.optimiser = build_optimiser(settings, self.model)
         self.scaler = torch.amp.GradScaler(
@@ -129,6 +150,26 @@ class CellTraining(CellData):
         self.losses: list[float] = []
         self.best: BestEpoch | None = None
         self._reading: Batches | None = None
+
+    def _begin(self) -> None:
+        """Load the weights that the settings start from."""
+        begin = self.settings.begin
+        if begin.weights is None:
+            return
+        start = look_up(self.subjects.starts, begin.weights, "start of this run")
+        load_part(self.model, start.tensors, begin.take, begin.rename)
+
+    def _shared(self) -> nn.Module:
+        """The model as it is trained: with the gradients of all workers."""
+        return DistributedDataParallel(self.model) if self.place.workers > 1 else self.model
+
+    def _thaw(self, progress: float) -> None:
+        """From `begin.thaw` on train the frozen parts, too. Parallel training looks only once at what is trained."""
+        thaw = self.settings.begin.thaw
+        if thaw is None or progress <= thaw or all(each.requires_grad for each in self.model.parameters()):
+            return
+        self.model.requires_grad_(True)
+        self.trained = self._shared()
 
     @property
     def rounds(self) -> int:
@@ -145,7 +186,8 @@ class CellTraining(CellData):
         # For dropout alone: views have seeds of their own, and no objective draws anything.
         own = f" of worker {self.place.rank}" if self.place.rank else ""
         torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}{own}"))
-        self.trained.train()
+        self._thaw(progress)
+        train_unfrozen(self.trained)
         # One stream of batches for all epochs that are left.
         if self._reading is None:
             self._reading = batches(self.subjects.volumes, self._plan, self.place.device)
@@ -231,6 +273,15 @@ class CellTraining(CellData):
             self.settings, self.model, outcome.fitted, channels, self.statistics, self.facts
         )
         save_predictor(folder, predictor)
+        write_table(self.trained_on, folder / TRAINED_ON)
+
+    @property
+    def trained_on(self) -> pd.DataFrame:
+        """The scans that the weights know, those included that the weights know from which they started."""
+        mine = scans_of(self.subjects.manifest, self.training_rows, self.subjects.data_set)
+        start = self.subjects.starts.get(self.settings.begin.weights or "")
+        earlier = [] if start is None or start.trained_on is None else [start.trained_on]
+        return pd.concat([*earlier, mine], ignore_index=True).drop_duplicates()
 
     def close(self) -> None:
         """Stop reading ahead, if the cell ends before its last epoch."""
@@ -284,7 +335,7 @@ class CellTraining(CellData):
         done = (self.epoch - 1) * steps_per_epoch + step
         if done <= rising and rising:
             for group in self.optimiser.param_groups:
-                group["lr"] = rate * min(1.0, (done + 1) / rising)
+                group["lr"] = rate * group.get(FACTOR, 1.0) * min(1.0, (done + 1) / rising)
 
     def _keep_best(self) -> None:
         """Keep the weights of this epoch if it is the best one on the inner split so far."""
@@ -295,6 +346,11 @@ class CellTraining(CellData):
         outcome = self.task.judge(self.settings, training, inner, Judging(sites=False))
         value = outcome.metrics[metric]
         sign = self.task.about.metrics[metric].sign
+        if not math.isfinite(value):
+            raise UserError(
+                f"training.keep=best cannot act: {self.task.about.metrics[metric].title} of the inner split is not "
+                f"defined ({len(inner.labels)} scans); use a larger training.inner, or training.keep=last"
+            )
         if self.best is None or sign * value < sign * self.best["value"]:
             weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
             self.best = BestEpoch(epoch=self.epoch, value=value, model=weights)
@@ -318,14 +374,18 @@ class CellTraining(CellData):
 
 
 def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of `settings.optimiser` over all parameters of `model`."""
-    chosen = settings.optimiser
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    if chosen.no_decay != "none":
+    """The optimiser of `settings.optimiser` over all parameters of `model`, also those that are frozen at first."""
+    chosen, begin = settings.optimiser, settings.begin
+    factors = rates_by_layer(model, begin.rate, begin.layer_decay)
+    gathered: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         # Vectors and numbers: biases, and the scales and shifts of norms.
-        flat = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-        deep = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-        groups = [{"params": deep}, {"params": flat, UNDECAYED: True}]
+        is_flat = chosen.no_decay != "none" and parameter.ndim < 2
+        gathered.setdefault((factors.get(name, 1.0), is_flat), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, FACTOR: factor} | ({UNDECAYED: True} if is_flat else {})
+        for (factor, is_flat), parameters in sorted(gathered.items(), key=lambda item: item[0][1])
+    ]
     if isinstance(chosen, SgdSettings):
         optimiser: torch.optim.Optimizer = torch.optim.SGD(groups)
     else:
@@ -348,7 +408,7 @@ def set_rates(
     rate = learning_rate(settings, epoch) * lowered
     chosen = settings.optimiser
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(FACTOR, 1.0)
         decays = not group.get(UNDECAYED, False)
         group["weight_decay"] = at(chosen.weight_decay, epoch / settings.training.rounds) if decays else 0.0
         if isinstance(chosen, SgdSettings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from core.evaluation.splits import Splits
 from core.files.tables import write_table
 from core.run_settings import RunSettings
+from core.starts import Start, data_set_of
 from core.tasks import find_task
 from core.tasks.task import Labels, Truth, is_known
 from core.volumes.cohort.reader import Cohort
@@ -33,12 +35,21 @@ class Subjects:
     """Factors (rows, C) from stored to real values; None if stored values are the real values."""
     access: AccessRecord | None = None
     """Where the uses of every subject are noted; they are not noted if None."""
-    spacing: float = 8.0
-    """The shortest edge of a voxel in mm."""
+    edges: tuple[float, float, float] = (8.0, 8.0, 8.0)
+    """Of a voxel along X, Y and Z in mm."""
+    data_set: str = ""
+    """Which data set the cohort was made from; see `core.starts.data_set_of`."""
+    starts: Mapping[str, Start] = field(default_factory=dict)
+    """The weights that a training can start from, by name."""
 
     @classmethod
     def of(
-        cls, cohort: Cohort, splits: Splits, volumes: Volumes, access: AccessRecord | None = None
+        cls,
+        cohort: Cohort,
+        splits: Splits,
+        volumes: Volumes,
+        access: AccessRecord | None = None,
+        starts: Mapping[str, Start] | None = None,
     ) -> Subjects:
         """The subjects of `cohort`, whose volumes are read from `volumes`."""
         scales = cohort.scales(np.arange(len(cohort)))
@@ -49,7 +60,9 @@ class Subjects:
             cohort.description.channels,
             None if (scales == 1).all() else scales,
             access,
-            min(cohort.description.edges),
+            cohort.description.edges,
+            data_set_of(cohort.description),
+            starts or {},
         )
 
     def note(self, rows: Rows, cell: Cell) -> None:

@@ -90,8 +90,8 @@ class VoxelCell:
     def _voxels(self, rows: Rows) -> np.ndarray:
         """Normalised voxels (n, D) of at least `COARSEST` mm."""
         volumes = self.data.prepare(rows, torch.from_numpy(self.data.subjects.volumes.read(rows)))
-        size = max(1, int(COARSEST // self.data.subjects.spacing))
-        if size > 1:
+        size = [max(1, int(COARSEST // edge)) for edge in self.data.subjects.edges]
+        if max(size) > 1:
             volumes = F.avg_pool3d(volumes, size, ceil_mode=True, count_include_pad=False)
         voxels: np.ndarray = volumes.flatten(1).numpy()
         return voxels

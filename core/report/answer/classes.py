@@ -12,7 +12,8 @@ import pandas as pd
 from scipy import stats
 
 from core.evaluation import Floats
-from core.evaluation.classification import PROBABILITY, macro_auc, predicted_classes
+from core.evaluation.classification import macro_auc, predicted_classes
+from core.files.tables import PROBABILITY
 from core.report.answer.record import NothingToShow, RunRecord
 from core.run_names import WINNER
 

@@ -10,6 +10,7 @@ import pandas as pd
 # The text for a setting, by its dotted name, in the order of a description; `{}` stands for the value. Settings that
 # are not listed follow, each with its own name.
 PHRASES: dict[str, str] = {
+    "begin.weights": "from {}",
     "objective.name": "{}",
     "objective.kernel": "{}",
     "objective.width": "width {} y",

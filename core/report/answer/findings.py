@@ -108,6 +108,7 @@ def caveats(record: RunRecord) -> list[str]:
     """What the numbers of this run do not show; the most serious caveat first."""
     lines = [
         _synthetic(record),
+        *(check.in_words() for check in record.about.leaks),
         _no_signal(record),
         _few_subjects(record),
         _winners_curse(record),

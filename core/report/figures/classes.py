@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from sklearn.metrics import roc_curve
 
-from core.evaluation.classification import PROBABILITY, predicted_classes
+from core.evaluation.classification import predicted_classes
+from core.files.tables import PROBABILITY
 from core.report.answer.classes import confidence, confusion, held_out_people
 from core.report.answer.record import RunRecord
 from core.report.figures.style import ACCENT, INK, MARKERS, MUTED, PAPER, SERIES, new_figure, styled

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -343,20 +344,23 @@ class Cohort:
     def _read_boxes(
         self, stored: StoredVoxels, column: _Column, wanted: npt.NDArray[np.int64], boxes: Boxes
     ) -> None:
-        """Fill `stored` with boxes of plain shards, of which only the pages are read in which a box lies."""
+        """Fill `stored` with boxes of plain shards, of which only the pages are read in which a box lies.
+
+        No detour by shard: looking a slice up must not take longer than copying it.
+        """
         assert column.offset is not None
-        offsets, size = column.offset[wanted].tolist(), math.prod(column.shape) * column.kept.itemsize
-        for shard, places in self._by_shard(wanted):
+        size, contents = math.prod(column.shape) * column.kept.itemsize, dict[str, memoryview]()
+        for into, row, offset, box in zip(stored, wanted, column.offset[wanted].tolist(), boxes, strict=True):
             try:
-                content = mapped(self.folder / SHARDS / shard)
-                for place in places:
-                    if not 0 <= offsets[place] <= len(content) - size:
-                        raise EOFError("the file ends too early")
-                    whole = np.ndarray(column.shape, column.kept, content, offsets[place])
-                    stored[place] = whole[..., *boxes[place]]
+                shard = self._shards[row]
+                if shard not in contents:
+                    contents[shard] = mapped(os.path.join(self.location, SHARDS, shard))
+                if not 0 <= offset <= len(contents[shard]) - size:
+                    raise EOFError("the file ends too early")
+                into[...] = np.ndarray(column.shape, column.kept, contents[shard], offset)[..., *box]
             except _DAMAGE as error:
                 reason = "the file is missing" if isinstance(error, FileNotFoundError) else str(error)
-                raise self._damaged(wanted[places[0]], reason.splitlines()[0]) from error
+                raise self._damaged(row, reason.splitlines()[0]) from error
 
     def _column(
         self, name: str, shape: tuple[int, ...], dtype: StoredType, checksums: str, offsets: str
@@ -436,10 +440,19 @@ class Cohort:
 
 
 def shape_of(boxes: Boxes, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Voxels along X, Y and Z of the first of `boxes` on a grid (X, Y, Z); the whole grid if there is none."""
-    if not boxes:
-        return grid
-    return tuple(len(range(*cut.indices(side))) for cut, side in zip(boxes[0], grid, strict=True))
+    """Voxels along X, Y and Z of each of `boxes` on a grid (X, Y, Z); the whole grid if there is none.
+
+    Raises:
+        ValueError: they differ in shape, leave out voxels, or reach beyond the grid.
+    """
+    shapes = {tuple(cut.stop - cut.start for cut in box) for box in boxes}
+    for box in boxes:
+        for cut, side in zip(box, grid, strict=True):
+            if not 0 <= cut.start < cut.stop <= side or cut.step not in (None, 1):
+                raise ValueError(f"{cut} is no part of {side} voxels")
+    if len(shapes) > 1:
+        raise ValueError(f"all boxes must have one shape, got {' and '.join(map(str, sorted(shapes)))}")
+    return shapes.pop() if shapes else grid
 
 
 def scale_column(channel: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import mmap
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -149,19 +150,19 @@ def read_pieces(
         yield
 
 
-def mapped(path: Path) -> memoryview:
+def mapped(path: str) -> memoryview:
     """The content of a file as memory of this process; its pages are read when they are used.
 
     The files used last stay mapped, because mapping one takes longer than reading a slice. One that has changed, or
     has become shorter, is mapped anew; beyond the end of a file the memory does not exist.
     """
-    found = path.stat()
-    return _mapped(path, found.st_size, found.st_mtime_ns)
+    found = os.stat(path)
+    return _mapped(path, found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 @functools.lru_cache(maxsize=128)
-def _mapped(path: Path, size: int, changed: int) -> memoryview:
-    with path.open("rb") as file:
+def _mapped(path: str, size: int, changed: int, inode: int) -> memoryview:
+    with open(path, "rb") as file:
         return (
             memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
         )

@@ -1,0 +1,152 @@
+"""The weights that a run starts from: found, checked against the people who are judged, copied into the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.console import Console
+
+from core.config import Settings, merge, resolve
+from core.errors import UserError
+from core.evaluation.splits import Rows
+from core.models.weights import freeze, load_part
+from core.run_description import LeakCheck
+from core.run_names import WEIGHTS
+from core.run_settings import RunSettings
+from core.starts import Start, data_set_of, keep_start, read_kept, read_start, refuse_seen, seen_of
+from core.task_description import Rival, TaskDescription
+from core.tasks import find_task
+from core.tasks.task import Truth, is_known
+from core.volumes.cohort.reader import Cohort
+from distributed.run.folder import RunFolder
+from distributed.sweeps.request import NONE, SweepRequest
+
+
+def find_starts(
+    settings: Settings, earlier: Mapping[str, Start] | None = None
+) -> tuple[Settings, dict[str, Start]]:
+    """The resolved `settings` with NAME#HASH in the place of a path, and the start.
+
+    Args:
+        settings: as the user gave them.
+        earlier: the starts that the run keeps.
+
+    Raises:
+        UserError: there is no start, or it cannot be read.
+    """
+    given = resolve(settings).begin.weights
+    if given is None or given in (earlier or {}):
+        return settings, dict(earlier or {})
+    start = read_start(given)
+    return merge(settings, {WEIGHTS: start.name}), {**(earlier or {}), start.name: start}
+
+
+def read_starts(request: SweepRequest) -> tuple[SweepRequest, dict[str, Start]]:
+    """The request of a sweep with NAME#HASH in the place of every path, and its starts.
+
+    Raises:
+        UserError: there is no such start, or it cannot be read; or the same start is given twice.
+    """
+    changed = request.changes.get(WEIGHTS)
+    changed = str(changed) if changed else None
+    typed = {
+        given: read_start(given)
+        for given in (*request.start, *([changed] if changed else []))
+        if given != NONE
+    }
+    names = tuple(given if given == NONE else typed[given].name for given in request.start)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--start {twice} is given twice")
+    changes = {**request.changes, WEIGHTS: typed[changed].name} if changed else request.changes
+    named = request.model_copy(update={"start": names, "changes": changes})
+    return named, {start.name: start for start in typed.values()}
+
+
+def with_starts(task: TaskDescription, starts: Sequence[str | None]) -> TaskDescription:
+    """The description of a task for a run that compares starts: the best trial of each is refitted, too."""
+    if len(starts) < 2:
+        return task
+    rivals = tuple(
+        Rival(
+            folder=f"start-{NONE if start is None else start}",
+            method="best from scratch" if start is None else f"best from {start.partition('#')[0]}",
+            words="the best from scratch" if start is None else f"the best from {start.partition('#')[0]}",
+            changes={WEIGHTS: start},
+        )
+        for start in starts
+    )
+    return task.model_copy(update={"starts": rivals})
+
+
+def check_starts(
+    starts: Mapping[str, Start], cohort: Cohort, judged: Rows, console: Console, *, is_allowed: bool
+) -> tuple[LeakCheck, ...]:
+    """What is known of each start: whether it was trained on people who are judged.
+
+    Args:
+        starts: by name.
+        cohort: of the run.
+        judged: the rows of all folds and the hold-out.
+        console: where the user is told.
+        is_allowed: whether the user allows it.
+
+    Raises:
+        UserError: it was, and the user has not allowed it.
+    """
+    data_set, manifest = data_set_of(cohort.description), cohort.manifest
+    people = manifest["subject"].to_numpy(str)
+    checks = []
+    for start in starts.values():
+        found = seen_of(start, manifest, judged, data_set)
+        seen = None if found is None else tuple(np.unique(people[found.rows]).tolist())
+        check = LeakCheck(
+            start=start.name,
+            judged=len(np.unique(people[judged])),
+            seen=seen,
+            alike=0 if found is None else found.alike,
+        )
+        if seen and not is_allowed:
+            assert start.trained_on is not None
+            raise refuse_seen(start, seen, data_set in set(start.trained_on["data_set"]))
+        console.print(f"note: {check.in_words()}", highlight=False, soft_wrap=True, markup=False)
+        checks.append(check)
+    return tuple(checks)
+
+
+def tell_what_matches(
+    settings: RunSettings, starts: Mapping[str, Start], cohort: Cohort, training: Rows, console: Console
+) -> None:
+    """Load every start into the model of these settings, and say what became of its weights.
+
+    Raises:
+        UserError: it does not fit, or a part that the settings name is not there.
+    """
+    task, manifest = find_task(settings.task), cohort.manifest
+    labels = task.labels(settings, manifest)
+    known = training[is_known(labels)[training]]
+    sites, people = manifest["site"].to_numpy(str), manifest["subject"].to_numpy(str)
+    facts = task.learn(settings, Truth(labels[known], sites[known], people[known]))
+    channels = len(settings.data.channels or cohort.description.channels)
+    for start in starts.values():
+        model = task.build(settings, channels, facts)
+        report = load_part(model, start.tensors, settings.begin.take, settings.begin.rename)
+        freeze(model, settings.begin.freeze)
+        part = settings.begin.take.replace("_", " ")
+        console.print(
+            f"note: {start.name} into the {part}: {report}", highlight=False, soft_wrap=True, markup=False
+        )
+
+
+def keep_starts(folder: RunFolder, starts: Mapping[str, Start], leaks: tuple[LeakCheck, ...]) -> None:
+    """Copy the starts into a run, with what the check of leaks found."""
+    for start in starts.values():
+        keep_start(start, folder.starts)
+    if leaks:
+        folder.update(leaks=leaks)
+
+
+def starts_of(folder: RunFolder) -> dict[str, Start]:
+    """The starts that a run keeps."""
+    return read_kept(folder.starts)
