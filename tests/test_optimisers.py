@@ -205,7 +205,7 @@ def test_the_best_epoch_is_chosen_by_people_who_are_neither_trained_on_nor_judge
     assert not (inner | trained) & judged
     assert len(inner) == round(0.25 * len(everyone))
     with pytest.raises(
-        UserError, match=r"training.keep=best cannot act: .* inner split of 15 of 16 training scans"
+        UserError, match=r"training.keep=best cannot act: .* inner split of 12 of 12 training scans"
     ):
         cell_of(cohort, settings(training__keep="best", training__inner=0.99))
     kept, values = {}, []
