@@ -182,6 +182,10 @@ def test_the_hash_of_a_scan_knows_it_under_another_name_and_spacing(tmp_path):
     assert first["source_shape"] == list(shape)
     assert first["source_affine"] == affine[:3].ravel().tolist()
     assert first["source_codes"] == "LAS"
+    with_axis = prepare_scan(
+        scan_of(tmp_path / "d.nii", voxels[..., None], affine), Preprocessing(spacing=4, **raw)
+    ).origin
+    assert with_axis == first | {"source_shape": [*shape, 1]}
     voxels[15, 14, 13] += 1
     other = prepare_scan(scan_of(tmp_path / "c.nii", voxels, affine), Preprocessing(spacing=4, **raw)).origin
     assert other["source_hash"] != first["source_hash"]

@@ -20,7 +20,7 @@ from core.volumes.images.nifti import Affine, Volume
 from core.volumes.images.preprocess import Preprocessing, covers_template_field, grid_affine
 from core.volumes.images.registration import overlap_with_template, register
 from core.volumes.images.resample import Labels, Mask, Resampled, resample, resample_labels
-from core.volumes.sources.images import read_image, read_image_geometry
+from core.volumes.sources.images import read_image, read_image_geometry, trailing_axes
 from core.volumes.sources.listing import ImageFile, Scan
 
 SAME_GRID = (
@@ -98,14 +98,14 @@ def origin_of(file: ImageFile, image: Image) -> dict[str, str | list[float]]:
     """What the manifest keeps of the first image before resampling.
 
     source_hash: of its voxels (of further channels with _2, …), which tells the same scan under another name.
-    source_shape, source_affine (three rows) and source_codes (such as LAS): its grid as stored, with which a map of the
-    cohort's grid is brought back onto the voxels of the file.
+    source_shape (with trailing axes of length 1), source_affine (three rows) and source_codes (such as LAS): its grid
+    as stored, with which a map of the cohort's grid is brought back onto the voxels of the file.
     """
     shape, affine = read_image_geometry(file)
     codes = "".join(code or "?" for code in nib.orientations.aff2axcodes(affine))
     return {
         "source_hash": voxel_hash(image.voxels),
-        "source_shape": [float(side) for side in shape],
+        "source_shape": [float(side) for side in (*shape, *trailing_axes(file))],
         "source_affine": np.asarray(affine, dtype=np.float64)[:3].reshape(-1).tolist(),
         "source_codes": codes,
     }

@@ -55,6 +55,11 @@ def read_image_geometry(file: ImageFile) -> tuple[tuple[int, int, int], Affine]:
     return (shape[-3], shape[-2], shape[-1]), _checked_affine(file)
 
 
+def trailing_axes(file: ImageFile) -> tuple[int, ...]:
+    """The axes behind the third, each of length 1, that some NIfTI files have."""
+    return () if file.path.suffix == ".npy" else tuple(nib.load(file.path).shape[3:])  # type: ignore[attr-defined]
+
+
 def _checked_affine(file: ImageFile) -> Affine:
     affine = np.asarray(file.affine if file.affine is not None else np.nan, dtype=np.float64)
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
