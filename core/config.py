@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from core.errors import UserError
 from core.lookup import did_you_mean
-from core.run_settings import RunSettings
+from core.run_settings import BeginSettings, RunSettings
 from core.task_description import BRAIN_AGE
 from core.tasks import TASKS, find_task
 
@@ -27,6 +27,10 @@ from core.tasks import TASKS, find_task
 Settings = dict[str, object]
 DISCRIMINATORS = ("name", "shape")
 """The keys that choose which other keys stand beside them."""
+FIRST = "pretraining"
+"""The block with the settings of a first stage."""
+OWN_OF_STAGE = ("head", "readout")
+"""What of its model a first stage has for itself; the encoder is that of the trial."""
 TASK = "task"
 """The setting that chooses which blocks there are."""
 SHARED = tuple(RunSettings.model_fields)
@@ -37,10 +41,46 @@ def resolve(settings: Mapping[str, object]) -> RunSettings:
     """Validate nested `settings`; the first mistake becomes a UserError that names the setting and the value."""
     name = task_of(settings)
     kind: type[RunSettings] = find_task(name).settings
+    given = {**_with_own_defaults(kind, settings), TASK: name}
+    if given.get(FIRST) is not None:
+        given[FIRST] = _first_stage(given[FIRST])
     try:
-        return kind.model_validate({**_with_own_defaults(kind, settings), TASK: name})
+        made = kind.model_validate(given)
+        return made if made.pretraining is None else _with_encoder(made, made.pretraining)
     except ValidationError as error:
         raise UserError(_explain(error, name)) from None
+
+
+def _first_stage(settings: object) -> RunSettings:
+    """The settings of a first stage; UserError if it is none."""
+    if isinstance(settings, RunSettings):
+        return settings
+    if not isinstance(settings, Mapping) or TASK not in settings:
+        raise UserError(
+            f"setting '{FIRST}': a first stage has settings of its own, and pretraining.task names its task"
+        )
+    try:
+        stage = resolve(settings)
+    except UserError as error:
+        raise UserError(f"in '{FIRST}': {error}") from None
+    if stage.pretraining is not None or stage.begin != BeginSettings():
+        raise UserError(
+            f"a first stage has no first stage, and starts where the trial starts: remove {FIRST}.{FIRST} and "
+            f"{FIRST}.begin, and set begin.weights"
+        )
+    return stage
+
+
+def _with_encoder(settings: RunSettings, stage: RunSettings) -> RunSettings:
+    """The settings with a first stage whose encoder is that of the trial."""
+    network, own = getattr(settings, "model", None), getattr(stage, "model", None)
+    if network is None or own is None:
+        return settings
+    kept = {
+        name: getattr(own, name) for name in OWN_OF_STAGE if hasattr(own, name) and hasattr(network, name)
+    }
+    model = network.model_copy(update=kept)
+    return settings.model_copy(update={FIRST: stage.model_copy(update={"model": model})})
 
 
 def _with_own_defaults(kind: type[RunSettings], settings: Mapping[str, object]) -> Settings:
@@ -138,7 +178,14 @@ def read_settings(path: Path) -> Settings:
 def known_names(task: object = None) -> frozenset[str]:
     """The dotted name of every setting that some configuration has: of a task, or of all of ours."""
     kinds = [each.settings for each in (TASKS.values() if task is None else [find_task(task)])]
-    return frozenset(name for kind in kinds for name in _names_of(kind))
+    # A first stage has the encoder of the trial.
+    stages = [
+        f"{FIRST}.{name}"
+        for each in TASKS.values()
+        for name in _names_of(each.settings)
+        if not name.startswith("model.") or name.startswith(tuple(f"model.{own}" for own in OWN_OF_STAGE))
+    ]
+    return frozenset([*(name for kind in kinds for name in _names_of(kind)), *stages])
 
 
 def _names_of(annotation: object, prefix: str = "") -> Iterator[str]:
@@ -149,12 +196,15 @@ def _names_of(annotation: object, prefix: str = "") -> Iterator[str]:
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             yield prefix + name
+            if name == FIRST:
+                # It holds the settings of any task: see `known_names`.
+                continue
             yield from _names_of(field.annotation, f"{prefix}{name}.")
 
 
 def _outer_choices_first(path: str) -> tuple[bool, int, str]:
     """Sort key: what chooses comes before what it chooses, an outer choice before an inner one."""
-    return path != TASK and path.rsplit(".", 1)[-1] not in DISCRIMINATORS, path.count("."), path
+    return path.rsplit(".", 1)[-1] not in (TASK, *DISCRIMINATORS), path.count("."), path
 
 
 def _assign(settings: Settings, path: list[str], value: object) -> None:
@@ -163,15 +213,15 @@ def _assign(settings: Settings, path: list[str], value: object) -> None:
     if key in DISCRIMINATORS and value is None:
         _assign(settings, parents, None)
         return
-    if path == [TASK] and task_of(settings) != value:
-        for of_old_task in settings.keys() - SHARED:
-            del settings[of_old_task]
     block = settings
     for parent in parents:
         inner = block.get(parent)
         if not isinstance(inner, dict):
             inner = block[parent] = {}
         block = inner
+    if key == TASK and task_of(block) != value:
+        for of_old_task in block.keys() - SHARED:
+            del block[of_old_task]
     if key in DISCRIMINATORS and block.get(key, value) != value:
         block.clear()
     block[key] = value

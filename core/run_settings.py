@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    SerializeAsAny,
+    model_validator,
+)
 
 from core.models.weights import Freeze, Take
 from core.schedules import ByKind, Number, Pieces, Piecewise, Schedule, Step
@@ -23,6 +31,11 @@ class DataSettings(Frozen):
     """What is taken from the cohort, and how its intensities are brought to one scale."""
 
     channels: tuple[str, ...] | None = Field(None, description="channels of the cohort to use; all if absent")
+    labelled: Annotated[int, Field(ge=2)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="how many training subjects of a cell keep their label, or which share; all if absent. A smaller "
+        "number takes a part of the subjects of a larger one, balanced as the folds are",
+    )
     normalise: Literal["training", "per_volume", "none"] = Field(
         "training",
         description="z-score of non-zero voxels: statistics of the training subjects, of each volume, or none",
@@ -203,6 +216,11 @@ class RunSettings(Frozen):
 
     task: str
     begin: BeginSettings = BeginSettings()
+    pretraining: SerializeAsAny[InstanceOf[RunSettings]] | None = Field(
+        None,
+        description="settings of another training, with a task of its own, that comes first in every cell; the model "
+        "then begins with its weights",
+    )
     data: DataSettings = DataSettings()
     optimiser: OptimiserSettings = AdamSettings()
     training: TrainingSettings = TrainingSettings()

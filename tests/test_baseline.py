@@ -218,14 +218,14 @@ def test_the_first_trial_is_the_untuned_baseline_which_nothing_stops_early(made,
     search = baseline.searcher(study, own)
     first, second = (search.suggest(name)["assignment"] for name in "ab")
     assert first["settings"] == untuned(baseline.folder.about.settings)
-    assert PRUNABLE_EPOCHS not in clock(first, 1)
+    assert PRUNABLE_EPOCHS not in clock(first, [{}])
     assert own.completes == first["name"] == "l1-0000"
     assert first["folder"] == str(baseline.folder.path / "baseline" / "0000")
     assert first["cells"] == baseline.request.cells
     assert bool(study.get_trials()[0].params) == has_parameters
     assert study.get_trials()[0].user_attrs[LABEL] == PUBLISHED
     assert second["settings"] != first["settings"]
-    assert PRUNABLE_EPOCHS in clock(second, 1)
+    assert PRUNABLE_EPOCHS in clock(second, [{}])
     assert search.suggest("c") is None  # of two trials
 
 

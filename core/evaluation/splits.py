@@ -294,3 +294,25 @@ def _deal(subjects: int, folds: int, generator: np.random.Generator) -> Rows:
 def _rows(manifest: pd.DataFrame, subjects: Collection[object]) -> Rows:
     """Positions of the subjects' rows, sorted."""
     return np.flatnonzero(manifest["subject"].isin(subjects).to_numpy())
+
+
+def labelled_order(manifest: pd.DataFrame, rows: Rows, by: str, seed: int) -> list[object]:
+    """The subjects of these rows in the order in which they keep their label, if only some do.
+
+    Every beginning of it is alike in `by`: of names each has its share, and of numbers each fifth. The order depends on
+    the seed and on the subjects alone.
+
+    Args:
+        manifest: columns subject and `by`.
+        rows: of the training subjects, whose value is known.
+        by: see `make_splits`.
+        seed: of the random order.
+    """
+    chosen = manifest.iloc[rows]
+    is_number = pd.api.types.is_numeric_dtype(chosen[by])
+    values = chosen.groupby("subject", sort=True)[by].agg("mean" if is_number else "first")
+    groups = pd.qcut(values.rank(method="first"), min(5, len(values)), labels=False) if is_number else values
+    draws = pd.Series(np.random.default_rng(seed).random(len(values)), index=values.index)
+    place = draws.groupby(groups).rank(method="first") - draws
+    share = place / groups.map(groups.value_counts()).to_numpy(float)
+    return share.sort_values(kind="stable").index.tolist()

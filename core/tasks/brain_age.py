@@ -142,6 +142,10 @@ class BrainAge(Task[BrainAgeSettings]):
         ages: npt.NDArray[np.float64] = manifest["age"].to_numpy(float)
         return ages
 
+    def needs_truth(self, settings: BrainAgeSettings) -> bool:
+        """SimCLR contrasts scans without it."""
+        return settings.objective.name != "simclr"
+
     def check_cohort(self, settings: BrainAgeSettings, manifest: pd.DataFrame, splits: Splits) -> None:
         """Refuse subjects from whom nothing about age can be learnt.
 

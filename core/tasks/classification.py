@@ -202,6 +202,10 @@ class Classification(Task[ClassificationSettings]):
             )
         return names
 
+    def needs_truth(self, settings: ClassificationSettings) -> bool:
+        """SimCLR contrasts scans without it."""
+        return settings.objective.name != "simclr"
+
     def check_cohort(self, settings: ClassificationSettings, manifest: pd.DataFrame, splits: Splits) -> None:
         """Refuse classes with too few people to be learnt, or judged, in every part.
 

@@ -142,6 +142,10 @@ class Task(ABC, Generic[S]):
             UserError: the cohort cannot have it.
         """
 
+    def needs_truth(self, settings: S) -> bool:
+        """Whether a training needs the truth about its scans; if not, as a first stage it takes all scans."""
+        return True
+
     def check_cohort(self, settings: S, manifest: pd.DataFrame, splits: Splits) -> None:
         """Refuse a cohort from which nothing can be learnt.
 

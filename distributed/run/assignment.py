@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -81,6 +82,8 @@ class EpochRow(TypedDict, total=False):
     learning_rate: float
     first_step_at: float
     """Seconds since 1970."""
+    stage: str
+    """`pretraining` in a first stage; absent in the training that is judged."""
     seconds: float
     spent_seconds: float
     """`seconds`, and the time for judging."""
@@ -105,9 +108,11 @@ class Answer(EpochRow, total=False):
     """The number of finished cells."""
     cells: list[CellRow]
     epochs: int
-    """The epochs done in all cells."""
+    """The epochs done in all cells, those of first stages included."""
+    judged_epochs: int
+    """Those of them that are judged: without first stages."""
     prunable_epochs: int
-    """The same number, present only if the trial may be stopped early; see `PRUNABLE_EPOCHS`."""
+    """The same number, present only if the trial may be stopped early and a value is known; see `PRUNABLE_EPOCHS`."""
     finished: bool
     """Whether all cells are done."""
     done: bool
@@ -162,10 +167,14 @@ def is_refit(assignment: Assignment) -> bool:
     return assignment["cells"][0]["fold"] == HOLDOUT
 
 
-def clock(assignment: Assignment, epochs: int) -> Answer:
-    """The epochs done; also as `PRUNABLE_EPOCHS` if the trial may be stopped early."""
-    may_stop = assignment["prunable"] and not is_refit(assignment)
-    return Answer(epochs=epochs, prunable_epochs=epochs) if may_stop else Answer(epochs=epochs)
+def clock(assignment: Assignment, history: Sequence[EpochRow]) -> Answer:
+    """The epochs done; those that are judged also as `PRUNABLE_EPOCHS` if the trial may be stopped early now."""
+    judged = sum("stage" not in row for row in history)
+    is_judged = not history or "stage" not in history[-1]
+    answer = Answer(epochs=len(history), judged_epochs=judged)
+    if assignment["prunable"] and not is_refit(assignment) and is_judged:
+        answer["prunable_epochs"] = judged
+    return answer
 
 
 def failed(reason: str) -> Answer:

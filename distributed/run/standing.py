@@ -26,7 +26,7 @@ def standing(
     metric = assignment["metric"]
     values = [measure(metric, cell) for cell in finished]
     is_over = len(finished) == len(assignment["cells"])
-    return clock(assignment, len(history)) | Answer(
+    return clock(assignment, history) | Answer(
         name=assignment["name"],
         value=mean_of(metric, finished) if finished else value,
         sd=float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +47,8 @@ from distributed.search.study import (
 )
 from search_spaces.points import Space
 
+FIRST_STAGE = "pretraining."
+"""What the names of the settings of a first stage begin with."""
 SLOT_CRASHES = 2
 """How often a trial may lose its slot and get another one, in addition to the restarts of Tune."""
 
@@ -65,6 +67,8 @@ class Proposals:
     continued: list[FrozenTrial] = field(default_factory=list)
     starts: Sequence[str | None] = ()
     """What is compared in equally many trials: the choices of the parameter `WEIGHTS`; all alike if fewer than two."""
+    stages: int = 0
+    """How many different first stages are tried; 0 if there is none."""
     secure: Callable[[], None] = lambda: None
     """Called when the study has changed in a way that must not be lost with this machine."""
     tell: Callable[[str], None] = lambda text: None
@@ -144,8 +148,9 @@ class StudySearch(tune.search.Searcher):
 
     def _keep(self, trial_id: str, answer: Answer) -> None:
         trial = self.running.get(trial_id)
-        if trial is not None and math.isfinite(answer["value"]):
-            report_value(trial, answer["value"], answer["epochs"])
+        # In a first stage the value is that of the cells before it, which is known already.
+        if trial is not None and math.isfinite(answer["value"]) and "stage" not in answer:
+            report_value(trial, answer["value"], answer.get("judged_epochs", answer["epochs"]))
         before = answer.get("previous_end_at")
         if trial is not None and answer["epochs"] == 1 and before:
             trial.set_user_attr(IDLE_SECONDS, answer["started_at"] - before)
@@ -211,11 +216,22 @@ class StudySearch(tune.search.Searcher):
         return self._ask() if trials_begun(proposals.study) < proposals.trials else None
 
     def _ask(self) -> optuna.Trial:
-        """A new trial: the one that waits, or one from the start that has had the fewest trials."""
+        """A new trial: the one that waits, or one of the start and the first stage that have had the fewest trials."""
         study, starts = self.proposals.study, self.proposals.starts
-        if len(starts) > 1 and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            had = [trial.params.get(WEIGHTS) for trial in study.get_trials(deepcopy=False)]
-            study.enqueue_trial({WEIGHTS: min(starts, key=had.count)})
+        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            had = [trial.params for trial in study.get_trials(deepcopy=False)]
+            fixed: dict[str, Any] = {}
+            if len(starts) > 1:
+                fixed[WEIGHTS] = min(starts, key=[params.get(WEIGHTS) for params in had].count)
+            if self.proposals.stages:
+                stages = [_of_first_stage(params) for params in had]
+                known = [stage for place, stage in enumerate(stages) if stage not in stages[:place]]
+                # A value that is drawn anew is never drawn twice, so no trial would share the stage of another.
+                if len(known) >= self.proposals.stages:
+                    counts = [stages.count(stage) for stage in known]
+                    fixed |= known[counts.index(min(counts))]
+            if fixed:
+                study.enqueue_trial(fixed)
         return study.ask()
 
     def _owed(self) -> optuna.Trial | None:
@@ -326,7 +342,7 @@ class StudySearch(tune.search.Searcher):
 
     def _tell_pruned(self, trial: optuna.Trial, trial_id: str, answer: Answer) -> None:
         if math.isfinite(answer["value"]):
-            report_value(trial, answer["value"], answer["epochs"])
+            report_value(trial, answer["value"], answer.get("judged_epochs", answer["epochs"]))
         by_pruner = self.judgement.pruner.reasons.pop(trial_id, None) if self.judgement.pruner else None
         trial.set_user_attr(REASON, by_pruner or f"{self.judgement.scheduler} after epoch {answer['epochs']}")
         self.proposals.study.tell(trial, state=TrialState.PRUNED)
@@ -334,3 +350,8 @@ class StudySearch(tune.search.Searcher):
     def _forget_checkpoint(self, trial: optuna.Trial) -> None:
         folder = self.proposals.assignment(trial_name(trial.number), {}, True)["folder"]
         forget_checkpoint(Path(folder))
+
+
+def _of_first_stage(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a first stage."""
+    return {name: value for name, value in params.items() if name.startswith(FIRST_STAGE)}

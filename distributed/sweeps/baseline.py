@@ -157,7 +157,7 @@ class Baseline:
         searcher = self.searcher(study, own)
         is_spared = spares(request.startup_trials, own)
         scheduler = make_scheduler(
-            request.scheduler, self.search.epochs, len(request.cells), is_spared, first.better
+            request.scheduler, self.search.judged_epochs, len(request.cells), is_spared, first.better
         )
         replay(scheduler, study.get_trials(deepcopy=False), baseline_name)
         rival = self.search.task.about.rival

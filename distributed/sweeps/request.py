@@ -80,6 +80,11 @@ class SweepRequest(_Divided):
     space: str | None = Field(
         None, description="NAME of a space, or FILE.py:FUNCTION; that of the task if absent"
     )
+    stages: int = Field(
+        1,
+        ge=1,
+        description="different first stages (pretraining.*) to try, each with several trainings after it",
+    )
     trials: int = Field(20, ge=1, description="configurations to try, the published one first")
     baseline_trials: int = Field(
         0, ge=0, description="configurations of the baseline (L1) to try first; 0: it is refitted untuned"

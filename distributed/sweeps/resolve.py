@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import optuna
 import pandas as pd
 
-from core.config import Settings, merge, resolve
+from core.config import FIRST, TASK, Settings, merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import (
     Splits,
@@ -35,7 +35,7 @@ from distributed.search.samplers import GRID, check_sampler
 from distributed.search.schedulers import Wilcoxon, make_scheduler, pruner_threshold, spares
 from distributed.search.searcher import Judgement
 from distributed.search.study import check_space
-from distributed.sweeps.request import SweepRequest, TrainRequest
+from distributed.sweeps.request import SweepRequest, TrainRequest, space_of
 from search_spaces import load_space, pin, without
 from search_spaces.points import Profile, Space
 
@@ -65,7 +65,13 @@ class ResolvedSearch:
 
     @property
     def epochs(self) -> int:
-        """The epochs of a cell."""
+        """The epochs of a cell, those of its first stage included."""
+        first = self.settings.pretraining
+        return self.judged_epochs + (0 if first is None else first.training.rounds)
+
+    @property
+    def judged_epochs(self) -> int:
+        """The epochs of a cell after which trials are compared."""
         return self.settings.training.rounds
 
     @property
@@ -95,7 +101,7 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
     if base is None:
         begun = {WEIGHTS: request.starts[0]} if request.start else {}
         asked = chosen_task(request.task) | request.changes | begun
-        base = resolve(merge(published, asked)).model_dump(mode="json")
+        base = resolve(merge(with_first_stage(published, asked), asked)).model_dump(mode="json")
     profile = check_space(space, base)
     settings = resolve(base)
     about = find_task(settings.task).about
@@ -107,7 +113,16 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
             f"--grid-points {request.grid_points} acts with --sampler grid only, not {request.sampler}"
         )
     make_scheduler(request.scheduler, settings.training.rounds, len(request.cells))
+    if request.stages > 1 and settings.pretraining is None:
+        raise UserError(
+            f"--stages {request.stages} cannot act: there is no first stage; set pretraining.task"
+        )
     if request.scheduler in POPULATIONS:
+        if settings.pretraining is not None:
+            raise UserError(
+                f"--scheduler {request.scheduler} cannot act with pretraining: its members go on from each other's "
+                "weights; use --scheduler asha"
+            )
         _check_population(request, profile, settings)
     pruner_threshold(request.pruner, len(request.cells))
     if is_new:
@@ -142,6 +157,16 @@ def _with_starts(space: Space, request: SweepRequest) -> Space:
         return {**space(trial), WEIGHTS: chosen}
 
     return among
+
+
+def with_first_stage(settings: Settings, changes: Settings) -> Settings:
+    """The settings with the published ones of a first stage, if `changes` ask for one and there is none yet."""
+    task = changes.get(f"{FIRST}.{TASK}")
+    if settings.get(FIRST) is not None or not isinstance(task, str):
+        return settings
+    stage = {} if file_of(task) is not None else load_space(space_of(task))[1]
+    own = {name: value for name, value in stage.items() if name not in ("begin", FIRST)}
+    return settings | {FIRST: {TASK: task, **own}}
 
 
 def chosen_task(name: str | None) -> dict[str, Any]:

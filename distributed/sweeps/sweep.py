@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from core.files.writing import writing_to
 from core.report.answer.record import read_run
 from core.report.answer.tables import print_leaderboard
 from core.report.page import write_report
-from core.run_names import LABEL, MEMBER, PUBLISHED, REASON, SWEEP
+from core.run_names import LABEL, MEMBER, PUBLISHED, REASON, STAGES, SWEEP
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import Volumes
@@ -203,6 +204,9 @@ class Sweep:
         page = write_report(folder.path)
         if not budget.interrupted:
             folder.update(concluded=True)
+            if not running_trials(study):
+                # Whoever goes on with this search trains them anew.
+                shutil.rmtree(folder.path / STAGES, ignore_errors=True)
         print_leaderboard(self.console, read_run(folder.path))
         self._say_next(page, budget)
         return folder
@@ -238,6 +242,7 @@ class Sweep:
             refits=lambda study: after_search(self.folder, request, self.search, study),
             continued=self._unfinished(),
             starts=request.starts,
+            stages=0 if self.search.settings.pretraining is None else request.stages,
             secure=lambda: send(self.folder.journal),
             tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )
@@ -257,7 +262,7 @@ class Sweep:
         is_spared = spares(request.startup_trials, budget)
         scheduler = make_scheduler(
             request.scheduler,
-            self.search.epochs,
+            self.search.judged_epochs,
             len(request.cells),
             is_spared,
             self.search.about_first.better,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from core.files.python import file_of
 from core.files.tables import write_table
 from core.files.writing import writing_to
 from core.objectives import Metric
-from core.run_names import SPLITS, TRAIN
+from core.run_names import SPLITS, STAGES, TRAIN
 from core.run_settings import RunSettings
 from core.tasks import find_task
 from core.tasks.task import check_parts
@@ -31,7 +32,7 @@ from distributed.run.trust import check_trusted
 from distributed.slots.cluster import connect, fit_slots
 from distributed.slots.slot import WorkerGroup, pack
 from distributed.sweeps.request import TrainRequest
-from distributed.sweeps.resolve import chosen_task, splits_of, with_hash
+from distributed.sweeps.resolve import chosen_task, splits_of, with_first_stage, with_hash
 from distributed.sweeps.resume import same_splits
 from distributed.sweeps.starts import check_starts, find_starts, keep_starts, starts_of, tell_what_matches
 from distributed.sweeps.tables import calibrate_best, finish
@@ -65,7 +66,8 @@ def train_one(
     """
     quiet()
     opened = Cohort.open(cohort)
-    given, starts = find_starts(merge(_published(request), chosen_task(request.task) | request.changes))
+    asked = chosen_task(request.task) | request.changes
+    given, starts = find_starts(merge(with_first_stage(_published(request), asked), asked))
     settings = resolve(given)
     task = find_task(settings.task)
     task.check(settings)
@@ -172,6 +174,7 @@ def _train(
             keep_best(folder, folder.trial(NAME) / f"model-{request.seed}")
             calibrate_best(folder, task, folder.trial(NAME), f"fold {request.fold}")
             _write_history(folder)
+            shutil.rmtree(folder.path / STAGES, ignore_errors=True)
             finish(folder)
     return folder
 
@@ -188,7 +191,9 @@ def _run(
         TextColumn("{task.fields[now]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("epochs", total=settings.training.rounds, now="")
+        first = settings.pretraining
+        total = settings.training.rounds + (0 if first is None else first.training.rounds)
+        task = progress.add_task("epochs", total=total, now="")
         while True:
             answer = run_epoch(assignment)
             if "note" in answer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -70,11 +70,17 @@ class TrainingState(TypedDict):
 class CellData:
     """The scans of one cell, as every method on it gets them: whose they are, and on which scale."""
 
-    def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
+    def __init__(
+        self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place, rows: Rows | None = None
+    ) -> None:
         self.settings, self.subjects, self.cell, self.place = settings, subjects, cell, place
         self.task = find_task(settings.task)
         self.labelled = Labelled.of(subjects, settings)
         self.training_rows, self.evaluation_rows = self.labelled.rows_of(cell.fold)
+        if rows is not None:
+            self.training_rows, self.evaluation_rows = rows, rows[:0]
+        else:
+            self.training_rows = self.labelled.within_budget(settings, self.training_rows, cell)
         self.training_rows, self.inner_rows = self._without_inner(self.training_rows)
         self.channels = _channel_indices(settings, subjects.channels)
         self.statistics = self._fit_statistics()
@@ -127,16 +133,33 @@ class CellData:
 
 
 class CellTraining(CellData):
-    """The training of one model on one cell."""
+    """The training of one model on one cell.
 
-    def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
-        super().__init__(settings, subjects, cell, place)
+    Args:
+        settings: of the trial, or of its first stage.
+        subjects: of the cohort.
+        cell: the fold and the seed.
+        place: where this worker runs.
+        rows: what is trained on instead of the rows of the cell; then nobody is judged.
+        earlier: weights of a first stage to start from; those that the settings name if None.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        subjects: Subjects,
+        cell: Cell,
+        place: Place,
+        rows: Rows | None = None,
+        earlier: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(settings, subjects, cell, place, rows)
         _check_shares(settings, len(self.training_rows), place)
         torch.manual_seed(_derive_seed(cell, "initialisation"))
         self.facts = self.task.learn(settings, self.labelled.truth(self.training_rows))
         self.targets = self.task.targets(self.labelled.labels, self.facts)
         self.model: nn.Module = self.task.build(settings, len(self.channels), self.facts).to(place.device)
-        self._begin()
+        self._begin(earlier)
         if place.workers > 1:
             synchronise_batch_norm(self.model, place.device)
         freeze(self.model, settings.begin.freeze)
@@ -151,10 +174,12 @@ class CellTraining(CellData):
         self.best: BestEpoch | None = None
         self._reading: Batches | None = None
 
-    def _begin(self) -> None:
-        """Load the weights that the settings start from."""
+    def _begin(self, earlier: Mapping[str, torch.Tensor] | None) -> None:
+        """Load the weights of the first stage, or those that the settings start from."""
         begin = self.settings.begin
-        if begin.weights is None:
+        if earlier is not None:
+            load_part(self.model, earlier, begin.take, begin.rename)
+        if earlier is not None or begin.weights is None:
             return
         start = look_up(self.subjects.starts, begin.weights, "start of this run")
         load_part(self.model, start.tensors, begin.take, begin.rename)

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from core.evaluation.splits import Splits
+from core.errors import UserError
+from core.evaluation.splits import Splits, labelled_order
 from core.files.tables import write_table
 from core.run_settings import RunSettings
 from core.starts import Start, data_set_of
@@ -95,6 +96,25 @@ class Labelled:
         training, evaluation = self.subjects.rows_of(fold)
         known = is_known(self.labels)
         return training[known[training]], evaluation[known[evaluation]]
+
+    def within_budget(self, settings: RunSettings, rows: Rows, cell: Cell) -> Rows:
+        """Those of the training rows of a cell whose subjects keep their label; see `data.labelled`."""
+        budget = settings.data.labelled
+        if budget is None:
+            return rows
+        manifest, by = self.subjects.manifest, find_task(settings.task).balanced_by(settings)
+        order = labelled_order(manifest, rows, by, cell.seed * 1_000 + cell.fold + 1)
+        count = budget if isinstance(budget, int) else round(budget * len(order))
+        if count > len(order):
+            raise UserError(
+                f"data.labelled={budget} is more than the {len(order)} subjects that fold {cell.fold} trains on"
+            )
+        if count < 2:
+            raise UserError(
+                f"data.labelled={budget:g} leaves {count} of {len(order)} subjects; at least 2 are needed"
+            )
+        kept = set(order[:count])
+        return rows[[name in kept for name in manifest["subject"].iloc[rows]]]
 
     def truth(self, rows: Rows) -> Truth:
         """What is known of these scans."""

@@ -22,7 +22,7 @@ from core.config import resolve
 from core.errors import UserError
 from core.files.writing import replacing, write_text, writing_to
 from core.objectives import measure
-from core.run_names import CHECKPOINT, PROGRESS
+from core.run_names import CHECKPOINT, PROGRESS, STAGES
 from core.tasks import find_task
 from core.tasks.task import JudgedCell, Outcome
 from distributed.run.assignment import (
@@ -46,6 +46,7 @@ from distributed.run.assignment import (
 from distributed.run.quiet import quiet
 from distributed.run.standing import standing
 from distributed.run.working_copy import DAMAGED, bring, send, set_aside
+from distributed.training.first_stage import STAGE, FirstStage
 from distributed.training.loop import CellTraining, DivergedError, TrainingState
 from distributed.training.out_of_memory import out_of_memory
 from distributed.training.subjects import Labelled, Place, Subjects
@@ -107,7 +108,7 @@ class Runner:
             return self._give_up(reason)
 
     def _give_up(self, reason: str) -> Answer:
-        done = clock(self.trial.assignment, self.trial.epochs) if self.trial else Answer(epochs=0)
+        done = clock(self.trial.assignment, self.trial.history) if self.trial else Answer(epochs=0)
         self._drop_trial()
         return done | failed(reason)
 
@@ -140,6 +141,10 @@ class Trial:
         self.after_cells: list[list[float]] = []
         self.answer: Answer | None = None
         self.training: CellTraining | VoxelCell | None = None
+        self.stage: FirstStage | None = None
+        """The first stage of the current cell, while it is trained."""
+        self.earlier: Mapping[str, torch.Tensor] | None = None
+        """The weights of a finished first stage, until the second one begins."""
         self.identity = identity(assignment)
         self.notes: list[str] = []
         """What the next answer tells the user about the files of this trial."""
@@ -155,6 +160,9 @@ class Trial:
         # The trial was finished before, but the process that asked for it ended before it got the answer.
         if self.answer is not None:
             return self.answer | self._told()
+        stage = self._first_stage()
+        if stage is not None:
+            return self._advance(stage)
         started = time.perf_counter()
         training = self._current_cell()
         row = training.run_epoch()
@@ -182,6 +190,32 @@ class Trial:
         self._save()
         return answer | self._told()
 
+    def _first_stage(self) -> FirstStage | None:
+        """The first stage of the current cell; None if there is none, or it is done."""
+        is_over = self.training is not None or self.earlier is not None or self.assignment.get("on_voxels")
+        if self.settings.pretraining is None or is_over:
+            return None
+        if self.stage is None:
+            cell = self.cells[len(self.finished)]
+            known = sum(row.get("stage") == STAGE and _is_of(row, cell) for row in self.history)
+            self.stage = FirstStage(
+                self.settings, self.subjects, cell, self.place, self.folder.parent.parent / STAGES, known
+            )
+        return self.stage
+
+    def _advance(self, stage: FirstStage) -> Answer:
+        """An epoch of the first stage, or all of them if another trial has trained it: nothing is judged in it."""
+        rows = stage.advance()
+        self.history += rows
+        if stage.is_done:
+            self.earlier, self.stage = stage.weights(), None
+        if not rows:
+            # All of them were known: this trial was interrupted between its two stages.
+            return self.run_epoch()
+        answer = cast(Answer, rows[-1]) | standing(self.assignment, self.history, self.finished, math.nan)
+        self._save()
+        return answer | self._told()
+
     def _told(self) -> Answer:
         told, self.notes = self.notes, []
         return Answer(note="; ".join(told)) if told else Answer()
@@ -195,12 +229,19 @@ class Trial:
         """Stop reading ahead, if the trial stops before its end."""
         if self.training is not None:
             self.training.close()
+        if self.stage is not None:
+            self.stage.close()
 
     def _current_cell(self) -> CellTraining | VoxelCell:
         if self.training is None:
             cell = self.cells[len(self.finished)]
-            kind = VoxelCell if self.assignment.get("on_voxels") else CellTraining
-            self.training = kind(self.settings, self.subjects, cell, self.place)
+            if self.assignment.get("on_voxels"):
+                self.training = VoxelCell(self.settings, self.subjects, cell, self.place)
+            else:
+                self.training = CellTraining(
+                    self.settings, self.subjects, cell, self.place, earlier=self.earlier
+                )
+                self.earlier = None
         return self.training
 
     def _finish_cell(self, training: CellTraining | VoxelCell, outcome: Outcome) -> None:
@@ -322,6 +363,7 @@ class Trial:
         before = [earlier[: count + 1] for count in range(len(earlier))]
         self.after_cells = saved.get("after_cells", before)
         if saved["state"] is not None:
+            # Also where a first stage came before: its weights are among these.
             self._current_cell().load_state_dict(saved["state"])
 
     def _own(self, name: str, read: Callable[[Path], Kept]) -> Kept | None:
@@ -356,6 +398,11 @@ class Trial:
                 f"{self.folder} held another configuration, perhaps because the study has lost its end; it is now "
                 f"{aside.name}"
             )
+
+
+def _is_of(row: EpochRow, cell: Cell) -> bool:
+    """Whether an epoch is of this cell."""
+    return (row["fold"], row["seed"]) == (cell.fold, cell.seed)
 
 
 def _as_tensors(kept: Any) -> Any:

@@ -106,5 +106,7 @@ def _schedule(block: Mapping[str, Any]) -> str:
 def _phrase(name: str, value: str) -> str:
     if name in PHRASES:
         return PHRASES[name].format(value)
+    if name.startswith("pretraining."):
+        return f"pre-training: {_phrase(name.removeprefix('pretraining.'), value)}"
     words = " ".join(name.split(".")[-2:]).replace("_", " ")
     return f"{words} {value}"

@@ -1,0 +1,224 @@
+"""The first stage of a cell: a pre-training that several trials share.
+
+    RUN/stages/KEY/   lease        who trains it now
+                      checkpoint.pt  weights and history after every epoch, in one file
+                      history.json, model.safetensors   once it is done, and nothing of them before
+
+KEY says what the weights depend on: the settings of the stage, the cell, its rows, the cohort, what the weights start
+from, the number of workers, and the code. The first trial that needs a stage trains it; others wait, and begin with its
+weights. If the trial is stopped or its process dies, the next one continues from the last epoch. Every trial is charged
+all epochs of the stage, as if it had trained them, so that configurations are compared by what they cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import distributed as dist
+
+from core.errors import UserError
+from core.files.fingerprint import fingerprint
+from core.files.writing import replacing, write_text, writing_to
+from core.run_names import CHECKPOINT
+from core.run_settings import RunSettings
+from core.starts import MODEL
+from core.tasks import find_task
+from core.tasks.task import is_known
+from distributed.batches.plan import Rows
+from distributed.run.assignment import HOLDOUT, Cell, EpochRow, are_rows
+from distributed.run.code import code_version
+from distributed.training.lease import Lease
+from distributed.training.loop import CellTraining, TrainingState
+from distributed.training.subjects import Labelled, Place, Subjects
+
+HISTORY, LEASE = "history.json", "lease"
+LOOK_S = 0.2
+"""How often a trial that waits looks whether the stage is done."""
+STAGE = "pretraining"
+"""What an epoch of a first stage is called in the history, and in the records of access."""
+
+
+class _Saved(TypedDict):
+    """An unfinished stage."""
+
+    state: TrainingState
+    history: list[EpochRow]
+
+
+class FirstStage:
+    """The pre-training of one cell, as the trial that needs it sees it."""
+
+    def __init__(
+        self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place, folder: Path, known: int
+    ) -> None:
+        assert settings.pretraining is not None
+        # What a training starts from is of the whole trial; the stage is its first part.
+        begin = settings.begin.model_copy(
+            update={"freeze": "none", "thaw": None, "rate": 1.0, "layer_decay": 1.0}
+        )
+        self.settings = settings.pretraining.model_copy(update={"begin": begin})
+        self.subjects, self.place = subjects, place
+        self.cell = replace(cell, trial=f"{cell.trial}-{STAGE}")
+        self.rows = rows_of(settings, subjects, cell)
+        self.folder = folder / self._key()
+        self.lease = Lease(self.folder / LEASE)
+        self.known = known
+        """How many of its epochs the trial has in its history."""
+        self.history: list[EpochRow] = []
+        self.training: CellTraining | None = None
+        self.is_done = False
+
+    def advance(self) -> list[EpochRow]:
+        """Train an epoch, or take what another trial has trained: the epochs that the trial does not have yet."""
+        if self.training is None and self._decide() == "done":
+            self.is_done = True
+            self.history = self._finished_history()
+            return self._fresh()
+        training = self.training or self._begin()
+        started = time.perf_counter()
+        row = training.run_epoch()
+        row["spent_seconds"] = time.perf_counter() - started
+        row["stage"] = STAGE
+        self.history.append(row)
+        self.is_done = training.epoch == training.rounds
+        if self.place.rank == 0:
+            with writing_to(self.folder):
+                self._write(training)
+        if self.is_done:
+            self.close()
+        return self._fresh()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights of the stage, once it is done.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        try:
+            return load((self.folder / MODEL).read_bytes())
+        except Exception as error:
+            reason = str(error).partition("\n")[0][:160]
+            raise UserError(f"{self.folder}/{MODEL} is damaged ({reason}); delete {self.folder}") from None
+
+    def close(self) -> None:
+        """Stop training; whoever needs the stage next continues it."""
+        if self.training is not None:
+            self.training.close()
+        self.training = None
+        self.lease.release()
+
+    def _decide(self) -> str:
+        """Wait until the stage is done or nobody trains it; the workers of a trial decide together."""
+        decided: list[str] = [""]
+        if self.place.rank == 0:
+            while not decided[0]:
+                if (self.folder / MODEL).exists():
+                    decided[0] = "done"
+                elif self.lease.take():
+                    # It may have been finished in between.
+                    decided[0] = "mine"
+                    if (self.folder / MODEL).exists():
+                        decided[0] = "done"
+                        self.lease.release()
+                else:
+                    time.sleep(LOOK_S)
+        if self.place.workers > 1:
+            dist.broadcast_object_list(decided)
+        return decided[0]
+
+    def _begin(self) -> CellTraining:
+        self.training = CellTraining(self.settings, self.subjects, self.cell, self.place, rows=self.rows)
+        saved = self._saved()
+        if saved is not None:
+            self.training.load_state_dict(saved["state"])
+            self.history = saved["history"]
+        return self.training
+
+    def _saved(self) -> _Saved | None:
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            saved: _Saved = torch.load(path, map_location="cpu", weights_only=True)
+            return saved if saved["state"]["epoch"] == len(saved["history"]) else None
+        # A damaged file makes torch.load raise nearly anything; then the stage is trained anew.
+        except Exception:
+            return None
+
+    def _finished_history(self) -> list[EpochRow]:
+        path = self.folder / HISTORY
+        try:
+            rows = json.loads(path.read_text())
+            if are_rows(rows):
+                return cast("list[EpochRow]", rows)
+        except (FileNotFoundError, ValueError):
+            pass
+        raise UserError(f"{path} is damaged; delete {self.folder}")
+
+    def _fresh(self) -> list[EpochRow]:
+        rows = self.history[self.known :]
+        self.known += len(rows)
+        return rows
+
+    def _write(self, training: CellTraining) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.is_done:
+            write_text(self.folder / HISTORY, json.dumps(self.history))
+            weights = {name: value.contiguous().cpu() for name, value in training.model.state_dict().items()}
+            with replacing(self.folder / MODEL) as path:
+                path.write_bytes(save(weights))
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+            return
+        buffer = io.BytesIO()
+        torch.save(_Saved(state=training.state_dict(), history=self.history), buffer)
+        with replacing(self.folder / CHECKPOINT) as path:
+            path.write_bytes(buffer.getvalue())
+
+    def _key(self) -> str:
+        people = self.subjects.manifest[["subject", "checksum"]].iloc[self.rows]
+        return fingerprint(
+            {
+                "settings": self.settings.model_dump(mode="json"),
+                "cell": [self.cell.fold, self.cell.seed],
+                "rows": self.rows.tolist(),
+                "people": people.to_numpy(str).tolist(),
+                "workers": self.place.workers,
+                "code": _sources(),
+            }
+        )[:16]
+
+
+def rows_of(settings: RunSettings, subjects: Subjects, cell: Cell) -> Rows:
+    """The rows of a first stage: those that the cell trains on, and people without a truth for its task.
+
+    Nobody who is judged in this cell is among them, and in a search nobody of the hold-out.
+    """
+    assert settings.pretraining is not None
+    manifest, stage = subjects.manifest, find_task(settings.pretraining.task)
+    training, evaluation = subjects.rows_of(cell.fold)
+    people = manifest["subject"].to_numpy(str)
+    known = is_known(find_task(settings.task).labels(settings, manifest))
+    judged = np.unique(people[known])
+    more = evaluation[~np.isin(people[evaluation], judged)] if cell.fold != HOLDOUT else evaluation[:0]
+    rows = np.concatenate([training, more])
+    if stage.needs_truth(settings.pretraining):
+        rows = rows[is_known(stage.labels(settings.pretraining, manifest))[rows]]
+        if settings.data.labelled is not None:
+            # Who has lost the label has lost it in both stages.
+            kept = Labelled.of(subjects, settings).within_budget(settings, training[known[training]], cell)
+            rows = np.intersect1d(rows, kept)
+    return np.sort(rows)
+
+
+@functools.cache
+def _sources() -> str:
+    return code_version().sources
