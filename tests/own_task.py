@@ -95,7 +95,7 @@ class BrighterSide(Task[SideSettings]):
         table = predictions if truth is None else predictions.assign(truth=truth)
         return Prediction(table, table[["predicted"]].astype(str), "1 is right, 0 is left.")
 
-    def measure(self, presented: pd.DataFrame, truth: Any) -> dict[str, Any]:
+    def measure(self, presented: pd.DataFrame, truth: Any, internal: Any) -> dict[str, Any]:
         return {"accuracy": float((presented["predicted"] == truth.labels).mean())}
 
 

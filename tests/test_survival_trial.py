@@ -91,7 +91,7 @@ def test_a_trial_that_runs_out_of_memory_fails_by_itself_and_the_next_is_not_dis
 def test_one_of_several_workers_ends_with_it_because_the_others_wait(
     subjects, settings, tmp_path, monkeypatch, shortage
 ):
-    monkeypatch.setattr(CellTraining, "__init__", lambda *arguments: SHORTAGES[shortage]() and None)
+    monkeypatch.setattr(CellTraining, "__init__", lambda *arguments, **more: SHORTAGES[shortage]() and None)
     with pytest.raises((MemoryError, RuntimeError)):
         Runner(subjects, Place(workers=2))(assign(tmp_path / "0000", settings, CELLS))
 

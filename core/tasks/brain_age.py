@@ -5,6 +5,7 @@ Shape suffixes: B subjects, V views, C channels, X, Y, Z, E embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -340,11 +341,25 @@ class BrainAge(Task[BrainAgeSettings]):
         lacks = (NO_CALIBRATION,) if known is None else known.lacks
         return Prediction(table, shown, _how_to_read(given), lacks)
 
-    def measure(self, presented: pd.DataFrame, truth: Truth) -> dict[str, float | str]:
-        """The error, and what there is to say of gaps and intervals."""
+    def measure(
+        self, presented: pd.DataFrame, truth: Truth, internal: Mapping[str, float]
+    ) -> dict[str, float | str]:
+        """The error, what there is to say of gaps and intervals, and what the OpenBHB challenge scores.
+
+        The challenge takes the site from the internal test, and the error from people of other sites.
+        """
         predicted = presented["predicted"].to_numpy(float)
         of_ages = regression_metrics(predicted, cast(Floats, truth.labels), truth.subjects)
-        return of_ages | gap_metrics(presented, truth.subjects)
+        accuracy = internal.get("site_balanced_accuracy", math.nan)
+        score = None if math.isnan(accuracy) else openbhb_score(accuracy, of_ages["mae"])
+        challenge: dict[str, float | str] = {}
+        if score is not None:
+            challenge = {
+                "internal test: MAE": internal["mae"],
+                "internal test: site balanced accuracy": accuracy,
+                "OpenBHB score (site balanced accuracy ** 0.3 * MAE)": score,
+            }
+        return {**of_ages, **challenge, **gap_metrics(presented, truth.subjects)}
 
 
 def is_regression(settings: BrainAgeSettings) -> bool:

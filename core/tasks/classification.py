@@ -393,7 +393,9 @@ class Classification(Task[ClassificationSettings]):
             "they do not hold.",
         )
 
-    def measure(self, presented: pd.DataFrame, truth: Truth) -> dict[str, float | str]:
+    def measure(
+        self, presented: pd.DataFrame, truth: Truth, internal: Mapping[str, float]
+    ) -> dict[str, float | str]:
         """The metrics, and how many people of every class there are."""
         names = predicted_classes(presented)
         facts: Facts = {"classes": cast(Any, names)}

@@ -281,12 +281,15 @@ class Task(ABC, Generic[S]):
         """
 
     @abstractmethod
-    def measure(self, presented: pd.DataFrame, truth: Truth) -> dict[str, float | str]:
+    def measure(
+        self, presented: pd.DataFrame, truth: Truth, internal: Mapping[str, float]
+    ) -> dict[str, float | str]:
         """What `evaluate` says of predictions, by names in plain words; a person counts once.
 
         Args:
             presented: `Prediction.table`.
             truth: about these scans, all of it known.
+            internal: the metrics of the same model on the held-out people of its own run, if these are others.
         """
 
 

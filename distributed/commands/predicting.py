@@ -14,12 +14,12 @@ from rich.console import Console
 
 from core.config import task_of
 from core.errors import UserError
-from core.files.tables import write_table
+from core.files.tables import read_table, write_table
 from core.files.writing import replacing, writing_to
 from core.inference import Predictor, load_predictor, on_own_grid, prepare_file
 from core.run_access import EVALUATION
 from core.run_description import CohortOfRun
-from core.run_names import NESTED, RUN_JSON, SPLITS
+from core.run_names import NESTED, RUN_JSON, SPLITS, WINNER
 from core.tasks import find_task
 from core.tasks.task import Prediction, Truth, is_known
 from core.volumes.cohort.reader import Cohort, spacing_in_words
@@ -161,8 +161,19 @@ def evaluate_run(
     with writing_to(path.parent):
         write_table(table, path)
     truth = Truth(labels[rows], of_scan["site"].to_numpy(str), of_scan["subject"].to_numpy(str))
-    metrics = task.measure(presented.table, truth)
+    is_own = opened.description.hash == _cohort_of(folder).hash
+    metrics = task.measure(presented.table, truth, {} if is_own else _internal(folder))
     return Evaluation(table, metrics, notes + presented.lacks, path)
+
+
+def _internal(folder: RunFolder) -> dict[str, float]:
+    """The mean of every metric over the refits of the winner, on the held-out people of the run; {} without them."""
+    try:
+        table = read_table(folder.path / "holdout.csv")
+    except (FileNotFoundError, UserError):
+        return {}
+    of_winner = table[table["method"] == WINNER].drop(columns="method").select_dtypes("number")
+    return {} if of_winner.empty else {str(name): float(value) for name, value in of_winner.mean().items()}
 
 
 def evaluation_table(run: Path, name: str, digest: str) -> Path:

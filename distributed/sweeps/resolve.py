@@ -97,7 +97,7 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
         UserError: the first choice, or combination of choices, that cannot work, and why.
     """
     space, published = load_space(request.space_name)
-    space, is_new = _with_starts(pin(space, request.changes), request), base is None
+    space, is_new = pin(_with_starts(space, request), request.changes), base is None
     if base is None:
         begun = {WEIGHTS: request.starts[0]} if request.start else {}
         asked = chosen_task(request.task) | request.changes | begun
@@ -153,8 +153,12 @@ def _with_starts(space: Space, request: SweepRequest) -> Space:
         raise UserError(f"--start and --set {WEIGHTS} both say what to start from; give one")
 
     def among(trial: optuna.Trial) -> Settings:
-        chosen = trial.suggest_categorical(WEIGHTS, request.starts)
-        return {**space(trial), WEIGHTS: chosen}
+        chosen: Settings = {WEIGHTS: trial.suggest_categorical(WEIGHTS, request.starts)}
+        if chosen[WEIGHTS] is not None:
+            # What was learnt before is lost at the rate of a training from scratch, or kept as it is.
+            chosen["begin.rate"] = trial.suggest_float("begin.rate", 0.01, 1.0, log=True)
+            chosen["begin.freeze"] = trial.suggest_categorical("begin.freeze", ["none", "encoder"])
+        return {**space(trial), **chosen}
 
     return among
 
