@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -69,10 +69,11 @@ def judge_voxels(subjects: Subjects, settings: RunSettings, fold: int, seed: int
 
 
 def judge_rung(
-    rung: int, subjects: Subjects, changes: Settings, seed: int, place: Place
+    rung: int, methods: Sequence[str], subjects: Subjects, changes: Settings, seed: int, place: Place
 ) -> Iterator[dict[str, object]]:
     """A line for every method on one rung."""
-    for method, own in METHODS.items():
+    for method in methods:
+        own = METHODS[method]
         settings = settings_of({**own, **changes})
         judge = judge_voxels if method == VOXELS else judge_fold
         started = time.perf_counter()
@@ -80,7 +81,8 @@ def judge_rung(
             table_of(subjects, settings, judge(subjects, settings, fold, seed, place), fold)
             for fold in range(FOLDS)
         ]
-        people = pd.concat(tables, ignore_index=True)
+        # People are ranked within the fold that one model predicts.
+        people = pd.concat([table.assign(outer=fold) for fold, table in enumerate(tables)], ignore_index=True)
         low, high = auc_interval(people, 0.95)
         right = people["predicted"] == people["truth"]
         yield {
@@ -102,6 +104,7 @@ def main() -> None:
     """Make the cohorts, run all methods on them, print the table."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     arguments.add_argument("--rungs", default="1,2,3,4,5")
+    arguments.add_argument("--methods", default=",".join(METHODS))
     arguments.add_argument("--subjects", type=int, default=160)
     arguments.add_argument("--spacing", type=float, default=4.0)
     arguments.add_argument("--seed", type=int, default=0)
@@ -126,7 +129,7 @@ def main() -> None:
             cohort = write_phantom_cohort(Path(folder) / "cohort", made)
             splits = make_splits(cohort.manifest, folds=FOLDS, holdout=0.0, seed=given.seed, by=TARGET)
             subjects = Subjects.of(cohort, splits, InMemory.of(cohort))
-            for line in judge_rung(rung, subjects, changes, given.seed, place):
+            for line in judge_rung(rung, given.methods.split(","), subjects, changes, given.seed, place):
                 lines.append(line)
                 console.print(pd.DataFrame([line]).round(3).to_string(index=False), highlight=False)
                 if given.out is not None:

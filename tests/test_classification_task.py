@@ -24,7 +24,7 @@ from core.evaluation.class_probe import PENALTIES, NeighbourProbe, fit_class_pro
 from core.evaluation.splits import make_splits
 from core.files.tables import write_table
 from core.losses.classes import CrossEntropy, Focal
-from core.report.answer.classes import pooled_auc
+from core.report.answer.classes import auc_interval, pooled_auc
 from core.report.answer.record import read_predictions
 from core.tasks.classification import Classification
 from core.tasks.task import Judging, Observed
@@ -330,3 +330,26 @@ def test_people_without_a_class_are_divided_by_themselves_however_that_is_writte
         np.testing.assert_array_equal(one, other)
     with pytest.raises(UserError, match="the kind of no scan is known"):
         make_splits(table.assign(kind=" "), 5, by="kind")
+
+
+def test_people_of_several_models_are_ranked_within_their_model():
+    """Against a loop over all pairs; and guessing is worth 0.5, whatever the models guess."""
+    draws = np.random.default_rng(1)
+    table = pd.DataFrame({"subject": [f"{row:02d}" for row in range(60)], "outer": np.repeat([1, 2, 3], 20)})
+    table["truth"] = draws.choice(["a", "b"], 60, p=[0.3, 0.7])
+    score = draws.random(60) * 0.5 + (table["truth"] == "a") * 0.1 + table["outer"] * 0.1
+    table["p_a"], table["p_b"], table["predicted"] = score, 1 - score, "b"
+    right = total = 0.0
+    for _, one in table[table["truth"] == "a"].iterrows():
+        for _, other in table[(table["truth"] == "b") & (table["outer"] == one["outer"])].iterrows():
+            right += (one["p_a"] > other["p_a"]) + 0.5 * (one["p_a"] == other["p_a"])
+            total += 1
+    assert pooled_auc(table) == pytest.approx(right / total)
+    low, high = auc_interval(table, 0.95)
+    assert low < right / total < high
+    of_a_third = auc_interval(table[table["outer"] == 1], 0.95)
+    assert high - low < of_a_third[1] - of_a_third[0]
+    guessed = table.assign(p_a=1 - table["outer"] / 10, p_b=table["outer"] / 10)
+    assert pooled_auc(guessed) == 0.5
+    assert all(np.isnan(auc_interval(guessed, 0.95)))
+    assert pooled_auc(guessed.drop(columns="outer")) != pytest.approx(0.5, abs=0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,13 @@ from core.files.tables import PROBABILITY
 from core.report.answer.record import NothingToShow, RunRecord
 from core.run_names import WINNER
 
-RESAMPLES = 2_000
+OUTER = "outer"
+"""The column with the hold-out of a nested search, each of which has a model of its own."""
+RESAMPLES, FEWEST_RESAMPLES = 2_000, 200
+MOST_PAIRS = 2e10
+"""Of people in all resamples together; with more people there are fewer resamples."""
+TIE = 1e-6
+"""Two areas that differ by less are equal."""
 FEWEST_OF_A_CLASS = 5
 """Below this, an interval of an area under the ROC curve says more about these people than about others."""
 
@@ -25,26 +32,45 @@ FEWEST_OF_A_CLASS = 5
 def of_people(predictions: pd.DataFrame) -> pd.DataFrame:
     """One row per person: truth and the mean probability of every class, over scans and refit seeds.
 
-    Of a person whose scans are of two classes there are two rows.
+    Of a person whose scans are of two classes there are two rows. The column `OUTER` stays, if there is one.
     """
     columns = [f"{PROBABILITY}{name}" for name in predicted_classes(predictions)]
     of_text = predictions.assign(truth=predictions["truth"].astype(str))
-    return of_text.groupby(["subject", "truth"], sort=True)[columns].mean().reset_index("truth")
+    by = ["subject", "truth", *([OUTER] if OUTER in predictions else [])]
+    return of_text.groupby(by, sort=True)[columns].mean().reset_index(by[1:])
 
 
-def _arrays(predictions: pd.DataFrame) -> tuple[Floats, npt.NDArray[np.int64]]:
+class _People(NamedTuple):
+    """Whom an area under the ROC curve is of."""
+
+    probabilities_nk: Floats
+    classes_n: npt.NDArray[np.int64]
+    models_n: npt.NDArray[np.int64]
+    """By which model each is predicted."""
+
+
+def _people(predictions: pd.DataFrame) -> _People:
     names, people = predicted_classes(predictions), of_people(predictions)
     probabilities_nk = people[[f"{PROBABILITY}{name}" for name in names]].to_numpy(float)
     known = {name: place for place, name in enumerate(names)}
     classes_n = np.array([known.get(name, -1) for name in people["truth"]], dtype=np.int64)
-    return probabilities_nk, classes_n
+    models = people[OUTER] if OUTER in people else np.zeros(len(people))
+    models_n = np.unique(np.asarray(models), return_inverse=True)[1].astype(np.int64)
+    return _People(probabilities_nk, classes_n, models_n)
 
 
 def pooled_auc(predictions: pd.DataFrame) -> float:
-    """The macro AUC over these people, a person once; NaN without two classes among them."""
+    """The macro AUC over these people, a person once; NaN without two classes among them.
+
+    Only people of one model are compared with each other. The probabilities of several models have no common scale:
+    a model that saw fewer people of a class gives it less to everyone, so pairs across models make 0.4 of guessing.
+    """
     if predictions.empty or not predicted_classes(predictions):
         return math.nan
-    return macro_auc(*_arrays(predictions))
+    people = _people(predictions)
+    if people.models_n.max() == 0:
+        return macro_auc(people.probabilities_nk, people.classes_n)
+    return float(_macro_aucs(people, np.ones((1, len(people.classes_n)), dtype=np.float32))[0])
 
 
 def auc_interval(predictions: pd.DataFrame, level: float) -> tuple[float, float]:
@@ -55,28 +81,35 @@ def auc_interval(predictions: pd.DataFrame, level: float) -> tuple[float, float]
     """
     if predictions.empty or not predicted_classes(predictions):
         return math.nan, math.nan
-    probabilities_nk, classes_n = _arrays(predictions)
-    groups = [np.flatnonzero(classes_n == each) for each in range(probabilities_nk.shape[1])]
-    groups = [group for group in groups if group.size]
-    value = macro_auc(probabilities_nk, classes_n)
-    if len(groups) < 2 or min(map(len, groups)) < FEWEST_OF_A_CLASS or value >= 1:
+    people, value = _people(predictions), pooled_auc(predictions)
+    count = len(people.classes_n)
+    groups = [np.flatnonzero(people.classes_n == each) for each in np.unique(people.classes_n)]
+    if len(groups) < 2 or min(map(len, groups)) < FEWEST_OF_A_CLASS or not value < 1:
         return math.nan, math.nan
     generator = np.random.default_rng(0)
-    drawn_rn = np.concatenate(
-        [group[generator.integers(0, group.size, (RESAMPLES, group.size))] for group in groups], axis=1
-    )
-    drawn_r = _macro_aucs(probabilities_nk[drawn_rn], classes_n[np.concatenate(groups)])
-    left_out_n = np.array(
+    pairs = sum(int((people.models_n == model).sum()) ** 2 for model in np.unique(people.models_n))
+    resamples = int(np.clip(MOST_PAIRS / pairs, FEWEST_RESAMPLES, RESAMPLES))
+    # How often each person is drawn, within their class.
+    times_rn = np.zeros((resamples, count), dtype=np.float32)
+    for group in groups:
+        times_rn[:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
+    drawn_r = _macro_aucs(people, times_rn)
+    drawn_r = drawn_r[np.isfinite(drawn_r)]
+    if np.ptp(drawn_r) == 0:
+        # Everybody has the same probabilities.
+        return math.nan, math.nan
+    left_out_n = np.concatenate(
         [
-            macro_auc(np.delete(probabilities_nk, row, axis=0), np.delete(classes_n, row))
-            for group in groups
-            for row in group
+            _macro_aucs(people, (np.arange(count) != part[:, None]).astype(np.float32))
+            for part in _parts(count)
         ]
     )
-    away_n = left_out_n.mean() - left_out_n
+    away_n = np.nanmean(left_out_n) - left_out_n[np.isfinite(left_out_n)]
     spread = float((away_n**2).sum()) ** 1.5
     acceleration = 0.0 if spread == 0 else float((away_n**3).sum()) / (6 * spread)
-    below = np.clip((drawn_r < value).mean() + (drawn_r == value).mean() / 2, 1e-4, 1 - 1e-4)
+    below = np.clip(
+        (drawn_r < value - TIE).mean() + (np.abs(drawn_r - value) <= TIE).mean() / 2, 1e-4, 1 - 1e-4
+    )
     bias = stats.norm.ppf(below)
     ends = []
     for share in ((1 - level) / 2, (1 + level) / 2):
@@ -86,15 +119,31 @@ def auc_interval(predictions: pd.DataFrame, level: float) -> tuple[float, float]
     return float(low), float(high)
 
 
-def _macro_aucs(probabilities_rnk: Floats, classes_n: npt.NDArray[np.int64]) -> Floats:
-    """The macro AUC of R sets of people of the same classes, from the ranks of their scores (Mann and Whitney 1947)."""
+def _parts(count: int) -> list[npt.NDArray[np.int64]]:
+    """0 to `count`, in parts."""
+    return np.array_split(np.arange(count), max(1, count // 500))
+
+
+def _macro_aucs(people: _People, times_rn: npt.NDArray[np.float32]) -> Floats:
+    """The macro AUC (R,) of R sets of people, in which each stands `times_rn` times.
+
+    It is the share of pairs of a class and the rest, of one model, that are ranked rightly; ties count half (Mann and
+    Whitney 1947).
+    """
     of_class = []
-    for index in np.unique(classes_n):
-        is_member_n = classes_n == index
-        members, others = int(is_member_n.sum()), int((~is_member_n).sum())
-        ranks_rn = stats.rankdata(probabilities_rnk[:, :, index], axis=1)
-        above_r = ranks_rn[:, is_member_n].sum(axis=1) - members * (members + 1) / 2
-        of_class.append(above_r / (members * others))
+    for index in np.unique(people.classes_n[people.classes_n >= 0]):
+        right_r, all_r = np.zeros(len(times_rn)), np.zeros(len(times_rn))
+        for model in np.unique(people.models_n):
+            of_model_n = people.models_n == model
+            members = np.flatnonzero(of_model_n & (people.classes_n == index))
+            others = np.flatnonzero(of_model_n & (people.classes_n != index))
+            score_n = people.probabilities_nk[:, index]
+            difference = score_n[members, None] - score_n[None, others]
+            ranked = ((difference > 0) + 0.5 * (difference == 0)).astype(np.float32)
+            right_r += ((times_rn[:, members] @ ranked) * times_rn[:, others]).sum(axis=1)
+            all_r += times_rn[:, members].sum(axis=1) * times_rn[:, others].sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            of_class.append(right_r / all_r)
     mean_r: Floats = np.mean(of_class, axis=0)
     return mean_r
 
