@@ -68,6 +68,11 @@ def _first_stage(settings: object) -> RunSettings:
             f"a first stage has no first stage, and starts where the trial starts: remove {FIRST}.{FIRST} and "
             f"{FIRST}.begin, and set begin.weights"
         )
+    if stage.training.keep != "last" or stage.data.labelled is not None:
+        raise UserError(
+            f"a first stage is not judged and has all labels of its cell: remove {FIRST}.training.keep and "
+            f"{FIRST}.data.labelled"
+        )
     return stage
 
 

@@ -75,7 +75,11 @@ def read_start(given: str) -> Start:
     if not file.exists():
         what = "has no trained model (no best/); finish it first" if path.is_dir() else "is not there"
         raise UserError(f"begin.weights={given} {what}")
-    tensors = {name: value.contiguous().clone() for name, value in read_weights(file).items()}
+    # numpy has no bfloat16.
+    tensors = {
+        name: (value.float() if value.dtype == torch.bfloat16 else value).contiguous().clone()
+        for name, value in read_weights(file).items()
+    }
     known = folder / TRAINED_ON
     trained_on = read_trained_on(known) if folder.is_dir() and known.exists() else None
     digits = hashlib.sha256(save(tensors)).hexdigest()[:8]
@@ -167,8 +171,4 @@ def refuse_seen(start: Start, subjects: Sequence[str], same_cohort: bool) -> Use
 
 
 def _as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, npt.NDArray[np.generic]]:
-    # numpy has no bfloat16.
-    return {
-        name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-        for name, value in tensors.items()
-    }
+    return {name: value.numpy() for name, value in tensors.items()}

@@ -27,6 +27,7 @@ from core.run_names import (
     CELLS_DONE,
     IDLE_SECONDS,
     LABEL,
+    OUTSIDE,
     PENALTY,
     PUBLISHED,
     REASON,
@@ -219,12 +220,13 @@ class StudySearch(tune.search.Searcher):
         """A new trial: the one that waits, or one of the start and the first stage that have had the fewest trials."""
         study, starts = self.proposals.study, self.proposals.starts
         if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            had = [trial.params for trial in study.get_trials(deepcopy=False)]
+            begun = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
+            had = [trial.params for trial in begun if OUTSIDE not in trial.user_attrs]
             fixed: dict[str, Any] = {}
             if len(starts) > 1:
                 fixed[WEIGHTS] = min(starts, key=[params.get(WEIGHTS) for params in had].count)
             if self.proposals.stages:
-                stages = [_of_first_stage(params) for params in had]
+                stages = [stage for params in had if (stage := _of_first_stage(params))]
                 known = [stage for place, stage in enumerate(stages) if stage not in stages[:place]]
                 # A value that is drawn anew is never drawn twice, so no trial would share the stage of another.
                 if len(known) >= self.proposals.stages:

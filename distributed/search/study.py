@@ -297,7 +297,8 @@ def progress_reader(place: Callable[[str], Path], cells: list[dict[str, int]], m
 def hear_missed(study: optuna.Study, unfinished: Sequence[FrozenTrial], read: ReadProgress) -> None:
     """Record for all `unfinished` trials what the study does not know."""
     for trial in unfinished:
-        done = enumerate(read(trial)["history"], start=1)
+        # A first stage has no values, and values are counted without it.
+        done = enumerate((row for row in read(trial)["history"] if not row.get("stage")), start=1)
         answered = {epochs: row.get("value", math.nan) for epochs, row in done}
         report_missing(
             study, trial, {epochs: value for epochs, value in answered.items() if math.isfinite(value)}

@@ -140,6 +140,8 @@ class Baseline:
             assignment=self._assignment,
             refits=lambda study: [],
             continued=running_trials(study),
+            starts=request.starts,
+            stages=0 if self.search.settings.pretraining is None else request.stages,
             secure=lambda: send(self.folder.journal),
             tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True, markup=False),
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +36,7 @@ from distributed.sweeps.launch import Launch, check_subjects, first_points, reco
 from distributed.sweeps.request import ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import NO_CHANGES, as_request, resume_sweep
+from distributed.sweeps.starts import keep_starts, read_starts, starts_of
 from distributed.sweeps.sweep import Shared, run_sweep
 from distributed.sweeps.train_one import resume_training
 
@@ -84,7 +85,7 @@ class NestedSearch:
                 with connect(self.address, self.console):
                     # Once for all hold-outs.
                     held = hold(self.cohort, self.request.data_mode)
-                    shared = Shared(held, self.folder.about.first, len(left))
+                    shared = Shared(held, self.folder.about.first, starts_of(self.folder), len(left))
                     for number in left:
                         self.console.print(f"\nhold-out {number + 1} of {self.hold_outs}", style="bold")
                         if not self._ends(number, share, hours, shared):
@@ -169,7 +170,8 @@ def run_nested(launch: Launch) -> RunFolder:
         UserError: a part of the request cannot work; this is raised before anything starts.
     """
     quiet()
-    request, out = launch.request, launch.out
+    out = launch.out
+    request, starts = read_starts(launch.request)
     if address_of(out):
         raise UserError("--outer needs --out on a disk, not at an address: give a folder")
     if request.holdout != SweepRequest().holdout:
@@ -181,9 +183,10 @@ def run_nested(launch: Launch) -> RunFolder:
     for number in range(request.outer or 0):
         check_subjects(request.model_copy(update={"outer_fold": number}), search, opened)
     refuse_taken(out)
-    first = first_points(search, launch)
+    first = first_points(search, replace(launch, request=request))
     request = with_whole_grid(request, search, first)
     folder = create_run(out, NESTED, recorded(request, search), search.base, opened, first)
+    keep_starts(folder, starts, ())
     folder.update(space_file=describe_code(request.space_name))
     return NestedSearch(folder, request, opened, launch.console, launch.address).go_on(request.time_budget)
 

@@ -83,6 +83,9 @@ def refits(
         if of_start is not None and of_start.number != best.number:
             chosen[rival.folder] = recorded_settings(of_start, base)
             penalties[rival.folder] = of_start.user_attrs.get(PENALTY)
+        else:
+            # It is the winner itself by now, or has no trial.
+            _set_aside(folder.refit(rival.folder), f"{rival.folder}-was")
     made = [
         assign(
             folder.refit(method),

@@ -24,7 +24,7 @@ from core.files.python import file_of
 from core.files.tables import read_table
 from core.objectives import Metric, find_objectives
 from core.run_names import SPLITS, WEIGHTS
-from core.run_settings import RunSettings
+from core.run_settings import BeginSettings, RunSettings
 from core.task_description import Rival
 from core.tasks import find_task
 from core.tasks.task import Task
@@ -99,7 +99,8 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
     space, published = load_space(request.space_name)
     space, is_new = pin(_with_starts(space, request), request.changes), base is None
     if base is None:
-        begun = {WEIGHTS: request.starts[0]} if request.start else {}
+        # The published configuration starts from scratch, if that is one of the choices.
+        begun = {WEIGHTS: None if None in request.starts else request.starts[0]} if request.start else {}
         asked = chosen_task(request.task) | request.changes | begun
         base = resolve(merge(with_first_stage(published, asked), asked)).model_dump(mode="json")
     profile = check_space(space, base)
@@ -149,16 +150,22 @@ def _with_starts(space: Space, request: SweepRequest) -> Space:
             f"--start {' --start '.join(request.start)} cannot act with --scheduler {request.scheduler}: its members "
             "go on from each other's weights; use --scheduler asha"
         )
-    if WEIGHTS in request.changes:
-        raise UserError(f"--start and --set {WEIGHTS} both say what to start from; give one")
 
     def among(trial: optuna.Trial) -> Settings:
-        chosen: Settings = {WEIGHTS: trial.suggest_categorical(WEIGHTS, request.starts)}
-        if chosen[WEIGHTS] is not None:
-            # What was learnt before is lost at the rate of a training from scratch, or kept as it is.
-            chosen["begin.rate"] = trial.suggest_float("begin.rate", 0.01, 1.0, log=True)
-            chosen["begin.freeze"] = trial.suggest_categorical("begin.freeze", ["none", "encoder"])
-        return {**space(trial), **chosen}
+        start = trial.suggest_categorical(WEIGHTS, request.starts)
+        if start is None:
+            # There is nothing to keep: a random encoder that is frozen learns nothing.
+            scratch = BeginSettings().model_dump(mode="json", exclude={"weights"})
+            return {
+                **space(trial),
+                WEIGHTS: None,
+                **{f"begin.{name}": value for name, value in scratch.items()},
+            }
+        # What was learnt before is lost at the rate of a training from scratch, or kept as it is.
+        rate = trial.suggest_float("begin.rate", 0.01, 1.0, log=True)
+        frozen = trial.suggest_categorical("begin.freeze", ["none", "encoder"])
+        thawed: Settings = {"begin.thaw": None} if frozen == "none" else {}
+        return {**space(trial), WEIGHTS: start, "begin.rate": rate, "begin.freeze": frozen, **thawed}
 
     return among
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -42,40 +42,67 @@ def find_starts(
     return merge(settings, {WEIGHTS: start.name}), {**(earlier or {}), start.name: start}
 
 
-def read_starts(request: SweepRequest) -> tuple[SweepRequest, dict[str, Start]]:
+def read_starts(
+    request: SweepRequest, kept: Mapping[str, Start] | None = None
+) -> tuple[SweepRequest, dict[str, Start]]:
     """The request of a sweep with NAME#HASH in the place of every path, and its starts.
 
+    Args:
+        request: as the user gave it, or with names.
+        kept: the starts that a nested search keeps.
+
     Raises:
-        UserError: there is no such start, or it cannot be read; or the same start is given twice.
+        UserError: there is no such start, or it cannot be read; the same start is given twice, or in two ways.
     """
     changed = request.changes.get(WEIGHTS)
-    changed = str(changed) if changed else None
-    typed = {
-        given: read_start(given)
-        for given in (*request.start, *([changed] if changed else []))
-        if given != NONE
-    }
+    changed = str(changed) if changed not in (None, NONE) else None
+    if request.start and WEIGHTS in request.changes:
+        raise UserError(f"--start and --set {WEIGHTS} both say what to start from; give one")
+    asked = [given for given in (*request.start, *([changed] if changed else [])) if given != NONE]
+    typed = {given: kept[given] if kept and given in kept else read_start(given) for given in asked}
     names = tuple(given if given == NONE else typed[given].name for given in request.start)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"--start {twice} is given twice")
-    changes = {**request.changes, WEIGHTS: typed[changed].name} if changed else request.changes
+    changes = request.changes
+    if WEIGHTS in changes:
+        changes = {**changes, WEIGHTS: typed[changed].name if changed else None}
     named = request.model_copy(update={"start": names, "changes": changes})
     return named, {start.name: start for start in typed.values()}
+
+
+def refuse_other_starts(given: str | None, searched: Collection[str], starts: Mapping[str, Start]) -> None:
+    """UserError if a file of settings or a space says what to start from: only options are checked and copied.
+
+    Args:
+        given: what the settings start from.
+        searched: the parameters of the space.
+        starts: those that were read.
+    """
+    if given is not None and given not in starts:
+        raise UserError(f"{WEIGHTS}={given} stands in the settings of the space; give it by --start {given}")
+    if WEIGHTS in searched and len(starts) == 0:
+        raise UserError(f"the space asks for {WEIGHTS}; take it out, and give --start none --start RUN")
 
 
 def with_starts(task: TaskDescription, starts: Sequence[str | None]) -> TaskDescription:
     """The description of a task for a run that compares starts: the best trial of each is refitted, too."""
     if len(starts) < 2:
         return task
+    short = ["scratch" if start is None else start.partition("#")[0] for start in starts]
+    # Two runs may have the same name in two folders.
+    whose = [
+        start if start is not None and short.count(name) > 1 else name
+        for start, name in zip(starts, short, strict=True)
+    ]
     rivals = tuple(
         Rival(
             folder=f"start-{NONE if start is None else start}",
-            method="best from scratch" if start is None else f"best from {start.partition('#')[0]}",
-            words="the best from scratch" if start is None else f"the best from {start.partition('#')[0]}",
+            method=f"best from {name}",
+            words=f"the best from {name}",
             changes={WEIGHTS: start},
         )
-        for start in starts
+        for start, name in zip(starts, whose, strict=True)
     )
     return task.model_copy(update={"starts": rivals})
 

@@ -22,6 +22,7 @@ from core.report.answer.record import read_run
 from core.report.answer.tables import print_leaderboard
 from core.report.page import write_report
 from core.run_names import LABEL, MEMBER, PUBLISHED, REASON, STAGES, SWEEP
+from core.starts import Start
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import Volumes
@@ -79,6 +80,7 @@ from distributed.sweeps.starts import (
     check_starts,
     keep_starts,
     read_starts,
+    refuse_other_starts,
     starts_of,
     tell_what_matches,
     with_starts,
@@ -95,6 +97,8 @@ class Shared:
     """Those of the cohort; Ray is connected."""
     first: Mapping[str, Points]
     """The configurations to try first, by label."""
+    starts: Mapping[str, Start]
+    """The weights to start from, by name."""
     left: int
     """The number of sweeps that were not finished when this session began."""
 
@@ -375,9 +379,10 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
     """
     quiet()
     out, console = launch.out, launch.console
-    request, starts = read_starts(launch.request)
+    request, starts = read_starts(launch.request, None if shared is None else shared.starts)
     opened = Cohort.open(launch.cohort)
     search = resolve_search(request, opened)
+    refuse_other_starts(search.settings.begin.weights, search.profile.settings, starts)
     check_place(out, request)
     refuse_taken(out)
     first = first_points(search, launch) if shared is None else shared.first

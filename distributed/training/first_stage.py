@@ -1,6 +1,6 @@
 """The first stage of a cell: a pre-training that several trials share.
 
-    RUN/stages/KEY/   lease        who trains it now
+    RUN/stages/KEY/   lease        who trains an epoch of it now
                       checkpoint.pt  weights and history after every epoch, in one file
                       history.json, model.safetensors   once it is done, and nothing of them before
 
@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, cast
 
-import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import distributed as dist
@@ -31,14 +30,11 @@ from core.files.writing import replacing, write_text, writing_to
 from core.run_names import CHECKPOINT
 from core.run_settings import RunSettings
 from core.starts import MODEL
-from core.tasks import find_task
-from core.tasks.task import is_known
-from distributed.batches.plan import Rows
-from distributed.run.assignment import HOLDOUT, Cell, EpochRow, are_rows
+from distributed.run.assignment import Cell, EpochRow, are_rows
 from distributed.run.code import code_version
 from distributed.training.lease import Lease
 from distributed.training.loop import CellTraining, TrainingState
-from distributed.training.subjects import Labelled, Place, Subjects
+from distributed.training.subjects import Place, Subjects, rows_of_first_stage
 
 HISTORY, LEASE = "history.json", "lease"
 LOOK_S = 0.2
@@ -68,33 +64,46 @@ class FirstStage:
         self.settings = settings.pretraining.model_copy(update={"begin": begin})
         self.subjects, self.place = subjects, place
         self.cell = replace(cell, trial=f"{cell.trial}-{STAGE}")
-        self.rows = rows_of(settings, subjects, cell)
+        self.rows = rows_of_first_stage(settings, subjects, cell)
         self.folder = folder / self._key()
         self.lease = Lease(self.folder / LEASE)
         self.known = known
         """How many of its epochs the trial has in its history."""
         self.history: list[EpochRow] = []
         self.training: CellTraining | None = None
+        self.written: tuple[int, int] | None = None
+        """Which checkpoint this worker wrote last."""
         self.is_done = False
 
     def advance(self) -> list[EpochRow]:
-        """Train an epoch, or take what another trial has trained: the epochs that the trial does not have yet."""
-        if self.training is None and self._decide() == "done":
+        """Train an epoch, or take what another trial has trained: the epochs that the trial does not have yet.
+
+        The lease is held during an epoch and not between two of them, so a trial that is stopped blocks nobody.
+        """
+        if self._decide() == "done":
+            self._drop()
             self.is_done = True
             self.history = self._finished_history()
             return self._fresh()
-        training = self.training or self._begin()
-        started = time.perf_counter()
-        row = training.run_epoch()
-        row["spent_seconds"] = time.perf_counter() - started
-        row["stage"] = STAGE
-        self.history.append(row)
-        self.is_done = training.epoch == training.rounds
-        if self.place.rank == 0:
-            with writing_to(self.folder):
-                self._write(training)
+        try:
+            training = self._newest()
+            started = time.perf_counter()
+            row = training.run_epoch()
+            row["spent_seconds"] = time.perf_counter() - started
+            row["stage"] = STAGE
+            self.history.append(row)
+            self.is_done = training.epoch == training.rounds
+            if self.place.rank == 0:
+                with writing_to(self.folder):
+                    self._write(training)
+                self.written = self._mark()
+            if self.place.workers > 1:
+                # The others read what the first one has written.
+                dist.barrier()
+        finally:
+            self.lease.release()
         if self.is_done:
-            self.close()
+            self._drop()
         return self._fresh()
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -111,33 +120,56 @@ class FirstStage:
 
     def close(self) -> None:
         """Stop training; whoever needs the stage next continues it."""
+        self._drop()
+        self.lease.release()
+
+    def _drop(self) -> None:
         if self.training is not None:
             self.training.close()
         self.training = None
-        self.lease.release()
 
     def _decide(self) -> str:
         """Wait until the stage is done or nobody trains it; the workers of a trial decide together."""
-        decided: list[str] = [""]
-        if self.place.rank == 0:
-            while not decided[0]:
-                if (self.folder / MODEL).exists():
-                    decided[0] = "done"
-                elif self.lease.take():
-                    # It may have been finished in between.
-                    decided[0] = "mine"
-                    if (self.folder / MODEL).exists():
-                        decided[0] = "done"
-                        self.lease.release()
-                else:
-                    time.sleep(LOOK_S)
-        if self.place.workers > 1:
-            dist.broadcast_object_list(decided)
-        return decided[0]
+        while True:
+            decided: list[str] = [self._look() if self.place.rank == 0 else ""]
+            if self.place.workers > 1:
+                # Again and again, because a collective operation must not wait for as long as a stage takes.
+                dist.broadcast_object_list(decided)
+            if decided[0]:
+                return decided[0]
+            time.sleep(LOOK_S)
 
-    def _begin(self) -> CellTraining:
+    def _look(self) -> str:
+        """Whether the stage is "done", or "mine" to train; "" if another trains it."""
+        if (self.folder / MODEL).exists():
+            return "done"
+        if not self.lease.take():
+            return ""
+        # It may have been finished in between.
+        if (self.folder / MODEL).exists():
+            self.lease.release()
+            return "done"
+        return "mine"
+
+    def _mark(self) -> tuple[int, int] | None:
+        """What tells one checkpoint from another."""
+        try:
+            found = (self.folder / CHECKPOINT).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_mtime_ns, found.st_ino
+
+    def _newest(self) -> CellTraining:
+        """The training as it was left by whoever trained its last epoch."""
+        is_mine: list[bool] = [self.training is not None and self._mark() == self.written]
+        if self.place.workers > 1:
+            dist.broadcast_object_list(is_mine)
+        if self.training is not None and is_mine[0]:
+            return self.training
+        self._drop()
         self.training = CellTraining(self.settings, self.subjects, self.cell, self.place, rows=self.rows)
         saved = self._saved()
+        self.history = []
         if saved is not None:
             self.training.load_state_dict(saved["state"])
             self.history = saved["history"]
@@ -195,28 +227,6 @@ class FirstStage:
                 "code": _sources(),
             }
         )[:16]
-
-
-def rows_of(settings: RunSettings, subjects: Subjects, cell: Cell) -> Rows:
-    """The rows of a first stage: those that the cell trains on, and people without a truth for its task.
-
-    Nobody who is judged in this cell is among them, and in a search nobody of the hold-out.
-    """
-    assert settings.pretraining is not None
-    manifest, stage = subjects.manifest, find_task(settings.pretraining.task)
-    training, evaluation = subjects.rows_of(cell.fold)
-    people = manifest["subject"].to_numpy(str)
-    known = is_known(find_task(settings.task).labels(settings, manifest))
-    judged = np.unique(people[known])
-    more = evaluation[~np.isin(people[evaluation], judged)] if cell.fold != HOLDOUT else evaluation[:0]
-    rows = np.concatenate([training, more])
-    if stage.needs_truth(settings.pretraining):
-        rows = rows[is_known(stage.labels(settings.pretraining, manifest))[rows]]
-        if settings.data.labelled is not None:
-            # Who has lost the label has lost it in both stages.
-            kept = Labelled.of(subjects, settings).within_budget(settings, training[known[training]], cell)
-            rows = np.intersect1d(rows, kept)
-    return np.sort(rows)
 
 
 @functools.cache

@@ -43,7 +43,10 @@ class Lease:
         self.holder.set()
         self.thread.join()
         self.holder = None
-        self.path.unlink(missing_ok=True)
+        # After a pause it may be another's.
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.read_text().startswith(_mine("")):
+                self.path.unlink()
 
     def _create(self) -> bool:
         try:
@@ -76,10 +79,11 @@ class Lease:
             beats += 1
             # Nobody reads half of it: the content is one short write.
             with contextlib.suppress(OSError):
-                self.path.write_text(_mine(beats))
+                if self.path.read_text().startswith(_mine("")):
+                    self.path.write_text(_mine(beats))
 
 
-def _mine(beats: int) -> str:
+def _mine(beats: int | str) -> str:
     return f"{socket.gethostname()} {os.getpid()} {beats}"
 
 

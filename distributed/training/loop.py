@@ -35,7 +35,7 @@ from distributed.batches.hold import Batches, batches, read_ahead
 from distributed.batches.plan import Part, Plan, Rows, chunks, share
 from distributed.run.assignment import Cell, EpochRow
 from distributed.training.batch_norm import synchronise_batch_norm
-from distributed.training.subjects import Labelled, Place, Subjects
+from distributed.training.subjects import Labelled, Place, Subjects, rows_of_first_stage
 
 UNDECAYED, FACTOR = "undecayed", "factor"
 """The keys of a group of parameters that has no weight decay, and of the factor on its learning rate."""
@@ -298,13 +298,20 @@ class CellTraining(CellData):
             self.settings, self.model, outcome.fitted, channels, self.statistics, self.facts
         )
         save_predictor(folder, predictor)
-        write_table(self.trained_on, folder / TRAINED_ON)
+        known = self.trained_on
+        if known is not None:
+            write_table(known, folder / TRAINED_ON)
 
     @property
-    def trained_on(self) -> pd.DataFrame:
-        """The scans that the weights know, those included that the weights know from which they started."""
-        mine = scans_of(self.subjects.manifest, self.training_rows, self.subjects.data_set)
+    def trained_on(self) -> pd.DataFrame | None:
+        """The scans that the weights know, also from a first stage, or from what they started with; None if unknown."""
         start = self.subjects.starts.get(self.settings.begin.weights or "")
+        if start is not None and start.trained_on is None:
+            return None
+        rows = [self.training_rows, self.inner_rows]
+        if self.settings.pretraining is not None:
+            rows.append(rows_of_first_stage(self.settings, self.subjects, self.cell))
+        mine = scans_of(self.subjects.manifest, np.unique(np.concatenate(rows)), self.subjects.data_set)
         earlier = [] if start is None or start.trained_on is None else [start.trained_on]
         return pd.concat([*earlier, mine], ignore_index=True).drop_duplicates()
 

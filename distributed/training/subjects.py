@@ -135,6 +135,28 @@ def with_truth(manifest: pd.DataFrame, labels: Labels, rows: Rows, predictions: 
     return pd.concat([of_scan, predictions.reset_index(drop=True)], axis=1)
 
 
+def rows_of_first_stage(settings: RunSettings, subjects: Subjects, cell: Cell) -> Rows:
+    """The rows of a first stage: those that the cell trains on, and people without a truth for its task.
+
+    Nobody who is judged in this cell is among them, and in a search nobody of the hold-out.
+    """
+    assert settings.pretraining is not None
+    manifest, stage = subjects.manifest, find_task(settings.pretraining.task)
+    training, evaluation = subjects.rows_of(cell.fold)
+    people = manifest["subject"].to_numpy(str)
+    known = is_known(find_task(settings.task).labels(settings, manifest))
+    judged = np.unique(people[known])
+    more = evaluation[~np.isin(people[evaluation], judged)] if cell.fold != HOLDOUT else evaluation[:0]
+    rows = np.concatenate([training, more])
+    if stage.needs_truth(settings.pretraining):
+        rows = rows[is_known(stage.labels(settings.pretraining, manifest))[rows]]
+        # Who has lost the label has lost it in both stages.
+        labelled = training[known[training]]
+        kept = Labelled.of(subjects, settings).within_budget(settings, labelled, cell)
+        rows = np.setdiff1d(rows, np.setdiff1d(labelled, kept))
+    return np.sort(rows)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where this worker runs."""

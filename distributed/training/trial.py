@@ -206,6 +206,9 @@ class Trial:
     def _advance(self, stage: FirstStage) -> Answer:
         """An epoch of the first stage, or all of them if another trial has trained it: nothing is judged in it."""
         rows = stage.advance()
+        while not rows and not stage.is_done:
+            # It has to be trained again: its folder is gone, or the code has changed.
+            rows = stage.advance()
         self.history += rows
         if stage.is_done:
             self.earlier, self.stage = stage.weights(), None
