@@ -34,6 +34,9 @@ CELLS = [{"fold": 0, "seed": 0}]
 WITH_DROPOUT = {
     "model.name": "swin_symmetry", "model.width": 0.25, "model.window": 2, "training.epochs": 3,
 }  # fmt: skip
+STAGED = {
+    "pretraining.task": "brain_age", "pretraining.training.epochs": 2, "pretraining.training.batch_size": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def all_epochs(
     cohort = Cohort.open(folder / "cohort")
     subjects = Subjects.of(cohort, make_splits(cohort.manifest, folds=folds), InMemory.of(cohort))
     runner = Runner(subjects, Place(rank=rank, workers=2))
-    assignment = assign(folder / f"interrupted-{interrupted_after}", chosen, CELLS)
+    assignment = assign(folder / f"interrupted-{interrupted_after}" / "trials" / "0000", chosen, CELLS)
     seeds = []
     while True:
         answer = runner(assignment)
@@ -93,7 +96,7 @@ def all_epochs(
         if answer["epochs"] == interrupted_after:
             runner = Runner(subjects, Place(rank=rank, workers=2))
             torch.rand(7)  # whatever happened in between
-        state = runner.trial.training.model.state_dict() if runner.trial else {}
+        state = runner.trial.training.model.state_dict() if runner.trial and runner.trial.training else {}
         for name, mine in state.items():
             theirs = mine.clone()
             dist.broadcast(theirs, src=0)
@@ -116,19 +119,23 @@ def one_worker(rank: int, port: int, folder: Path, chosen: dict, folds: int) -> 
 
 @pytest.mark.parametrize(
     ("changes", "folds"),
-    [({"training.epochs": 3}, 19), (WITH_DROPOUT, 3)],
-    ids=["one subject to validate on", "dropout"],
+    [({"training.epochs": 3}, 19), (WITH_DROPOUT, 3), ({"training.epochs": 3} | STAGED, 3)],
+    ids=["one subject to validate on", "dropout", "two stages"],
 )
 def test_a_trial_of_two_workers_that_is_continued_ends_with_the_same_numbers(tmp_path, changes, folds):
     write_small_cohort(tmp_path / "cohort")
-    chosen = resolve(merge(published("brain_age"), SMALL | changes)).model_dump(mode="json")
+    base = published("brain_age") | (
+        {"pretraining": {"task": "brain_age"}} if changes.keys() & STAGED else {}
+    )
+    chosen = resolve(merge(base, SMALL | changes)).model_dump(mode="json")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(one_worker, args=(port, tmp_path, chosen, folds), nprocs=2)
     of_both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for whole, *parts in of_both:
-        assert len(whole["history"]) == 3
+        assert len([row for row in whole["history"] if "stage" not in row]) == 3
+        assert len(whole["history"]) == (5 if "pretraining.task" in changes else 3)
         assert whole["cells"][0]["n"] == (1 if folds == 19 else 7)
         for part in parts:
             assert str(part) == str(whole)

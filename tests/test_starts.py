@@ -134,6 +134,36 @@ def test_whom_the_weights_know_is_passed_on(cohort, start):
     )
 
 
+def test_what_nobody_knows_of_a_start_nobody_knows_of_what_it_began(tmp_path, cohort, start):
+    unknown = Start(start.name, start.weights, None)
+    begun = training_of(cohort, {start.name: unknown}, weights=start.name)
+    assert begun.trained_on is None
+    begun.run_epoch()
+    begun.write_model(begun.judge(), tmp_path / "model")
+    begun.close()
+    assert not (tmp_path / "model" / "trained_on.csv").exists()
+    assert read_start(str(tmp_path / "model")).trained_on is None
+
+
+def test_whoever_a_first_stage_has_seen_is_known_too(cohort):
+    settings = {"pretraining": {"task": "brain_age", "objective": {"name": "simclr"}}}
+    chosen = resolve(merge(published("brain_age") | settings, CHOSEN | {"data.labelled": 4}))
+    splits = make_splits(cohort.manifest, 3)
+    subjects = Subjects.of(cohort, splits, InMemory.of(cohort))
+    training = CellTraining(chosen, subjects, Cell(0, 0), Place())
+    assert len(training.training_rows) == 4
+    everyone = cohort.manifest["subject"].iloc[splits.training(0)]
+    assert set(training.trained_on["subject"]) == set(everyone)
+
+
+def test_half_precision_weights_are_kept_and_read_again(tmp_path, start):
+    halved = {name: torch.tensor(value).bfloat16() for name, value in start.weights.items()}
+    torch.save(halved, tmp_path / "half.pt")
+    found = read_start(str(tmp_path / "half.pt"))
+    keep_start(found, tmp_path / "starts")
+    assert list(read_kept(tmp_path / "starts")) == [found.name]
+
+
 def test_a_start_is_kept_with_a_checksum_in_its_name(tmp_path, cohort, start):
     torch.save(
         {"state_dict": {name: torch.tensor(value) for name, value in start.weights.items()}},
