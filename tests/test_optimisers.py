@@ -21,7 +21,8 @@ from core.volumes.views import ViewSettings, make_views
 from distributed.batches.in_process import InMemory
 from distributed.batches.plan import Plan, epoch_batches
 from distributed.run.assignment import Cell
-from distributed.training.loop import CellTraining, build_optimiser, plateau_factor, set_rates
+from distributed.training.loop import CellTraining
+from distributed.training.optimiser import build_optimiser, plateau_factor, set_rates
 from distributed.training.subjects import Place, Subjects
 from distributed.training.trial import Runner
 from search_spaces import published

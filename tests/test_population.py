@@ -37,7 +37,7 @@ from distributed.search.population_methods import (
     check_population,
 )
 from distributed.search.study import check_space, published_parameters
-from distributed.training.loop import build_optimiser, set_rates
+from distributed.training.optimiser import build_optimiser, set_rates
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner
 from search_spaces import load_space, published

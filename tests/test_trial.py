@@ -17,7 +17,8 @@ from core.evaluation.splits import make_splits
 from core.inference import load_predictor
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import HOLDOUT, Cell
-from distributed.training.loop import CellTraining, learning_rate
+from distributed.training.loop import CellTraining
+from distributed.training.optimiser import learning_rate
 from distributed.training.subjects import Place, Subjects
 from distributed.training.trial import Runner
 from search_spaces import published

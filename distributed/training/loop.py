@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -23,9 +23,8 @@ from core.evaluation.splits import make_splits
 from core.files.tables import write_table
 from core.inference import Predictor, save_predictor
 from core.lookup import look_up
-from core.models.weights import freeze, load_part, rates_by_layer, train_unfrozen
-from core.run_settings import AdamWSettings, PlateauSettings, RunSettings, SgdSettings
-from core.schedules import at, with_epochs
+from core.models.weights import freeze, load_part, train_unfrozen
+from core.run_settings import RunSettings
 from core.starts import TRAINED_ON, scans_of
 from core.tasks import find_task
 from core.tasks.task import Judging, Observed, Outcome, Step
@@ -35,10 +34,8 @@ from distributed.batches.hold import Batches, batches, read_ahead
 from distributed.batches.plan import Part, Plan, Rows, chunks, share
 from distributed.run.assignment import Cell, EpochRow
 from distributed.training.batch_norm import synchronise_batch_norm
+from distributed.training.optimiser import build_optimiser, plateau_factor, set_rates, warm_up
 from distributed.training.subjects import Labelled, Place, Subjects, rows_of_first_stage
-
-UNDECAYED, FACTOR = "undecayed", "factor"
-"""The keys of a group of parameters that has no weight decay, and of the factor on its learning rate."""
 
 
 class DivergedError(RuntimeError):
@@ -229,7 +226,8 @@ class CellTraining(CellData):
             )
             if is_first:
                 self.optimiser.zero_grad(set_to_none=True)
-                self._warm_up(index // together, math.ceil(len(ordered) / together), rate)
+                steps_before = (self.epoch - 1) * math.ceil(len(ordered) / together) + index // together
+                warm_up(self.settings, self.optimiser, steps_before, rate)
             step = self._gradients(rows, next(self._reading).volumes, passed, progress, of_step)
             if is_last:
                 self._take_step()
@@ -361,14 +359,6 @@ class CellTraining(CellData):
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
-    def _warm_up(self, step: int, steps_per_epoch: int, rate: float) -> None:
-        """Set the learning rate for a step of this epoch, if it rises with every step."""
-        rising = self.settings.optimiser.warmup_steps
-        done = (self.epoch - 1) * steps_per_epoch + step
-        if done <= rising and rising:
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate * group.get(FACTOR, 1.0) * min(1.0, (done + 1) / rising)
-
     def _keep_best(self) -> None:
         """Keep the weights of this epoch if it is the best one on the inner split so far."""
         if not self.inner_rows.size:
@@ -403,75 +393,6 @@ class CellTraining(CellData):
         outputs = _gather(mine, self.place)
         truth = self.labelled.truth(rows)
         return Observed(truth.labels, truth.sites, truth.subjects, outputs.pop("embedding"), outputs)
-
-
-def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of `settings.optimiser` over all parameters of `model`, also those that are frozen at first."""
-    chosen, begin = settings.optimiser, settings.begin
-    factors = rates_by_layer(model, begin.rate, begin.layer_decay)
-    gathered: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        # Vectors and numbers: biases, and the scales and shifts of norms.
-        is_flat = chosen.no_decay != "none" and parameter.ndim < 2
-        gathered.setdefault((factors.get(name, 1.0), is_flat), []).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, FACTOR: factor} | ({UNDECAYED: True} if is_flat else {})
-        for (factor, is_flat), parameters in sorted(gathered.items(), key=lambda item: item[0][1])
-    ]
-    if isinstance(chosen, SgdSettings):
-        optimiser: torch.optim.Optimizer = torch.optim.SGD(groups)
-    else:
-        # One pass over the parameters instead of a dozen.
-        kind = torch.optim.AdamW if isinstance(chosen, AdamWSettings) else torch.optim.Adam
-        optimiser = kind(groups, fused=True)
-    set_rates(settings, optimiser, epoch=1)
-    return optimiser
-
-
-def set_rates(
-    settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: int, lowered: float = 1.0
-) -> float:
-    """Set the learning rate, the weight decay and the momentum for `epoch` (from 1); returns the learning rate.
-
-    All of them are set in every epoch, because a restored optimiser has its own values: when a member of a population
-    continues with the weights of another member, these are the values of another configuration. `lowered` is a further
-    factor on the learning rate.
-    """
-    rate = learning_rate(settings, epoch) * lowered
-    chosen = settings.optimiser
-    for group in optimiser.param_groups:
-        group["lr"] = rate * group.get(FACTOR, 1.0)
-        decays = not group.get(UNDECAYED, False)
-        group["weight_decay"] = at(chosen.weight_decay, epoch / settings.training.rounds) if decays else 0.0
-        if isinstance(chosen, SgdSettings):
-            group["momentum"] = chosen.momentum
-    return rate
-
-
-def plateau_factor(settings: PlateauSettings | None, losses: Sequence[float]) -> float:
-    """The factor on the learning rate after the training losses so far; see `PlateauSettings`."""
-    if settings is None:
-        return 1.0
-    factor, best, bad = 1.0, math.inf, 0
-    for loss in losses:
-        if loss < best * (1 - settings.threshold):
-            best, bad = loss, 0
-        else:
-            bad += 1
-        if bad > settings.patience:
-            factor, bad = max(factor * settings.factor, settings.lowest), 0
-    return factor
-
-
-def learning_rate(settings: RunSettings, epoch: int) -> float:
-    """The learning rate in `epoch` (from 1). The warm-up is linear, from 1 % of the rate of the decay schedule."""
-    chosen, epochs = settings.optimiser, settings.training.rounds
-    progress = epoch / epochs
-    rate = at(chosen.learning_rate, progress) * with_epochs(chosen.decay, epochs)(progress)
-    warmup = round(chosen.warmup * epochs)
-    if epoch <= warmup:
-        rate *= 0.01 + 0.99 * (epoch - 1) / warmup
-    return rate
 
 
 def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
