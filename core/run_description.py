@@ -16,7 +16,8 @@ from core.errors import UserError
 from core.files.places import is_url
 from core.run_names import STUDY
 from core.task_description import BRAIN_AGE, TaskDescription
-from core.volumes.cohort.reader import DESCRIPTION, Cohort
+from core.volumes.cohort.description import DESCRIPTION
+from core.volumes.cohort.reader import Cohort
 
 
 class _Part(BaseModel):

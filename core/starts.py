@@ -24,7 +24,7 @@ from core.evaluation.splits import Rows
 from core.files.tables import read_table, write_table
 from core.files.writing import replacing
 from core.models.weights import read_weights
-from core.volumes.cohort.reader import CohortDescription
+from core.volumes.cohort.description import CohortDescription
 
 MODEL, TRAINED_ON, BEST = "model.safetensors", "trained_on.csv", "best"
 COLUMNS = ("subject", "data_set", "source_hash")

@@ -15,8 +15,9 @@ from core.errors import UserError
 from core.files.places import check_keyless, shown
 from core.files.tables import read_table, write_table
 from core.run_names import CHECKPOINT, RUN_JSON
+from core.volumes.cohort.description import CohortDescription
 from core.volumes.cohort.hdf5 import unpack
-from core.volumes.cohort.reader import Cohort, CohortDescription
+from core.volumes.cohort.reader import Cohort
 from distributed.commands.options import console
 from distributed.commands.predicting import evaluation_table
 from distributed.run.assignment import read_progress

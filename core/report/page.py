@@ -61,7 +61,7 @@ from core.report.figures.style import as_svg
 from core.report.html import load_page, write_page
 from core.run_description import CodeVersion, CohortOfRun
 from core.run_names import REPORT
-from core.volumes.cohort.reader import spacing_in_words
+from core.volumes.cohort.description import spacing_in_words
 
 FIGURES: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "gains": ("Does the winner predict better?", subject_figures.gains),

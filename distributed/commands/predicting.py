@@ -22,7 +22,8 @@ from core.run_description import CohortOfRun
 from core.run_names import NESTED, RUN_JSON, SPLITS, WINNER
 from core.tasks import find_task
 from core.tasks.task import Prediction, Truth, is_known
-from core.volumes.cohort.reader import Cohort, spacing_in_words
+from core.volumes.cohort.description import spacing_in_words
+from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
 from core.volumes.ingest.prepare import PreparedScan
 from distributed.commands.known_scans import KnownScans, roles_of

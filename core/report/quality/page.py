@@ -27,7 +27,8 @@ from core.report.quality.measures import (
     scores,
 )
 from core.report.quality.pictures import thumbnail
-from core.volumes.cohort.reader import Cohort, read_file, spacing_in_words
+from core.volumes.cohort.description import read_file, spacing_in_words
+from core.volumes.cohort.reader import Cohort
 
 REJECTS = "rejects.csv"
 STRIPS = ("coverage", "template_overlap", "brain_ml", "likeness", "intensity_median", "registration_stretch")

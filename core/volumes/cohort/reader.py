@@ -14,23 +14,30 @@ The folder may lie in an object store (`core.files.places`). `core.volumes.cohor
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self, cast
+from typing import Self, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import UserError
 from core.files.places import beneath, is_url, list_files, open_file, shown, upload
-from core.volumes.cohort.formats import Compression, Storage, StoredType
+from core.volumes.cohort.description import (
+    DESCRIPTION,
+    LABEL,
+    MANIFEST,
+    SHARDS,
+    CohortDescription,
+    read_description,
+    read_file,
+)
+from core.volumes.cohort.formats import StoredType
 from core.volumes.cohort.shards import (
     LABELS,
     VOLUMES,
@@ -44,11 +51,6 @@ from core.volumes.cohort.shards import (
 )
 from core.volumes.cohort.stored import StoredDtype, StoredVoxels, decode
 
-FORMAT = 3
-OLDEST_FORMAT = 2
-LABEL = "label"
-"""The name of the one map of format 2."""
-DESCRIPTION, MANIFEST, SHARDS, REJECTS = "cohort.json", "manifest.parquet", "shards", "rejects.csv"
 COLUMNS = ("subject", "session", "shard", "position", "age", "sex", "site", "checksum", "source")
 
 Rows = Sequence[int] | npt.NDArray[np.int64]
@@ -57,70 +59,8 @@ Box = tuple[slice, slice, slice]
 """A part of the grid: the voxels along X, Y and Z."""
 Boxes = Sequence[Box]
 """For each row the part of it that is read; all of one shape."""
-Spacing = float | tuple[float, float, float]
-"""Edges of a voxel in mm: one number if all are equal."""
-
 _DAMAGE = (OSError, EOFError, KeyError, IndexError, ValueError, RuntimeError)
 """What reading a damaged file raises; pyarrow's errors are ValueErrors."""
-
-
-Side = Annotated[int, Field(ge=1, le=2048)]
-"""Voxels along an axis; more than 2,048 are a damaged or planted file."""
-
-
-class CohortDescription(BaseModel):
-    """What `cohort.json` says: everything that holds for all volumes of a cohort."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    channels: tuple[str, ...] = Field(description="what each channel shows, such as T1w or stiffness")
-    shape: tuple[Side, Side, Side] = Field(description="voxels along X, Y, Z")
-    spacing: Annotated[float, Field(gt=0)] | tuple[float, float, float] = Field(
-        description="edge of a voxel in mm, or its edges along X, Y and Z where they differ"
-    )
-    affine: tuple[tuple[float, ...], ...] = Field(description="4 x 4, voxel index to RAS mm of the grid")
-    dtype: StoredType = Field(description="how voxels are stored; `read` always gives float32")
-    storage: Storage = Field(default="hdf5", description="file format of the shards")
-    compression: Compression = "none"
-    labels: bool = Field(
-        default=False, description="format 2: whether a map of classes goes with every volume"
-    )
-    maps: tuple[str, ...] = Field(default=(), description="names of the maps of classes that scans may have")
-    preprocessing: dict[str, object] = Field(
-        description="settings of the pipeline that made the volumes, as plain JSON values"
-    )
-    preprocessing_hash: str
-    hash: str = Field(description="of every subject, age and stored byte, and of the preprocessing")
-    source: str = Field(description="the folder or generator that the volumes come from")
-    synthetic: bool = Field(description="true for phantoms: no number from them speaks about people")
-    versions: dict[str, str] = Field(description="of the packages that wrote the cohort")
-    provenance: dict[str, str] = Field(default={}, description="further facts on how it was made")
-    digests: dict[str, str] = Field(default={}, description="sha256 of every other file of the cohort")
-    digest: str = Field(default="", description="sha256 of cohort.json itself with these digits left out")
-    format: int = Field(default=FORMAT, description="version of this layout")
-
-    @property
-    def map_names(self) -> tuple[str, ...]:
-        """The maps of classes that scans of this cohort may have."""
-        return (*self.maps, LABEL) if self.labels else self.maps
-
-    @property
-    def edges(self) -> tuple[float, float, float]:
-        """Edges of a voxel along X, Y and Z in mm."""
-        return edges_of(self.spacing)
-
-
-def edges_of(spacing: Spacing) -> tuple[float, float, float]:
-    """Edges of a voxel along X, Y and Z in mm."""
-    return spacing if isinstance(spacing, tuple) else (spacing, spacing, spacing)
-
-
-def spacing_in_words(spacing: Spacing) -> str:
-    """`4 mm`, or `1 x 1 x 5 mm`."""
-    return (
-        f"{spacing:g} mm" if not isinstance(spacing, tuple) else f"{' x '.join(f'{e:g}' for e in spacing)} mm"
-    )
 
 
 @dataclass(frozen=True)
@@ -445,54 +385,19 @@ def shape_of(boxes: Boxes, grid: tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         ValueError: they differ in shape, leave out voxels, or reach beyond the grid.
     """
-    shapes = {tuple(cut.stop - cut.start for cut in box) for box in boxes}
+    shape: tuple[int, ...] | None = None
     for box in boxes:
+        x, y, z = box
+        own = (x.stop - x.start, y.stop - y.start, z.stop - z.start)
         for cut, side in zip(box, grid, strict=True):
             if not 0 <= cut.start < cut.stop <= side or cut.step not in (None, 1):
                 raise ValueError(f"{cut} is no part of {side} voxels")
-    if len(shapes) > 1:
-        raise ValueError(f"all boxes must have one shape, got {' and '.join(map(str, sorted(shapes)))}")
-    return shapes.pop() if shapes else grid
+        if shape not in (None, own):
+            raise ValueError(f"all boxes must have one shape, got {shape} and {own}")
+        shape = own
+    return grid if shape is None else shape
 
 
 def scale_column(channel: str) -> str:
     """The column of the manifest with the factors of a channel stored as int16."""
     return f"scale_{channel}"
-
-
-def read_file(location: str, name: str) -> bytes:
-    """All bytes of one file of a cohort."""
-    with open_file(location, name) as file:
-        return file.read()
-
-
-def read_description(location: str) -> CohortDescription:
-    """What cohort.json says; UserError if it is not there, is damaged or has another format."""
-    path = beneath(location, DESCRIPTION)
-    try:
-        text = read_file(location, DESCRIPTION)
-    except (FileNotFoundError, NotADirectoryError):
-        if not is_url(location) and (Path(location) / SHARDS).is_dir():
-            raise UserError(
-                f"{shown(location)} is an incomplete cohort (no {DESCRIPTION}); run the same command again to finish it"
-            ) from None
-        raise UserError(
-            f"{shown(location)} is not a cohort (no {DESCRIPTION}); make one with `phantom` or `ingest`"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        fields = json.loads(text)
-        made_by = int(fields.get("format", 1)) if isinstance(fields, dict) else FORMAT
-        if made_by > FORMAT:
-            raise UserError(
-                f"{path} has format {made_by}, this version reads format {FORMAT}; update brainsweep"
-            )
-        if made_by < OLDEST_FORMAT:
-            raise UserError(
-                f"{path} has format {made_by}, this version reads format {OLDEST_FORMAT} to {FORMAT}; make the cohort "
-                "again"
-            )
-        return CohortDescription.model_validate(fields)
-    except (ValidationError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); make the cohort again") from error

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from core.errors import UserError
 from core.files.places import list_files
-from core.volumes.cohort.reader import DESCRIPTION, MANIFEST, Cohort, read_description, read_file
+from core.volumes.cohort.description import DESCRIPTION, MANIFEST, read_description, read_file
+from core.volumes.cohort.reader import Cohort
 
 
 class Damage(NamedTuple):

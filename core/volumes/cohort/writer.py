@@ -19,9 +19,7 @@ import pandas as pd
 from core.errors import UserError
 from core.files.fingerprint import fingerprint
 from core.files.writing import replacing, writing_to
-from core.volumes.cohort.formats import Compression, Storage, StoredType
-from core.volumes.cohort.reader import (
-    COLUMNS,
+from core.volumes.cohort.description import (
     DESCRIPTION,
     FORMAT,
     MANIFEST,
@@ -29,8 +27,9 @@ from core.volumes.cohort.reader import (
     SHARDS,
     CohortDescription,
     Spacing,
-    scale_column,
 )
+from core.volumes.cohort.formats import Compression, Storage, StoredType
+from core.volumes.cohort.reader import COLUMNS, scale_column
 from core.volumes.cohort.shards import (
     ENDINGS,
     Fact,

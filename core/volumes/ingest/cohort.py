@@ -24,8 +24,9 @@ from core.files.fingerprint import fingerprint
 from core.files.places import is_url
 from core.files.tables import read_table, write_table
 from core.files.writing import replacing, writing_to
+from core.volumes.cohort.description import DESCRIPTION, REJECTS, SHARDS, CohortDescription
 from core.volumes.cohort.formats import Compression, Storage, StoredType
-from core.volumes.cohort.reader import DESCRIPTION, REJECTS, SHARDS, Cohort, CohortDescription
+from core.volumes.cohort.reader import Cohort
 from core.volumes.cohort.writer import (
     UNFINISHED,
     claim_folder,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from core.files.fingerprint import fingerprint
-from core.volumes.cohort.reader import CohortDescription
+from core.volumes.cohort.description import CohortDescription
 from core.volumes.ingest.shards import relative
 from core.volumes.sources.listing import ImageFile, Listing, Scan
 

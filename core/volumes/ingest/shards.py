@@ -10,7 +10,7 @@ import numpy as np
 
 from core.errors import UserError
 from core.files.writing import replacing, writing_to
-from core.volumes.cohort.reader import SHARDS, CohortDescription
+from core.volumes.cohort.description import SHARDS, CohortDescription
 from core.volumes.cohort.shards import Fact, Written
 from core.volumes.cohort.writer import RESERVED, UNFINISHED, ShardInMemory
 from core.volumes.images.preprocess import Preprocessing

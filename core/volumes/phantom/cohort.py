@@ -22,7 +22,8 @@ import pandas as pd
 from core.errors import UserError
 from core.files.fingerprint import fingerprint
 from core.files.writing import writing_to
-from core.volumes.cohort.reader import DESCRIPTION, Cohort
+from core.volumes.cohort.description import DESCRIPTION
+from core.volumes.cohort.reader import Cohort
 from core.volumes.cohort.writer import CohortWriter
 from core.volumes.phantom.lesions import Diseased, with_disease
 from core.volumes.phantom.settings import SPACINGS, PhantomSettings
