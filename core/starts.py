@@ -28,8 +28,6 @@ from core.volumes.cohort.description import CohortDescription
 
 MODEL, TRAINED_ON, BEST = "model.safetensors", "trained_on.csv", "best"
 COLUMNS = ("subject", "data_set", "source_hash")
-NAMED = re.compile(r"[^/\\]+#[0-9a-f]{8}")
-"""NAME#HASH: a start that the run has a copy of."""
 SHOWN = 5
 """Subjects that a message names."""
 
@@ -48,7 +46,7 @@ class Start:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights, to be copied from."""
-        return {name: torch.from_numpy(np.asarray(values)) for name, values in self.weights.items()}
+        return {name: torch.from_numpy(values) for name, values in self.weights.items()}
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def keep_start(start: Start, folder: Path) -> None:
     place = folder / start.name
     place.mkdir(parents=True, exist_ok=True)
     with replacing(place / MODEL) as temporary:
-        temporary.write_bytes(save({name: value.contiguous() for name, value in start.tensors.items()}))
+        temporary.write_bytes(save(start.tensors))
     if start.trained_on is not None:
         write_table(start.trained_on, place / TRAINED_ON)
 
@@ -154,8 +152,8 @@ def seen_of(start: Start, manifest: pd.DataFrame, rows: Rows, data_set: str) -> 
     return Seen(rows[is_seen.to_numpy()], int(scans.loc[is_alike, "subject"].nunique()))
 
 
-def refuse_seen(start: Start, subjects: Sequence[str], same_cohort: bool) -> UserError:
-    """What is said to a user whose start knows people that it would be judged on."""
+def seen_error(start: Start, subjects: Sequence[str], same_cohort: bool) -> UserError:
+    """The error for a start that knows people whom it would be judged on."""
     named = ", ".join(subjects[:SHOWN]) + (
         f" and {len(subjects) - SHOWN} more" if len(subjects) > SHOWN else ""
     )

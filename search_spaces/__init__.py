@@ -56,12 +56,12 @@ def _installed(task: str) -> Space | None:
 
     Its settings start from the defaults of the task.
     """
-    found = importlib.metadata.entry_points(group=ENTRY_POINTS, name=task)
-    for each in found:
-        return cast(
-            Space, look_up(vars(importlib.import_module(each.module)), "space", f"name in {each.module}")
-        )
-    return None
+    found = next(iter(importlib.metadata.entry_points(group=ENTRY_POINTS, name=task)), None)
+    if found is None:
+        return None
+    return cast(
+        Space, look_up(vars(importlib.import_module(found.module)), "space", f"name in {found.module}")
+    )
 
 
 def pin(space: Space, changes: Mapping[str, object]) -> Space:

@@ -293,6 +293,12 @@ class Task(ABC, Generic[S]):
         """
 
 
+def truth_of(manifest: pd.DataFrame, labels: Labels, rows: Rows) -> Truth:
+    """What is known of these rows of a cohort, of which all scans have `labels`."""
+    sites, people = manifest["site"].to_numpy(str), manifest["subject"].to_numpy(str)
+    return Truth(labels[rows], sites[rows], people[rows])
+
+
 def check_parts(labels: Labels, splits: Splits, truth: str) -> None:
     """Refuse a fold, or a hold-out, without a scan whose truth is known: nothing could be judged there.
 

@@ -21,7 +21,7 @@ from core.run_access import EVALUATION
 from core.run_description import CohortOfRun
 from core.run_names import NESTED, RUN_JSON, SPLITS, WINNER
 from core.tasks import find_task
-from core.tasks.task import Prediction, Truth, is_known
+from core.tasks.task import Prediction, is_known, truth_of
 from core.volumes.cohort.description import spacing_in_words
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
@@ -161,7 +161,7 @@ def evaluate_run(
     path.parent.mkdir(exist_ok=True)
     with writing_to(path.parent):
         write_table(table, path)
-    truth = Truth(labels[rows], of_scan["site"].to_numpy(str), of_scan["subject"].to_numpy(str))
+    truth = truth_of(opened.manifest, labels, rows)
     is_own = opened.description.hash == _cohort_of(folder).hash
     metrics = task.measure(presented.table, truth, {} if is_own else _internal(folder))
     return Evaluation(table, metrics, notes + presented.lacks, path)

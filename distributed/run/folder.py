@@ -14,6 +14,7 @@ RUN/run.json                       request, resolved settings, seeds, versions, 
     tensorboard/  report.html
     best/                          the model of the refitted winner, with calibration.json, if its task makes one
     starts/NAME#HASH/              the weights that trainings start from, and whom they were trained on
+    stages/KEY/                    first stages that trials share, while the run is not finished
     evaluations/                   predictions for the cohorts of `evaluate`
 """
 

@@ -115,8 +115,11 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
         )
     make_scheduler(request.scheduler, settings.training.rounds, len(request.cells))
     if request.stages > 1 and settings.pretraining is None:
+        raise UserError(f"--stages {request.stages} cannot act: there is no first stage; set {FIRST}.{TASK}")
+    if request.stages > 1 and not any(name.startswith(f"{FIRST}.") for name in profile.settings):
         raise UserError(
-            f"--stages {request.stages} cannot act: there is no first stage; set pretraining.task"
+            f"--stages {request.stages} cannot act: the space searches no setting of a first stage, such as "
+            f"{FIRST}.objective.temperature; leave it out, or use another space"
         )
     if request.scheduler in POPULATIONS:
         if settings.pretraining is not None:

@@ -14,32 +14,26 @@ from core.models.weights import freeze, load_part
 from core.run_description import LeakCheck
 from core.run_names import WEIGHTS
 from core.run_settings import RunSettings
-from core.starts import Start, data_set_of, keep_start, read_kept, read_start, refuse_seen, seen_of
+from core.starts import Start, data_set_of, keep_start, read_kept, read_start, seen_error, seen_of
 from core.task_description import Rival, TaskDescription
 from core.tasks import find_task
-from core.tasks.task import Truth, is_known
+from core.tasks.task import is_known, truth_of
 from core.volumes.cohort.reader import Cohort
 from distributed.run.folder import RunFolder
 from distributed.sweeps.request import NONE, SweepRequest
 
 
-def find_starts(
-    settings: Settings, earlier: Mapping[str, Start] | None = None
-) -> tuple[Settings, dict[str, Start]]:
-    """The resolved `settings` with NAME#HASH in the place of a path, and the start.
-
-    Args:
-        settings: as the user gave them.
-        earlier: the starts that the run keeps.
+def find_start(settings: Settings) -> tuple[Settings, dict[str, Start]]:
+    """The `settings` of one training with NAME#HASH in the place of a path, and the start, if there is one.
 
     Raises:
         UserError: there is no start, or it cannot be read.
     """
     given = resolve(settings).begin.weights
-    if given is None or given in (earlier or {}):
-        return settings, dict(earlier or {})
+    if given is None:
+        return settings, {}
     start = read_start(given)
-    return merge(settings, {WEIGHTS: start.name}), {**(earlier or {}), start.name: start}
+    return merge(settings, {WEIGHTS: start.name}), {start.name: start}
 
 
 def read_starts(
@@ -136,7 +130,7 @@ def check_starts(
         )
         if seen and not is_allowed:
             assert start.trained_on is not None
-            raise refuse_seen(start, seen, data_set in set(start.trained_on["data_set"]))
+            raise seen_error(start, seen, data_set in set(start.trained_on["data_set"]))
         console.print(f"note: {check.in_words()}", highlight=False, soft_wrap=True, markup=False)
         checks.append(check)
     return tuple(checks)
@@ -153,8 +147,7 @@ def tell_what_matches(
     task, manifest = find_task(settings.task), cohort.manifest
     labels = task.labels(settings, manifest)
     known = training[is_known(labels)[training]]
-    sites, people = manifest["site"].to_numpy(str), manifest["subject"].to_numpy(str)
-    facts = task.learn(settings, Truth(labels[known], sites[known], people[known]))
+    facts = task.learn(settings, truth_of(manifest, labels, known))
     channels = len(settings.data.channels or cohort.description.channels)
     for start in starts.values():
         model = task.build(settings, channels, facts)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from core.config import resolve
 from core.errors import UserError
-from core.evaluation.splits import Rows, Splits
+from core.evaluation.splits import Splits
 from core.files.tables import read_table, write_table
 from core.inference import save_calibration
 from core.objectives import COST
@@ -30,7 +30,7 @@ from core.run_access import read_access
 from core.run_description import BestTrial
 from core.task_description import TaskDescription
 from core.tasks import find_task
-from core.tasks.task import Task, Truth, is_known
+from core.tasks.task import Task, is_known, truth_of
 from core.volumes.cohort.reader import Cohort
 from distributed.run.assignment import read_progress, trial_name
 from distributed.run.folder import RunFolder, now
@@ -135,10 +135,9 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
     }
     shown, rows, predictions = task.about.shown, list[dict[str, object]](), list[pd.DataFrame]()
 
-    def truth(of: Rows) -> Truth:
-        return Truth(labels[of], manifest["site"].to_numpy(str)[of], subjects.to_numpy(str)[of])
-
-    floor = task.floor(settings, truth(development), truth(held_out))
+    floor = task.floor(
+        settings, truth_of(manifest, labels, development), truth_of(manifest, labels, held_out)
+    )
     if floor is not None and task.about.floor is not None:
         method = task.about.floor.method
         measured = {name: floor.metrics[name] for name in shown if name in floor.metrics}

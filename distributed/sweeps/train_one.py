@@ -34,7 +34,7 @@ from distributed.slots.slot import WorkerGroup, pack
 from distributed.sweeps.request import TrainRequest
 from distributed.sweeps.resolve import chosen_task, splits_of, with_first_stage, with_hash
 from distributed.sweeps.resume import same_splits
-from distributed.sweeps.starts import check_starts, find_starts, keep_starts, starts_of, tell_what_matches
+from distributed.sweeps.starts import check_starts, find_start, keep_starts, starts_of, tell_what_matches
 from distributed.sweeps.tables import calibrate_best, finish
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner, make_runner
@@ -67,7 +67,7 @@ def train_one(
     quiet()
     opened = Cohort.open(cohort)
     asked = chosen_task(request.task) | request.changes
-    given, starts = find_starts(merge(with_first_stage(_published(request), asked), asked))
+    given, starts = find_start(merge(with_first_stage(_published(request), asked), asked))
     settings = resolve(given)
     task = find_task(settings.task)
     task.check(settings)

@@ -175,7 +175,7 @@ class CellTraining(CellData):
         """Load the weights of the first stage, or those that the settings start from."""
         begin = self.settings.begin
         if earlier is not None:
-            load_part(self.model, earlier, begin.take, begin.rename)
+            load_part(self.model, earlier, begin.take)
         if earlier is not None or begin.weights is None:
             return
         start = look_up(self.subjects.starts, begin.weights, "start of this run")

@@ -16,7 +16,7 @@ from core.files.tables import write_table
 from core.run_settings import RunSettings
 from core.starts import Start, data_set_of
 from core.tasks import find_task
-from core.tasks.task import Labels, Truth, is_known
+from core.tasks.task import Labels, Truth, is_known, truth_of
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Volumes
 from distributed.batches.plan import Rows
@@ -118,9 +118,7 @@ class Labelled:
 
     def truth(self, rows: Rows) -> Truth:
         """What is known of these scans."""
-        manifest = self.subjects.manifest
-        sites, people = manifest["site"].to_numpy(str), manifest["subject"].to_numpy(str)
-        return Truth(self.labels[rows], sites[rows], people[rows])
+        return truth_of(self.subjects.manifest, self.labels, rows)
 
     def write_predictions(self, fold: int, predictions: pd.DataFrame, path: Path) -> None:
         """Write a table with one line per evaluation scan of `fold`: subject, site, truth, and the `predictions`."""
