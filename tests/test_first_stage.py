@@ -21,6 +21,8 @@ from small_cohort import SMALL, write_small_cohort
 from core.config import merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import labelled_order, make_splits
+from core.report.answer.record import read_run
+from core.report.figures.search import _values_over_epochs
 from distributed.batches.in_process import InMemory
 from distributed.run.access import AccessRecord
 from distributed.run.assignment import Cell, read_progress
@@ -328,6 +330,12 @@ def test_a_sweep_of_two_stages_whose_driver_is_killed_in_one_goes_on_and_trains_
     for _, alike in trials.groupby("pretraining.objective.temperature"):
         written = {of_stages.loc[number].to_csv(index=False) for number in alike["number"]}
         assert len(written) == 1
+    # The page shows what is judged: two epochs of every cell.
+    record = read_run(folder)
+    assert len(record.history) == 6 * 2 * 2
+    for number in range(6):
+        trial = record.study.trials[number]
+        assert max(_values_over_epochs(trial, record)) == 4
     # No weights are left behind.
     assert not (folder / "stages").exists()
     assert json.loads((folder / "run.json").read_text())["concluded"]

@@ -164,7 +164,9 @@ class Baseline:
         replay(scheduler, study.get_trials(deepcopy=False), baseline_name)
         rival = self.search.task.about.rival
         name = "baseline" if rival is None else rival.method
-        display = Display(self.console, request.baseline_trials, self.search.epochs, own, first, what=name)
+        display = Display(
+            self.console, request.baseline_trials, self.search.judged_epochs, own, first, what=name
+        )
         best = best_trial(study)
         display.count_earlier(
             sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)),

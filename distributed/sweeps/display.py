@@ -166,7 +166,9 @@ class Display(tune.Callback):
         where = "refit" if answer["fold"] == HOLDOUT else f"fold {answer['fold']}"
         value = answer.get("value", math.nan)
         shown = "" if math.isnan(value) else f"  {self._value(value)}"
-        epoch = f"seed {answer['seed']}, epoch {answer['epoch']}/{self.epochs}"
+        of = "pre-training, epoch" if "stage" in answer else "epoch"
+        total = "" if "stage" in answer else f"/{self.epochs}"
+        epoch = f"seed {answer['seed']}, {of} {answer['epoch']}{total}"
         return f"  {assignment['name']}  {what}  {where}, {epoch}{shown}"
 
 

@@ -318,7 +318,9 @@ class Sweep:
     def _display(self, budget: Budget) -> Display:
         """The display, with the trials that earlier sessions of the run have finished."""
         request, best = self.request, best_trial(self.study)
-        display = Display(self.console, request.trials, self.search.epochs, budget, self.search.about_first)
+        display = Display(
+            self.console, request.trials, self.search.judged_epochs, budget, self.search.about_first
+        )
         found = (best.values[0], trial_name(best.number)) if best else None
         display.count_earlier(len(self._finished()), found)
         return display

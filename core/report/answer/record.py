@@ -225,6 +225,9 @@ def read_run(run: Path) -> RunRecord:
         for name, rows in about.rows.items()
         if name in tables and len(tables[name]) < rows and not any(line.startswith(name) for line in missing)
     ]
+    if "stage" in tables["history"]:
+        # A first stage has losses and a schedule of its own, which say nothing beside those of what is judged.
+        tables["history"] = tables["history"][tables["history"]["stage"].isna()]
     cohort = _read_cohort(run, about, missing)
     tables["predictions"] = _with_floor(tables["predictions"], tables["splits"], cohort, of_task)
     return RunRecord(

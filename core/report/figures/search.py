@@ -284,7 +284,8 @@ def _was_stopped(trial: FrozenTrial) -> bool:
 def _values_over_epochs(trial: FrozenTrial, record: RunRecord) -> dict[int, float]:
     """The values of a trial by epochs done; the last one is its final value, even if it was not reported."""
     values = dict(reported(trial))
-    epochs = record.trials.loc[record.trials["number"] == trial.number, "epochs"].max()
+    judged = int((record.history["number"] == trial.number).sum())
+    epochs = judged or record.trials.loc[record.trials["number"] == trial.number, "epochs"].max()
     if trial.state == TrialState.COMPLETE and trial.values and epochs >= max(values):
         values[int(epochs)] = trial.values[0]
     return values
