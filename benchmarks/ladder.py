@@ -1,6 +1,6 @@
 """Who finds the lesions of phantoms, down to those that cannot be seen? Every rung of the ladder, cross-validated.
 
-    python -m benchmarks.ladder [--rungs 1,2,3,4,5] [--subjects 160] [--spacing 4] [--out TABLE.csv]
+    python -m benchmarks.ladder [--rungs 1,2,3,4,5] [--subjects 160] [--spacing 4] [--window 7] [--out TABLE.csv]
 
 Half of the people are ill (`core.volumes.phantom.lesions`); the same people are ill on every rung. Compared are a
 ResNet-18, the symmetric Swin, which sees every scan beside its mirror image, and principal components of the voxels
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -38,11 +38,11 @@ from search_spaces import published
 
 TARGET = "disease"
 FOLDS = 5
-VOXELS = "voxels"
+VOXELS, SWIN = "voxels", "symmetric Swin"
 METHODS: Mapping[str, Settings] = {
     VOXELS: {},
     "ResNet-18": {"model.name": "resnet18"},
-    "symmetric Swin": {"model.name": "swin_symmetry"},
+    SWIN: {"model.name": "swin_symmetry"},
 }
 
 
@@ -69,12 +69,16 @@ def judge_voxels(subjects: Subjects, settings: RunSettings, fold: int, seed: int
 
 
 def judge_rung(
-    rung: int, methods: Sequence[str], subjects: Subjects, changes: Settings, seed: int, place: Place
+    rung: int,
+    methods: Mapping[str, Settings],
+    subjects: Subjects,
+    changes: Settings,
+    seed: int,
+    place: Place,
 ) -> Iterator[dict[str, object]]:
-    """A line for every method on one rung."""
+    """A line for every one of the `methods`, with what its settings differ in, on one rung."""
     for method in methods:
-        own = METHODS[method]
-        settings = settings_of({**own, **changes})
+        settings = settings_of({**methods[method], **changes})
         judge = judge_voxels if method == VOXELS else judge_fold
         started = time.perf_counter()
         tables = [
@@ -112,6 +116,7 @@ def main() -> None:
     arguments.add_argument(
         "--width", type=float, default=None, help="of the networks; as published if absent"
     )
+    arguments.add_argument("--window", type=int, default=7, help="of the Swin, in patches; 7 is published")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
@@ -120,6 +125,9 @@ def main() -> None:
     changes: Settings = {"training.epochs": given.epochs} | (
         {} if given.width is None else {"model.width": given.width}
     )
+    methods = {name: METHODS[name] for name in given.methods.split(",")}
+    if SWIN in methods:
+        methods[SWIN] = {**methods[SWIN], "model.window": given.window}
     place = Place(torch.device(given.device))
     for rung in map(int, given.rungs.split(",")):
         with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +137,7 @@ def main() -> None:
             cohort = write_phantom_cohort(Path(folder) / "cohort", made)
             splits = make_splits(cohort.manifest, folds=FOLDS, holdout=0.0, seed=given.seed, by=TARGET)
             subjects = Subjects.of(cohort, splits, InMemory.of(cohort))
-            for line in judge_rung(rung, given.methods.split(","), subjects, changes, given.seed, place):
+            for line in judge_rung(rung, methods, subjects, changes, given.seed, place):
                 lines.append(line)
                 console.print(pd.DataFrame([line]).round(3).to_string(index=False), highlight=False)
                 if given.out is not None:

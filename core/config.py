@@ -51,6 +51,20 @@ def resolve(settings: Mapping[str, object]) -> RunSettings:
         raise UserError(_explain(error, name)) from None
 
 
+def check_settings(settings: RunSettings) -> None:
+    """Let the task refuse what validation alone cannot refuse, and the task of the first stage, too.
+
+    Raises:
+        UserError: naming the setting, and what would be right.
+    """
+    find_task(settings.task).check(settings)
+    if settings.pretraining is not None:
+        try:
+            find_task(settings.pretraining.task).check(settings.pretraining)
+        except UserError as error:
+            raise UserError(f"in '{FIRST}': {error}") from None
+
+
 def _first_stage(settings: object) -> RunSettings:
     """The settings of a first stage; UserError if it is none."""
     if isinstance(settings, RunSettings):
@@ -68,10 +82,11 @@ def _first_stage(settings: object) -> RunSettings:
             f"a first stage has no first stage, and starts where the trial starts: remove {FIRST}.{FIRST} and "
             f"{FIRST}.begin, and set begin.weights"
         )
-    if stage.training.keep != "last" or stage.data.labelled is not None:
+    probes = getattr(getattr(stage, "evaluation", None), "probes", None)
+    if stage.training.keep != "last" or stage.data.labelled is not None or probes:
         raise UserError(
-            f"a first stage is not judged and has all labels of its cell: remove {FIRST}.training.keep and "
-            f"{FIRST}.data.labelled"
+            f"a first stage is not judged and has all labels of its cell: remove {FIRST}.training.keep, "
+            f"{FIRST}.data.labelled and {FIRST}.evaluation.probes"
         )
     return stage
 

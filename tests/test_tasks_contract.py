@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from core.config import merge, resolve
+from core.errors import UserError
 from core.evaluation.splits import make_splits
 from core.task_description import TaskDescription
 from core.tasks import TASKS, find_task
-from core.tasks.task import Judging, Observed, Truth, is_known
+from core.tasks.pretraining import PROBES
+from core.tasks.task import Judging, Observed, is_known, truth_of
 from search_spaces import SPACES, published
 
 OWN = f"{Path(__file__).parent / 'own_task.py'}:BrighterSide"
@@ -25,6 +27,10 @@ GIVEN: dict[str, list[dict[str, object]]] = {
     "classification": [
         {**SMALL, "data.target": "kind"},
         {**SMALL, "data.target": "kind", "objective.name": "supcon", "views.count": 2},
+    ],
+    "masked_pretraining": [
+        {**SMALL, "model.name": "resnet18", **probes}
+        for probes in ({}, {PROBES: ["age"]}, {PROBES: ["kind", "age"]})
     ],
     OWN: [{"training.epochs": 2}],
 }
@@ -63,18 +69,23 @@ def made(name, index):
     return task, settings, manifest, volumes
 
 
-def truth_of(labels, manifest, rows):
-    return Truth(labels[rows], manifest["site"].to_numpy(str)[rows], manifest["subject"].to_numpy(str)[rows])
+def truth_at(rows, task, settings, manifest):
+    more = task.more_labels(settings, manifest)
+    return truth_of(manifest, task.labels(settings, manifest), rows, more)
+
+
+def is_without_truth(name, index):
+    """Whether this is a pre-training of which nothing is read."""
+    return name == "masked_pretraining" and PROBES not in GIVEN[name][index]
 
 
 def judged(name, index, labels_of_evaluation=None, order=None):
     """(task, settings, facts, outputs of the evaluation scans, outcome), of a model that was never trained."""
     task, settings, manifest, volumes = made(name, index)
-    labels = task.labels(settings, manifest)
     training, evaluation = np.arange(24), np.arange(24, 36)
     if order is not None:
         evaluation = evaluation[order]
-    facts = task.learn(settings, truth_of(labels, manifest, training))
+    facts = task.learn(settings, truth_at(training, task, settings, manifest))
     torch.manual_seed(0)
     model = task.build(settings, 1, facts).eval()
     seen = []
@@ -83,8 +94,12 @@ def judged(name, index, labels_of_evaluation=None, order=None):
             outputs = {
                 key: value.numpy() for key, value in task.observe(settings, model, volumes[rows]).items()
             }
-        truth = truth_of(labels, manifest, rows)
-        seen.append(Observed(truth.labels, truth.sites, truth.subjects, outputs["embedding"], outputs))
+        truth = truth_at(rows, task, settings, manifest)
+        seen.append(
+            Observed(
+                truth.labels, truth.sites, truth.subjects, outputs["embedding"], outputs, more=truth.more
+            )
+        )
     if labels_of_evaluation is not None:
         seen[1] = replace(seen[1], labels=labels_of_evaluation(seen[1].labels))
     return task, settings, facts, seen, task.judge(settings, *seen, Judging())
@@ -97,7 +112,16 @@ def test_every_task_is_here_and_has_a_space():
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_the_description_is_whole_and_survives_run_json(name):
-    about = find_task(name).about
+    check_description(find_task(name).about)
+
+
+@pytest.mark.parametrize(("name", "index"), ALL)
+def test_what_settings_make_of_the_description_is_whole_too(name, index):
+    task, settings, _, _ = made(name, index)
+    check_description(task.describe(settings))
+
+
+def check_description(about):
     assert TaskDescription.model_validate(json.loads(about.model_dump_json())) == about
     assert set(about.shown) <= set(about.metrics)
     assert about.objectives
@@ -110,10 +134,11 @@ def test_labels_say_what_is_unknown_and_folds_are_alike_in_a_column(name, index)
     task, settings, manifest, _ = made(name, index)
     task.check(settings)
     labels = task.labels(settings, manifest)
-    assert is_known(labels).tolist() == [True] * (SCANS - 4) + [False] * 4
+    unknown = is_without_truth(name, index)
+    assert is_known(labels).tolist() == [True] * (SCANS - 4) + [unknown] * 4
     splits = make_splits(manifest, 3, 0.2, 0, task.balanced_by(settings))
     task.check_cohort(settings, manifest, splits)
-    facts = task.learn(settings, truth_of(labels, manifest, np.arange(24)))
+    facts = task.learn(settings, truth_at(np.arange(24), task, settings, manifest))
     assert json.loads(json.dumps(facts)) == facts
     assert np.isfinite(task.targets(labels, facts)[: SCANS - 4].astype(float)).all()
 
@@ -122,7 +147,7 @@ def test_labels_say_what_is_unknown_and_folds_are_alike_in_a_column(name, index)
 def test_a_step_moves_the_model_and_the_seed_alone_makes_it(name, index):
     task, settings, manifest, volumes = made(name, index)
     labels = task.labels(settings, manifest)
-    facts = task.learn(settings, truth_of(labels, manifest, np.arange(24)))
+    facts = task.learn(settings, truth_at(np.arange(24), task, settings, manifest))
     losses = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -145,7 +170,7 @@ def test_a_step_moves_the_model_and_the_seed_alone_makes_it(name, index):
 @pytest.mark.parametrize(("name", "index"), ALL)
 def test_a_scan_is_seen_alike_in_any_company(name, index):
     task, settings, manifest, volumes = made(name, index)
-    facts = task.learn(settings, truth_of(task.labels(settings, manifest), manifest, np.arange(24)))
+    facts = task.learn(settings, truth_at(np.arange(24), task, settings, manifest))
     torch.manual_seed(0)
     model = task.build(settings, 1, facts).eval()
     with torch.no_grad():
@@ -163,9 +188,14 @@ def test_what_is_judged_is_what_is_predicted(name, index):
     assert {"predicted", "error"} <= set(outcome.predictions)
     assert len(outcome.predictions) == len(evaluation.labels)
     assert (outcome.predictions["error"] >= 0).all()
-    for objective in task.about.objectives:
-        if not task.about.metrics[objective].needs_sites:
+    about = task.describe(settings)
+    for objective in about.objectives:
+        if not about.metrics[objective].needs_sites:
             assert np.isfinite(outcome.metrics[objective]), objective
+    if is_without_truth(name, index):
+        with pytest.raises(UserError, match="no probe"):
+            task.predictions(settings, evaluation.outputs, outcome.fitted, facts)
+        return
     again = task.predictions(settings, evaluation.outputs, outcome.fitted, facts)
     task.check_fitted(outcome.fitted)
     if not pd.api.types.is_numeric_dtype(again["predicted"]):
@@ -184,7 +214,8 @@ def test_the_truth_about_the_evaluation_moves_no_prediction(name, index):
     other = judged(name, index, labels_of_evaluation=lambda labels: labels[::-1])[-1]
     assert outcome.fitted == other.fitted
     assert outcome.predictions["predicted"].tolist() == other.predictions["predicted"].tolist()
-    assert outcome.predictions["error"].tolist() != other.predictions["error"].tolist()
+    is_alike = outcome.predictions["error"].tolist() == other.predictions["error"].tolist()
+    assert is_alike == is_without_truth(name, index)
 
 
 @pytest.mark.parametrize(("name", "index"), ALL)
@@ -203,9 +234,10 @@ def test_the_order_of_scans_moves_nothing(name, index):
 def test_the_floor_uses_the_truth_of_the_training_alone(name, index):
     task, settings, _, (training, evaluation), _ = judged(name, index)
     floor = task.floor(settings, training, evaluation)
-    assert (floor is None) == (task.about.floor is None)
+    about = task.describe(settings)
+    assert (floor is None) == (about.floor is None)
     if floor is not None:
         assert floor.predictions["predicted"].nunique() == 1
         flipped = task.floor(settings, training, replace(evaluation, labels=evaluation.labels[::-1]))
         assert flipped.predictions["predicted"].tolist() == floor.predictions["predicted"].tolist()
-        assert np.isfinite(floor.metrics[task.about.floor.of])
+        assert np.isfinite(floor.metrics[about.floor.of])

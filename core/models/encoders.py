@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from monai.networks.nets.resnet import ResNet, ResNetBlock, ResNetBottleneck
@@ -24,6 +24,15 @@ class ResNetEncoder(ResNet):
     """
 
     embedding_dim: int
+
+    def feature_map(self, volumes: torch.Tensor) -> torch.Tensor:
+        """The last stage: (B, C, X, Y, Z) -> (B, E, x, y, z)."""
+        features = self.act(self.bn1(self.conv1(volumes)))
+        if not self.no_max_pool:
+            features = self.maxpool(features)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            features = stage(features)
+        return cast(torch.Tensor, features)
 
     def _downsample_basic_block(
         self, x: torch.Tensor, planes: int, stride: int, spatial_dims: int = 3
@@ -180,10 +189,14 @@ class SFCNEncoder(nn.Module):
             ),
         )
 
+    def feature_map(self, volumes: torch.Tensor) -> torch.Tensor:
+        """The last stage: (B, C, X, Y, Z) -> (B, E, x, y, z)."""
+        features_bexyz: torch.Tensor = self.stages(volumes)
+        return features_bexyz
+
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
         """(B, C, X, Y, Z) -> (B, embedding_dim)."""
-        features_bexyz: torch.Tensor = self.stages(volumes)
-        return features_bexyz.mean(dim=(2, 3, 4))
+        return self.feature_map(volumes).mean(dim=(2, 3, 4))
 
 
 def _sfcn_stage(before: int, after: int) -> nn.Module:

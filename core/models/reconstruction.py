@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from core.errors import UserError
+
 ReconstructionKind = Literal["interpolated", "transposed", "large_kernel"]
 
 
@@ -26,13 +28,27 @@ class ReconstructionDecoder(nn.Module):
         self, embedding_dim: int, out_channels: int = 1, kind: ReconstructionKind = "interpolated"
     ) -> None:
         super().__init__()
+        if embedding_dim % 16:
+            raise UserError(
+                f"a reconstruction decoder halves the channels of the features four times, and {embedding_dim} is no "
+                "multiple of 16; use another model.width"
+            )
+        self.kind = kind
         self.layers = _decoder(embedding_dim, out_channels, kind)
 
     def forward(self, features_bexyz: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         """(B, E, x, y, z) -> (B, C, X, Y, Z) of `grid`, which must not exceed 32 times the features' grid.
 
         An encoder pads odd grids at their far side, so that is where the volume is cut.
+
+        Raises:
+            UserError: "interpolated" with features of one voxel, which instance norm would make 0.
         """
+        if self.kind == "interpolated" and features_bexyz[0, 0].numel() == 1:
+            raise UserError(
+                f"a volume of {' x '.join(map(str, grid))} voxels leaves one voxel of features, which the decoder "
+                "'interpolated' cannot normalise; use the decoder 'transposed', or larger volumes"
+            )
         volume: torch.Tensor = self.layers(features_bexyz)
         if any(have < want for have, want in zip(volume.shape[2:], grid, strict=True)):
             raise ValueError(

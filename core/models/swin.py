@@ -168,9 +168,14 @@ class SymmetrySwinEncoder(nn.Module):
         both = self.swin.feature_map(torch.cat([volumes, mirrored]))
         return both[: len(volumes)], both[len(volumes) :]
 
+    def feature_map(self, volumes: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
+        """Features that have seen the mirror image: (B, C, X, Y, Z) -> (B, E, x, y, z)."""
+        features_bexyz: torch.Tensor = self.attention(*self.feature_maps(volumes, mirrored))
+        return features_bexyz
+
     def forward(self, volumes: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
         """(B, C, X, Y, Z), with its mirror image unless that is the flipped volume -> (B, E)."""
-        return pool(self.attention(*self.feature_maps(volumes, mirrored)), self.swin.pooling)
+        return pool(self.feature_map(volumes, mirrored), self.swin.pooling)
 
 
 def swin(

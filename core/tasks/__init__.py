@@ -11,11 +11,13 @@ from core.files.python import defined_in, file_of
 from core.lookup import look_up
 from core.tasks.brain_age import BrainAge
 from core.tasks.classification import Classification
+from core.tasks.masked_pretraining import MaskedPretraining
 from core.tasks.task import Task
 
 TASKS: dict[str, Task[Any]] = {
     "brain_age": BrainAge(),
     "classification": Classification(),
+    "masked_pretraining": MaskedPretraining(),
 }
 ENTRY_POINTS = "brainsweep.tasks"
 """The group of entry points in which an installed package names its tasks."""

@@ -43,6 +43,8 @@ class Truth:
     labels: Labels
     sites: Names
     subjects: Names
+    more: Mapping[str, Labels] = field(default_factory=dict, kw_only=True)
+    """What else is known of them, (N,) each; see `Task.more_labels`."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,10 @@ class Task(ABC, Generic[S]):
     settings: type[S]
     """Its settings: those that every task has, and its own blocks."""
 
+    def describe(self, settings: S) -> TaskDescription:
+        """`about`, where settings decide what is measured."""
+        return self.about
+
     # Before anything starts.
 
     def check(self, settings: S) -> None:
@@ -142,8 +148,12 @@ class Task(ABC, Generic[S]):
             UserError: the cohort cannot have it.
         """
 
+    def more_labels(self, settings: S, manifest: pd.DataFrame) -> dict[str, Labels]:
+        """What else `judge` must know of every scan of a cohort, (N,) each by name: `Truth.more`."""
+        return {}
+
     def needs_truth(self, settings: S) -> bool:
-        """Whether a training needs the truth about its scans; if not, as a first stage it takes all scans."""
+        """Whether a training needs the truth about its scans; if not, it takes all scans, and is judged on some."""
         return True
 
     def check_cohort(self, settings: S, manifest: pd.DataFrame, splits: Splits) -> None:
@@ -293,10 +303,13 @@ class Task(ABC, Generic[S]):
         """
 
 
-def truth_of(manifest: pd.DataFrame, labels: Labels, rows: Rows) -> Truth:
-    """What is known of these rows of a cohort, of which all scans have `labels`."""
+def truth_of(
+    manifest: pd.DataFrame, labels: Labels, rows: Rows, more: Mapping[str, Labels] | None = None
+) -> Truth:
+    """What is known of these rows of a cohort, of which all scans have `labels`, and `more`."""
     sites, people = manifest["site"].to_numpy(str), manifest["subject"].to_numpy(str)
-    return Truth(labels[rows], sites[rows], people[rows])
+    of_rows = {name: values[rows] for name, values in (more or {}).items()}
+    return Truth(labels[rows], sites[rows], people[rows], more=of_rows)
 
 
 def check_parts(labels: Labels, splits: Splits, truth: str) -> None:

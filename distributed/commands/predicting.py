@@ -149,7 +149,9 @@ def evaluate_run(
     labels = task.labels(predictor.settings, opened.manifest)
     rows, notes = _rows_to_judge(folder, opened, np.flatnonzero(is_known(labels)))
     if rows.size == 0:
-        raise UserError(f"the {task.about.truth} of no scan to judge in {opened.location} is known")
+        raise UserError(
+            f"the {task.describe(predictor.settings).truth} of no scan to judge in {opened.location} is known"
+        )
     channels = [opened.description.channels.index(channel) for channel in predictor.channels]
     volumes = opened.read(rows)[:, channels]
     presented = predictor.present(predictor.predict(volumes), labels[rows])
@@ -161,9 +163,9 @@ def evaluate_run(
     path.parent.mkdir(exist_ok=True)
     with writing_to(path.parent):
         write_table(table, path)
-    truth = truth_of(opened.manifest, labels, rows)
+    known = truth_of(opened.manifest, labels, rows)
     is_own = opened.description.hash == _cohort_of(folder).hash
-    metrics = task.measure(presented.table, truth, {} if is_own else _internal(folder))
+    metrics = task.measure(presented.table, known, {} if is_own else _internal(folder))
     return Evaluation(table, metrics, notes + presented.lacks, path)
 
 

@@ -199,8 +199,8 @@ def keep_best(folder: RunFolder, model: Path) -> None:
 def _describe(
     kind: str, request: Mapping[str, JsonValue], settings: Settings, cohort: Cohort, out: Path
 ) -> RunDescription:
-    description, task = cohort.description, find_task(task_of(settings))
-    column = task.balanced_by(resolve(settings))
+    description, task, resolved = cohort.description, find_task(task_of(settings)), resolve(settings)
+    column = task.balanced_by(resolved)
     return RunDescription(
         kind=kind,
         command=" ".join(["brainsweep", *sys.argv[1:]]),
@@ -224,7 +224,7 @@ def _describe(
         ),
         settings=settings,
         sweep=dict(request),
-        task=task.about.model_copy(update={"column": column}),
+        task=task.describe(resolved).model_copy(update={"column": column}),
         task_file=describe_code(task_of(settings)),
     )
 

@@ -19,7 +19,7 @@ from optuna.study import StudyDirection
 from optuna.terminator import report_cross_validation_scores
 from optuna.trial import FrozenTrial, TrialState
 
-from core.config import Settings, flatten, merge, resolve, task_of, with_absent
+from core.config import Settings, check_settings, flatten, merge, resolve, task_of, with_absent
 from core.errors import UserError
 from core.objectives import Objectives
 from core.report.answer.record import reported
@@ -35,7 +35,6 @@ from core.run_names import (
     VALUE_AT,
     WEIGHTS,
 )
-from core.tasks import find_task
 from distributed.run.assignment import Progress, assign, identity, read_progress, trial_name
 from distributed.run.journal import Journal
 from distributed.search.samplers import make_sampler
@@ -118,7 +117,7 @@ def proposed_settings(space: Space, base: Settings, trial: optuna.trial.BaseTria
 def _checked(settings: Settings) -> Settings:
     """The resolved settings, as JSON values; UserError if they cannot work."""
     resolved = resolve(settings)
-    find_task(resolved.task).check(resolved)
+    check_settings(resolved)
     return resolved.model_dump(mode="json")
 
 

@@ -162,7 +162,7 @@ class Baseline:
             request.scheduler, self.search.judged_epochs, len(request.cells), is_spared, first.better
         )
         replay(scheduler, study.get_trials(deepcopy=False), baseline_name)
-        rival = self.search.task.about.rival
+        rival = self.search.about.rival
         name = "baseline" if rival is None else rival.method
         display = Display(
             self.console, request.baseline_trials, self.search.judged_epochs, own, first, what=name

@@ -186,7 +186,7 @@ class TensorBoard(tune.Callback):
     @classmethod
     def of(cls, run: Path, search: ResolvedSearch) -> TensorBoard:
         """Of a search in the folder of a run."""
-        of_task = search.task.about
+        of_task = search.about
         scalars = (*SCALARS, of_task.objectives[0], *of_task.course)
         return cls(run / "tensorboard", list(search.profile.settings), scalars, search.about_first.sign)
 

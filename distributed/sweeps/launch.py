@@ -57,7 +57,7 @@ def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort
     labels = task.labels(settings, manifest)
     splits = splits_of(request, manifest, task.balanced_by(settings))
     task.check_cohort(settings, manifest, splits)
-    check_parts(labels, splits, task.about.truth)
+    check_parts(labels, splits, search.about.truth)
     return splits
 
 

@@ -54,7 +54,7 @@ def refits(
 
     Without a winner there is nothing to judge, so the held-out subjects stay unseen.
     """
-    base, of_task = folder.about.settings, search.task.about
+    base, of_task = folder.about.settings, search.about
     tuned = best_baseline(folder, request, search.objectives)
     chosen: dict[str, Settings] = {PUBLISHED: base}
     if of_task.rival is not None:

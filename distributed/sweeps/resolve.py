@@ -25,7 +25,7 @@ from core.files.tables import read_table
 from core.objectives import Metric, find_objectives
 from core.run_names import SPLITS, WEIGHTS
 from core.run_settings import BeginSettings, RunSettings
-from core.task_description import Rival
+from core.task_description import Rival, TaskDescription
 from core.tasks import find_task
 from core.tasks.task import Task
 from core.volumes.cohort.reader import Cohort
@@ -62,6 +62,11 @@ class ResolvedSearch:
     def task(self) -> Task[Any]:
         """The task of the settings."""
         return find_task(self.settings.task)
+
+    @property
+    def about(self) -> TaskDescription:
+        """The task of the settings in words."""
+        return self.task.describe(self.settings)
 
     @property
     def epochs(self) -> int:
@@ -105,7 +110,7 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
         base = resolve(merge(with_first_stage(published, asked), asked)).model_dump(mode="json")
     profile = check_space(space, base)
     settings = resolve(base)
-    about = find_task(settings.task).about
+    about = find_task(settings.task).describe(settings)
     sites = cohort.manifest["site"].replace("", None).dropna().nunique()
     objectives = find_objectives(request.objectives or about.objectives[:1], about.searchable, int(sites))
     check_sampler(request.sampler, profile, len(objectives))
@@ -215,7 +220,7 @@ def judgement(
     shared = len(search.profile.always)
     return Judgement(
         objectives,
-        search.task.about.searchable,
+        search.about.searchable,
         request.scheduler,
         Wilcoxon(threshold, study, search.first, search.about_first, cells, spared) if threshold else None,
         make_terminator(request.stop_when, request.search_seed, len(objectives), shared),

@@ -147,7 +147,7 @@ def tell_what_matches(
     task, manifest = find_task(settings.task), cohort.manifest
     labels = task.labels(settings, manifest)
     known = training[is_known(labels)[training]]
-    facts = task.learn(settings, truth_of(manifest, labels, known))
+    facts = task.learn(settings, truth_of(manifest, labels, known, task.more_labels(settings, manifest)))
     channels = len(settings.data.channels or cohort.description.channels)
     for start in starts.values():
         model = task.build(settings, channels, facts)

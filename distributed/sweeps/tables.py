@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,13 +134,15 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
         "n_train": subjects.iloc[development].nunique(),
         "n_holdout": subjects.iloc[held_out].nunique(),
     }
-    shown, rows, predictions = task.about.shown, list[dict[str, object]](), list[pd.DataFrame]()
+    of_task = task.describe(settings)
+    shown, rows, predictions = of_task.shown, list[dict[str, object]](), list[pd.DataFrame]()
 
+    more = task.more_labels(settings, manifest)
     floor = task.floor(
-        settings, truth_of(manifest, labels, development), truth_of(manifest, labels, held_out)
+        settings, *(truth_of(manifest, labels, rows, more) for rows in (development, held_out))
     )
-    if floor is not None and task.about.floor is not None:
-        method = task.about.floor.method
+    if floor is not None and of_task.floor is not None:
+        method = of_task.floor.method
         measured = {name: floor.metrics[name] for name in shown if name in floor.metrics}
         rows.append({"method": method, "seed": 0, **measured, **sizes})
         table = with_truth(manifest, labels, held_out, floor.predictions)
@@ -148,7 +151,12 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
         method = about.refitted[name]
         for cell in cells:
             rows.append(
-                {"method": method, "seed": cell["seed"], **{key: cell[key] for key in shown}, **sizes}
+                {
+                    "method": method,
+                    "seed": cell["seed"],
+                    **{key: cell.get(key, math.nan) for key in shown},
+                    **sizes,
+                }
             )
             table = read_predictions(folder.refit(name) / f"predictions-{int(cell['seed'])}.csv")
             predictions.append(table.assign(method=method, seed=cell["seed"]))

@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from core.config import Settings, merge, read_settings, resolve
+from core.config import Settings, check_settings, merge, read_settings, resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.files.python import file_of
@@ -70,7 +70,7 @@ def train_one(
     given, starts = find_start(merge(with_first_stage(_published(request), asked), asked))
     settings = resolve(given)
     task = find_task(settings.task)
-    task.check(settings)
+    check_settings(settings)
     labels = task.labels(settings, opened.manifest)
     splits = splits_of(request, opened.manifest, task.balanced_by(settings))
     if request.fold >= request.folds:
@@ -78,7 +78,7 @@ def train_one(
             f"--fold {request.fold} does not exist; with --folds {request.folds} it is 0 to {request.folds - 1}"
         )
     task.check_cohort(settings, opened.manifest, splits)
-    check_parts(labels, splits, task.about.truth)
+    check_parts(labels, splits, task.describe(settings).truth)
     judged = splits.folds[request.fold]
     tell_what_matches(settings, starts, opened, splits.training(request.fold), console)
     leaks = check_starts(starts, opened, judged, console, is_allowed=request.allow_seen_subjects)
@@ -154,7 +154,8 @@ def _train(
     settings = resolve(resolved)
     cell = {"fold": request.fold, "seed": request.seed}
     task = find_task(settings.task)
-    of_task, first = task.about, task.about.objectives[0]
+    of_task = task.describe(settings)
+    first = of_task.objectives[0]
     assignment = assign(folder.trial(NAME), resolved, [cell], metric=first, keep_model=True)
     with claim(folder.path, console):
         if request.workers == 1 and address is None and request.data_mode == "auto":

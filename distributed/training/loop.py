@@ -35,7 +35,13 @@ from distributed.batches.plan import Part, Plan, Rows, chunks, share
 from distributed.run.assignment import Cell, EpochRow
 from distributed.training.batch_norm import synchronise_batch_norm
 from distributed.training.optimiser import build_optimiser, plateau_factor, set_rates, warm_up
-from distributed.training.subjects import Labelled, Place, Subjects, rows_of_first_stage
+from distributed.training.subjects import (
+    Labelled,
+    Place,
+    Subjects,
+    rows_of_first_stage,
+    rows_without_judged,
+)
 
 
 class DivergedError(RuntimeError):
@@ -73,12 +79,18 @@ class CellData:
         self.settings, self.subjects, self.cell, self.place = settings, subjects, cell, place
         self.task = find_task(settings.task)
         self.labelled = Labelled.of(subjects, settings)
-        self.training_rows, self.evaluation_rows = self.labelled.rows_of(cell.fold)
+        known, self.evaluation_rows = self.labelled.rows_of(cell.fold)
         if rows is not None:
-            self.training_rows, self.evaluation_rows = rows, rows[:0]
+            known, self.evaluation_rows = rows, rows[:0]
         else:
-            self.training_rows = self.labelled.within_budget(settings, self.training_rows, cell)
-        self.training_rows, self.inner_rows = self._without_inner(self.training_rows)
+            known = self.labelled.within_budget(settings, known, cell)
+        self.labelled_rows, self.inner_rows = self._without_inner(known)
+        self.training_rows = self.labelled_rows
+        """What is trained on; `labelled_rows` are those of them on which what judges is fitted."""
+        if rows is None and not self.task.needs_truth(settings):
+            people = subjects.manifest["subject"].to_numpy(str)
+            every = rows_without_judged(self.labelled, cell)
+            self.training_rows = every[~np.isin(people[every], people[self.inner_rows])]
         self.channels = _channel_indices(settings, subjects.channels)
         self.statistics = self._fit_statistics()
 
@@ -153,7 +165,7 @@ class CellTraining(CellData):
         super().__init__(settings, subjects, cell, place, rows)
         _check_shares(settings, len(self.training_rows), place)
         torch.manual_seed(_derive_seed(cell, "initialisation"))
-        self.facts = self.task.learn(settings, self.labelled.truth(self.training_rows))
+        self.facts = self.task.learn(settings, self.labelled.truth(self.labelled_rows))
         self.targets = self.task.targets(self.labelled.labels, self.facts)
         self.model: nn.Module = self.task.build(settings, len(self.channels), self.facts).to(place.device)
         self._begin(earlier)
@@ -260,13 +272,13 @@ class CellTraining(CellData):
         if self.best is not None and self.epoch == self.settings.training.rounds:
             # From here on the model of this cell is that of its best epoch.
             self.model.load_state_dict(self.best["model"])
-        training, evaluation = self._observe(self.training_rows), self._observe(self.evaluation_rows)
+        training, evaluation = self._observe(self.labelled_rows), self._observe(self.evaluation_rows)
         for observed in (training, evaluation):
             if not np.isfinite(observed.embeddings).all():
                 raise DivergedError(
                     f"embeddings are not finite after epoch {self.epoch} of fold {self.cell.fold}"
                 )
-        folds = self.subjects.splits.fold_of(self.training_rows) if in_search else None
+        folds = self.subjects.splits.fold_of(self.labelled_rows) if in_search else None
         return self.task.judge(self.settings, training, evaluation, Judging(sites, penalty, folds))
 
     def state_dict(self) -> TrainingState:
@@ -363,14 +375,15 @@ class CellTraining(CellData):
         """Keep the weights of this epoch if it is the best one on the inner split so far."""
         if not self.inner_rows.size:
             return
-        metric = self.task.about.objectives[0]
-        training, inner = self._observe(self.training_rows), self._observe(self.inner_rows)
+        of_task = self.task.describe(self.settings)
+        metric = of_task.objectives[0]
+        training, inner = self._observe(self.labelled_rows), self._observe(self.inner_rows)
         outcome = self.task.judge(self.settings, training, inner, Judging(sites=False))
         value = outcome.metrics[metric]
-        sign = self.task.about.metrics[metric].sign
+        sign = of_task.metrics[metric].sign
         if not math.isfinite(value):
             raise UserError(
-                f"training.keep=best cannot act: {self.task.about.metrics[metric].title} of the inner split is not "
+                f"training.keep=best cannot act: {of_task.metrics[metric].title} of the inner split is not "
                 f"defined ({len(inner.labels)} scans); use a larger training.inner, or training.keep=last"
             )
         if self.best is None or sign * value < sign * self.best["value"]:
@@ -392,7 +405,8 @@ class CellTraining(CellData):
                 mine.setdefault(name, []).append(values.float().cpu().numpy())
         outputs = _gather(mine, self.place)
         truth = self.labelled.truth(rows)
-        return Observed(truth.labels, truth.sites, truth.subjects, outputs.pop("embedding"), outputs)
+        embeddings = outputs.pop("embedding")
+        return Observed(truth.labels, truth.sites, truth.subjects, embeddings, outputs, more=truth.more)
 
 
 def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:

@@ -85,11 +85,14 @@ class Labelled:
     subjects: Subjects
     labels: Labels
     """Of all scans of the cohort."""
+    more: Mapping[str, Labels] = field(default_factory=dict)
+    """See `Task.more_labels`."""
 
     @classmethod
     def of(cls, subjects: Subjects, settings: RunSettings) -> Labelled:
         """The truth that the task of these `settings` needs."""
-        return cls(subjects, find_task(settings.task).labels(settings, subjects.manifest))
+        task, manifest = find_task(settings.task), subjects.manifest
+        return cls(subjects, task.labels(settings, manifest), task.more_labels(settings, manifest))
 
     def rows_of(self, fold: int) -> tuple[Rows, Rows]:
         """See `Subjects.rows_of`."""
@@ -118,7 +121,7 @@ class Labelled:
 
     def truth(self, rows: Rows) -> Truth:
         """What is known of these scans."""
-        return truth_of(self.subjects.manifest, self.labels, rows)
+        return truth_of(self.subjects.manifest, self.labels, rows, self.more)
 
     def write_predictions(self, fold: int, predictions: pd.DataFrame, path: Path) -> None:
         """Write a table with one line per evaluation scan of `fold`: subject, site, truth, and the `predictions`."""
@@ -140,19 +143,28 @@ def rows_of_first_stage(settings: RunSettings, subjects: Subjects, cell: Cell) -
     """
     assert settings.pretraining is not None
     manifest, stage = subjects.manifest, find_task(settings.pretraining.task)
-    training, evaluation = subjects.rows_of(cell.fold)
-    people = manifest["subject"].to_numpy(str)
-    known = is_known(find_task(settings.task).labels(settings, manifest))
-    judged = np.unique(people[known])
-    more = evaluation[~np.isin(people[evaluation], judged)] if cell.fold != HOLDOUT else evaluation[:0]
-    rows = np.concatenate([training, more])
+    of_trial = Labelled.of(subjects, settings)
+    rows = rows_without_judged(of_trial, cell)
     if stage.needs_truth(settings.pretraining):
         rows = rows[is_known(stage.labels(settings.pretraining, manifest))[rows]]
         # Who has lost the label has lost it in both stages.
-        labelled = training[known[training]]
-        kept = Labelled.of(subjects, settings).within_budget(settings, labelled, cell)
+        labelled = of_trial.rows_of(cell.fold)[0]
+        kept = of_trial.within_budget(settings, labelled, cell)
         rows = np.setdiff1d(rows, np.setdiff1d(labelled, kept))
-    return np.sort(rows)
+    return rows
+
+
+def rows_without_judged(labelled: Labelled, cell: Cell) -> Rows:
+    """All rows that a training without truth may see in a cell, in order: nobody who is judged there is among them.
+
+    Those that the cell trains on, and the people of its fold without a truth. In a search nobody of the hold-out.
+    """
+    subjects = labelled.subjects
+    training, evaluation = subjects.rows_of(cell.fold)
+    people = subjects.manifest["subject"].to_numpy(str)
+    judged = np.unique(people[is_known(labelled.labels)])
+    more = evaluation[~np.isin(people[evaluation], judged)] if cell.fold != HOLDOUT else evaluation[:0]
+    return np.sort(np.concatenate([training, more]))
 
 
 @dataclass(frozen=True)

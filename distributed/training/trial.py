@@ -167,7 +167,7 @@ class Trial:
         training = self._current_cell()
         row = training.run_epoch()
         last_epoch = training.epoch == training.rounds
-        metric, of_task = self.assignment["metric"], self.task.about
+        metric, of_task = self.assignment["metric"], self.task.describe(self.settings)
         sites = last_epoch or of_task.objective(metric).needs_sites
         outcome = None
         if last_epoch or self._judges_every_epoch:

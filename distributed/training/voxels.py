@@ -38,7 +38,7 @@ class VoxelCell:
     def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
         self.settings, self.cell = settings, cell
         self.data = CellData(settings, subjects, cell, Place(torch.device("cpu"), place.rank, 1))
-        people = len(np.unique(self.data.labelled.truth(self.data.training_rows).subjects))
+        people = len(np.unique(self.data.labelled.truth(self.data.labelled_rows).subjects))
         self.components = IncrementalPCA(max(1, min(MOST_COMPONENTS, people - 1)))
         self.epoch = 0
 
@@ -50,7 +50,7 @@ class VoxelCell:
     def run_epoch(self) -> EpochRow:
         """Fit the components, in parts of the training scans."""
         started = time.time()
-        rows, least = self.data.training_rows, int(self.components.n_components)
+        rows, least = self.data.labelled_rows, int(self.components.n_components)
         # Every part must have as many scans as there are components.
         parts = np.array_split(rows, max(1, len(rows) // max(least, TOGETHER)))
         for part in parts:
@@ -64,7 +64,7 @@ class VoxelCell:
     def judge(self, *, sites: bool = True, penalty: float | None = None, in_search: bool = False) -> Outcome:
         """Let the task judge the components as embeddings; see `CellTraining.judge`."""
         training, evaluation = (
-            self.observed(rows) for rows in (self.data.training_rows, self.data.evaluation_rows)
+            self.observed(rows) for rows in (self.data.labelled_rows, self.data.evaluation_rows)
         )
         return self.data.task.judge(self.settings, training, evaluation, Judging(sites))
 
@@ -72,7 +72,7 @@ class VoxelCell:
         """The components of scans, as a task sees embeddings."""
         truth = self.data.labelled.truth(rows)
         scores = [self.components.transform(self._voxels(part)) for part in chunks(rows, TOGETHER)]
-        return Observed(truth.labels, truth.sites, truth.subjects, np.concatenate(scores))
+        return Observed(truth.labels, truth.sites, truth.subjects, np.concatenate(scores), more=truth.more)
 
     def state_dict(self) -> TrainingState:
         """Nothing that is worth keeping: the fit takes seconds."""

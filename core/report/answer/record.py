@@ -387,7 +387,8 @@ def _read_cohort(run: Path, about: RunDescription, missing: list[str]) -> pd.Dat
         return pd.DataFrame(columns=list(OF_SCANS))
     if about.task.column not in manifest:
         return manifest[["subject", "site"]].assign(truth=None)[list(OF_SCANS)]
-    return manifest.rename(columns={about.task.column: "truth"})[list(OF_SCANS)]
+    # Without a truth the column in which the folds are alike is the site.
+    return manifest.assign(truth=manifest[about.task.column])[list(OF_SCANS)]
 
 
 def _with_floor(

@@ -5,6 +5,7 @@
     intensity.py  brightness, contrast and gamma inside the brain
     motion.py     small affine movements
     mirrored.py   patches with their left-right counterparts, quarter turns
+    masks.py      blocks that are hidden
     patches.py    blocks of noise, and blocks taken from another brain
     slices.py     slices by partition of the body, and 2D views of them
     streams.py    where every random number comes from

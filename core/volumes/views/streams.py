@@ -12,12 +12,14 @@ import torch
 Subjects = Sequence[int] | npt.NDArray[np.int64] | torch.Tensor
 """(B,) whole numbers that identify subjects, such as rows of the cohort; not negative."""
 
-Purpose = Literal["view", "mirrored_crop", "quarter_turn", "drop", "swap", "slice", "slice_view", "donor"]
+Purpose = Literal[
+    "view", "mirrored_crop", "quarter_turn", "drop", "swap", "slice", "slice_view", "donor", "mask"
+]
 
 # "view" adds no word: it was the first purpose, and its views must stay the same
 _WORDS: dict[Purpose, tuple[int, ...]] = {
     "view": (), "mirrored_crop": (1,), "quarter_turn": (2,), "drop": (3,), "swap": (4,), "slice": (5,),
-    "slice_view": (6,), "donor": (7,),
+    "slice_view": (6,), "donor": (7,), "mask": (8,),
 }  # fmt: skip
 
 _STATE_OF_CHOICES = 4

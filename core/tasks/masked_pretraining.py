@@ -1,0 +1,166 @@
+"""Masked autoencoding: blocks of a brain are hidden, and the network paints them back.
+
+After He et al. 2022 (arXiv 2111.06377). For convolutions hidden voxels are 0, as in SparK (Tian et al. 2023, arXiv
+2301.03580) without its sparse arithmetic; 0 is the mean of normalised brains. The decoder is light, so that what is
+learnt is in the encoder.
+
+Shape suffixes: B subjects, V views, C channels, X, Y, Z, E embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from core.errors import UserError
+from core.evaluation.splits import Rows
+from core.models import Encoder, build_encoder
+from core.models.reconstruction import ReconstructionDecoder, ReconstructionKind
+from core.models.settings import ModelSettings, ResNeXtSettings, SwinSettings
+from core.run_settings import Frozen
+from core.tasks.pretraining import Pretraining, PretrainingSettings, describe_loss
+from core.tasks.task import Facts, Step
+from core.volumes.views import ViewSettings, make_views
+from core.volumes.views.masks import MaskSettings, hide_blocks
+
+HIDDEN, ORIGINAL, MASK = range(3)
+"""The three views of a scan."""
+
+
+class DecoderSettings(Frozen):
+    """What paints the volume back from the features."""
+
+    kind: ReconstructionKind = Field(
+        "transposed",
+        description="transposed: five doublings, the lightest; interpolated: with instance norm, as in Swin UNETR; "
+        "large_kernel: one step of 32 voxels",
+    )
+
+
+class ReconstructionSettings(Frozen):
+    """What is asked of the painted volume."""
+
+    name: Literal["masked"] = "masked"
+    voxels: Literal["hidden", "brain"] = Field(
+        "hidden", description="which voxels count: those that were hidden, or all of the brain"
+    )
+    norm: Literal["l1", "l2"] = Field("l2", description="absolute or squared differences")
+
+
+class MaskedSettings(PretrainingSettings):
+    """The settings of masked autoencoding."""
+
+    task: str = "masked_pretraining"
+    views: ViewSettings = ViewSettings(count=1)
+    masks: MaskSettings = MaskSettings()
+    model: ModelSettings = SwinSettings()
+    decoder: DecoderSettings = DecoderSettings()
+    objective: ReconstructionSettings = ReconstructionSettings()
+
+
+class MaskedModel(nn.Module):
+    """Encoder and decoder."""
+
+    def __init__(self, encoder: Encoder, decoder: ReconstructionDecoder) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """(B, C, X, Y, Z) -> the painted volumes (B, C, X, Y, Z)."""
+        x, y, z = volumes_bcxyz.shape[2:]
+        painted_bcxyz: torch.Tensor = self.decoder(self.encoder.feature_map(volumes_bcxyz), (x, y, z))
+        return painted_bcxyz
+
+
+class ReconstructionError(nn.Module):
+    """The mean difference over the voxels that count; background, which is exactly 0, never counts."""
+
+    def __init__(self, settings: ReconstructionSettings) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(
+        self, painted_bcxyz: torch.Tensor, original_bcxyz: torch.Tensor, hidden_b1xyz: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, C, X, Y, Z) twice, and (B, 1, X, Y, Z) bool -> (B,); 0 for a volume of which no voxel counts."""
+        counts = original_bcxyz != 0
+        if self.settings.voxels == "hidden":
+            counts = counts & hidden_b1xyz
+        difference = painted_bcxyz.float() - original_bcxyz.float()
+        size = difference.abs() if self.settings.norm == "l1" else difference.square()
+        total_b = (size * counts).flatten(1).sum(1)
+        return total_b / counts.flatten(1).sum(1).clamp(min=1)
+
+
+class MaskedPretraining(Pretraining[MaskedSettings]):
+    """See the top of this file."""
+
+    about = describe_loss("masked_pretraining", "reconstruction loss")
+    settings = MaskedSettings
+
+    def check(self, settings: MaskedSettings) -> None:
+        """Refuse encoders whose features are not 32 times coarser than the volume."""
+        super().check(settings)
+        if isinstance(settings.model, ResNeXtSettings) or getattr(settings.model, "patch", 2) != 2:
+            raise UserError(
+                f"masked_pretraining paints a volume in five doublings, and the features of {settings.model.name} here "
+                "are not 32 times coarser: use a ResNet, sfcn, or a Swin with model.patch=2"
+            )
+        if settings.views.count != 1:
+            raise UserError(
+                f"views.count={settings.views.count} cannot act: masked_pretraining hides one view of every scan; set "
+                "views.count=1"
+            )
+
+    def build(self, settings: MaskedSettings, in_channels: int, facts: Facts) -> MaskedModel:
+        """The model of `settings`, on the CPU, with PyTorch's current random state."""
+        encoder = build_encoder(settings.model, in_channels)
+        return MaskedModel(
+            encoder, ReconstructionDecoder(encoder.embedding_dim, in_channels, settings.decoder.kind)
+        )
+
+    def objective(self, settings: MaskedSettings, facts: Facts) -> nn.Module:
+        """What is asked of the painted volume."""
+        return ReconstructionError(settings.objective)
+
+    def views(
+        self, settings: MaskedSettings, volumes_bcxyz: torch.Tensor, rows: Rows, epoch: int, seed: int
+    ) -> torch.Tensor:
+        """(B, 3, C, X, Y, Z): a view with hidden blocks, the view itself, and where it is hidden (1) or not (0)."""
+        seen_bcxyz = make_views(volumes_bcxyz, rows, epoch, seed, settings.views)[:, 0]
+        hidden_bcxyz, where_b1xyz = hide_blocks(seen_bcxyz, rows, epoch, seed, settings.masks)
+        where_bcxyz = where_b1xyz.to(seen_bcxyz.dtype).expand_as(seen_bcxyz)
+        return torch.stack([hidden_bcxyz, seen_bcxyz, where_bcxyz], dim=1)
+
+    def step(
+        self,
+        model: nn.Module,
+        objective: nn.Module,
+        views_bvcxyz: torch.Tensor,
+        targets_b: torch.Tensor,
+        progress: float,
+    ) -> Step:
+        """The loss of one batch."""
+        painted_bcxyz = model(views_bvcxyz[:, HIDDEN])
+        hidden_b1xyz = views_bvcxyz[:, MASK, :1] > 0
+        losses_b: torch.Tensor = objective(painted_bcxyz, views_bvcxyz[:, ORIGINAL], hidden_b1xyz)
+        return Step(losses_b.mean())
+
+    def losses(self, settings: MaskedSettings, model: nn.Module, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """The loss (B,) of every scan, all hidden at the same places."""
+        alike = np.zeros(len(volumes_bcxyz), dtype=np.int64)
+        hidden_bcxyz, where_b1xyz = hide_blocks(volumes_bcxyz, alike, 0, 0, settings.masks)
+        painted_bcxyz = model(hidden_bcxyz)
+        losses_b: torch.Tensor = ReconstructionError(settings.objective)(
+            painted_bcxyz, volumes_bcxyz, where_b1xyz
+        )
+        return losses_b
+
+    def embed(self, settings: MaskedSettings, model: nn.Module, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """The embedding (B, E) of the encoder, of which nothing is hidden."""
+        embedding_be: torch.Tensor = cast(MaskedModel, model).encoder(volumes_bcxyz)
+        return embedding_be
