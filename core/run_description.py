@@ -143,7 +143,7 @@ class RunDescription(_Part):
     """The content of run.json."""
 
     kind: str = "sweep"
-    """sweep, train or nested."""
+    """sweep, train, nested or curve."""
     command: str = ""
     """The command as it was typed."""
     created: str = ""

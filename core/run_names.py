@@ -23,8 +23,9 @@ BASELINE = "baseline"
 # In the folder of a trial or a refit.
 PROGRESS, CHECKPOINT = "progress.json", "checkpoint.pt"
 
-SWEEP, TRAIN, NESTED = "sweep", "train", "nested"
-"""The kinds of runs, in run.json; a nested search has a sweep for every hold-out in `outer-1`, `outer-2`, …"""
+SWEEP, TRAIN, NESTED, CURVE = "sweep", "train", "nested", "curve"
+"""The kinds of runs, in run.json; a nested search has a sweep for every hold-out in `outer-1`, `outer-2`, …, and a
+curve one for every budget of labels in `labelled-16`, `labelled-32`, …"""
 STUDY = "brainsweep"
 """The name of the study if the space of the run was never changed; run.json has the name of the present one."""
 BASELINE_STUDY = "l1-baseline"

@@ -21,13 +21,21 @@ from core.config import TASK, Settings, flatten, read_settings, with_absent
 from core.files.python import defined_in, file_of
 from core.lookup import look_up
 from core.tasks import ENTRY_POINTS
-from search_spaces import brain_age, brain_age_pretraining, classification, masked_pretraining, points
+from search_spaces import (
+    brain_age,
+    brain_age_pretraining,
+    classification,
+    label_budget,
+    masked_pretraining,
+    points,
+)
 from search_spaces.points import Space, is_under
 
 SPACES: dict[str, Space] = {
     "brain_age": brain_age.space,
     "brain_age_pretraining": brain_age_pretraining.space,
     "classification": classification.space,
+    "label_budget": label_budget.space,
     "masked_pretraining": masked_pretraining.space,
 }
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 from markupsafe import Markup
@@ -101,6 +102,9 @@ OF_POPULATIONS: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
 }
 
 
+Record = TypeVar("Record")
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A figure of the page: its SVG, or the reason why there is none."""
@@ -180,9 +184,7 @@ def figures_of_people(record: RunRecord) -> dict[str, tuple[str, Callable[[RunRe
     return {name: (OF_PEOPLE[name][0].format(truth=record.task.truth), OF_PEOPLE[name][1]) for name in named}
 
 
-def draw(
-    name: str, title: str, figure: Callable[[RunRecord], Figure], record: RunRecord, words: str
-) -> Drawing:
+def draw(name: str, title: str, figure: Callable[[Record], Figure], record: Record, words: str) -> Drawing:
     """The figure of a record, whose content `words` tell people who cannot see it."""
     try:
         return Drawing(title, Markup(as_svg(figure(record), name, f"{title}. {words}")))

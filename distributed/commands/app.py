@@ -113,7 +113,7 @@ def sweep(
 
     if resume and out is None:
         raise UserError("--resume needs --out RUN: the run that this command begins or continues")
-    run = run_or_resume if resume else run_sweep if request.outer is None else run_nested
+    run = run_or_resume if resume else run_nested if request.parts else run_sweep
     run(Launch(cohort, request, out or _new_run("sweep"), address, console, enqueue))
 
 
@@ -161,14 +161,17 @@ def report(run: RunArgument) -> None:
     """Make the report and the leaderboard of a run again; the run may be unfinished."""
     from core.report.answer.record import read_run
     from core.report.answer.tables import print_leaderboard
-    from core.report.nested import is_nested, print_nested, write_nested
     from core.report.page import write_report
+    from core.run_names import RUN_JSON
+    from distributed.run.folder import open_run
     from distributed.run.working_copy import bring_run, send_report
+    from distributed.sweeps.nested import KINDS
 
     bring_run(run, console)
-    if is_nested(run):
-        page = write_nested(run)
-        print_nested(console, run)
+    kind = KINDS.get(open_run(run).about.kind) if (run / RUN_JSON).exists() else None
+    if kind is not None:
+        page = kind.write(run)
+        kind.show(console, run)
         console.print(f"\nNext:\n  open {page}", highlight=False)
         return
     page = write_report(run)

@@ -19,7 +19,7 @@ from core.files.writing import replacing, writing_to
 from core.inference import Predictor, load_predictor, on_own_grid, prepare_file
 from core.run_access import EVALUATION
 from core.run_description import CohortOfRun
-from core.run_names import NESTED, RUN_JSON, SPLITS, WINNER
+from core.run_names import CURVE, NESTED, RUN_JSON, SPLITS, WINNER
 from core.tasks import find_task
 from core.tasks.task import Prediction, is_known, truth_of
 from core.volumes.cohort.description import spacing_in_words
@@ -188,6 +188,11 @@ def evaluation_table(run: Path, name: str, digest: str) -> Path:
 def _open_single(run: Path) -> RunFolder:
     """The run, if it has one best model; UserError for a nested search, which has one for every hold-out."""
     folder = open_run(run)
+    if folder.about.kind == CURVE:
+        raise UserError(
+            f"{run} is a curve, with a best model for every budget of labels; use one of its sweeps, such as "
+            f"{run}/labelled-all"
+        )
     if folder.about.kind == NESTED:
         raise UserError(
             f"{run} is a nested search: it judges the search and has no model of its own; use one of its sweeps, such "

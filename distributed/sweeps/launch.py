@@ -20,6 +20,7 @@ from distributed.search.samplers import GRID, grid_points
 from distributed.search.study import published_parameters, read_points
 from distributed.sweeps.request import SweepRequest
 from distributed.sweeps.resolve import ResolvedSearch, splits_of
+from distributed.training.subjects import check_budget
 
 Points = Sequence[Mapping[str, object]]
 """Configurations, each as the parameters of a point of the space."""
@@ -58,6 +59,7 @@ def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort
     splits = splits_of(request, manifest, task.balanced_by(settings))
     task.check_cohort(settings, manifest, splits)
     check_parts(labels, splits, search.about.truth)
+    check_budget(settings, manifest, labels, splits)
     return splits
 
 

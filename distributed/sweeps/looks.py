@@ -15,7 +15,7 @@ from core.errors import UserError
 from core.files.tables import read_table
 from core.run_access import evaluations
 from core.run_description import Look
-from core.run_names import NESTED, RUN_JSON, SPLITS
+from core.run_names import CURVE, NESTED, RUN_JSON, SPLITS
 from distributed.run.folder import RunFolder, now, open_run
 from distributed.search.study import trials_begun
 
@@ -61,17 +61,22 @@ def count_looks(folder: RunFolder) -> int:
 def looks_beside(folder: RunFolder, held_out: Collection[str]) -> dict[str, int]:
     """The looks of the other runs in the same folder at any of these people, by the path of the run in that folder.
 
-    The sweeps of a nested search count as well, on both sides. Whoever trains and evaluates again and again, and keeps
-    the best, has searched on the hold-out.
+    The sweeps of a nested search or a curve count as well, on both sides, but not those of one curve for each other:
+    they were asked for together, and nothing is chosen between them. Whoever trains and evaluates again and again, and
+    keeps the best, has searched on the hold-out.
     """
     cohort, found, place = folder.about.cohort, {}, folder.path.parent
-    if _is_nested(place):
+    kind = _kind_of(place)
+    if kind is not None:
         place = place.parent
-    for path in sorted([*place.glob(f"*/{RUN_JSON}"), *place.glob(f"*/outer-*/{RUN_JSON}")]):
+    several = (place.glob(f"*/{name}-*/{RUN_JSON}") for name in ("outer", "labelled"))
+    for path in sorted([*place.glob(f"*/{RUN_JSON}"), *(path for paths in several for path in paths)]):
         try:
             other = open_run(path.parent)
             about = other.about.cohort
             if other.path == folder.path or about is None or cohort is None or about.hash != cohort.hash:
+                continue
+            if kind == CURVE and other.path.parent == folder.path.parent:
                 continue
             splits, looks = read_table(other.path / SPLITS, ("subject", "role")), count_looks(other)
         except (UserError, OSError):
@@ -83,11 +88,13 @@ def looks_beside(folder: RunFolder, held_out: Collection[str]) -> dict[str, int]
     return found
 
 
-def _is_nested(place: Path) -> bool:
+def _kind_of(place: Path) -> str | None:
+    """The kind of the run in this folder, if it holds several sweeps."""
     try:
-        return open_run(place).about.kind == NESTED
+        kind = open_run(place).about.kind
     except UserError:
-        return False
+        return None
+    return kind if kind in (NESTED, CURVE) else None
 
 
 def tell_looks(

@@ -1,28 +1,35 @@
-"""A nested search, `sweep --outer 5`: the whole search again for every one of five disjoint hold-outs.
+"""Several searches that belong together: `sweep --outer 5`, and `sweep --labelled 16,32,64,all`.
 
-With 36 subjects one hold-out has seven of them, and seven people decide nothing. Here everyone is held out once, so the
-result is about all subjects: it says how well the search, with its refit, predicts people that it never saw. It is not
-about one configuration, because every hold-out has a winner of its own.
+A nested search, `--outer 5`: the whole search again for every one of five disjoint hold-outs. With 36 subjects one
+hold-out has seven of them, and seven people decide nothing. Here everyone is held out once, so the result is about all
+subjects: it says how well the search, with its refit, predicts people that it never saw. It is not about one
+configuration, because every hold-out has a winner of its own.
 
-RUN/run.json                 the request; kind `nested`
-    outer-1/ … outer-5/      a sweep for each hold-out, with everything that a sweep has
-    outer.csv, predictions.csv, report.html
+A curve, `--labelled 16,32,64,all`: the whole search again for every budget of labels, with the same hold-out. Trials
+are pruned and compared, and a winner is chosen, within a budget; every start of `--start` is tried at every budget.
+
+RUN/run.json                 the request; kind `nested` or `curve`
+    outer-1/ … outer-5/      a sweep for each part, with everything that a sweep has; of a curve labelled-16/ …
+    outer.csv, predictions.csv, report.html; of a curve curve.csv
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
 from core.errors import UserError
 from core.files.places import exists, shown
+from core.report.curve import print_curve, write_curve
 from core.report.nested import print_nested, write_nested
 from core.report.page import write_report
-from core.run_names import NESTED, RUN_JSON, SWEEP, TRAIN
+from core.run_names import CURVE, NESTED, RUN_JSON, SWEEP, TRAIN
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.run.code import describe_code
@@ -33,17 +40,35 @@ from distributed.run.trust import check_trusted
 from distributed.run.working_copy import address_of, bring_run, refuse_taken, run_as_typed
 from distributed.slots.cluster import connect
 from distributed.sweeps.launch import Launch, check_subjects, first_points, recorded, with_whole_grid
-from distributed.sweeps.request import ResumeRequest, SweepRequest
+from distributed.sweeps.request import LABELLED, Part, ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import NO_CHANGES, as_request, resume_sweep
 from distributed.sweeps.starts import keep_starts, read_starts, starts_of
 from distributed.sweeps.sweep import Shared, run_sweep
 from distributed.sweeps.train_one import resume_training
 
+FEWEST_SEEDS = 3
+"""Of the refits of a curve."""
+
+
+class Kind(NamedTuple):
+    """What is made of several searches when they have ended."""
+
+    words: str
+    write: Callable[[Path], Path]
+    """Writes the tables and the page of a run, and returns the page."""
+    show: Callable[[Console, Path], None]
+
+
+KINDS = {
+    NESTED: Kind("nested search", write_nested, print_nested),
+    CURVE: Kind("curve", write_curve, print_curve),
+}
+
 
 @dataclass(frozen=True)
 class NestedSearch:
-    """A nested search in progress: its folder, the request, and the cohort."""
+    """Several searches in progress: its folder, the request, and the cohort."""
 
     folder: RunFolder
     request: SweepRequest
@@ -53,19 +78,18 @@ class NestedSearch:
     trusts_space: bool = False
 
     @property
-    def hold_outs(self) -> int:
-        """The number of hold-outs."""
-        return self.request.outer or 0
+    def parts(self) -> tuple[Part, ...]:
+        """Its sweeps."""
+        return self.request.parts
 
-    def child(self, number: int) -> Path:
-        """The folder of the sweep for hold-out `number`, counted from 0."""
-        return self.folder.path / f"outer-{number + 1}"
+    def child(self, part: Part) -> Path:
+        """The folder of one of its sweeps."""
+        return self.folder.path / part.folder
 
-    def is_finished(self, number: int) -> bool:
-        """Whether the sweep for this hold-out has ended, and was not interrupted."""
-        return (self.child(number) / RUN_JSON).exists() and open_run(
-            self.child(number)
-        ).about.finished is not None
+    def is_finished(self, part: Part) -> bool:
+        """Whether this sweep has ended, and was not interrupted."""
+        child = self.child(part)
+        return (child / RUN_JSON).exists() and open_run(child).about.finished is not None
 
     def go_on(self, time_budget: float | None, accelerator_hours: float | None = None) -> RunFolder:
         """Run the sweeps that are left, one after another; then judge them together.
@@ -78,34 +102,35 @@ class NestedSearch:
             accelerator_hours: for the whole nested search, if it is another number than was recorded.
         """
         with claim(self.folder.path, self.console):
-            left = [number for number in range(self.hold_outs) if not self.is_finished(number)]
+            left = [part for part in self.parts if not self.is_finished(part)]
             if left:
                 share = None if time_budget is None else time_budget / len(left)
-                hours = None if accelerator_hours is None else accelerator_hours / self.hold_outs
+                hours = None if accelerator_hours is None else accelerator_hours / len(self.parts)
                 with connect(self.address, self.console):
-                    # Once for all hold-outs.
+                    # Once for all of them.
                     held = hold(self.cohort, self.request.data_mode)
                     shared = Shared(held, self.folder.about.first, starts_of(self.folder), len(left))
-                    for number in left:
-                        self.console.print(f"\nhold-out {number + 1} of {self.hold_outs}", style="bold")
-                        if not self._ends(number, share, hours, shared):
+                    for part in left:
+                        self.console.print(f"\n{part.words}", style="bold")
+                        if not self._ends(part, share, hours, shared):
                             self.console.print(
-                                "\nThe nested search is unfinished. Continue with\n"
+                                f"\nThe {KINDS[self.folder.about.kind].words} is unfinished. Continue with\n"
                                 f"  brainsweep resume {self.folder.path}",
                                 highlight=False,
                             )
                             return self.folder
             self._write_missing_pages()
-            page = write_nested(self.folder.path)
+            kind = KINDS[self.folder.about.kind]
+            page = kind.write(self.folder.path)
             self.folder.update(finished=now())
-        print_nested(self.console, self.folder.path)
+        kind.show(self.console, self.folder.path)
         self.console.print(f"\nNext:\n  open {page}", highlight=False)
         return self.folder
 
     def _write_missing_pages(self) -> None:
         """Write the page of a sweep that ended, and whose process was killed before it had written it."""
-        for number in range(self.hold_outs):
-            child = open_run(self.child(number))
+        for part in self.parts:
+            child = open_run(self.child(part))
             if not child.is_concluded:
                 # All its trials failed: then it has none.
                 with contextlib.suppress(UserError):
@@ -113,32 +138,29 @@ class NestedSearch:
                     child.update(concluded=True)
 
     def _ends(
-        self, number: int, time_budget: float | None, accelerator_hours: float | None, shared: Shared
+        self, part: Part, time_budget: float | None, accelerator_hours: float | None, shared: Shared
     ) -> bool:
-        """Run the sweep for this hold-out; False if it was interrupted before its end."""
+        """Run this sweep; False if it was interrupted before its end."""
         try:
-            self._run(number, time_budget, accelerator_hours, shared)
+            self._run(part, time_budget, accelerator_hours, shared)
         except UserError as error:
-            if not self.is_finished(number):
+            if not self.is_finished(part):
                 raise
             self.console.print(
-                f"hold-out {number + 1} has no result: {error}",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
+                f"{part.words}: there is no result: {error}", highlight=False, soft_wrap=True, markup=False
             )
-        return self.is_finished(number)
+        return self.is_finished(part)
 
     def _run(
-        self, number: int, time_budget: float | None, accelerator_hours: float | None, shared: Shared
+        self, part: Part, time_budget: float | None, accelerator_hours: float | None, shared: Shared
     ) -> None:
-        """Begin the sweep for this hold-out, or continue it."""
-        child = self.child(number)
+        """Begin this sweep, or continue it."""
+        child = self.child(part)
         if (child / RUN_JSON).exists():
             named = open_run(child).about.sweep.get("space")
             if named != self.request.space_name:
                 raise UserError(
-                    f"{child / RUN_JSON} names the space {named}, and the nested search {self.request.space_name}: "
+                    f"{child / RUN_JSON} names the space {named}, and {self.folder.path} {self.request.space_name}: "
                     "this is damage or an attack; put the file back from a backup"
                 )
             asked = ResumeRequest(
@@ -154,17 +176,16 @@ class NestedSearch:
         hours = self.request.accelerator_hours
         request = self.request.model_copy(
             update={
-                "outer_fold": number,
-                "holdout": 1 / self.hold_outs,
+                **part.changes,
                 "time_budget": time_budget,
-                "accelerator_hours": None if hours is None else hours / self.hold_outs,
+                "accelerator_hours": None if hours is None else hours / len(self.parts),
             }
         )
         run_sweep(Launch(self.cohort.address, request, child, self.address, self.console), shared)
 
 
 def run_nested(launch: Launch) -> RunFolder:
-    """Search once for every one of the hold-outs that the user asks for.
+    """Search once for every one of the hold-outs, or of the budgets of labels, that the user asks for.
 
     Raises:
         UserError: a part of the request cannot work; this is raised before anything starts.
@@ -172,23 +193,47 @@ def run_nested(launch: Launch) -> RunFolder:
     quiet()
     out = launch.out
     request, starts = read_starts(launch.request)
-    if address_of(out):
-        raise UserError("--outer needs --out on a disk, not at an address: give a folder")
-    if request.holdout != SweepRequest().holdout:
-        raise UserError(
-            f"--holdout {request.holdout:g} cannot act: --outer {request.outer} holds everyone out once"
-        )
+    _check_parts(request, out)
     opened = Cohort.open(launch.cohort)
     search = resolve_search(request, opened)
-    for number in range(request.outer or 0):
-        check_subjects(request.model_copy(update={"outer_fold": number}), search, opened)
+    for part in request.parts:
+        own = request.model_copy(update=part.changes)
+        check_subjects(own, search if request.outer else resolve_search(own, opened), opened)
     refuse_taken(out)
     first = first_points(search, replace(launch, request=request))
     request = with_whole_grid(request, search, first)
-    folder = create_run(out, NESTED, recorded(request, search), search.base, opened, first)
+    folder = create_run(out, _kind_of(request), recorded(request, search), search.base, opened, first)
     keep_starts(folder, starts, ())
     folder.update(space_file=describe_code(request.space_name))
     return NestedSearch(folder, request, opened, launch.console, launch.address).go_on(request.time_budget)
+
+
+def _check_parts(request: SweepRequest, out: Path) -> None:
+    """UserError if several searches cannot belong together so."""
+    if address_of(out):
+        raise UserError(f"{_asked(request)} needs --out on a disk, not at an address: give a folder")
+    if request.outer and request.labelled:
+        raise UserError(f"{_asked(request)} and --labelled cannot act together; give one")
+    if request.outer and request.holdout != SweepRequest().holdout:
+        raise UserError(
+            f"--holdout {request.holdout:g} cannot act: --outer {request.outer} holds everyone out once"
+        )
+    if request.labelled and LABELLED in request.changes:
+        raise UserError(f"{_asked(request)} and --set {LABELLED} both say how many are labelled; give one")
+    if request.labelled and request.refit_seeds < FEWEST_SEEDS:
+        raise UserError(
+            f"{_asked(request)} needs --refit-seeds {FEWEST_SEEDS} or more: each seed chooses other subjects to be "
+            "labelled"
+        )
+
+
+def _asked(request: SweepRequest) -> str:
+    return f"--outer {request.outer}" if request.outer else f"--labelled {','.join(request.labelled)}"
+
+
+def _kind_of(request: SweepRequest) -> str:
+    """The kind of the run that is asked for."""
+    return NESTED if request.outer is not None else CURVE if request.labelled else SWEEP
 
 
 def run_or_resume(launch: Launch) -> RunFolder:
@@ -201,9 +246,9 @@ def run_or_resume(launch: Launch) -> RunFolder:
     """
     request, out, console = launch.request, launch.out, launch.console
     if not is_run(out):
-        return run_sweep(launch) if request.outer is None else run_nested(launch)
+        return run_nested(launch) if request.parts else run_sweep(launch)
     bring_run(out, console)
-    about, wanted = open_run(out).about, SWEEP if request.outer is None else NESTED
+    about, wanted = open_run(out).about, _kind_of(request)
     if about.kind != wanted:
         raise UserError(
             f"{run_as_typed(out)} is a '{about.kind}' run, and this command begins or continues a '{wanted}' run; give "
@@ -211,7 +256,7 @@ def run_or_resume(launch: Launch) -> RunFolder:
         )
     given = request.model_copy(update={"space": request.space_name}).model_dump(mode="json")
     # Without objectives those of the task are meant.
-    skipped = {"time_budget", "outer_fold"} | (set() if request.objectives else {"objectives"})
+    skipped = {"time_budget", "outer_fold", "labelled_at"} | (set() if request.objectives else {"objectives"})
     others = [
         f"{name.replace('_', '-')} {about.sweep[name]}, not {given[name]}"
         for name in sorted(about.sweep.keys() & given.keys() - skipped)
@@ -249,13 +294,14 @@ def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Co
     """
     bring_run(run, console)
     folder = open_run(run)
-    if folder.about.kind not in (NESTED, TRAIN):
+    if folder.about.kind not in (*KINDS, TRAIN):
         return resume_sweep(run, asked, address, console)
     quiet()
-    allowed = NO_CHANGES if folder.about.kind == NESTED else {"cohort", "trust_space"}
+    kind = KINDS.get(folder.about.kind)
+    allowed = {"cohort", "trust_space"} if kind is None else NO_CHANGES
     given = asked.model_dump(exclude=allowed, exclude_defaults=True)
     if given:
-        what = "a nested search" if folder.about.kind == NESTED else "a training run"
+        what = "a training run" if kind is None else f"a {kind.words}"
         raise UserError(
             f"{what} cannot be changed (--{next(iter(given)).replace('_', '-')}): start a new run instead"
         )
@@ -269,7 +315,7 @@ def resume_run(run: Path, asked: ResumeRequest, address: str | None, console: Co
     search = NestedSearch(
         folder, request, cohort_of(folder, asked.cohort), console, address, trusts_space=asked.trust_space
     )
-    if folder.about.finished and all(search.is_finished(number) for number in range(search.hold_outs)):
-        console.print(f"nothing left to do: all {search.hold_outs} searches of {run} are finished")
+    if folder.about.finished and all(search.is_finished(part) for part in search.parts):
+        console.print(f"nothing left to do: all {len(search.parts)} searches of {run} are finished")
         return folder
     return search.go_on(asked.time_budget, asked.accelerator_hours)

@@ -6,9 +6,11 @@ that takes long, because `brainsweep --help` needs it, too.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from distributed.batches.mode import Mode
 from distributed.run.assignment import HOLDOUT
@@ -23,6 +25,7 @@ DATA_MODE = "where volumes wait: auto, resident (in shared memory), streaming (b
 
 NONE = "none"
 """As a start: random weights."""
+LABELLED = "data.labelled"
 REPEATED = "repeated"
 """In a field: its option is given once for each of its values."""
 
@@ -67,6 +70,35 @@ def space_of(task: JsonValue) -> str:
     return f"{task.rpartition(':')[0] or task}:space" if ":" in task or task.endswith(".py") else task
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several searches that belong together."""
+
+    folder: str
+    words: str
+    changes: dict[str, Any]
+    """What the request of this part differs in."""
+
+
+def budget_of(text: str) -> int | float | None:
+    """The value of `data.labelled` that a user typed; ValueError if it is none.
+
+    Args:
+        text: a number of subjects, a share of them with a point, or all.
+    """
+    if text == "all":
+        return None
+    try:
+        value = float(text) if "." in text else int(text)
+    except ValueError:
+        value = 0
+    if not (value >= 2 if isinstance(value, int) else 0 < value < 1):
+        raise ValueError(
+            f"{text} is no budget; give a number of subjects from 2, a share such as 0.5, or all"
+        )
+    return value
+
+
 class SweepRequest(_Divided):
     """What a user asks of a sweep. run.json records it, so that `resume` uses the same request."""
 
@@ -95,6 +127,13 @@ class SweepRequest(_Divided):
     )
     outer_fold: int | None = None
     """The hold-out of a search inside a nested one. A field without a description is no option."""
+    labelled: tuple[str, ...] = Field(
+        (),
+        description="budgets of labels, such as 16,32,64,all: a whole search for each, in which so many subjects are "
+        "labelled, and the curve of what labels bring",
+    )
+    labelled_at: str | None = None
+    """The budget of a search inside a curve."""
     refit_seeds: int = Field(1, ge=1, description="refits of the winner and the baselines for the hold-out")
     holdout: float = Field(0.2, gt=0, lt=1, description="share of subjects that the search never sees")
     slots: int | None = Field(None, ge=1, description="trials at a time; as many as fit if absent")
@@ -137,6 +176,44 @@ class SweepRequest(_Divided):
     )
     search_seed: int = Field(0, ge=0, description="seed of splits and sampler")
     changes: Changes = Field({}, description=CHANGES)
+
+    @field_validator("labelled")
+    @classmethod
+    def _budgets(cls, labelled: tuple[str, ...]) -> tuple[str, ...]:
+        for text in labelled:
+            budget_of(text)
+        if len(labelled) == 1:
+            raise ValueError("a curve needs two budgets or more; for one use --set data.labelled")
+        if len({budget_of(text) for text in labelled}) < len(labelled):
+            raise ValueError("a budget is given twice")
+        return labelled
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The searches of which this request is made; () if it is one search."""
+        if self.labelled:
+            return tuple(
+                Part(
+                    f"labelled-{text}",
+                    f"{text} labelled",
+                    {"labelled_at": text, "changes": {**self.changes, LABELLED: budget_of(text)}},
+                )
+                for text in self.labelled
+            )
+        count = self.outer or 0
+        return tuple(
+            Part(
+                f"outer-{number + 1}",
+                f"hold-out {number + 1} of {count}",
+                {"outer_fold": number, "holdout": 1 / count},
+            )
+            for number in range(count)
+        )
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is one of the searches of another request."""
+        return self.outer_fold is not None or self.labelled_at is not None
 
     @property
     def starts(self) -> tuple[str | None, ...]:

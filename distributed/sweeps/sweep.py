@@ -156,7 +156,7 @@ class Sweep:
         request = self.request
         budget = Budget(request.time_budget, request.accelerator_hours)
         if self.shared is not None:
-            budget.time_shares, budget.hour_shares = self.shared.left, request.outer or 1
+            budget.time_shares, budget.hour_shares = self.shared.left, len(request.parts)
         with resumable(self.to_continue):
             searcher = self._searcher(budget)
             with self._connected(), interruptible(budget, self.console):
@@ -353,7 +353,7 @@ class Sweep:
                 f"\nOf the baseline {ended} of {self.request.baseline_trials} trials ended.",
                 highlight=False,
             )
-        if self.request.outer_fold is not None:
+        if self.request.is_part:
             # Whoever continued it by itself would search on after a look; the nested search says what follows.
             return
         if budget.interrupted or unfinished or missing:

@@ -107,16 +107,7 @@ class Labelled:
             return rows
         manifest, by = self.subjects.manifest, find_task(settings.task).balanced_by(settings)
         order = labelled_order(manifest, rows, by, cell.seed * 1_000 + cell.fold + 1)
-        count = budget if isinstance(budget, int) else round(budget * len(order))
-        if count > len(order):
-            raise UserError(
-                f"data.labelled={budget} is more than the {len(order)} subjects that fold {cell.fold} trains on"
-            )
-        if count < 2:
-            raise UserError(
-                f"data.labelled={budget:g} leaves {count} of {len(order)} subjects; at least 2 are needed"
-            )
-        kept = set(order[:count])
+        kept = set(order[: count_labelled(budget, len(order), cell.fold)])
         return rows[[name in kept for name in manifest["subject"].iloc[rows]]]
 
     def truth(self, rows: Rows) -> Truth:
@@ -128,6 +119,34 @@ class Labelled:
         rows = self.rows_of(fold)[1]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_table(with_truth(self.subjects.manifest, self.labels, rows, predictions), path)
+
+
+def count_labelled(budget: float | None, people: int, fold: int) -> int:
+    """How many of the people that a fold trains on keep their label.
+
+    Raises:
+        UserError: more than there are, or too few to learn from.
+    """
+    if budget is None:
+        return people
+    count = budget if isinstance(budget, int) else round(budget * people)
+    if count > people:
+        raise UserError(
+            f"data.labelled={budget} is more than the {people} subjects that fold {fold} trains on"
+        )
+    if count < 2:
+        raise UserError(
+            f"data.labelled={budget:g} leaves {count} of {people} subjects; at least 2 are needed"
+        )
+    return count
+
+
+def check_budget(settings: RunSettings, manifest: pd.DataFrame, labels: Labels, splits: Splits) -> None:
+    """UserError if a fold trains on fewer people than are to keep their label."""
+    known, people = is_known(labels), manifest["subject"].to_numpy(str)
+    for fold in range(len(splits.folds)):
+        rows = splits.training(fold)
+        count_labelled(settings.data.labelled, len(np.unique(people[rows[known[rows]]])), fold)
 
 
 def with_truth(manifest: pd.DataFrame, labels: Labels, rows: Rows, predictions: pd.DataFrame) -> pd.DataFrame:
