@@ -279,10 +279,10 @@ def test_a_nested_search_that_is_killed_goes_on_and_everyone_is_held_out_once(tm
     request = SweepRequest(outer=2, trials=1, folds=2, slots=1, changes=SMALL)
     run, console = tmp_path / "run", quiet()
 
-    def killed_in_the_second(search, number, *arguments, real=NestedSearch._run):
-        if number == 1:
+    def killed_in_the_second(search, part, *arguments, real=NestedSearch._run):
+        if part.folder == "outer-2":
             raise KeyboardInterrupt
-        return real(search, number, *arguments)
+        return real(search, part, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(NestedSearch, "_run", killed_in_the_second)

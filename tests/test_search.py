@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 from core.config import resolve
 from core.errors import UserError
 from core.report.answer.record import reported
-from core.run_names import CELL_VALUES
+from core.run_names import CELL_VALUES, WEIGHTS
 from distributed.run.assignment import Answer
 from distributed.search.budget import FEWEST_TRIALS, Budget
 from distributed.search.schedulers import Wilcoxon, spares
@@ -98,6 +98,18 @@ def test_diverged_and_crashed_fail_with_the_reason(study):
     assert states(study) == [TrialState.FAIL, TrialState.FAIL]
     assert first.user_attrs["reason"] == "loss became nan in epoch 1"
     assert "crashed" in second.user_attrs["reason"]
+
+
+def test_the_first_trial_of_every_start_is_completed(study):
+    def with_starts(trial):
+        return space(trial) | {WEIGHTS: trial.suggest_categorical(WEIGHTS, [None, "one#1", "two#2"])}
+
+    search = searcher(study, trials=9, space=with_starts)
+    search.proposals.starts = (None, "one#1", "two#2")
+    given = [search.suggest(f"{number}")["assignment"] for number in range(9)]
+    starts = [trial.params[WEIGHTS] for trial in study.get_trials()]
+    assert sorted(map(str, starts[:3])) == ["None", "one#1", "two#2"]
+    assert [each["prunable"] for each in given] == [False] * 3 + [True] * 6
 
 
 @pytest.mark.parametrize("budget", [Budget(interrupted=True), Budget(deadline=0.0, cut={"a"})])

@@ -277,8 +277,16 @@ class StudySearch(tune.search.Searcher):
             self.proposals.tell(f"trial {trial_name(trial.number)} did not begin: {reason}")
             return None
         self._name_owed()
-        prunable = trial.user_attrs.get(LABEL) != PUBLISHED
+        prunable = trial.user_attrs.get(LABEL) != PUBLISHED and not self._is_first_of_its_start(trial)
         return self.proposals.assignment(trial_name(trial.number), settings, prunable)
+
+    def _is_first_of_its_start(self, trial: optuna.Trial) -> bool:
+        """Whether no earlier trial has this start: it is completed, so that every start has a result to compare."""
+        if len(self.proposals.starts) < 2:
+            return False
+        start, study = trial.params.get(WEIGHTS), self.proposals.study
+        begun = (each for each in study.get_trials(deepcopy=False) if each.state != TrialState.FAIL)
+        return all(each.params.get(WEIGHTS) != start for each in begun if each.number < trial.number)
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:
