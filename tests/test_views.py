@@ -16,7 +16,7 @@ from reference_views import published_view
 
 from core.config import resolve
 from core.errors import UserError
-from core.volumes.views import ViewSettings, make_views
+from core.volumes.views import ViewSettings, make_views, make_views_with_maps
 from core.volumes.views.intensity import recolour
 from core.volumes.views.motion import move, movement
 
@@ -222,7 +222,7 @@ def test_no_view_depends_on_the_batch_to_the_last_bit(threads):
 
 def test_another_process_makes_the_same_views(tmp_path):
     script = (
-        "import torch\nfrom core.volumes.views import ViewSettings, make_views\n"
+        "import torch\nfrom core.volumes.views import ViewSettings, make_views, make_views_with_maps\n"
         f"settings = ViewSettings.model_validate_json('{EVERYTHING.model_dump_json()}')\n"
         f"batch = torch.load({str(tmp_path / 'batch.pt')!r})\n"
         f"torch.save(make_views(batch, [4, 8], 3, 2, settings), {str(tmp_path / 'views.pt')!r})\n"
@@ -479,3 +479,53 @@ def test_settings_that_cannot_act_are_refused(wrong, message):
 def test_a_side_that_is_no_number_is_named_by_its_setting():
     with pytest.raises(UserError, match=r"setting 'views\.crop_size': input should be greater"):
         resolve({"views": {"crop_size": 0}})
+
+
+FLIPS = {"flip": 0.5, "flip_front_back": 0.5, "flip_up_down": 0.5}
+MOVES = {**FLIPS, "crop_size": 6, "pad_to": 8, "quarter_turns": "left_right"}
+
+
+@pytest.mark.parametrize(
+    "chosen", [{}, MOVES, MOVES | {"crop_on_class": 1.0}, {"crop": 0.5, "crop_place": "centre"}]
+)
+def test_maps_are_moved_exactly_as_volumes_are(chosen):
+    """The volume has the class of every voxel as its intensity; noise and intensities come on top for one channel."""
+    maps = torch.from_numpy(np.random.default_rng(0).integers(0, 5, (3, 2, 8, 8, 8)).astype(np.int16))
+    seen = make_views_with_maps(maps.float(), maps, range(3), 2, 1, ViewSettings(count=3, **chosen))
+    assert torch.equal(seen.volumes, seen.maps.float())
+    assert seen.maps.dtype == torch.int16
+    noisy = ViewSettings(count=3, noise=0.1, scale=0.5, cutout=1.0, **chosen)
+    assert torch.equal(make_views_with_maps(maps.float(), maps, range(3), 2, 1, noisy).maps, seen.maps)
+    alone = make_views(maps.float(), range(3), 2, 1, ViewSettings(count=3, **chosen))
+    if "crop_on_class" not in chosen:
+        assert torch.equal(alone, seen.volumes)
+
+
+def test_a_moved_map_has_the_class_of_the_nearest_voxel():
+    """In the middle of a block of one class the interpolated intensity is the class itself."""
+    maps = torch.from_numpy(np.random.default_rng(0).integers(1, 5, (4, 1, 4, 4, 4)).astype(np.int16))
+    maps = maps.repeat_interleave(6, 2).repeat_interleave(6, 3).repeat_interleave(6, 4)
+    chosen = ViewSettings(count=2, rotate=20, zoom=0.2, translate=0.1)
+    seen = make_views_with_maps(maps.float(), maps, range(4), 1, 0, chosen)
+    whole = (seen.volumes - seen.volumes.round()).abs() < 1e-4
+    pure = whole & (seen.volumes > 0.5)
+    # Between two classes an interpolated value may be whole by chance, and is then in no neighbour.
+    alike = (seen.volumes.round() == seen.maps)[pure].float().mean()
+    assert pure.float().mean() > 0.2
+    assert alike > 0.995
+    assert set(seen.maps.unique().tolist()) <= set(range(5))
+    assert not torch.equal(seen.maps[:, 0], seen.maps[:, 1])
+
+
+def test_crops_on_a_class_hold_a_voxel_of_it():
+    maps = torch.zeros(20, 1, 16, 16, 16, dtype=torch.int16)
+    maps[:, :, 13, 2, 8] = 3
+    volumes = torch.rand(20, 1, 16, 16, 16)
+    for share, expected in ((1.0, (1.0, 1.0)), (0.0, (0.0, 0.1)), (0.5, (0.3, 0.7))):
+        chosen = ViewSettings(count=4, crop_size=4, pad_to=4, crop_on_class=share)
+        seen = make_views_with_maps(volumes, maps, range(20), 1, 0, chosen)
+        held = (seen.maps == 3).flatten(2).any(2).float().mean().item()
+        assert expected[0] <= held <= expected[1]
+    # A scan without any class is cropped anywhere.
+    nothing = make_views_with_maps(volumes, maps * 0, range(20), 1, 0, chosen)
+    assert nothing.volumes.shape == (20, 4, 1, 4, 4, 4)

@@ -15,7 +15,7 @@ order or on which of several workers a subject is used. There is one exception, 
 of the batch; `patches.swap_patches` says on what they depend.
 """
 
-from core.volumes.views.make import make_views
+from core.volumes.views.make import Views, make_views, make_views_with_maps
 from core.volumes.views.settings import ViewSettings
 
-__all__ = ["ViewSettings", "make_views"]
+__all__ = ["ViewSettings", "Views", "make_views", "make_views_with_maps"]

@@ -15,7 +15,7 @@ from core.volumes.images.mirror import DIRECTIONS, RAS, world_axis
 from core.volumes.images.nifti import Affine
 from core.volumes.views.intensity import recolour
 from core.volumes.views.mirrored import quarter_turns
-from core.volumes.views.motion import move, movement
+from core.volumes.views.motion import move, move_maps, movement
 from core.volumes.views.settings import Sides, ViewSettings
 from core.volumes.views.streams import Subjects, choices_of, standard_normal, stream_of
 
@@ -23,7 +23,7 @@ Choices = dict[str, npt.NDArray[np.float64]]
 
 CHOICES = {
     "corner": 3, "cut_corner": 3, "cut": 1, "flip": 3, "rotate": 3, "zoom": 1, "translate": 3, "scale": 1,
-    "shift": 1, "contrast": 1, "gamma": 1, "happens": 4,
+    "shift": 1, "contrast": 1, "gamma": 1, "happens": 4, "on_class": 2,
 }  # fmt: skip
 """How many uniform numbers a view draws for each choice, in the order of drawing.
 
@@ -45,6 +45,13 @@ class _View(NamedTuple):
     choices: Choices
 
 
+class Views(NamedTuple):
+    """Views of volumes (B, V, C, X, Y, Z), and of their maps of classes (B, V, M, X, Y, Z) int16."""
+
+    volumes: torch.Tensor
+    maps: torch.Tensor
+
+
 def make_views(
     volumes_bcxyz: torch.Tensor,
     subjects: Subjects,
@@ -53,10 +60,27 @@ def make_views(
     settings: ViewSettings,
     affine: Affine = RAS,
 ) -> torch.Tensor:
-    """`settings.count` random views of each volume, on the volumes' device.
+    """The views of volumes alone (B, V, C, X, Y, Z); see `make_views_with_maps`."""
+    shape = (len(volumes_bcxyz), 0, *volumes_bcxyz.shape[2:])
+    no_maps = torch.empty(shape, dtype=torch.int16, device=volumes_bcxyz.device)
+    return make_views_with_maps(volumes_bcxyz, no_maps, subjects, epoch, seed, settings, affine).volumes
+
+
+def make_views_with_maps(
+    volumes_bcxyz: torch.Tensor,
+    maps_bmxyz: torch.Tensor,
+    subjects: Subjects,
+    epoch: int,
+    seed: int,
+    settings: ViewSettings,
+    affine: Affine = RAS,
+) -> Views:
+    """`settings.count` random views of each volume, on the volumes' device, in which maps are moved as volumes are.
 
     Args:
         volumes_bcxyz: volumes (B, C, X, Y, Z), floating point, 0 outside the brain.
+        maps_bmxyz: their M maps of classes (B, M, X, Y, Z) int16: flipped, moved (to the nearest voxel), cropped and
+            turned like the volumes; 0 where a view reaches beyond them. Intensities, noise and cutouts leave them.
         subjects: (B,) whole numbers that identify the subjects, such as rows of the cohort; not negative.
         epoch: number of the epoch, not negative; a subject gets new views in each.
         seed: seed of the run, not negative.
@@ -65,8 +89,8 @@ def make_views(
         affine: 4x4 voxel-to-world, which says where left and right are; a cohort's is RAS.
 
     Returns:
-        (B, V, C, X, Y, Z), a new tensor of the volumes' dtype; X, Y, Z are `settings.pad_to` if given. Flips,
-        crops and cutouts are the same on all devices; movements and intensities to rounding; noise on every
+        (B, V, C, X, Y, Z), new tensors of the volumes' dtype, and of int16; X, Y, Z are `settings.pad_to` if given.
+        Flips, crops and cutouts are the same on all devices; movements and intensities to rounding; noise on every
         device of one type.
 
     Raises:
@@ -74,7 +98,7 @@ def make_views(
             sides.
     """
     if settings.change_nothing:
-        return torch.stack([volumes_bcxyz] * settings.count, dim=1)
+        return Views(*(torch.stack([each] * settings.count, dim=1) for each in (volumes_bcxyz, maps_bmxyz)))
     if len(subjects) != len(volumes_bcxyz):
         raise ValueError(f"{len(volumes_bcxyz)} volumes for {len(subjects)} subjects")
     subjects_count, channels, *grid = volumes_bcxyz.shape
@@ -83,6 +107,7 @@ def make_views(
     fills = list(grid_of_views) == _kept_sides(grid, settings) and settings.crop_probability in (0.0, 1.0)
     allocate = volumes_bcxyz.new_empty if fills else volumes_bcxyz.new_zeros
     out_bvcxyz = allocate((subjects_count, settings.count, channels, *grid_of_views))
+    out_bvmxyz = maps_bmxyz.new_zeros((subjects_count, settings.count, maps_bmxyz.shape[1], *grid_of_views))
     views = [
         _View(row, number, stream, _draw(stream))
         for row, subject in enumerate(subjects)
@@ -92,6 +117,7 @@ def make_views(
     axes = [world_axis(affine, direction) for direction in DIRECTIONS] if any(settings.flips) else [0, 1, 2]
     for part in _parts(views, volumes_bcxyz.device):
         sources = [_flipped(volumes_bcxyz[view.row], view.choices, settings, axes) for view in part]
+        maps = [_flipped(maps_bmxyz[view.row], view.choices, settings, axes) for view in part]
         if settings.moves:
             moved = [place for place, view in enumerate(part) if _happens(view.choices, "move", settings)]
             movements = [
@@ -101,25 +127,33 @@ def make_views(
                 made = move(torch.stack([sources[place] for place in moved]), np.stack(movements))
                 for place, source in zip(moved, made, strict=True):
                     sources[place] = source
-        for source_cxyz, view in zip(sources, part, strict=True):
+                if maps_bmxyz.shape[1]:
+                    of_maps = move_maps(torch.stack([maps[place] for place in moved]), np.stack(movements))
+                    for place, source in zip(moved, of_maps, strict=True):
+                        maps[place] = source
+        for source_cxyz, map_mxyz, view in zip(sources, maps, part, strict=True):
             recolours = settings.recolours and _happens(view.choices, "intensity", settings)
             coloured_cxyz = _recoloured(source_cxyz, view.choices, settings) if recolours else source_cxyz
-            _write_view(out_bvcxyz[view.row, view.number], coloured_cxyz, view, settings)
+            kept = _place_of_crop(source_cxyz.shape[1:], map_mxyz, view.choices, settings)
+            _write_view(out_bvcxyz[view.row, view.number], coloured_cxyz, kept, view, settings)
+            if len(map_mxyz):
+                into_mxyz = _inside(out_bvmxyz[view.row, view.number], kept)
+                into_mxyz.copy_(map_mxyz[:, kept[0], kept[1], kept[2]])
     if settings.quarter_turns is None:
-        return out_bvcxyz
+        return Views(out_bvcxyz, out_bvmxyz)
     turned = [
-        quarter_turns(
-            out_bvcxyz[:, number],
-            subjects,
-            epoch,
-            seed,
-            view=number,
-            about=settings.quarter_turns,
-            affine=affine,
-        )[0]
-        for number in range(settings.count)
-    ]
-    return torch.stack(turned, dim=1)
+        torch.stack(
+            [
+                quarter_turns(
+                    each[:, number], subjects, epoch, seed, view=number, about=settings.quarter_turns, affine=affine
+                )[0]
+                for number in range(settings.count)
+            ],
+            dim=1,
+        )
+        for each in (out_bvcxyz, out_bvmxyz)
+    ]  # fmt: skip
+    return Views(*turned)
 
 
 def _happens(choices: Choices, change: str, settings: ViewSettings) -> bool:
@@ -196,17 +230,44 @@ def _three(sides: Sides) -> tuple[int, int, int]:
     return (sides, sides, sides) if isinstance(sides, int) else sides
 
 
+def _place_of_crop(
+    grid: Sequence[int], map_mxyz: torch.Tensor, choices: Choices, settings: ViewSettings
+) -> list[slice[int, int]]:
+    """The block of a volume that a view keeps."""
+    kept = _kept_sides(grid, settings) if _happens(choices, "crop", settings) else list(grid)
+    if settings.crop_place == "centre":
+        return _middle(grid, kept)
+    if choices["on_class"][0] < settings.crop_on_class and len(map_mxyz):
+        there = (map_mxyz > 0).any(0).nonzero()
+        if len(there):
+            # Any voxel of any class, as near to the middle of the crop as the grid allows.
+            middle = there[int(choices["on_class"][1] * len(there))].tolist()
+            starts = [
+                min(max(at - side // 2, 0), whole - side)
+                for at, side, whole in zip(middle, kept, grid, strict=True)
+            ]
+            return [slice(start, start + side) for start, side in zip(starts, kept, strict=True)]
+    return _block(grid, kept, choices["corner"])
+
+
+def _inside(out_cxyz: torch.Tensor, source: Sequence[slice[int, int]]) -> torch.Tensor:
+    """The middle of a view, where the block `source` of a volume goes."""
+    sides = [block.stop - block.start for block in source]
+    target = _middle(out_cxyz.shape[1:], sides)
+    return out_cxyz[:, target[0], target[1], target[2]]
+
+
 def _write_view(
-    out_cxyz: torch.Tensor, volume_cxyz: torch.Tensor, view: _View, settings: ViewSettings
+    out_cxyz: torch.Tensor,
+    volume_cxyz: torch.Tensor,
+    source: Sequence[slice[int, int]],
+    view: _View,
+    settings: ViewSettings,
 ) -> None:
-    """Fill `out_cxyz` with crop, noise and cutout of `volume_cxyz`; around a crop it must hold zeros."""
+    """Fill `out_cxyz` with the block `source` of `volume_cxyz`, noise and cutout; around it it must hold zeros."""
     choices = view.choices
     grid = volume_cxyz.shape[1:]
-    is_cropped = _happens(choices, "crop", settings)
-    kept = _kept_sides(grid, settings) if is_cropped else list(grid)
-    source = _block(grid, kept, choices["corner"]) if settings.crop_place == "random" else _middle(grid, kept)
-    target = _middle(out_cxyz.shape[1:], kept)
-    kept_cxyz = out_cxyz[:, target[0], target[1], target[2]]
+    kept_cxyz = _inside(out_cxyz, source)
     kept_cxyz.copy_(volume_cxyz[:, source[0], source[1], source[2]])
     if settings.noise > 0 and _happens(choices, "noise", settings):
         noise = standard_normal(kept_cxyz, view.stream)

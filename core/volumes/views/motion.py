@@ -36,6 +36,13 @@ def move(volumes_ncxyz: torch.Tensor, source_n34: npt.NDArray[np.float64]) -> to
     return F.grid_sample(wide, _places(wide, source_n34), align_corners=False).to(dtype)
 
 
+def move_maps(maps_nmxyz: torch.Tensor, source_n34: npt.NDArray[np.float64]) -> torch.Tensor:
+    """Maps of classes (N, M, X, Y, Z) read at the same places as by `move`: the class of the nearest voxel, or 0."""
+    wide = maps_nmxyz.float()
+    read = F.grid_sample(wide, _places(wide, source_n34), mode="nearest", align_corners=False)
+    return read.to(maps_nmxyz.dtype)
+
+
 def _places(volumes_ncxyz: torch.Tensor, source_n34: npt.NDArray[np.float64]) -> torch.Tensor:
     """`source_n34` for every voxel, as torch's grid_sample wants it: (N, X, Y, Z, 3), z first, in [-1, 1].
 

@@ -36,6 +36,12 @@ class ViewSettings(BaseModel):
     crop_place: Literal["random", "centre"] = Field(
         default="random", description="where a crop is taken from"
     )
+    crop_on_class: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the random crops that are taken around a voxel of any class, where there are maps",
+    )
     pad_to: Sides | None = Field(
         default=None,
         description="grid of the views in voxels, in whose middle the volume or its crop lies, an odd "
