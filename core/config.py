@@ -65,6 +65,12 @@ def check_settings(settings: RunSettings) -> None:
             raise UserError(f"in '{FIRST}': {error}") from None
 
 
+def needed_maps(settings: RunSettings) -> tuple[str, ...]:
+    """The maps of classes that a training, with its first stage, reads beside the volumes."""
+    stages = [settings] if settings.pretraining is None else [settings, settings.pretraining]
+    return tuple(dict.fromkeys(name for each in stages for name in find_task(each.task).needed_maps(each)))
+
+
 def _first_stage(settings: object) -> RunSettings:
     """The settings of a first stage; UserError if it is none."""
     if isinstance(settings, RunSettings):

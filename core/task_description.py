@@ -57,9 +57,9 @@ class TaskDescription(_Part):
     """The metrics in the tables of results; the first one is that of the answer."""
     error: Metric
     """The error of one person, by which methods are compared in pairs; its title is a plural: `absolute errors`."""
-    interval: Literal["error", "auc", "none"] = "error"
-    """The interval of the first of `shown` over people: that of the mean error, of an area under the ROC curve, or
-    none."""
+    interval: Literal["error", "complement", "auc", "none"] = "error"
+    """The interval of the first of `shown` over people: that of the mean error, of 1 minus it, of an area under the ROC
+    curve, or none."""
     truth: str
     """What is predicted, in the singular: `age`."""
     truth_unit: str = ""

@@ -28,6 +28,7 @@ from search_spaces import (
     label_budget,
     masked_pretraining,
     points,
+    tissue,
 )
 from search_spaces.points import Space, is_under
 
@@ -37,6 +38,7 @@ SPACES: dict[str, Space] = {
     "classification": classification.space,
     "label_budget": label_budget.space,
     "masked_pretraining": masked_pretraining.space,
+    "tissue": tissue.space,
 }
 
 DEFAULT = "brain_age"

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from monai.metrics.surface_dice import compute_surface_dice
 
 from core.evaluation import Floats
 from core.evaluation.tissues import voxel_volume
@@ -81,6 +82,24 @@ def hausdorff95(predicted_xyz: Mask, reference_xyz: Mask, spacing: Floats) -> fl
         spacing=[float(side) for side in spacing],
     )
     return float(distance.item())
+
+
+def surface_dice(predicted_xyz: Mask, reference_xyz: Mask, spacing: Floats, tolerance: float) -> float:
+    """The share of both surfaces that lies within `tolerance` mm of the other one (Nikolov et al. 2021; MONAI's).
+
+    NaN if both masks are empty, 0 if one is. `spacing`: see `hausdorff95`.
+    """
+    present = int(predicted_xyz.any()) + int(reference_xyz.any())
+    if present < 2:
+        return 0.0 if present else float("nan")
+    share = compute_surface_dice(
+        _one_case(predicted_xyz),
+        _one_case(reference_xyz),
+        [tolerance],
+        include_background=True,
+        spacing=[float(side) for side in spacing],
+    )
+    return float(share.item())
 
 
 def _one_case(mask_xyz: Mask) -> torch.Tensor:

@@ -110,3 +110,76 @@ ModelSettings = Annotated[
     ResNetSettings | ResNeXtSettings | SFCNSettings | SwinSettings | SymmetrySwinSettings,
     Field(discriminator="name"),
 ]
+
+
+class _SegmenterFields(_Frozen):
+    width: float = Field(
+        default=1.0, ge=1 / 64, le=4.0, description="multiplies every channel count; 1 is published"
+    )
+
+
+class ResUNetSettings(_SegmenterFields):
+    """Residual 3D U-Net of system B; it keeps the slice axis whole."""
+
+    name: Literal["res_unet"] = "res_unet"
+
+
+class GroupNormUNetSettings(_SegmenterFields):
+    """2D U-Net of system D, slice by slice across Z."""
+
+    name: Literal["groupnorm_unet"] = "groupnorm_unet"
+
+    @field_validator("width")
+    @classmethod
+    def _whole_groups(cls, width: float) -> float:
+        if (4 * width) % 1:
+            raise ValueError("must be a multiple of 0.25 for groupnorm_unet, whose groups hold 4 channels")
+        return width
+
+
+class DynUNetSettings(_SegmenterFields):
+    """The U-Net of nnU-Net as MONAI has it, with residual blocks."""
+
+    name: Literal["dynunet"] = "dynunet"
+    depths: int = Field(
+        default=3, ge=1, le=3, description="stages of the decoder that are supervised; 1: the last"
+    )
+    residual: bool = Field(default=True, description="residual blocks in the encoder")
+
+
+class _SwinUNETRFields(_SegmenterFields):
+    merging: Literal["v2", "legacy"] = Field(
+        default="v2",
+        description="patch merging; legacy repeats two of eight sub-lattices, as published weights do",
+    )
+    checkpointing: bool = Field(default=False, description="recompute activations: less memory, more time")
+
+    @field_validator("width")
+    @classmethod
+    def _whole_heads(cls, width: float) -> float:
+        if (4 * width) % 1:
+            raise ValueError(
+                "must be a multiple of 0.25 for Swin UNETR, whose heads need steps of 12 channels"
+            )
+        return width
+
+
+class SwinUNETRSettings(_SwinUNETRFields):
+    """Swin UNETR of system C, without its mirror image."""
+
+    name: Literal["swin_unetr"] = "swin_unetr"
+
+
+class SymmetrySwinUNETRSettings(_SwinUNETRFields):
+    """Swin UNETR whose deepest features attend to those of the left-right mirror image."""
+
+    name: Literal["swin_unetr_symmetry"] = "swin_unetr_symmetry"
+    layers: int = Field(default=1, ge=1, le=4, description="cross-attention blocks")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout inside the cross-attention blocks")
+    pre_norm: bool = Field(default=False, description="layer norm before each branch; after the sum if false")
+
+
+SegmenterSettings = Annotated[
+    ResUNetSettings | GroupNormUNetSettings | DynUNetSettings | SwinUNETRSettings | SymmetrySwinUNETRSettings,
+    Field(discriminator="name"),
+]

@@ -12,12 +12,14 @@ from core.lookup import look_up
 from core.tasks.brain_age import BrainAge
 from core.tasks.classification import Classification
 from core.tasks.masked_pretraining import MaskedPretraining
+from core.tasks.segmentation import Segmentation
 from core.tasks.task import Task
 
 TASKS: dict[str, Task[Any]] = {
     "brain_age": BrainAge(),
     "classification": Classification(),
     "masked_pretraining": MaskedPretraining(),
+    "segmentation": Segmentation(),
 }
 ENTRY_POINTS = "brainsweep.tasks"
 """The group of entry points in which an installed package names its tasks."""

@@ -94,6 +94,18 @@ class JudgedCell:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What is known of a batch of scans beside their volumes."""
+
+    maps: Mapping[str, torch.Tensor]
+    """(B, X, Y, Z) int16 each, by name; see `Task.needed_maps`."""
+    edges: tuple[float, float, float]
+    """Of a voxel in mm."""
+    final: bool
+    """Whether the model is trained to its end, so that what takes long is measured, too."""
+
+
+@dataclass(frozen=True)
 class Step:
     """The loss of one batch, and what else is noted for the history: numbers, each the mean over an epoch."""
 
@@ -120,6 +132,8 @@ class Task(ABC, Generic[S]):
     about: ClassVar[TaskDescription]
     keeps: ClassVar[tuple[str, ...]] = ()
     """The names in `Outcome.kept`."""
+    reads_training: ClassVar[bool] = True
+    """Whether `judge` fits something on what the model sees in the training scans."""
     settings: type[S]
     """Its settings: those that every task has, and its own blocks."""
 
@@ -147,6 +161,10 @@ class Task(ABC, Generic[S]):
         Raises:
             UserError: the cohort cannot have it.
         """
+
+    def needed_maps(self, settings: S) -> tuple[str, ...]:
+        """The maps of classes that every scan with a label must have: `views_with_maps` and `Beside` give them."""
+        return ()
 
     def more_labels(self, settings: S, manifest: pd.DataFrame) -> dict[str, Labels]:
         """What else `judge` must know of every scan of a cohort, (N,) each by name: `Truth.more`."""
@@ -188,6 +206,18 @@ class Task(ABC, Generic[S]):
         views: ViewSettings = getattr(settings, "views", None) or ViewSettings(count=1)
         return make_views(volumes_bcxyz, rows, epoch, seed, views)
 
+    def views_with_maps(
+        self,
+        settings: S,
+        volumes_bcxyz: torch.Tensor,
+        maps: Mapping[str, torch.Tensor],
+        rows: Rows,
+        epoch: int,
+        seed: int,
+    ) -> torch.Tensor:
+        """As `views`, with the maps (B, X, Y, Z) int16 that the task needs; what is seen of them are channels, too."""
+        return self.views(settings, volumes_bcxyz, rows, epoch, seed)
+
     @abstractmethod
     def step(
         self,
@@ -216,6 +246,12 @@ class Task(ABC, Generic[S]):
     @abstractmethod
     def observe(self, settings: S, model: nn.Module, volumes_bcxyz: torch.Tensor) -> dict[str, torch.Tensor]:
         """What a batch of scans gives, (B, …) each by name; `embedding` (B, E) is one of them."""
+
+    def observe_with_maps(
+        self, settings: S, model: nn.Module, volumes_bcxyz: torch.Tensor, beside: Beside
+    ) -> dict[str, torch.Tensor]:
+        """As `observe`, for scans that are judged, of which the maps are known."""
+        return self.observe(settings, model, volumes_bcxyz)
 
     @abstractmethod
     def judge(self, settings: S, training: Observed, evaluation: Observed, judging: Judging) -> Outcome:
@@ -252,6 +288,15 @@ class Task(ABC, Generic[S]):
         self, settings: S, outputs: Mapping[str, Floats], facts: Facts
     ) -> dict[str, npt.NDArray[np.int16]]:
         """Maps of classes (N, X, Y, Z) by name, on the grid of the cohort, which `predict` writes for every scan."""
+        return {}
+
+    def probability_maps(
+        self, settings: S, outputs: Mapping[str, Floats], facts: Facts
+    ) -> dict[str, tuple[Floats, tuple[int, ...]]]:
+        """By name the probabilities (N, K, X, Y, Z) of K classes and their numbers, which `predict` makes maps of.
+
+        They are brought to the grid of a scan before the likeliest class is taken, so that its borders are smooth.
+        """
         return {}
 
     def check_fitted(self, fitted: str | None) -> None:

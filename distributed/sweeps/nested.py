@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from core.config import needed_maps, resolve
 from core.errors import UserError
 from core.files.places import exists, shown
 from core.report.curve import print_curve, write_curve
@@ -108,7 +109,9 @@ class NestedSearch:
                 hours = None if accelerator_hours is None else accelerator_hours / len(self.parts)
                 with connect(self.address, self.console):
                     # Once for all of them.
-                    held = hold(self.cohort, self.request.data_mode)
+                    held = hold(
+                        self.cohort, self.request.data_mode, needed_maps(resolve(self.folder.about.settings))
+                    )
                     shared = Shared(held, self.folder.about.first, starts_of(self.folder), len(left))
                     for part in left:
                         self.console.print(f"\n{part.words}", style="bold")

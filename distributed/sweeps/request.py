@@ -26,6 +26,8 @@ DATA_MODE = "where volumes wait: auto, resident (in shared memory), streaming (b
 NONE = "none"
 """As a start: random weights."""
 LABELLED = "data.labelled"
+OTHER_SPACE = {"segmentation": "tissue"}
+"""The space of a task of ours, where it has another name."""
 REPEATED = "repeated"
 """In a field: its option is given once for each of its values."""
 
@@ -67,6 +69,8 @@ def space_of(task: JsonValue) -> str:
     """The space of a task: one of ours has its name, and in the file of a task it is the function `space`."""
     if not isinstance(task, str):
         return "brain_age"
+    if task in OTHER_SPACE:
+        return OTHER_SPACE[task]
     return f"{task.rpartition(':')[0] or task}:space" if ":" in task or task.endswith(".py") else task
 
 

@@ -15,6 +15,7 @@ from ray import tune
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
+from core.config import needed_maps
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.files.writing import writing_to
@@ -307,7 +308,7 @@ class Sweep:
     def _slot(self, workers: Workers) -> type[tune.Trainable]:
         """The class `Slot` with the subjects of this sweep for its workers."""
         held_already = None if self.shared is None else self.shared.volumes
-        volumes = held_already or hold(self.cohort, self.request.data_mode)
+        volumes = held_already or hold(self.cohort, self.request.data_mode, needed_maps(self.search.settings))
         access, starts = AccessRecord(self.folder.access), starts_of(self.folder)
         subjects = Subjects.of(self.cohort, self.splits, volumes, access, starts)
         slot: type[tune.Trainable] = tune.with_parameters(

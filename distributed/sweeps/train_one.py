@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from core.config import Settings, check_settings, merge, read_settings, resolve
+from core.config import Settings, check_settings, merge, needed_maps, read_settings, resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.files.python import file_of
@@ -159,7 +159,11 @@ def _train(
     assignment = assign(folder.trial(NAME), resolved, [cell], metric=first, keep_model=True)
     with claim(folder.path, console):
         if request.workers == 1 and address is None and request.data_mode == "auto":
-            runner = Runner(Subjects.of(cohort, splits, InMemory.of(cohort), starts=starts_of(folder)))
+            runner = Runner(
+                Subjects.of(
+                    cohort, splits, InMemory.of(cohort, needed_maps(settings)), starts=starts_of(folder)
+                )
+            )
             answer = _run(runner, assignment, settings, of_task.metrics[first], console)
         else:
             with connect(address, console):
@@ -209,7 +213,7 @@ def _run(
 def _worker_group(request: TrainRequest, cohort: Cohort, splits: Splits, folder: RunFolder) -> WorkerGroup:
     """The workers of one slot, with the cohort."""
     size, _ = fit_slots(slots=1, workers=request.workers, gpus_per_worker=None, trials=1)
-    volumes = hold(cohort, request.data_mode)
+    volumes = hold(cohort, request.data_mode, needed_maps(resolve(folder.about.settings)))
     subjects = Subjects.of(cohort, splits, volumes, starts=starts_of(folder))
     return WorkerGroup(size, pack(make_runner, subjects=subjects), str(folder.tune))
 

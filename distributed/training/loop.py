@@ -27,10 +27,10 @@ from core.models.weights import freeze, load_part, train_unfrozen
 from core.run_settings import RunSettings
 from core.starts import TRAINED_ON, scans_of
 from core.tasks import find_task
-from core.tasks.task import Judging, Observed, Outcome, Step
+from core.tasks.task import Beside, Judging, Observed, Outcome, Step
 from core.volumes.cohort.moments import pooled_statistics
 from core.volumes.images.preprocess import IntensityStatistics, normalise
-from distributed.batches.hold import Batches, batches, read_ahead
+from distributed.batches.hold import Batch, Batches, batches, read_ahead
 from distributed.batches.plan import Part, Plan, Rows, chunks, share
 from distributed.run.assignment import Cell, EpochRow
 from distributed.training.batch_norm import synchronise_batch_norm
@@ -92,6 +92,7 @@ class CellData:
             every = rows_without_judged(self.labelled, cell)
             self.training_rows = every[~np.isin(people[every], people[self.inner_rows])]
         self.channels = _channel_indices(settings, subjects.channels)
+        self.maps = self.task.needed_maps(settings)
         self.statistics = self._fit_statistics()
 
     @property
@@ -224,7 +225,7 @@ class CellTraining(CellData):
         train_unfrozen(self.trained)
         # One stream of batches for all epochs that are left.
         if self._reading is None:
-            self._reading = batches(self.subjects.volumes, self._plan, self.place.device)
+            self._reading = batches(self.subjects.volumes, self._plan, self.place.device, self.maps)
         losses: list[torch.Tensor] = []
         noted: dict[str, list[torch.Tensor]] = {}
         plan = self._plan
@@ -240,7 +241,7 @@ class CellTraining(CellData):
                 self.optimiser.zero_grad(set_to_none=True)
                 steps_before = (self.epoch - 1) * math.ceil(len(ordered) / together) + index // together
                 warm_up(self.settings, self.optimiser, steps_before, rate)
-            step = self._gradients(rows, next(self._reading).volumes, passed, progress, of_step)
+            step = self._gradients(rows, next(self._reading), passed, progress, of_step)
             if is_last:
                 self._take_step()
             losses.append(step.loss.detach())
@@ -272,7 +273,8 @@ class CellTraining(CellData):
         if self.best is not None and self.epoch == self.settings.training.rounds:
             # From here on the model of this cell is that of its best epoch.
             self.model.load_state_dict(self.best["model"])
-        training, evaluation = self._observe(self.labelled_rows), self._observe(self.evaluation_rows)
+        fitted_on = self.labelled_rows if self.task.reads_training else self.labelled_rows[:0]
+        training, evaluation = self._observe(fitted_on), self._observe(self.evaluation_rows)
         for observed in (training, evaluation):
             if not np.isfinite(observed.embeddings).all():
                 raise DivergedError(
@@ -349,13 +351,11 @@ class CellTraining(CellData):
         training = self.settings.training
         return None if training.judge_every is None else training.judge_every * training.accumulate
 
-    def _gradients(
-        self, rows: Rows, stored: torch.Tensor, passed: int, progress: float, of_step: int
-    ) -> Step:
+    def _gradients(self, rows: Rows, read: Batch, passed: int, progress: float, of_step: int) -> Step:
         """Add the gradients of this worker's part of a batch, of which a step has `of_step`; its numbers stay on the
         device."""
-        volumes = self.prepare(rows, stored)
-        views = self.task.views(self.settings, volumes, rows, passed, self.cell.seed)
+        volumes, seed = self.prepare(rows, read.volumes), self.cell.seed
+        views = self.task.views_with_maps(self.settings, volumes, read.maps, rows, passed, seed)
         targets = torch.as_tensor(self.targets[rows], device=self.place.device)
         with autocast(self.settings, self.place.device):
             step = self.task.step(self.trained, self.objective, views, targets, progress)
@@ -377,7 +377,8 @@ class CellTraining(CellData):
             return
         of_task = self.task.describe(self.settings)
         metric = of_task.objectives[0]
-        training, inner = self._observe(self.labelled_rows), self._observe(self.inner_rows)
+        fitted_on = self.labelled_rows if self.task.reads_training else self.labelled_rows[:0]
+        training, inner = self._observe(fitted_on), self._observe(self.inner_rows)
         outcome = self.task.judge(self.settings, training, inner, Judging(sites=False))
         value = outcome.metrics[metric]
         sign = of_task.metrics[metric].sign
@@ -397,15 +398,18 @@ class CellTraining(CellData):
         mine: dict[str, list[np.ndarray]] = {}
         mine_only = share(rows, self.place.rank, self.place.workers)
         parts = [Part(part) for part in chunks(mine_only, self.settings.training.batch_size)]
-        reading = read_ahead(self.subjects.volumes, parts, self.place.device)
+        reading = read_ahead(self.subjects.volumes, parts, self.place.device, self.maps)
         for part, read in zip(parts, reading, strict=True):
+            volumes = self.prepare(part.rows, read.volumes)
+            beside = Beside(read.maps, self.subjects.edges, final=self.epoch == self.rounds)
             with autocast(self.settings, self.place.device):
-                seen = self.task.observe(self.settings, self.model, self.prepare(part.rows, read.volumes))
+                seen = self.task.observe_with_maps(self.settings, self.model, volumes, beside)
             for name, values in seen.items():
                 mine.setdefault(name, []).append(values.float().cpu().numpy())
         outputs = _gather(mine, self.place)
         truth = self.labelled.truth(rows)
-        embeddings = outputs.pop("embedding")
+        # Of no scans nothing is seen.
+        embeddings = outputs.pop("embedding", np.empty((0, 0)))
         return Observed(truth.labels, truth.sites, truth.subjects, embeddings, outputs, more=truth.more)
 
 

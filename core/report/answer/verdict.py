@@ -106,6 +106,9 @@ def judged_interval(predictions: pd.DataFrame, method: str, task: TaskDescriptio
     """The interval of the metric of the answer over held-out subjects; NaN if there is none."""
     if task.interval == "error":
         return error_interval(predictions, method)
+    if task.interval == "complement":
+        low, high = error_interval(predictions, method)
+        return 1 - high, 1 - low
     if task.interval == "auc":
         return auc_interval(predictions[predictions["method"] == method], LEVEL)
     return float("nan"), float("nan")
@@ -113,9 +116,10 @@ def judged_interval(predictions: pd.DataFrame, method: str, task: TaskDescriptio
 
 def judged_value(predictions: pd.DataFrame, method: str, task: TaskDescription) -> float:
     """The metric of the answer over all these people; NaN if it cannot be told from predictions."""
-    if task.interval == "error":
+    if task.interval in ("error", "complement"):
         errors = errors_of(predictions)
-        return float(errors[method].mean()) if method in errors else float("nan")
+        mean = float(errors[method].mean()) if method in errors else float("nan")
+        return mean if task.interval == "error" else 1 - mean
     if task.interval == "auc":
         return pooled_auc(predictions[predictions["method"] == method])
     return float("nan")

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import UserError
 from core.files.places import beneath, is_url, open_file, shown
 from core.volumes.cohort.formats import Compression, Storage, StoredType
+from core.volumes.cohort.shards import map_column
 
 FORMAT = 3
 OLDEST_FORMAT = 2
@@ -116,3 +120,22 @@ def read_description(location: str) -> CohortDescription:
         return CohortDescription.model_validate(fields)
     except (ValidationError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); make the cohort again") from error
+
+
+def has_map(manifest: pd.DataFrame, name: str) -> npt.NDArray[np.bool_]:
+    """Which rows (N,) of a manifest have the map `name`.
+
+    Raises:
+        UserError: none of them has; the message says which maps there are.
+    """
+    old = {LABEL: "label_checksum"} if "label_checksum" in manifest else {}
+    known = old | {
+        str(column).removeprefix(map_column("")).removesuffix("_checksum"): str(column)
+        for column in manifest.columns
+        if str(column).startswith(map_column("")) and str(column).endswith("_checksum")
+    }
+    if name not in known:
+        there = f"it has {', '.join(known)}" if known else "it has none; ingest it with --maps"
+        raise UserError(f"the cohort has no maps '{name}': {there}")
+    having: npt.NDArray[np.bool_] = manifest[known[name]].fillna("").astype(str).to_numpy() != ""
+    return having

@@ -1,0 +1,88 @@
+"""Every segmenter as one kind of module: volumes of any size in, scores of every voxel out.
+
+A network may need sides that are multiples of a number, or see one slice at a time; volumes are padded with zeros at
+their far sides for it, and scores cut again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from monai.networks.nets.dynunet import DynUNet
+from torch import nn
+from torch.nn import functional as F
+
+from core.errors import UserError
+from core.models.settings import SegmenterSettings
+from core.models.swin_unetr import swin_unetr, swin_unetr_symmetry
+from core.models.unet import groupnorm_unet, res_unet
+
+
+class Segmenter(nn.Module):
+    """A network for volumes (B, C, X, Y, Z) of any size.
+
+    Args:
+        network: (B, C, X, Y, Z) -> scores (B, K, X, Y, Z), or in training (B, D, K, X, Y, Z) of D depths.
+        multiples: what sides along X, Y and Z must be multiples of.
+        in_slices: whether the network is for slices (B, C, X, Y), and sees every slice across Z by itself.
+    """
+
+    def __init__(
+        self, network: nn.Module, multiples: tuple[int, int, int], *, in_slices: bool = False
+    ) -> None:
+        super().__init__()
+        self.network, self.multiples, self.in_slices = network, multiples, in_slices
+
+    def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """Scores (B, K, X, Y, Z); of a network with deep supervision in training (B, D, K, X, Y, Z)."""
+        x, y, z = volumes_bcxyz.shape[2:]
+        beyond = [(-side) % of for side, of in zip((x, y, z), self.multiples, strict=True)]
+        padded = F.pad(volumes_bcxyz, (0, beyond[2], 0, beyond[1], 0, beyond[0]))
+        scores: torch.Tensor
+        if self.in_slices:
+            slices_ncxy = padded.movedim(-1, 1).flatten(0, 1)
+            scores = self.network(slices_ncxy).unflatten(0, (len(padded), -1)).movedim(1, -1)
+        else:
+            scores = self.network(padded)
+        return scores[..., :x, :y, :z]
+
+
+def build_segmenter(settings: SegmenterSettings, in_channels: int, classes: int) -> Segmenter:
+    """The segmenter of these settings for so many channels and classes, the background among them."""
+    own = settings.model_dump(exclude={"name"})
+    if settings.name == "res_unet":
+        return Segmenter(res_unet(in_channels, classes, **own), (1, 1, 1))
+    if settings.name == "groupnorm_unet":
+        return Segmenter(groupnorm_unet(in_channels, classes, **own), (32, 32, 1), in_slices=True)
+    if settings.name == "dynunet":
+        return Segmenter(dynunet(in_channels, classes, **own), (8, 8, 8))
+    make = swin_unetr_symmetry if settings.name == "swin_unetr_symmetry" else swin_unetr
+    return Segmenter(cast(Any, make)(in_channels, classes, **own), (32, 32, 32))
+
+
+def dynunet(
+    in_channels: int = 1, out_channels: int = 4, width: float = 1.0, depths: int = 3, residual: bool = True
+) -> DynUNet:
+    """MONAI's reimplementation of the U-Net of nnU-Net (Isensee et al. 2021), with residual blocks in its encoder.
+
+    Four stages of 32 to 256 channels, instance norm, leaky ReLU. In training it gives the scores of `depths` stages,
+    each brought to the full grid, stacked: (B, D, K, X, Y, Z).
+    """
+    filters = [round(channels * width) for channels in (32, 64, 128, 256)]
+    if min(filters) < 1:
+        raise UserError(f"width {width} leaves no channels in the first stage; use {1 / 32} or more")
+    kernels: Sequence[int] = (3, 3, 3, 3)
+    return DynUNet(
+        3,
+        in_channels,
+        out_channels,
+        kernel_size=kernels,
+        strides=(1, 2, 2, 2),
+        upsample_kernel_size=(2, 2, 2),
+        filters=filters,
+        deep_supervision=depths > 1,
+        deep_supr_num=max(1, depths - 1),
+        res_block=residual,
+    )

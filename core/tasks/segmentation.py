@@ -1,0 +1,388 @@
+"""A class for every voxel: tissues (system B), lesions and tumours; whole volumes or patches in 3D.
+
+What is judged is every case by itself: overlap, distance of surfaces and volumes, class by class. A class that is in
+neither map tells nothing about a case: it is left out of its mean, and counted. All this is on the grid of the cohort;
+`predict` writes maps on the grid of the scan.
+
+Shape suffixes: B scans of a batch, N scans, V views, C channels, K classes with the background, X, Y, Z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from monai.inferers.utils import sliding_window_inference
+from pydantic import Field
+from torch import nn
+
+from core.errors import UserError
+from core.evaluation import Floats
+from core.evaluation.by_subject import subject_means
+from core.evaluation.segmentation import hausdorff95, surface_dice
+from core.evaluation.splits import Rows
+from core.lookup import did_you_mean
+from core.losses.segmentation import IGNORED, CrossEntropy, SegmentationLoss
+from core.models.segmenter import Segmenter, build_segmenter
+from core.models.settings import ResUNetSettings, SegmenterSettings, SymmetrySwinUNETRSettings
+from core.objectives import Metric
+from core.run_settings import DataSettings, Frozen, RunSettings
+from core.task_description import TaskDescription
+from core.tasks.task import Beside, Facts, Judging, Labels, Observed, Outcome, Prediction, Step, Task, Truth
+from core.volumes.cohort.description import has_map
+from core.volumes.views import ViewSettings, make_views_with_maps
+
+COUNTS, DISTANCES, PROBABILITIES = "counts", "distances", "probabilities"
+BOTH, PREDICTED, REFERENCE = range(3)
+"""The columns of counts of voxels: in both maps, in the predicted one, in the reference."""
+WINDOWS_TOGETHER = 4
+"""Windows of a sliding window in one call of the network."""
+
+
+class SegmentationData(DataSettings):
+    """What is taken from the cohort: also which map, and what its numbers mean."""
+
+    target: str = Field("dseg", description="map of the cohort with the class of every voxel")
+    classes: tuple[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*=\d+$")], ...] = Field(
+        ("csf=1", "gm=2", "wm=3"),
+        min_length=1,
+        description="NAME=NUMBER of every class in the map; all else is background, and -1 is not known",
+    )
+    balanced: str = Field("site", description="column of the cohort in which folds are alike")
+
+
+class OverlapSettings(Frozen):
+    """How a segmentation is judged."""
+
+    overlap: float = Field(
+        0.5, ge=0, lt=1, description="share of a window that the next one covers again, for patches"
+    )
+    tolerance: float = Field(2.0, gt=0, description="mm that a surface may be off, for the surface Dice")
+
+
+class SegmentationSettings(RunSettings):
+    """The settings of segmentation; the defaults are those of system B."""
+
+    task: str = "segmentation"
+    data: SegmentationData = SegmentationData()
+    views: ViewSettings = ViewSettings(count=1)
+    model: SegmenterSettings = ResUNetSettings()
+    objective: SegmentationLoss = CrossEntropy()
+    evaluation: OverlapSettings = OverlapSettings()
+
+
+class Segmentation(Task[SegmentationSettings]):
+    """See the top of this file."""
+
+    about = TaskDescription(
+        name="segmentation",
+        metrics={
+            "dice": Metric(title="Dice", better="high"),
+            "surface_dice": Metric(title="surface Dice", better="high"),
+            "hausdorff95": Metric(title="median 95 % Hausdorff distance", unit="mm"),
+            "volume_error": Metric(title="volume error", unit="mL"),
+            "undefined": Metric(title="classes in neither map"),
+        },
+        objectives=("dice", "surface_dice", "hausdorff95", "volume_error"),
+        shown=("dice", "surface_dice", "hausdorff95", "volume_error", "undefined"),
+        error=Metric(title="1 - Dice"),
+        interval="complement",
+        truth="map",
+        caveats=(
+            "All is measured on the grid of the cohort. Labels that were brought there have lost detail already, and "
+            "lose more when they go back, so these numbers are not those of the scan's own grid.",
+        ),
+        course=("cross_entropy", "overlap"),
+    )
+    reads_training = False
+    settings = SegmentationSettings
+
+    def describe(self, settings: SegmentationSettings) -> TaskDescription:
+        """With the overlap of every class."""
+        of_class = {
+            f"dice_{name}": Metric(title=f"Dice of {name}", better="high") for name in classes_of(settings)
+        }
+        shown = ("dice", *of_class, *(name for name in self.about.shown if name != "dice"))
+        return self.about.model_copy(
+            update={
+                "metrics": self.about.metrics | of_class,
+                "objectives": (*self.about.objectives, *of_class),
+                "shown": shown,
+            }
+        )
+
+    def check(self, settings: SegmentationSettings) -> None:
+        """Refuse classes that are no different numbers, and patches of a network that needs the other half."""
+        numbers, names = list(classes_of(settings).values()), list(classes_of(settings))
+        if len(set(numbers)) < len(numbers) or len(names) < len(settings.data.classes) or 0 in numbers:
+            raise UserError(
+                f"data.classes={','.join(settings.data.classes)}: every class needs a name and a number of its own, "
+                "and 0 is the background"
+            )
+        if settings.views.crop_size is not None and isinstance(settings.model, SymmetrySwinUNETRSettings):
+            raise UserError(
+                f"model.name={settings.model.name} compares a brain with its mirror image, so it takes whole volumes: "
+                "remove views.crop_size"
+            )
+        if settings.views.crop is not None:
+            raise UserError(
+                "views.crop is for whole volumes of another task; patches are given by views.crop_size"
+            )
+
+    def balanced_by(self, settings: SegmentationSettings) -> str:
+        """Folds are alike in a column that the user names."""
+        return settings.data.balanced
+
+    def needed_maps(self, settings: SegmentationSettings) -> tuple[str, ...]:
+        """The map with the classes."""
+        return (settings.data.target,)
+
+    def labels(self, settings: SegmentationSettings, manifest: pd.DataFrame) -> Labels:
+        """The name of the map (N,) where a scan has it, and None where it has none."""
+        if settings.data.balanced not in manifest:
+            known = did_you_mean(settings.data.balanced, map(str, manifest.columns))
+            raise UserError(f"data.balanced: the cohort has no column '{settings.data.balanced}'; {known}")
+        having = has_map(manifest, settings.data.target)
+        return np.where(having, settings.data.target, np.array(None, dtype=object))
+
+    def learn(self, settings: SegmentationSettings, training: Truth) -> Facts:
+        """The numbers of the classes, by name."""
+        return {"classes": cast(Any, classes_of(settings))}
+
+    def targets(self, labels: Labels, facts: Facts) -> npt.NDArray[np.generic]:
+        """The truth is in the maps."""
+        return np.zeros(len(labels), dtype=np.float32)
+
+    def build(self, settings: SegmentationSettings, in_channels: int, facts: Facts) -> Segmenter:
+        """The model of `settings`, on the CPU, with PyTorch's current random state."""
+        return build_segmenter(settings.model, in_channels, 1 + len(classes_of(settings)))
+
+    def objective(self, settings: SegmentationSettings, facts: Facts) -> nn.Module:
+        """The loss of `settings`."""
+        return settings.objective.build(settings.training.rounds)
+
+    def views_with_maps(
+        self,
+        settings: SegmentationSettings,
+        volumes_bcxyz: torch.Tensor,
+        maps: Mapping[str, torch.Tensor],
+        rows: Rows,
+        epoch: int,
+        seed: int,
+    ) -> torch.Tensor:
+        """(B, V, C + 1, X, Y, Z): views, or patches, with the places of classes as their last channel."""
+        places_bxyz = places_of(maps[settings.data.target], settings)
+        seen = make_views_with_maps(volumes_bcxyz, places_bxyz[:, None], rows, epoch, seed, settings.views)
+        return torch.cat([seen.volumes, seen.maps.to(seen.volumes.dtype)], dim=2)
+
+    def step(
+        self,
+        model: nn.Module,
+        objective: nn.Module,
+        views_bvcxyz: torch.Tensor,
+        targets_b: torch.Tensor,
+        progress: float,
+    ) -> Step:
+        """The loss of one batch."""
+        volumes_ncxyz, places_nxyz = (
+            views_bvcxyz[:, :, :-1].flatten(0, 1),
+            views_bvcxyz[:, :, -1].flatten(0, 1),
+        )
+        scores = model(volumes_ncxyz)
+        loss = _over_depths(objective, scores, places_nxyz.round().long(), progress)
+        noted = cast(dict[str, torch.Tensor], objective.diagnostics)
+        absent = torch.tensor(math.nan)
+        return Step(loss, {name: noted.get(name, absent) for name in self.about.course})
+
+    def observe(
+        self, settings: SegmentationSettings, model: nn.Module, volumes_bcxyz: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The probabilities (B, K, X, Y, Z), and as `embedding` the share of every class (B, K)."""
+        probabilities = self._scores(settings, model, volumes_bcxyz).float().softmax(dim=1)
+        shares = torch.stack(
+            [
+                (probabilities.argmax(1) == place).flatten(1).float().mean(1)
+                for place in range(probabilities.shape[1])
+            ],
+            dim=1,
+        )
+        return {"embedding": shares, PROBABILITIES: probabilities}
+
+    def observe_with_maps(
+        self, settings: SegmentationSettings, model: nn.Module, volumes_bcxyz: torch.Tensor, beside: Beside
+    ) -> dict[str, torch.Tensor]:
+        """Counts of voxels (B, K - 1, 3), and after the last epoch distances and surface Dice (B, K - 1, 2)."""
+        seen = self.observe(settings, model, volumes_bcxyz)
+        predicted_bxyz = seen.pop(PROBABILITIES).argmax(dim=1).cpu().numpy()
+        reference_bxyz = places_of(beside.maps[settings.data.target], settings).cpu().numpy()
+        count, edges = len(classes_of(settings)), np.array(beside.edges)
+        counts = np.zeros((len(predicted_bxyz), count, 3))
+        distances = np.full((len(predicted_bxyz), count, 2), math.nan)
+        for scan, (predicted, reference) in enumerate(zip(predicted_bxyz, reference_bxyz, strict=True)):
+            known = reference != IGNORED
+            for place in range(count):
+                mine, theirs = (predicted == place + 1) & known, reference == place + 1
+                counts[scan, place] = (mine & theirs).sum(), mine.sum(), theirs.sum()
+                if beside.final:
+                    distances[scan, place] = (
+                        hausdorff95(mine, theirs, edges),
+                        surface_dice(mine, theirs, edges, settings.evaluation.tolerance),
+                    )
+        volume = float(np.prod(edges)) / 1000
+        # A checkpoint and the workers exchange tensors.
+        return seen | {
+            COUNTS: torch.from_numpy(counts),
+            DISTANCES: torch.from_numpy(distances),
+            "voxel": torch.full((len(counts), 1), volume),
+        }
+
+    def _scores(
+        self, settings: SegmentationSettings, model: nn.Module, volumes_bcxyz: torch.Tensor
+    ) -> torch.Tensor:
+        """The scores of whole volumes, for patches by a sliding window whose middle weighs most."""
+        size = settings.views.crop_size
+        if size is None:
+            whole: torch.Tensor = model(volumes_bcxyz)
+            return whole
+        window = (size, size, size) if isinstance(size, int) else size
+        scores = sliding_window_inference(
+            volumes_bcxyz,
+            window,
+            WINDOWS_TOGETHER,
+            model,
+            overlap=settings.evaluation.overlap,
+            mode="gaussian",
+        )
+        return cast(torch.Tensor, scores)
+
+    def judge(
+        self, settings: SegmentationSettings, training: Observed, evaluation: Observed, judging: Judging
+    ) -> Outcome:
+        """Measure every case, then the mean over people; nothing is fitted."""
+        names = list(classes_of(settings))
+        counts_nk3, distances_nk2 = evaluation.outputs[COUNTS], evaluation.outputs[DISTANCES]
+        milliliters_nk2 = counts_nk3[:, :, 1:] * evaluation.outputs["voxel"][:, :, None]
+        dice_nk = dice_of(counts_nk3)
+        of_case = _mean_of_defined(dice_nk)
+        table = pd.DataFrame({"predicted": of_case, "error": 1 - of_case})
+        for place, name in enumerate(names):
+            table[f"dice_{name}"] = dice_nk[:, place]
+            table[f"ml_{name}"] = milliliters_nk2[:, place, 0]
+            table[f"reference_ml_{name}"] = milliliters_nk2[:, place, 1]
+        # A case of which nothing can be told has no part in a mean.
+        metrics = {
+            "dice": _over_people(of_case, evaluation),
+            **{
+                f"dice_{name}": _over_people(dice_nk[:, place], evaluation)
+                for place, name in enumerate(names)
+            },
+            "hausdorff95": _median(distances_nk2[:, :, 0]),
+            "surface_dice": _over_people(_mean_of_defined(distances_nk2[:, :, 1]), evaluation),
+            "volume_error": float(np.abs(milliliters_nk2[:, :, 0] - milliliters_nk2[:, :, 1]).mean())
+            if len(of_case)
+            else math.nan,
+            "undefined": float(np.isnan(dice_nk).sum()),
+        }
+        return Outcome(metrics, table)
+
+    def predictions(
+        self, settings: SegmentationSettings, outputs: Mapping[str, Floats], fitted: str | None, facts: Facts
+    ) -> pd.DataFrame:
+        """The share of the voxels of a scan that every class has."""
+        shares_nk = outputs["embedding"]
+        table = pd.DataFrame({"predicted": 1 - shares_nk[:, 0]})
+        for place, name in enumerate(cast(dict[str, int], facts["classes"]), start=1):
+            table[f"share_{name}"] = shares_nk[:, place]
+        return table
+
+    def probability_maps(
+        self, settings: SegmentationSettings, outputs: Mapping[str, Floats], facts: Facts
+    ) -> dict[str, tuple[Floats, tuple[int, ...]]]:
+        """The probabilities of the background and every class, and their numbers in a map."""
+        numbers = tuple(cast(dict[str, int], facts["classes"]).values())
+        return {settings.data.target: (outputs[PROBABILITIES], (0, *numbers))}
+
+    def present(
+        self, predictions: pd.DataFrame, truth: Labels | None, calibration: str | None, facts: Facts
+    ) -> Prediction:
+        """The share of every class."""
+        shown = pd.DataFrame(index=predictions.index)
+        for name in cast(dict[str, int], facts["classes"]):
+            column = f"share_{name}"
+            shown[f"{name}, share of the field"] = [f"{value:.3f}" for value in predictions[column]]
+        return Prediction(
+            predictions, shown, "Shares are of all voxels of the prepared scan. The maps say where."
+        )
+
+    def measure(
+        self, presented: pd.DataFrame, truth: Truth, internal: Mapping[str, float]
+    ) -> dict[str, float | str]:
+        """Of a cohort only shares are known here."""
+        names = [str(name) for name in presented.columns if str(name).startswith("share_")]
+        return {f"mean {name}": float(presented[name].mean()) for name in names}
+
+
+def classes_of(settings: SegmentationSettings) -> dict[str, int]:
+    """The number of every class in the map, by name."""
+    return {name: int(number) for name, number in (each.split("=") for each in settings.data.classes)}
+
+
+def places_of(map_bxyz: torch.Tensor, settings: SegmentationSettings) -> torch.Tensor:
+    """The place of every voxel's class, int16: 0 for the background, `IGNORED` where the map has -1."""
+    places_bxyz = torch.zeros_like(map_bxyz)
+    for place, number in enumerate(classes_of(settings).values(), start=1):
+        places_bxyz[map_bxyz == number] = place
+    places_bxyz[map_bxyz == IGNORED] = IGNORED
+    return places_bxyz
+
+
+def dice_of(counts_nk3: Floats) -> Floats:
+    """2 |P and R| / (|P| + |R|) of counts (N, K, 3) -> (N, K); NaN where a class is in neither map."""
+    sizes_nk = counts_nk3[:, :, PREDICTED] + counts_nk3[:, :, REFERENCE]
+    with np.errstate(invalid="ignore"):
+        found: Floats = np.where(sizes_nk > 0, 2 * counts_nk3[:, :, BOTH] / sizes_nk, math.nan)
+    return found
+
+
+def _over_depths(
+    objective: nn.Module, scores: torch.Tensor, places: torch.Tensor, progress: float
+) -> torch.Tensor:
+    """The loss; of several depths (B, D, K, …) their mean with the weights 1, 1/2, 1/4, as in nnU-Net."""
+    if scores.ndim == places.ndim + 1:
+        loss: torch.Tensor = objective(scores, places, progress)
+        return loss
+    weights = [2.0**-depth for depth in range(scores.shape[1])]
+    # The last call is that of the full depth, whose parts are noted.
+    losses = [
+        weights[depth] * objective(scores[:, depth], places, progress)
+        for depth in reversed(range(len(weights)))
+    ]
+    return torch.stack(losses).sum() / sum(weights)
+
+
+def _mean_of_defined(values_nk: Floats) -> Floats:
+    """The mean over the classes that are defined (N,); NaN where none is."""
+    defined_nk = ~np.isnan(values_nk)
+    counts_n = defined_nk.sum(axis=1)
+    totals_n = np.where(defined_nk, values_nk, 0.0).sum(axis=1)
+    means: Floats = np.where(counts_n > 0, totals_n / np.maximum(counts_n, 1), math.nan)
+    return means
+
+
+def _over_people(values_n: Floats, truth: Truth) -> float:
+    """The mean over people of scans whose value is defined; NaN if there is none."""
+    defined = ~np.isnan(values_n)
+    if not defined.any():
+        return math.nan
+    return float(np.mean(subject_means(values_n[defined], truth.subjects[defined])))
+
+
+def _median(values_nk: Floats) -> float:
+    """The median of the defined values; a class that is in one map only is infinitely far."""
+    defined = values_nk[~np.isnan(values_nk)]
+    return float(np.median(defined)) if defined.size else math.nan

@@ -1,0 +1,24 @@
+"""What is worth varying in the segmentation of tissues: the loss, the network, and whether it sees brains or patches.
+
+Every parameter is named like the setting it sets, except where one choice sets several.
+"""
+
+from __future__ import annotations
+
+import optuna
+
+
+def space(trial: optuna.Trial) -> dict[str, object]:
+    """One configuration as {dotted name of a setting: value}."""
+    settings: dict[str, object] = {}
+    trial.suggest_float("optimiser.learning_rate", 1e-4, 1e-2, log=True)
+    loss = trial.suggest_categorical("objective.name", ["cross_entropy", "dice", "dice_cross_entropy"])
+    if loss == "dice_cross_entropy":
+        # Only a sum has a weight.
+        trial.suggest_float("objective.dice_weight", 0.25, 4.0, log=True)
+    trial.suggest_categorical("model.width", [0.25, 0.5, 1.0])
+    trial.suggest_categorical("training.batch_size", [2, 4, 8])
+    # Whole brains as published, or patches of half of a side of 64, two of every scan.
+    if trial.suggest_categorical("patches", [False, True]):
+        settings |= {"views.crop_size": 32, "views.pad_to": 32, "views.count": 2, "views.crop_on_class": 0.5}
+    return settings | {name: value for name, value in trial.params.items() if name != "patches"}
