@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save
+from scipy import ndimage
 from torch import nn
 
 from core.config import resolve, task_of
@@ -28,7 +29,7 @@ from core.evaluation import Floats
 from core.files.writing import write_text
 from core.run_settings import RunSettings
 from core.tasks import TASKS, find_task
-from core.tasks.task import Facts, Labels, Prediction
+from core.tasks.task import ClassProbabilities, Facts, Labels, Prediction
 from core.volumes.images.preprocess import IntensityStatistics, Preprocessing, normalise
 from core.volumes.images.resample import resample_labels
 from core.volumes.ingest.prepare import PreparedScan, prepare_scan
@@ -66,6 +67,10 @@ class Predictor:
     def maps(self, outputs: Mapping[str, Floats]) -> dict[str, npt.NDArray[np.int16]]:
         """The maps of classes (n, X, Y, Z) that the task makes of it, by name."""
         return find_task(self.settings.task).maps(self.settings, outputs, self.facts)
+
+    def probability_maps(self, outputs: Mapping[str, Floats]) -> dict[str, ClassProbabilities]:
+        """The probabilities of classes that the task makes of it, by name."""
+        return find_task(self.settings.task).probability_maps(self.settings, outputs, self.facts)
 
     @torch.no_grad()
     def observe(self, volumes: Floats) -> dict[str, Floats]:
@@ -184,9 +189,66 @@ def on_own_grid(classes: npt.NDArray[np.int16], scan: PreparedScan, file: Path) 
     Every voxel has the class of the nearest voxel of the grid, and 0 beyond it.
     """
     own = cast(nib.Nifti1Image, nib.load(file))
+    return _as_image(resample_labels(classes, scan.affine, own.affine, _grid_of(own)), own)
+
+
+class OnOwnGrid(NamedTuple):
+    """What a scan is segmented into, on its own voxels."""
+
+    classes: nib.Nifti1Image
+    """The number of every voxel's likeliest class, int16."""
+    probabilities: nib.Nifti1Image
+    """(X, Y, Z, K - 1) of all classes but the background, float32."""
+    milliliters: dict[str, float]
+    """The volume of every class, by name."""
+
+
+def segmented(given: ClassProbabilities, scan: PreparedScan, file: Path) -> OnOwnGrid:
+    """The segmentation of one scan on the voxels of the file that `scan` was made from.
+
+    Probabilities are interpolated linearly, then the likeliest class is taken; beyond the grid of the cohort all is
+    background. Affine, codes and trailing axes are those of the file.
+
+    Args:
+        given: of this scan alone, N = 1.
+        scan: how it was prepared.
+        file: its NIfTI file.
+    """
+    own = cast(nib.Nifti1Image, nib.load(file))
+    shape, to_grid = _grid_of(own), np.linalg.inv(scan.affine) @ own.affine
+    placed_kxyz = np.stack(
+        [
+            ndimage.affine_transform(
+                values_xyz.astype(np.float32), to_grid, output_shape=shape, order=1, mode="grid-constant",
+                cval=float(place == 0),
+            )
+            for place, values_xyz in enumerate(given.values[0])
+        ]
+    )  # fmt: skip
+    classes_xyz = np.array([0, *given.numbers], dtype=np.int16)[placed_kxyz.argmax(axis=0)]
+    voxel = abs(float(np.linalg.det(own.affine[:3, :3]))) / 1000
+    volumes = {
+        name: int(np.count_nonzero(classes_xyz == number)) * voxel
+        for name, number in zip(given.names, given.numbers, strict=True)
+    }
+    probabilities = nib.Nifti1Image(np.moveaxis(placed_kxyz[1:], 0, -1), own.affine)
+    return OnOwnGrid(_as_image(classes_xyz, own), _with_codes(probabilities, own), volumes)
+
+
+def _grid_of(own: nib.Nifti1Image) -> tuple[int, int, int]:
     shape = own.shape[:3]
-    placed = resample_labels(classes, scan.affine, own.affine, (shape[0], shape[1], shape[2]))
-    image = nib.Nifti1Image(placed, own.affine)
-    image.set_qform(own.affine, int(own.header["qform_code"]) or 1)
-    image.set_sform(own.affine, int(own.header["sform_code"]) or 1)
+    return shape[0], shape[1], shape[2]
+
+
+def _as_image(classes_xyz: npt.NDArray[np.int16], own: nib.Nifti1Image) -> nib.Nifti1Image:
+    """A map as an image like `own`, with its trailing axes of length 1."""
+    trailing = own.shape[3:] if all(side == 1 for side in own.shape[3:]) else ()
+    return _with_codes(nib.Nifti1Image(classes_xyz.reshape(*classes_xyz.shape, *trailing), own.affine), own)
+
+
+def _with_codes(image: nib.Nifti1Image, own: nib.Nifti1Image) -> nib.Nifti1Image:
+    """The image with both transforms of `own`, and what they mean; scanner-based where neither is known."""
+    codes = [int(own.header[name]) for name in ("qform_code", "sform_code")]
+    image.set_qform(own.get_qform(), codes[0])
+    image.set_sform(own.affine, codes[1] if any(codes) else 1)
     return image

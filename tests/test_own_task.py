@@ -164,7 +164,7 @@ def test_a_task_of_a_file_goes_through_sweep_kill_resume_report_evaluate_and_pre
     scan = np.zeros((24, 24, 12), dtype=np.float32)
     scan[4:20, 4:20, 2:10] = 1
     nib.save(nib.Nifti1Image(scan, affine), tmp_path / "own.nii.gz")
-    made = run("predict", "run", "own.nii.gz", "--maps", "maps", "--out", "table.csv", cwd=tmp_path)
+    made = run("predict", "run", "own.nii.gz", "--out", "maps", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     made = nib.load(tmp_path / "maps" / "own_inside.nii.gz")
     # On the scan's own voxels, which are finer than the grid and run from right to left.

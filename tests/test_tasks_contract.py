@@ -17,7 +17,8 @@ from core.evaluation.splits import make_splits
 from core.task_description import TaskDescription
 from core.tasks import TASKS, find_task
 from core.tasks.pretraining import PROBES
-from core.tasks.task import Judging, Observed, is_known, truth_of
+from core.tasks.task import Beside, Judging, Observed, is_known, truth_of
+from distributed.sweeps.request import space_of
 from search_spaces import SPACES, published
 
 OWN = f"{Path(__file__).parent / 'own_task.py'}:BrighterSide"
@@ -32,6 +33,7 @@ GIVEN: dict[str, list[dict[str, object]]] = {
         {**SMALL, "model.name": "resnet18", **probes}
         for probes in ({}, {PROBES: ["age"]}, {PROBES: ["kind", "age"]})
     ],
+    "segmentation": [{"model.width": 0.0625, "training.epochs": 2, "data.classes": ["one=1"]}],
     OWN: [{"training.epochs": 2}],
 }
 """The settings of every task here, in every way in which it can be trained."""
@@ -47,7 +49,7 @@ def made(name, index):
     """(task, settings, manifest, volumes (N, 1, X, Y, Z)); the truth about the last four scans is unknown."""
     task, chosen = find_task(name), GIVEN[name][index]
     if name in TASKS:
-        base = published(name)
+        base = published(space_of(name))
         if chosen.get("objective.name") == "l1":
             base, chosen = {**base, "objective": {"name": "l1"}}, SMALL
         settings = resolve(merge(base, chosen))
@@ -65,6 +67,7 @@ def made(name, index):
     )
     manifest.loc[SCANS - 4 :, ["age", "side"]] = np.nan
     manifest.loc[SCANS - 4 :, "kind"] = ""
+    manifest["map_dseg_checksum"] = ["x"] * (SCANS - 4) + [""] * 4
     volumes = torch.from_numpy(generator.normal(size=(SCANS, 1, SIDE, SIDE, SIDE)).astype(np.float32))
     return task, settings, manifest, volumes
 
@@ -77,6 +80,16 @@ def truth_at(rows, task, settings, manifest):
 def is_without_truth(name, index):
     """Whether this is a pre-training of which nothing is read."""
     return name == "masked_pretraining" and PROBES not in GIVEN[name][index]
+
+
+def maps_of(task, settings, volumes):
+    """The maps that the task needs: where a volume is bright."""
+    return {each: (volumes[:, 0] > 0.5).short() for each in task.needed_maps(settings)}
+
+
+def seen_of(task, settings, model, volumes):
+    beside = Beside(maps_of(task, settings, volumes), (8.0, 8.0, 8.0), final=True)
+    return task.observe_with_maps(settings, model, volumes, beside)
 
 
 def judged(name, index, labels_of_evaluation=None, order=None):
@@ -92,7 +105,7 @@ def judged(name, index, labels_of_evaluation=None, order=None):
     for rows in (training, evaluation):
         with torch.no_grad():
             outputs = {
-                key: value.numpy() for key, value in task.observe(settings, model, volumes[rows]).items()
+                key: value.numpy() for key, value in seen_of(task, settings, model, volumes[rows]).items()
             }
         truth = truth_at(rows, task, settings, manifest)
         seen.append(
@@ -107,7 +120,7 @@ def judged(name, index, labels_of_evaluation=None, order=None):
 
 def test_every_task_is_here_and_has_a_space():
     assert set(TASKS) == set(GIVEN) - {OWN}
-    assert set(TASKS) <= set(SPACES)
+    assert {space_of(name) for name in TASKS} <= set(SPACES)
 
 
 @pytest.mark.parametrize("name", GIVEN)
@@ -152,7 +165,8 @@ def test_a_step_moves_the_model_and_the_seed_alone_makes_it(name, index):
     for _ in range(2):
         torch.manual_seed(3)
         model, rows = task.build(settings, 1, facts), np.arange(8)
-        views = task.views(settings, volumes[rows], rows, 1, 0)
+        maps = maps_of(task, settings, volumes[rows])
+        views = task.views_with_maps(settings, volumes[rows], maps, rows, 1, 0)
         assert views.shape[0] == 8
         assert views.ndim == 6
         targets = torch.as_tensor(task.targets(labels, facts)[rows])
@@ -174,8 +188,8 @@ def test_a_scan_is_seen_alike_in_any_company(name, index):
     torch.manual_seed(0)
     model = task.build(settings, 1, facts).eval()
     with torch.no_grad():
-        together = task.observe(settings, model, volumes[:6])
-        alone = [task.observe(settings, model, volumes[row : row + 1]) for row in range(6)]
+        together = seen_of(task, settings, model, volumes[:6])
+        alone = [seen_of(task, settings, model, volumes[row : row + 1]) for row in range(6)]
     assert together["embedding"].shape[0] == 6
     assert together["embedding"].ndim == 2
     for key, values in together.items():
@@ -215,7 +229,8 @@ def test_the_truth_about_the_evaluation_moves_no_prediction(name, index):
     assert outcome.fitted == other.fitted
     assert outcome.predictions["predicted"].tolist() == other.predictions["predicted"].tolist()
     is_alike = outcome.predictions["error"].tolist() == other.predictions["error"].tolist()
-    assert is_alike == is_without_truth(name, index)
+    # The truth of a segmentation is in its maps.
+    assert is_alike == (is_without_truth(name, index) or name == "segmentation")
 
 
 @pytest.mark.parametrize(("name", "index"), ALL)

@@ -26,19 +26,28 @@ class Segmenter(nn.Module):
     Args:
         network: (B, C, X, Y, Z) -> scores (B, K, X, Y, Z), or in training (B, D, K, X, Y, Z) of D depths.
         multiples: what sides along X, Y and Z must be multiples of.
+        least: how long they must be.
         in_slices: whether the network is for slices (B, C, X, Y), and sees every slice across Z by itself.
     """
 
     def __init__(
-        self, network: nn.Module, multiples: tuple[int, int, int], *, in_slices: bool = False
+        self,
+        network: nn.Module,
+        multiples: tuple[int, int, int],
+        least: tuple[int, int, int],
+        *,
+        in_slices: bool = False,
     ) -> None:
         super().__init__()
-        self.network, self.multiples, self.in_slices = network, multiples, in_slices
+        self.network, self.multiples, self.least, self.in_slices = network, multiples, least, in_slices
 
     def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
         """Scores (B, K, X, Y, Z); of a network with deep supervision in training (B, D, K, X, Y, Z)."""
         x, y, z = volumes_bcxyz.shape[2:]
-        beyond = [(-side) % of for side, of in zip((x, y, z), self.multiples, strict=True)]
+        beyond = [
+            max(side + (-side) % of, least) - side
+            for side, of, least in zip((x, y, z), self.multiples, self.least, strict=True)
+        ]
         padded = F.pad(volumes_bcxyz, (0, beyond[2], 0, beyond[1], 0, beyond[0]))
         scores: torch.Tensor
         if self.in_slices:
@@ -53,13 +62,16 @@ def build_segmenter(settings: SegmenterSettings, in_channels: int, classes: int)
     """The segmenter of these settings for so many channels and classes, the background among them."""
     own = settings.model_dump(exclude={"name"})
     if settings.name == "res_unet":
-        return Segmenter(res_unet(in_channels, classes, **own), (1, 1, 1))
+        return Segmenter(res_unet(in_channels, classes, **own), (1, 1, 1), (16, 16, 1))
     if settings.name == "groupnorm_unet":
-        return Segmenter(groupnorm_unet(in_channels, classes, **own), (32, 32, 1), in_slices=True)
+        return Segmenter(
+            groupnorm_unet(in_channels, classes, **own), (32, 32, 1), (32, 32, 1), in_slices=True
+        )
     if settings.name == "dynunet":
-        return Segmenter(dynunet(in_channels, classes, **own), (8, 8, 8))
+        return Segmenter(dynunet(in_channels, classes, **own), (8, 8, 8), (16, 16, 16))
     make = swin_unetr_symmetry if settings.name == "swin_unetr_symmetry" else swin_unetr
-    return Segmenter(cast(Any, make)(in_channels, classes, **own), (32, 32, 32))
+    # With one voxel in the deepest stage its instance norm would have nothing to normalise.
+    return Segmenter(cast(Any, make)(in_channels, classes, **own), (32, 32, 32), (64, 32, 32))
 
 
 def dynunet(

@@ -33,7 +33,19 @@ from core.models.settings import ResUNetSettings, SegmenterSettings, SymmetrySwi
 from core.objectives import Metric
 from core.run_settings import DataSettings, Frozen, RunSettings
 from core.task_description import TaskDescription
-from core.tasks.task import Beside, Facts, Judging, Labels, Observed, Outcome, Prediction, Step, Task, Truth
+from core.tasks.task import (
+    Beside,
+    ClassProbabilities,
+    Facts,
+    Judging,
+    Labels,
+    Observed,
+    Outcome,
+    Prediction,
+    Step,
+    Task,
+    Truth,
+)
 from core.volumes.cohort.description import has_map
 from core.volumes.views import ViewSettings, make_views_with_maps
 
@@ -269,7 +281,7 @@ class Segmentation(Task[SegmentationSettings]):
         milliliters_nk2 = counts_nk3[:, :, 1:] * evaluation.outputs["voxel"][:, :, None]
         dice_nk = dice_of(counts_nk3)
         of_case = _mean_of_defined(dice_nk)
-        table = pd.DataFrame({"predicted": of_case, "error": 1 - of_case})
+        table = pd.DataFrame({"predicted": 1 - evaluation.embeddings[:, 0], "error": 1 - of_case})
         for place, name in enumerate(names):
             table[f"dice_{name}"] = dice_nk[:, place]
             table[f"ml_{name}"] = milliliters_nk2[:, place, 0]
@@ -302,10 +314,11 @@ class Segmentation(Task[SegmentationSettings]):
 
     def probability_maps(
         self, settings: SegmentationSettings, outputs: Mapping[str, Floats], facts: Facts
-    ) -> dict[str, tuple[Floats, tuple[int, ...]]]:
-        """The probabilities of the background and every class, and their numbers in a map."""
-        numbers = tuple(cast(dict[str, int], facts["classes"]).values())
-        return {settings.data.target: (outputs[PROBABILITIES], (0, *numbers))}
+    ) -> dict[str, ClassProbabilities]:
+        """The probabilities of the background and every class."""
+        known = cast(dict[str, int], facts["classes"])
+        made = ClassProbabilities(outputs[PROBABILITIES], tuple(known), tuple(known.values()))
+        return {settings.data.target: made}
 
     def present(
         self, predictions: pd.DataFrame, truth: Labels | None, calibration: str | None, facts: Facts

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -111,6 +111,17 @@ class Step:
 
     loss: torch.Tensor
     noted: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class ClassProbabilities(NamedTuple):
+    """How probable every class is in every voxel."""
+
+    values: Floats
+    """(N, K, X, Y, Z), the first class is the background."""
+    names: tuple[str, ...]
+    """Of the K - 1 classes behind it."""
+    numbers: tuple[int, ...]
+    """By which a map tells them."""
 
 
 @dataclass(frozen=True)
@@ -292,8 +303,8 @@ class Task(ABC, Generic[S]):
 
     def probability_maps(
         self, settings: S, outputs: Mapping[str, Floats], facts: Facts
-    ) -> dict[str, tuple[Floats, tuple[int, ...]]]:
-        """By name the probabilities (N, K, X, Y, Z) of K classes and their numbers, which `predict` makes maps of.
+    ) -> dict[str, ClassProbabilities]:
+        """By name the probabilities of classes on the grid of the cohort, which `predict` makes maps of.
 
         They are brought to the grid of a scan before the likeliest class is taken, so that its borders are smooth.
         """

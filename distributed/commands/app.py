@@ -230,15 +230,15 @@ def predict(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="also write the table to this CSV file, with whether the model was trained on it"),
-    ] = None,
-    maps: Annotated[
-        Path | None,
         typer.Option(
-            metavar="FOLDER",
-            help="where to write the maps of classes of a task that has any, each on its file's grid",
+            metavar="FOLDER|FILE.csv",
+            help="also write the table, with whether the model was trained on a file: to FILE.csv, or into FOLDER, "
+            "beside the maps of classes of a task that has any, each on its file's grid",
         ),
     ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="write the probabilities of all classes into FOLDER, too")
+    ] = False,
     trust: TrustsTask = False,
 ) -> None:
     """Predict single NIfTI files with the best model of a run: ages with an interval and the gap, or classes."""
@@ -246,7 +246,19 @@ def predict(
     from distributed.run.working_copy import bring_run
 
     bring_run(run, console)
-    prediction = predict_files(run, volumes, masks, truth, maps=maps, console=console, is_trusted=trust)
+    folder = None if out is None or out.suffix.lower() == ".csv" else out
+    if probabilities and folder is None:
+        raise UserError("--probabilities needs --out FOLDER")
+    prediction = predict_files(
+        run,
+        volumes,
+        masks,
+        truth,
+        maps=folder,
+        probabilities=probabilities,
+        console=console,
+        is_trusted=trust,
+    )
     found = prediction.table
     for note in prediction.lacks:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
@@ -262,8 +274,10 @@ def predict(
         from core.files.tables import write_table
         from core.files.writing import writing_to
 
-        with writing_to(out.parent):
-            write_table(found, out)
+        table_file = out if folder is None else folder / "predictions.csv"
+        with writing_to(table_file.parent):
+            table_file.parent.mkdir(parents=True, exist_ok=True)
+            write_table(found, table_file)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from core.errors import UserError
 from core.files.tables import read_table
 from core.run_description import find_cohort
 from core.run_names import SPLITS, TRAIN
+from core.starts import TRAINED_ON, data_set_of
 from core.volumes.cohort.reader import Cohort
 from core.volumes.cohort.shards import checksum
 from core.volumes.cohort.stored import encode
@@ -55,6 +56,8 @@ class KnownScans:
     """None if it was not found."""
     channel: str
     """Of the model."""
+    trained: frozenset[str] | None = None
+    """The people of the cohort that the best model was trained on; None if it does not say (versions before 0.3)."""
 
     @classmethod
     def of(cls, folder: RunFolder, channel: str) -> KnownScans:
@@ -65,7 +68,7 @@ class KnownScans:
         except UserError:
             cohort = None
         validation = f"fold {about.sweep.get('fold')}" if about.kind == TRAIN else ""
-        return cls(roles_of(folder), validation, cohort, channel)
+        return cls(roles_of(folder), validation, cohort, channel, _trained(folder, cohort))
 
     def standing(self, file: Path, scan: PreparedScan) -> Standing:
         """Whether the model was trained on this scan, prepared from `file` as the cohort was."""
@@ -92,6 +95,8 @@ class KnownScans:
             return "no", "who was held out"
         if role == self.validation:
             return "no", "who was in the validation fold, not in the training"
+        if self.trained is not None and subject not in self.trained:
+            return "no", "on whom the model was not trained: what it learns is not known of this person"
         return (
             "yes",
             "on whom the model was trained: the prediction is too good, and the interval does not hold",
@@ -111,6 +116,15 @@ class KnownScans:
         except UserError:
             return None, "the cohort of the run cannot be read"
         return (None if row is None else str(self.cohort.manifest["subject"].iloc[row])), ""
+
+
+def _trained(folder: RunFolder, cohort: Cohort | None) -> frozenset[str] | None:
+    """The people of this cohort in the list of the best model; None if there is none."""
+    path = folder.path / "best" / TRAINED_ON
+    if cohort is None or not path.exists():
+        return None
+    known = read_table(path, ("subject", "data_set"))
+    return frozenset(known.loc[known["data_set"] == data_set_of(cohort.description), "subject"])
 
 
 def _stored_alike(scan: PreparedScan, cohort: Cohort) -> Rows:

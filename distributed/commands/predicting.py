@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 from rich.console import Console
@@ -16,7 +17,7 @@ from core.config import task_of
 from core.errors import UserError
 from core.files.tables import read_table, write_table
 from core.files.writing import replacing, writing_to
-from core.inference import Predictor, load_predictor, on_own_grid, prepare_file
+from core.inference import Predictor, load_predictor, on_own_grid, prepare_file, segmented
 from core.run_access import EVALUATION
 from core.run_description import CohortOfRun
 from core.run_names import CURVE, NESTED, RUN_JSON, SPLITS, WINNER
@@ -25,7 +26,6 @@ from core.tasks.task import Prediction, is_known, truth_of
 from core.volumes.cohort.description import spacing_in_words
 from core.volumes.cohort.reader import Cohort
 from core.volumes.images.preprocess import Preprocessing
-from core.volumes.ingest.prepare import PreparedScan
 from distributed.commands.known_scans import KnownScans, roles_of
 from distributed.run.access import AccessRecord
 from distributed.run.assignment import HOLDOUT, Cell
@@ -51,6 +51,7 @@ def predict_files(
     truth: Sequence[str] | None = None,
     *,
     maps: Path | None = None,
+    probabilities: bool = False,
     console: Console | None = None,
     is_trusted: bool = False,
 ) -> Prediction:
@@ -62,6 +63,7 @@ def predict_files(
         masks: the brain mask of each file, in their order; needed if the cohort was made with masks.
         truth: the truth about each file, in their order and as it was typed.
         maps: a folder for the maps of classes of a task that has any, each on the grid of its file.
+        probabilities: whether to write those of the classes, too.
         console: where to say that the file of a task is executed.
         is_trusted: whether the user trusts this file as it is.
 
@@ -87,37 +89,54 @@ def predict_files(
             "ingest them into a cohort and use `brainsweep evaluate`"
         )
     known, preprocessing = KnownScans.of(folder, predictor.channels[0]), _preprocessing(folder)
-    predicted, trained_on, notes = [], [], []
+    predicted, trained_on, notes, volumes = [], [], list[str](), list[dict[str, float]]()
     for file, mask in zip(files, [None] * len(files) if masks is None else masks, strict=True):
         scan = prepare_file(file, preprocessing, mask)
         outputs = predictor.observe(scan.voxels[None])
         predicted.append(predictor.predictions(outputs))
         made = predictor.maps(outputs)
+        dense = {
+            name: segmented(each, scan, file) for name, each in predictor.probability_maps(outputs).items()
+        }
+        volumes.append({f"ml_{name}": ml for each in dense.values() for name, ml in each.milliliters.items()})
         if maps is not None:
-            _write_maps({name: several[0] for name, several in made.items()}, scan, file, maps)
+            own = {name: on_own_grid(several[0], scan, file) for name, several in made.items()}
+            own |= {name: each.classes for name, each in dense.items()}
+            if probabilities:
+                own |= {f"{name}_probabilities": each.probabilities for name, each in dense.items()}
+            _write_maps(own, file, maps)
         standing = known.standing(file, scan)
         trained_on.append(standing.trained_on)
         said = (predictor.unfamiliar(scan.voxels[None]), standing.note)
         notes.append("; ".join(note for note in said if note))
     presented = predictor.present(pd.concat(predicted, ignore_index=True), known_truth)
-    if made and maps is None:
-        lacks = (*presented.lacks, f"the {', '.join(made)} maps are not written: give --maps FOLDER")
+    names = [*made, *dense]
+    if names and maps is None:
+        lacks = (*presented.lacks, f"the {', '.join(names)} maps are not written: give --out FOLDER")
         presented = replace(presented, lacks=lacks)
-    if maps is not None and not made:
-        raise UserError(f"--maps cannot act: the task {task.about.name} makes no maps")
-    table = presented.table.copy()
+    if probabilities and not dense:
+        raise UserError(f"--probabilities cannot act: the task {task.about.name} has none of voxels")
+    of_classes = pd.DataFrame(volumes)
+    shown = presented.shown.assign(
+        **{
+            f"{str(name).removeprefix('ml_')} (mL)": [f"{ml:.1f}" for ml in column]
+            for name, column in of_classes.items()
+        }
+    )
+    presented = replace(presented, shown=shown)
+    table = pd.concat([presented.table.copy(), of_classes], axis=1)
     table.insert(0, "file", [str(file) for file in files])
     return replace(presented, table=table.assign(trained_on=trained_on, note=notes))
 
 
-def _write_maps(maps: Mapping[str, np.ndarray], scan: PreparedScan, file: Path, folder: Path) -> None:
-    """Write the maps of a scan as NIfTI files on its own grid: FOLDER/sub-01_T1w_NAME.nii.gz."""
+def _write_maps(maps: Mapping[str, nib.Nifti1Image], file: Path, folder: Path) -> None:
+    """Write the maps of a scan as NIfTI files: FOLDER/sub-01_T1w_NAME.nii.gz."""
     stem = file.name.removesuffix(".gz").removesuffix(".nii")
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, classes in maps.items():
+        for name, image in maps.items():
             with replacing(folder / f"{stem}_{name}.nii.gz") as path:
-                path.write_bytes(gzip.compress(on_own_grid(classes, scan, file).to_bytes(), mtime=0))
+                path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
 
 
 def _predictor_of(folder: RunFolder, console: Console | None, is_trusted: bool) -> Predictor:
