@@ -34,6 +34,8 @@ DRAWN_WITH = {
     "core.run_access": "core.run_description",
     "core.run_names": "core.run_description",
     "core.report.html": "core.report.page",
+    "core.report.compare": "core.report.page",
+    "core.report.curve": "core.report.page",
     "core.report.nested": "core.report.page",
     "core.errors": EVERYWHERE,
     "core.lookup": EVERYWHERE,

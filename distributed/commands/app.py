@@ -180,6 +180,21 @@ def report(run: RunArgument) -> None:
     console.print(f"\nNext:\n  open {page}", highlight=False)
 
 
+@app.command(epilog="Example: brainsweep compare runs/contrastive runs/cnn --out comparison")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN…", help="runs judged on the same people")],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="where the tables and the page are written")
+    ] = Path("comparison"),
+) -> None:
+    """Compare the winners of runs on the same held-out people, in pairs: one table, one page, one picture."""
+    from core.report.compare import print_compared, write_compared
+
+    page = write_compared(runs, out)
+    print_compared(console, runs)
+    console.print(f"\nNext:\n  open {page}", highlight=False)
+
+
 TrustsTask = Annotated[
     bool,
     typer.Option(

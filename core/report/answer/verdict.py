@@ -53,7 +53,9 @@ class Comparison:
         """The comparison in a sentence, with its numbers."""
         words, error = self.task.in_words, self.task.error
         this, that = words.get(self.method, self.method), words.get(self.other, self.other)
-        this = this[0].upper() + this[1:]
+        if self.method in words:
+            # The name of a run stays as it is.
+            this = this[0].upper() + this[1:]
         amount = error.amount(f"{abs(self.gain):.2f}")
         together = f", for {self.family} comparisons together," if self.family > 1 else ""
         interval = (
