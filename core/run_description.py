@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from core.errors import UserError
 from core.files.places import is_url
 from core.run_names import STUDY
-from core.task_description import BRAIN_AGE, TaskDescription
+from core.task_description import BEFORE_0_3, TaskDescription
 from core.volumes.cohort.description import DESCRIPTION
 from core.volumes.cohort.reader import Cohort
 
@@ -163,7 +163,7 @@ class RunDescription(_Part):
     """The published configuration with the changes of the user, from which every trial starts."""
     sweep: dict[str, JsonValue] = {}
     """The request: values by the names of the options."""
-    task: TaskDescription = BRAIN_AGE
+    task: TaskDescription = BEFORE_0_3
     """Versions before 0.3 wrote none: they knew no other task."""
     space_file: CodeFile | None = None
     """None if the space is one of ours, and before version 0.3."""

@@ -114,11 +114,16 @@ class TaskDescription(_Part):
         return COST_METRIC if name == COST else self.metrics.get(name) or Metric(title=name)
 
 
+SHOWN_BEFORE_0_3 = ("mae", "r2", "site_balanced_accuracy")
 BRAIN_AGE = TaskDescription(
     name="brain_age",
     metrics={
         "mae": Metric(title="MAE", unit="years"),
         "r2": Metric(title="R²", better="high"),
+        "mse": Metric(title="MSE", unit="years²"),
+        "msle": Metric(title="MSLE"),
+        "median_ae": Metric(title="median absolute error", unit="years"),
+        "explained_variance": Metric(title="explained variance", better="high"),
         "site_balanced_accuracy": Metric(
             title="site balanced accuracy", needs_sites=True, as_objective="site balanced accuracy"
         ),
@@ -130,7 +135,7 @@ BRAIN_AGE = TaskDescription(
         ),
     },
     objectives=("mae", "site_balanced_accuracy", "openbhb_score"),
-    shown=("mae", "r2", "site_balanced_accuracy"),
+    shown=(*SHOWN_BEFORE_0_3, "mse", "msle", "median_ae", "explained_variance"),
     error=Metric(title="absolute errors", unit="years"),
     truth="age",
     truth_unit="years",
@@ -153,4 +158,5 @@ BRAIN_AGE = TaskDescription(
     figures=("predicted", "gap"),
     course=("temperature", "width", "neighbours"),
 )
-"""Also that of every run that has none."""
+BEFORE_0_3 = BRAIN_AGE.model_copy(update={"shown": SHOWN_BEFORE_0_3})
+"""That of every run that has none: its tables have fewer columns."""

@@ -1,6 +1,6 @@
 """What is worth varying in the segmentation of tissues: the loss, the network, and whether it sees brains or patches.
 
-Every parameter is named like the setting it sets, except where one choice sets several.
+Every parameter is named like the setting it sets; a patch brings settings of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def space(trial: optuna.Trial) -> dict[str, object]:
         trial.suggest_float("objective.dice_weight", 0.25, 4.0, log=True)
     trial.suggest_categorical("model.width", [0.25, 0.5, 1.0])
     trial.suggest_categorical("training.batch_size", [2, 4, 8])
-    # Whole brains as published, or patches of half of a side of 64, two of every scan.
-    if trial.suggest_categorical("patches", [False, True]):
-        settings |= {"views.crop_size": 32, "views.pad_to": 32, "views.count": 2, "views.crop_on_class": 0.5}
-    return settings | {name: value for name, value in trial.params.items() if name != "patches"}
+    # Whole brains as published, or two patches of every scan.
+    patch = trial.suggest_categorical("views.crop_size", [None, 32])
+    if patch is not None:
+        settings |= {"views.pad_to": patch, "views.count": 2, "views.crop_on_class": 0.5}
+    return settings | trial.params

@@ -240,7 +240,7 @@ def nested_of(judged, tmp_path, monkeypatch):
 def test_a_hold_out_without_a_result_does_not_stop_the_others_and_is_named(nested_of):
     run, sweeps, said = nested_of(failing=[1])
     assert [number for number, _ in sweeps.begun] == [1, 2, 3]
-    assert "hold-out 1 has no result: all 8 trials failed; the first: the loss became NaN" in said
+    assert "hold-out 1 of 3: there is no result: all 8 trials failed; the first: the loss became NaN" in said
     assert "No result for hold-out 1" in said
     assert open_run(run).about.finished
     assert "No result for hold-out 1" in (run / "report.html").read_text()

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+from sklearn.metrics import (
+    explained_variance_score,
+    mean_absolute_error,
+    mean_squared_error,
+    mean_squared_log_error,
+    median_absolute_error,
+    r2_score,
+    root_mean_squared_error,
+)
 
 from core.evaluation import Floats, Names
 from core.evaluation.by_subject import subject_means, subject_weights
@@ -62,10 +71,11 @@ def fit_age_bias(predicted_n: Floats, ages_n: Floats, weights_n: Floats | None =
 def regression_metrics(
     predicted_n: Floats, ages_n: Floats, subjects_n: Names | None = None
 ) -> dict[str, float]:
-    """`mae` and `rmse` in years, `r2`, `pearson_r`, and `age_bias` (slope of the gap on age).
+    """`mae`, `rmse` and `median_ae` in years, `mse`, `msle`, `r2`, `explained_variance`, `pearson_r`, and `age_bias`.
 
-    Every subject counts once, as the mean over the person's scans. R² and the slope are NaN where all ages are
-    equal, Pearson's r also where all predictions are.
+    `age_bias` is the slope of the gap on age. Every subject counts once, as the mean over the person's scans. R², the
+    explained variance and the slope are NaN where all ages are equal, Pearson's r also where all predictions are, and
+    the logarithmic error where a predicted age is negative.
 
     Args:
         predicted_n: ages as predicted from N scans.
@@ -78,10 +88,19 @@ def regression_metrics(
         raise ValueError(f"predictions and ages must be (n,), n > 0; got {predicted_n.shape}, {ages_n.shape}")
     ages_vary = bool(np.ptp(ages_n) > 0)
     weights_n = None if subjects_n is None else subject_weights(subjects_n)
+    undefined = float("nan")
+
+    def measure(metric: Callable[..., float], *, is_defined: bool = True) -> float:
+        return float(metric(ages_n, predicted_n, sample_weight=weights_n)) if is_defined else undefined
+
     return {
-        "mae": float(mean_absolute_error(ages_n, predicted_n, sample_weight=weights_n)),
-        "rmse": float(root_mean_squared_error(ages_n, predicted_n, sample_weight=weights_n)),
-        "r2": float(r2_score(ages_n, predicted_n, sample_weight=weights_n)) if ages_vary else float("nan"),
+        "mae": measure(mean_absolute_error),
+        "rmse": measure(root_mean_squared_error),
+        "mse": measure(mean_squared_error),
+        "msle": measure(mean_squared_log_error, is_defined=min(predicted_n.min(), ages_n.min()) >= 0),
+        "median_ae": measure(median_absolute_error),
+        "r2": measure(r2_score, is_defined=ages_vary),
+        "explained_variance": measure(explained_variance_score, is_defined=ages_vary),
         "pearson_r": pearson_r(predicted_n, ages_n, weights_n),
         "age_bias": fit_age_bias(predicted_n, ages_n, weights_n).slope,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -10,19 +10,12 @@ import numpy.typing as npt
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.linear_model import BayesianRidge, LinearRegression, RidgeCV
-from sklearn.metrics import (
-    explained_variance_score,
-    mean_squared_error,
-    mean_squared_log_error,
-    median_absolute_error,
-)
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from core.errors import UserError
 from core.evaluation import Floats
 from core.evaluation.probes import ALPHAS
-from core.evaluation.regression import regression_metrics
 from core.lookup import look_up
 
 TISSUES: Mapping[str, int] = {"csf": 1, "gm": 2, "wm": 3}
@@ -85,45 +78,3 @@ def age_regressor(kind: RegressorKind = "linear", degree: int = 1) -> Pipeline:
             ("regression", clone(look_up(REGRESSORS, kind, "regressor"))),
         ]
     )
-
-
-def regressor_metrics(predicted_n: Floats, ages_n: Floats) -> dict[str, float]:
-    """The six metrics of system B: mae, r2, mse, msle, median_ae, explained_variance.
-
-    The logarithmic error is NaN where a predicted age is negative; R² and explained variance where all ages
-    are equal.
-    """
-    common = regression_metrics(predicted_n, ages_n)
-    undefined = float("nan")
-    explained = undefined if np.isnan(common["r2"]) else float(explained_variance_score(ages_n, predicted_n))
-    logarithmic = undefined if np.min(predicted_n) < 0 else float(mean_squared_log_error(ages_n, predicted_n))
-    return {
-        "mae": common["mae"],
-        "r2": common["r2"],
-        "mse": float(mean_squared_error(ages_n, predicted_n)),
-        "msle": logarithmic,
-        "median_ae": float(median_absolute_error(ages_n, predicted_n)),
-        "explained_variance": explained,
-    }
-
-
-def cross_validate(
-    regressor: Pipeline, features_nk: Floats, ages_n: Floats, folds: Sequence[npt.NDArray[np.int64]]
-) -> tuple[Floats, list[dict[str, float]]]:
-    """Out-of-fold predictions (N,), NaN for subjects in no fold, and `regressor_metrics` of each fold.
-
-    Args:
-        regressor: unfitted, cloned for each fold.
-        features_nk: (N, K).
-        ages_n: (N,) in years.
-        folds: validation rows of each fold, disjoint; training is on the rows of the other folds, so rows in
-            no fold (the hold-out) are never used.
-    """
-    predicted_n = np.full(len(ages_n), np.nan)
-    metrics = []
-    for fold, validation in enumerate(folds):
-        training = np.concatenate([rows for other, rows in enumerate(folds) if other != fold])
-        fitted = clone(regressor).fit(features_nk[training], ages_n[training])
-        predicted_n[validation] = fitted.predict(features_nk[validation])
-        metrics.append(regressor_metrics(predicted_n[validation], ages_n[validation]))
-    return predicted_n, metrics

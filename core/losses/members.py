@@ -297,10 +297,20 @@ class RankNContrast(PublishedSettings):
         )
 
 
+TargetScaling = Annotated[
+    Literal["standard", "none"],
+    Field(
+        description="whether the network predicts (label - mean)/SD of the training subjects, or the label itself, as "
+        "published for system B; the error is in the unit of the label in both cases"
+    ),
+]
+
+
 class L1(LossSettings):
     """Regression baseline: mean absolute error of predicted labels, embeddings (B, V, 1)."""
 
     name: Literal["l1"] = "l1"
+    target_scaling: TargetScaling = "standard"
 
     def build(self, epochs: int | None = None) -> nn.Module:
         """The loss module."""
@@ -311,6 +321,7 @@ class MSE(LossSettings):
     """Regression baseline: mean squared error of predicted labels, embeddings (B, V, 1)."""
 
     name: Literal["mse"] = "mse"
+    target_scaling: TargetScaling = "standard"
 
     def build(self, epochs: int | None = None) -> nn.Module:
         """The loss module."""

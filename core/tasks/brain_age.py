@@ -179,6 +179,8 @@ class BrainAge(Task[BrainAgeSettings]):
         if is_regression(settings):
             # Of a model that is read from a file, they are among its weights.
             mean, sd = (cast(float, facts.get(name, 0.0)) for name in ("age_mean", "age_sd"))
+            if getattr(settings.objective, "target_scaling", None) == "none":
+                mean, sd = 0.0, 1.0
             return RegressionModel(encoder, RegressionHead(encoder.embedding_dim), mean, sd)
         head = build_projection_head(settings.model, encoder.embedding_dim)
         return ContrastiveModel(encoder, head, settings.model.readout)

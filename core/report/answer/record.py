@@ -33,7 +33,7 @@ from core.run_names import (
     SECONDS,
     VALUE_AT,
 )
-from core.task_description import BRAIN_AGE, TaskDescription
+from core.task_description import BEFORE_0_3, BRAIN_AGE, TaskDescription
 
 TRIAL_COLUMNS = ("number", "label", "state", "value", "sd", "n", "epochs", "seconds", "reason")
 # Every table of a run: the columns that it has for every task, and what is missing in a report without it.
@@ -83,7 +83,7 @@ class NothingToShow(Exception):
     """The run does not contain what a figure needs; the message tells the reader what is missing."""
 
 
-def _empty(name: str, of_task: TaskDescription = BRAIN_AGE) -> pd.DataFrame:
+def _empty(name: str, of_task: TaskDescription = BEFORE_0_3) -> pd.DataFrame:
     return pd.DataFrame(columns=list(columns_of(name, of_task)))
 
 
@@ -344,7 +344,9 @@ def reported(trial: FrozenTrial) -> dict[int, float]:
     return several or trial.intermediate_values
 
 
-def trial_row(trial: FrozenTrial, epochs: int | None, of_task: TaskDescription = BRAIN_AGE) -> dict[str, Any]:
+def trial_row(
+    trial: FrozenTrial, epochs: int | None, of_task: TaskDescription = BEFORE_0_3
+) -> dict[str, Any]:
     """One row of the trials table: `TRIAL_COLUMNS`; whether the trial lies outside the space now; the means over the
     cells of what the task can optimise, and the cost; then the searched settings of the trial.
 

@@ -17,7 +17,7 @@ from core.report.answer.population import found_in_words, found_schedule, values
 from core.report.answer.record import RunRecord, not_settings
 from core.report.answer.verdict import after_a_look, comparisons, judged_interval, verdict
 from core.run_names import FOUND, MEMBER, PUBLISHED
-from core.task_description import BRAIN_AGE, TaskDescription
+from core.task_description import BEFORE_0_3, TaskDescription
 
 ABSENT = "–"
 INTERVAL = "95 % interval"
@@ -39,7 +39,7 @@ def leaderboard(
     trials: pd.DataFrame,
     top: int = 10,
     found: str = "",
-    task: TaskDescription = BRAIN_AGE,
+    task: TaskDescription = BEFORE_0_3,
     better: Better = "low",
 ) -> pd.DataFrame:
     """The `top` trials of the trials table, best first, and the published configuration in any case.
@@ -115,7 +115,7 @@ def ended(trials: pd.DataFrame) -> int:
 
 
 def holdout_table(
-    holdout: pd.DataFrame, predictions: pd.DataFrame, task: TaskDescription = BRAIN_AGE
+    holdout: pd.DataFrame, predictions: pd.DataFrame, task: TaskDescription = BEFORE_0_3
 ) -> pd.DataFrame:
     """Mean ± SD over refit seeds (sample SD) of each method on the held-out subjects.
 
@@ -149,7 +149,7 @@ def _holdout_row(
     }
 
 
-def failed_trials(trials: pd.DataFrame, task: TaskDescription = BRAIN_AGE) -> pd.DataFrame:
+def failed_trials(trials: pd.DataFrame, task: TaskDescription = BEFORE_0_3) -> pd.DataFrame:
     """The trials that failed: trial, reason, epochs done, what (the configuration in a few words)."""
     settings = [name for name in trials.columns if name not in not_settings(task)]
     rows = [
