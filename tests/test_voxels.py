@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
+from sklearn.linear_model import RidgeCV
 from small_cohort import write_small_cohort
 
 from core.config import resolve
@@ -54,7 +55,7 @@ def test_it_is_principal_components_and_the_probe_of_ages(cohort, edges):
     ages, people = cohort.manifest["age"].to_numpy(), cohort.manifest["subject"].to_numpy(str)
     cell = cell_of(cohort, edges=edges)
     for rows, expected in ((OTHERS, training), (EVALUATED, evaluated)):
-        found = cell.observed(rows).embeddings
+        found = cell.observed(rows).embeddings @ cell.turn.T
         # The sign of a component is free.
         np.testing.assert_allclose(
             np.abs(found), np.abs(expected), rtol=0, atol=2e-3 * np.abs(expected).max()
@@ -76,3 +77,22 @@ def test_whom_it_judges_has_no_part_in_it(cohort):
     assert first.judge().fitted == second.judge().fitted
     volumes[OTHERS[0]] *= 5
     assert not np.array_equal(first.components.components_, cell_of(cohort, volumes).components.components_)
+
+
+def test_it_is_about_as_good_as_a_ridge_on_the_voxels(cohort):
+    """Of components that are all taken for equally large, those that are noise hide the age."""
+    turned, as_they_are, ridges = [], [], []
+    for seed in range(12):
+        draws = np.random.default_rng(seed)
+        # Brains differ in many ways, in a few of them much; age is in the two largest.
+        people, ways = draws.normal(size=(24, 60)), draws.normal(size=(60, 12**3))
+        volumes = 10 + (people / np.arange(1, 61)) @ ways + draws.normal(0, 1, (24, 12**3))
+        ages = 50 + 10 * (people[:, 0] + people[:, 1]) + draws.normal(0, 6, 24)
+        cell = cell_of(cohort, volumes=volumes.reshape(24, 1, 12, 12, 12).astype(np.float32), ages=ages)
+        turned.append(cell.judge(sites=False).metrics["mae"])
+        cell.turn = np.eye(len(cell.turn))
+        as_they_are.append(cell.judge(sites=False).metrics["mae"])
+        ridge = RidgeCV(np.logspace(-2, 6, 30)).fit(volumes[OTHERS], ages[OTHERS])
+        ridges.append(np.abs(ridge.predict(volumes[EVALUATED]) - ages[EVALUATED]).mean())
+    assert np.mean(turned) < 1.15 * np.mean(ridges)
+    assert np.mean(turned) < 0.9 * np.mean(as_they_are)

@@ -36,8 +36,11 @@ class Budget:
     labelled: int
     """People that the refits train on with their label."""
     record: RunRecord
-    predictions: pd.DataFrame
-    """Of the sweep; the best of a start is named so also where it is the winner."""
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """Of the sweep."""
+        return self.record.predictions
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def read_curve(run: Path) -> Curve:
             why = "it has not begun" if record is None else "it has no result on the held-out people"
             missing.append(f"No point for {text} labelled: {why}.")
             continue
-        budgets.append(Budget(text, _labelled(text, record), record, _by_start(record)))
+        budgets.append(Budget(text, _labelled(text, record), record))
     if not budgets:
         raise UserError(f"no budget of {run} has a result yet; continue it with `brainsweep resume {run}`")
     return Curve(run, about, tuple(sorted(budgets, key=lambda each: each.labelled)), tuple(missing))
@@ -94,21 +97,6 @@ def _labelled(asked: str, record: RunRecord) -> int:
     if asked == "all":
         return people
     return round(float(asked) * people) if "." in asked else int(asked)
-
-
-def _by_start(record: RunRecord) -> pd.DataFrame:
-    """The predictions, with those of the winner also under the name of the best of its start."""
-    if record.best is None or not record.task.starts:
-        return record.predictions
-    given = record.trial(record.best).get(WEIGHTS)
-    of_winner = None if given is None or given != given else given
-    name = next((each.method for each in record.task.starts if each.changes[WEIGHTS] == of_winner), None)
-    predictions = record.predictions
-    if name is None or (predictions["method"] == name).any():
-        return predictions
-    return pd.concat(
-        [predictions, predictions[predictions["method"] == WINNER].assign(method=name)], ignore_index=True
-    )
 
 
 def curve_table(curve: Curve) -> pd.DataFrame:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from core.report.answer.record import (
 )
 from core.run_access import read_access
 from core.run_description import BestTrial
+from core.run_names import WEIGHTS, WINNER
 from core.task_description import TaskDescription
 from core.tasks import find_task
 from core.tasks.task import Task, is_known, truth_of
@@ -160,8 +162,27 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
             )
             table = read_predictions(folder.refit(name) / f"predictions-{int(cell['seed'])}.csv")
             predictions.append(table.assign(method=method, seed=cell["seed"]))
+    # The best of a start that is the winner itself is not refitted a second time.
+    for method in _methods_of_winner(folder, made):
+        rows += [row | {"method": method} for row in rows if row["method"] == WINNER]
+        predictions += [
+            table.assign(method=method) for table in predictions if (table["method"] == WINNER).all()
+        ]
     write_table(pd.DataFrame(rows), folder.path / "holdout.csv")
     write_table(pd.concat(predictions), folder.path / "predictions.csv")
+
+
+def _methods_of_winner(folder: RunFolder, made: Mapping[str, Sequence[object]]) -> list[str]:
+    """The best of the start from which the winner begins, if it has no refit of its own."""
+    files = sorted(folder.refit("winner").glob("model-*/settings.json"))
+    if not files or not made["winner"]:
+        return []
+    start = json.loads(files[0].read_text())["begin"]["weights"]
+    return [
+        rival.method
+        for rival in folder.about.task.starts
+        if rival.changes[WEIGHTS] == start and not made[rival.folder]
+    ]
 
 
 def calibrate_best(folder: RunFolder, task: Task[Any], trial: Path, source: str) -> None:

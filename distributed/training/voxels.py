@@ -39,7 +39,12 @@ class VoxelCell:
         self.settings, self.cell = settings, cell
         self.data = CellData(settings, subjects, cell, Place(torch.device("cpu"), place.rank, 1))
         people = len(np.unique(self.data.labelled.truth(self.data.labelled_rows).subjects))
-        self.components = IncrementalPCA(max(1, min(MOST_COMPONENTS, people - 1)))
+        count = max(1, min(MOST_COMPONENTS, people - 1))
+        self.components = IncrementalPCA(count)
+        # What a task fits takes every feature for equally large. Of components that is wrong: the last ones, which are
+        # noise, would weigh as much as the first. After any turn all features are alike, and distances are what they
+        # were, so a ridge on them is that on the voxels.
+        self.turn = np.linalg.qr(np.random.default_rng(0).normal(size=(count, count)))[0]
         self.epoch = 0
 
     @property
@@ -71,7 +76,9 @@ class VoxelCell:
     def observed(self, rows: Rows) -> Observed:
         """The components of scans, as a task sees embeddings."""
         truth = self.data.labelled.truth(rows)
-        scores = [self.components.transform(self._voxels(part)) for part in chunks(rows, TOGETHER)]
+        scores = [
+            self.components.transform(self._voxels(part)) @ self.turn for part in chunks(rows, TOGETHER)
+        ]
         return Observed(truth.labels, truth.sites, truth.subjects, np.concatenate(scores), more=truth.more)
 
     def state_dict(self) -> TrainingState:

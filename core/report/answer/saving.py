@@ -95,7 +95,8 @@ def needed_labels(labelled_l: list[int], curve_lr: Floats, target_r: Floats | fl
         before_r, after_r = curve_lr[place - 1], curve_lr[place]
         crosses_r = (before_r > target_r) & (after_r <= target_r)
         with np.errstate(divide="ignore", invalid="ignore"):
-            share_r = (before_r - target_r) / (before_r - after_r)
+            # Beyond 0 and 1 no curve crosses here.
+            share_r = np.clip((before_r - target_r) / (before_r - after_r), 0, 1)
         at_r = budgets_l[place - 1] + share_r * (budgets_l[place] - budgets_l[place - 1])
         needed_r = np.where(crosses_r, 2.0**at_r, needed_r)
     return np.where(curve_lr[0] <= target_r, float(labelled_l[0]), needed_r)
