@@ -8,6 +8,7 @@ known whom they were trained on. Settings, study and tables hold NAME#HASH and n
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from core.files.writing import replacing
 from core.models.weights import read_weights
 from core.volumes.cohort.description import CohortDescription
 
-MODEL, TRAINED_ON, BEST = "model.safetensors", "trained_on.csv", "best"
+MODEL, TRAINED_ON, BEST, INPUT = "model.safetensors", "trained_on.csv", "best", "input.json"
 COLUMNS = ("subject", "data_set", "source_hash")
 SHOWN = 5
 """Subjects that a message names."""
@@ -42,6 +43,8 @@ class Start:
     """By the names of the file. Arrays, which all workers of a node read in the same memory."""
     trained_on: pd.DataFrame | None
     """The scans (`COLUMNS`) that these weights were trained on; None if it is unknown."""
+    channels: tuple[str, ...] = ()
+    """What they were trained to see, such as T1w; () if it is unknown."""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -82,7 +85,15 @@ def read_start(given: str) -> Start:
     trained_on = read_trained_on(known) if folder.is_dir() and known.exists() else None
     digits = hashlib.sha256(save(tensors)).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name if path.is_dir() else path.stem)
-    return Start(f"{name}#{digits}", _as_arrays(tensors), trained_on)
+    return Start(f"{name}#{digits}", _as_arrays(tensors), trained_on, _channels_of(folder))
+
+
+def _channels_of(folder: Path) -> tuple[str, ...]:
+    """The channels of the model in a folder; () if it is no folder of a model."""
+    try:
+        return tuple(map(str, json.loads((folder / INPUT).read_text())["channels"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()
 
 
 def keep_start(start: Start, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
@@ -10,6 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from process_helpers import run
+from rich.console import Console
+from safetensors.torch import save
 from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
@@ -19,6 +22,7 @@ from core.starts import Start, data_set_of, keep_start, read_kept, read_start, s
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import Cell
+from distributed.sweeps.starts import tell_what_matches
 from distributed.training.loop import CellTraining
 from distributed.training.subjects import Place, Subjects
 from search_spaces import published
@@ -260,6 +264,7 @@ def test_people_who_were_pre_trained_on_under_other_names_and_at_another_spacing
     assert refused.stderr.count("\n") == 1
     allowed = run(*sweep, "--start", "none", "--start", "earlier", "--allow-seen-subjects", cwd=tmp_path)
     assert allowed.returncode == 0, allowed.stderr
+    assert "and here it reads" not in allowed.stdout
     page = (tmp_path / "run" / "report.html").read_text()
     assert (
         f"was trained on {len(expected)} of the 18 people whom it is judged on: its results are too good"
@@ -312,3 +317,19 @@ def test_two_cohorts_that_share_ids_and_nothing_else_are_allowed_with_a_note(tmp
     (tmp_path / "r1" / "best" / "trained_on.csv").unlink()
     unknown = run("train", "2", *ASKED, "--set", "begin.weights=r1", "--fold", 1, "--out", "r3", cwd=tmp_path)
     assert "trained on is unknown" in " ".join(unknown.stdout.split())
+
+
+def test_a_start_that_saw_another_contrast_is_noted(tmp_path, cohort, start):
+    folder = tmp_path / "run" / "best"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(save(start.tensors))
+    (folder / "input.json").write_text('{"channels": ["T1w"]}')
+    found, said = read_start(str(tmp_path / "run")), Console(file=io.StringIO(), width=200)
+    assert found.channels == ("T1w",)
+    settings = resolve(merge(published("brain_age"), CHOSEN))
+    tell_what_matches(settings, {found.name: found}, cohort, np.arange(12), said)
+    assert f"{found.name} was trained on T1w, and here it reads stiffness" in said.file.getvalue()
+    (folder / "input.json").write_text('{"channels": ["Stiffness"]}')
+    alike, said = read_start(str(tmp_path / "run")), Console(file=io.StringIO(), width=200)
+    tell_what_matches(settings, {alike.name: alike}, cohort, np.arange(12), said)
+    assert "here it reads" not in said.file.getvalue()

@@ -148,9 +148,16 @@ def tell_what_matches(
     labels = task.labels(settings, manifest)
     known = training[is_known(labels)[training]]
     facts = task.learn(settings, truth_of(manifest, labels, known, task.more_labels(settings, manifest)))
-    channels = len(settings.data.channels or cohort.description.channels)
+    channels = settings.data.channels or cohort.description.channels
     for start in starts.values():
-        model = task.build(settings, channels, facts)
+        others = [name.lower() for name in start.channels] != [name.lower() for name in channels]
+        if start.channels and others:
+            console.print(
+                f"note: {start.name} was trained on {', '.join(start.channels)}, and here it reads "
+                f"{', '.join(channels)}",
+                highlight=False, soft_wrap=True, markup=False,
+            )  # fmt: skip
+        model = task.build(settings, len(channels), facts)
         report = load_part(model, start.tensors, settings.begin.take, settings.begin.rename)
         freeze(model, settings.begin.freeze)
         part = settings.begin.take.replace("_", " ")
