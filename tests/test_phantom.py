@@ -348,3 +348,23 @@ def test_nifti_tree_holds_the_phantom_in_the_same_bytes_each_time(tmp_path: Path
     table = pd.read_csv(one / "participants.tsv", sep="\t")
     assert list(table.columns) == ["participant_id", "age", "sex", "site"]
     assert list(table["participant_id"]) == ["sub-0001", "sub-0002"]
+
+
+def test_a_map_of_tissues_comes_with_the_same_brains_and_their_volumes(tmp_path):
+    """CSF 1, grey matter 2, white matter 3, against the true volumes; the images are those of kind ageing."""
+    settings = PhantomSettings(kind="tissue", subjects=3, spacing=4.0)
+    cohort = write_phantom_cohort(tmp_path / "tissue", settings)
+    plain = write_phantom_cohort(
+        tmp_path / "plain", PhantomSettings(subjects=3, spacing=4.0, channels=("t1w",))
+    )
+    assert cohort.description.channels == ("t1w",)
+    np.testing.assert_array_equal(cohort.read_stored(np.arange(3)), plain.read_stored(np.arange(3)))
+    maps = cohort.read_map("dseg", np.arange(3))
+    for row in range(3):
+        for number, name in ((2, "gm_ml"), (3, "wm_ml")):
+            found = np.count_nonzero(maps[row] == number) * 4**3 / 1000
+            assert found == pytest.approx(cohort.manifest[name].iloc[row], rel=0.15)
+    assert set(np.unique(maps)) == {0, 1, 2, 3}
+    tree = write_phantom_bids(tmp_path / "bids", settings)
+    written = nib.load(tree / "sub-0001" / "anat" / "sub-0001_dseg.nii.gz")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), maps[0])

@@ -42,9 +42,8 @@ from core.report.answer.tables import (
     mean_and_sd,
     winner_beside_published,
 )
-from core.report.figures import (
-    classes as class_figures,
-)
+from core.report.figures import classes as class_figures
+from core.report.figures import overlap as overlap_figures
 from core.report.figures import (
     population as population_figure,
 )
@@ -80,6 +79,8 @@ OF_PEOPLE: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "roc": ("How well people are ranked", class_figures.roc),
     "confusion": ("What people are taken for", class_figures.confusion_matrix),
     "reliability": ("How sure, and how often right", class_figures.reliability),
+    "overlap": ("Overlap, class by class", overlap_figures.overlap_by_class),
+    "agreement": ("Do volumes agree?", overlap_figures.volume_agreement),
 }
 """The figures of people and their predictions; a task names those that it has."""
 CAPTIONS = {
@@ -90,6 +91,10 @@ CAPTIONS = {
     "roc": "Each step is a held-out subject, by the mean probability over the winner's refits. On the dashed line, "
     "people are ranked as by chance.",
     "confusion": "Numbers of held-out subjects. The diagonal is right.",
+    "overlap": "Each mark is a held-out person: mean over refits of the winner. Boxes: median and quartiles. A class "
+    "that is in neither map of a person is left out.",
+    "agreement": "Each mark is a class of a held-out person. Lines: the mean difference of a class; dashed, 1.96 SDs "
+    "around it (Bland and Altman).",
     "reliability": "Held-out subjects in groups of nearly equal size (their numbers beside the marks). Below the line, "
     "predictions are surer than they should be.",
 }

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from core.volumes.sources import Listing
 
 data = typer.Typer()
+NEXT_OF_KIND = {
+    "ageing": "",
+    "tissue": " --task segmentation",
+    "lesions": " --task classification --set data.target=disease",
+}
+"""What a sweep of phantoms of each kind is asked for."""
 
 
 @data.command(
@@ -58,12 +64,18 @@ def phantom(
             cohort = write_phantom_cohort(out, settings, show)
         progress.update(task, completed=settings.subjects)
     if nifti:
+        from core.volumes.phantom.cohort import BIDS_SUFFIX, MAPS
+
+        channels = ",".join(BIDS_SUFFIX[name] for name in settings.channels)
+        maps = "".join(f" --maps {name}" for name in MAPS[settings.kind])
         console.print(
-            f"{settings.subjects} subjects in {out}\n\nNext:\n  brainsweep ingest {out} COHORT --channels T1w"
+            f"{settings.subjects} subjects in {out}\n\nNext:\n"
+            f"  brainsweep ingest {out} COHORT --channels {channels}{maps}",
+            highlight=False,
         )
     else:
         console.print(f"{len(cohort)} phantom brains of {cohort.description.shape} voxels in {out}")
-        of_kind = " --task classification --set data.target=disease" if settings.kind == "lesions" else ""
+        of_kind = NEXT_OF_KIND[settings.kind]
         console.print(
             f"\nNext:\n  brainsweep describe {out}\n  brainsweep sweep {out}{of_kind}", highlight=False
         )

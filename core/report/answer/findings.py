@@ -17,6 +17,7 @@ from core.report.answer.honesty import (
     tuning_line,
 )
 from core.report.answer.importance import importances_of
+from core.report.answer.overlap import agreement_in_words, overlap_in_words
 from core.report.answer.population import has_population, is_member, population_in_words, steps_in_words
 from core.report.answer.record import NothingToShow, RunRecord
 from core.report.answer.subjects import are_numbers, held_out, truths_in_words
@@ -327,5 +328,7 @@ OF_PEOPLE: dict[str, Callable[[RunRecord], str]] = {
     "roc": roc_in_words,
     "confusion": confusion_in_words,
     "reliability": reliability_in_words,
+    "overlap": overlap_in_words,
+    "agreement": agreement_in_words,
 }
 """The figures of people and their predictions, in words; a task names those that it has."""

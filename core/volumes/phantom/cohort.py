@@ -31,8 +31,10 @@ from core.volumes.phantom.subject import PERSON, Person, PhantomBrain, make_brai
 from core.volumes.phantom.templates import Floats
 
 YOUNGEST, OLDEST = 18.0, 90.0  # years
-BIDS_FOLDER = {"stiffness": "mre", "t1w": "anat", "lesion": "anat"}
-BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w", "lesion": "lesion"}
+BIDS_FOLDER = {"stiffness": "mre", "t1w": "anat", "lesion": "anat", "dseg": "anat"}
+BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w", "lesion": "lesion", "dseg": "dseg"}
+MAPS = {"ageing": (), "tissue": ("dseg",), "lesions": ("lesion",)}
+"""The maps of every kind; in `dseg` CSF is 1, grey matter 2, white matter 3."""
 
 OnProgress = Callable[[int, int], None]
 """Called as on_progress(done, total) after each subject."""
@@ -141,16 +143,28 @@ def write_phantom_cohort(
         preprocessing=settings.identity(),
         source="phantom",
         synthetic=True,
-        maps=("lesion",) if settings.kind == "lesions" else (),
+        maps=MAPS[settings.kind],
     )
     with writer:
         for participant, brain, disease in _each_brain(settings, on_progress):
             volume = np.stack([brain.channels[name] for name in settings.channels])
             columns: dict[str, Any] = {**participant, **brain.volumes_ml}
             if disease is not None:
-                columns |= {**disease.columns, "maps": {"lesion": disease.lesion.astype(np.int16)}}
+                columns |= disease.columns
+            columns["maps"] = {
+                name: each.astype(np.int16) for name, each in _maps(settings, brain, disease).items()
+            }
             writer.add(volume, source="phantom", **columns)
     return Cohort.open(out)
+
+
+def _maps(
+    settings: PhantomSettings, brain: PhantomBrain, disease: Diseased | None
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """The maps of one brain, by name."""
+    if settings.kind == "tissue":
+        return {"dseg": brain.tissue}
+    return {} if disease is None else {"lesion": disease.lesion}
 
 
 def _same_cohort(out: Path, settings: PhantomSettings) -> Cohort:
@@ -175,8 +189,8 @@ def write_phantom_bids(
         for participant, brain, disease in _each_brain(settings, on_progress):
             for name, image in brain.channels.items():
                 _write_nifti(out, participant["subject"], name, image, brain.affine)
-            if disease is not None:
-                _write_nifti(out, participant["subject"], "lesion", disease.lesion, brain.affine)
+            for name, classes in _maps(settings, brain, disease).items():
+                _write_nifti(out, participant["subject"], name, classes, brain.affine)
             rows.append({**participant, **({} if disease is None else disease.columns)})
         table = pd.DataFrame(rows).rename(columns={"subject": "participant_id"})
         table.to_csv(out / "participants.tsv", sep="\t", index=False, lineterminator="\n")

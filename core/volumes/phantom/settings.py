@@ -18,9 +18,10 @@ class PhantomSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["ageing", "lesions"] = Field(
+    kind: Literal["ageing", "tissue", "lesions"] = Field(
         default="ageing",
-        description="ageing: healthy brains of all ages; lesions: half of them ill on one side, with a map of lesions",
+        description="ageing: healthy brains of all ages; tissue: the same T1-weighted, with a map of their tissues; "
+        "lesions: half of them ill on one side, with a map of lesions",
     )
     rung: int | None = Field(
         default=None,
@@ -43,7 +44,7 @@ class PhantomSettings(BaseModel):
     channels: tuple[Channel, ...] = Field(
         default=None,
         validate_default=True,
-        description="stiffness (kPa, the default), t1w (units of each scanner), or both; t1w alone of kind lesions",
+        description="stiffness (kPa, the default), t1w (units of each scanner), or both; t1w alone of other kinds",
     )
     sex_effect: float = Field(
         default=0.0, ge=-0.3, le=0.3, description="share by which women's brains are stiffer than men's"
@@ -55,17 +56,19 @@ class PhantomSettings(BaseModel):
         if info.data.get("kind") == "lesions":
             return rung or 1
         if rung is not None:
-            raise ValueError(f"rung cannot act with kind ageing, got {rung}; add kind lesions")
+            raise ValueError(
+                f"rung cannot act with kind {info.data.get('kind')}, got {rung}; use kind lesions"
+            )
         return None
 
     @field_validator("channels", mode="before")
     @classmethod
     def _channels_of_kind(cls, channels: object, info: ValidationInfo) -> object:
-        of_lesions = info.data.get("kind") == "lesions"
+        kind = info.data.get("kind")
         if channels is None:
-            return ("t1w",) if of_lesions else ("stiffness",)
-        if of_lesions and channels != ("t1w",):
-            raise ValueError("channels must be t1w with kind lesions, which are seen in no other")
+            return ("stiffness",) if kind == "ageing" else ("t1w",)
+        if kind != "ageing" and channels != ("t1w",):
+            raise ValueError(f"channels must be t1w with kind {kind}, which is seen in no other")
         return channels
 
     @field_validator("spacing")
@@ -85,7 +88,9 @@ class PhantomSettings(BaseModel):
     def identity(self) -> dict[str, object]:
         """The settings as a cohort records them."""
         recorded = self.model_dump(mode="json")
+        if self.kind != "lesions":
+            del recorded["rung"]
         if self.kind == "ageing":
             # As before there were kinds: an ageing cohort of an older version is the same cohort.
-            del recorded["kind"], recorded["rung"]
+            del recorded["kind"]
         return {"phantom": VERSION, **recorded}
