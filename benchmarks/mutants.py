@@ -96,10 +96,10 @@ MUTANTS = (
     Mutant(
         "a cell gives its evaluation subjects to the probe",
         "distributed/training/loop.py",
-        "training, evaluation = self._observe(self.training_rows), self._observe(self.evaluation_rows)",
+        "training, evaluation = self._observe(fitted_on), self._observe(self.evaluation_rows)",
         "training, evaluation = (\n"
         "            self._observe(rows)\n"
-        "            for rows in (np.concatenate([self.training_rows, self.evaluation_rows]), self.evaluation_rows)\n"
+        "            for rows in (np.concatenate([self.labelled_rows, self.evaluation_rows]), self.evaluation_rows)\n"
         "        )",
         ("tests/test_leaks.py::test_a_cell_judges_with_a_probe_of_its_training_subjects",),
     ),

@@ -18,7 +18,7 @@ from distributed.commands.app import app
 from distributed.commands.cohorts import data
 
 COHORTS = ["phantom", "ingest", "describe", "quality", "verify"]
-RUNS = ["train", "sweep", "demo", "resume", "report", "evaluate", "predict"]
+RUNS = ["train", "sweep", "demo", "resume", "report", "compare", "evaluate", "predict"]
 COMMANDS = COHORTS + RUNS
 
 

@@ -56,7 +56,7 @@ def test_records_of_version_0_2_are_read(tmp_path):
     ]
 
 
-SEARCH = SimpleNamespace(base={"task": "brain_age"}, first="mae", objectives=MAE, task=TASK)
+SEARCH = SimpleNamespace(base={"task": "brain_age"}, first="mae", objectives=MAE, task=TASK, about=TASK.about)
 """What refits need of a search."""
 
 

@@ -332,10 +332,11 @@ def _new_run(kind: str) -> Path:
 
 def _show_cells(run: Path) -> None:
     from core.files.tables import read_table
+    from core.report.answer.tables import IN_A_TERMINAL
     from distributed.run.folder import open_run
 
     task = open_run(run).about.task
-    columns = {name: task.metrics[name].title for name in task.shown}
+    columns = {name: task.metrics[name].title for name in task.shown[:IN_A_TERMINAL]}
     if task.floor is not None:
         columns[task.floor.metric] = f"{task.floor.method}'s {task.metrics[task.floor.of].title}"
     table = Table("fold", "seed", "n", *columns.values(), box=None)
@@ -343,3 +344,6 @@ def _show_cells(run: Path) -> None:
         numbers = ("–" if cell[key] != cell[key] else f"{cell[key]:.2f}" for key in columns)
         table.add_row(*(str(int(cell[key])) for key in ("fold", "seed", "n")), *numbers)
     console.print(table)
+    if task.shown[IN_A_TERMINAL:]:
+        others = ", ".join(task.metrics[name].title for name in task.shown[IN_A_TERMINAL:])
+        console.print(f"Also in cells.csv: {others}.", highlight=False)

@@ -43,7 +43,7 @@ class VoxelCell:
         self.components = IncrementalPCA(count)
         # What a task fits takes every feature for equally large. Of components that is wrong: the last ones, which are
         # noise, would weigh as much as the first. After any turn all features are alike, and distances are what they
-        # were, so a ridge on them is that on the voxels.
+        # were, so a linear model with a penalty is the same as on the voxels.
         self.turn = np.linalg.qr(np.random.default_rng(0).normal(size=(count, count)))[0]
         self.epoch = 0
 
