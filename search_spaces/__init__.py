@@ -30,6 +30,7 @@ from search_spaces import (
     masked_pretraining,
     points,
     tissue,
+    tissue_age,
 )
 from search_spaces.points import Space, is_under
 
@@ -41,6 +42,7 @@ SPACES: dict[str, Space] = {
     "label_budget": label_budget.space,
     "masked_pretraining": masked_pretraining.space,
     "tissue": tissue.space,
+    "tissue_age": tissue_age.space,
 }
 
 DEFAULT = "brain_age"

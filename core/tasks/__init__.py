@@ -14,12 +14,14 @@ from core.tasks.classification import Classification
 from core.tasks.masked_pretraining import MaskedPretraining
 from core.tasks.segmentation import Segmentation
 from core.tasks.task import Task
+from core.tasks.tissue_age import TissueAge
 
 TASKS: dict[str, Task[Any]] = {
     "brain_age": BrainAge(),
     "classification": Classification(),
     "masked_pretraining": MaskedPretraining(),
     "segmentation": Segmentation(),
+    "tissue_age": TissueAge(),
 }
 ENTRY_POINTS = "brainsweep.tasks"
 """The group of entry points in which an installed package names its tasks."""

@@ -181,6 +181,10 @@ class Task(ABC, Generic[S]):
         """What else `judge` must know of every scan of a cohort, (N,) each by name: `Truth.more`."""
         return {}
 
+    def features(self, settings: S, manifest: pd.DataFrame) -> Floats | None:
+        """What `judge` gets as embeddings (N, K) of a task without a network; None if a model has to see the scans."""
+        return None
+
     def needs_truth(self, settings: S) -> bool:
         """Whether a training needs the truth about its scans; if not, it takes all scans, and is judged on some."""
         return True

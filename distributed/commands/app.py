@@ -72,11 +72,13 @@ def train(
     address: Address = None,
 ) -> None:
     """Train one configuration on one fold: the published one, with your changes. The hold-out is not touched."""
+    from core.starts import BEST
     from distributed.sweeps.train_one import train_one
 
     folder = train_one(cohort, request, out or _new_run("train"), address, console)
     _show_cells(folder.path)
-    console.print(f"\nNext:\n  brainsweep predict {folder.path} VOLUME.nii.gz", highlight=False)
+    if (folder.path / BEST).exists():
+        console.print(f"\nNext:\n  brainsweep predict {folder.path} VOLUME.nii.gz", highlight=False)
 
 
 @app.command(

@@ -23,7 +23,7 @@ from core.report.answer.record import read_run
 from core.report.answer.tables import print_leaderboard
 from core.report.page import write_report
 from core.run_names import LABEL, MEMBER, PUBLISHED, REASON, STAGES, SWEEP
-from core.starts import Start
+from core.starts import BEST, Start
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import Volumes
@@ -365,7 +365,7 @@ class Sweep:
             f"\nNext:\n  open {here}/{page.name}\n"
             f"  tensorboard --logdir {here}/tensorboard\n"
             f"  optuna-dashboard {here}/study.journal\n"
-            f"  brainsweep predict {run} VOLUME.nii.gz\n",
+            + (f"  brainsweep predict {run} VOLUME.nii.gz\n" if (self.folder.path / BEST).exists() else ""),
             highlight=False,
         )
 

@@ -176,8 +176,10 @@ def _train(
         if "failed" in answer:
             raise UserError(f"training failed: {answer['failed']}")
         with writing_to(folder.path):
-            keep_best(folder, folder.trial(NAME) / f"model-{request.seed}")
-            calibrate_best(folder, task, folder.trial(NAME), f"fold {request.fold}")
+            model = folder.trial(NAME) / f"model-{request.seed}"
+            if model.exists():
+                keep_best(folder, model)
+                calibrate_best(folder, task, folder.trial(NAME), f"fold {request.fold}")
             _write_history(folder)
             shutil.rmtree(folder.path / STAGES, ignore_errors=True)
             finish(folder)

@@ -50,9 +50,11 @@ from distributed.training.first_stage import STAGE, FirstStage
 from distributed.training.loop import CellTraining, DivergedError, TrainingState
 from distributed.training.out_of_memory import out_of_memory
 from distributed.training.subjects import Labelled, Place, Subjects
+from distributed.training.table import TableCell
 from distributed.training.voxels import VoxelCell
 
 Kept = TypeVar("Kept")
+AnyCell = CellTraining | VoxelCell | TableCell
 
 
 KeptCell = dict[str, Any]
@@ -140,7 +142,7 @@ class Trial:
         self.judged: list[KeptCell] = []
         self.after_cells: list[list[float]] = []
         self.answer: Answer | None = None
-        self.training: CellTraining | VoxelCell | None = None
+        self.training: AnyCell | None = None
         self.stage: FirstStage | None = None
         """The first stage of the current cell, while it is trained."""
         self.earlier: Mapping[str, torch.Tensor] | None = None
@@ -235,10 +237,16 @@ class Trial:
         if self.stage is not None:
             self.stage.close()
 
-    def _current_cell(self) -> CellTraining | VoxelCell:
+    @property
+    def _has_no_network(self) -> bool:
+        return self.task.features(self.settings, self.subjects.manifest) is not None
+
+    def _current_cell(self) -> AnyCell:
         if self.training is None:
             cell = self.cells[len(self.finished)]
-            if self.assignment.get("on_voxels"):
+            if not self.assignment.get("on_voxels") and self._has_no_network:
+                self.training = TableCell(self.settings, self.subjects, cell)
+            elif self.assignment.get("on_voxels"):
                 self.training = VoxelCell(self.settings, self.subjects, cell, self.place)
             else:
                 self.training = CellTraining(
@@ -247,7 +255,7 @@ class Trial:
                 self.earlier = None
         return self.training
 
-    def _finish_cell(self, training: CellTraining | VoxelCell, outcome: Outcome) -> None:
+    def _finish_cell(self, training: AnyCell, outcome: Outcome) -> None:
         cell = training.cell
         self.finished.append(
             {"fold": cell.fold, "seed": cell.seed, "n": training.evaluation_subjects, **outcome.metrics}
