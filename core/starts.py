@@ -84,7 +84,9 @@ def read_start(given: str) -> Start:
     known = folder / TRAINED_ON
     trained_on = read_trained_on(known) if folder.is_dir() and known.exists() else None
     digits = hashlib.sha256(save(tensors)).hexdigest()[:8]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name if path.is_dir() else path.stem)
+    whole = path.resolve()
+    own = (whole.parent.name if whole.name == BEST else whole.name) if path.is_dir() else path.stem
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", own)
     return Start(f"{name}#{digits}", _as_arrays(tensors), trained_on, _channels_of(folder))
 
 

@@ -69,7 +69,7 @@ def test_a_sweep_of_a_nested_search_that_names_another_space_is_not_continued(tm
     create_run(parent.path / "outer-1", "sweep", hostile.model_dump(mode="json"), {}, cohort)
     search = NestedSearch(parent, request, cohort, QUIET, trusts_space=True)
     with pytest.raises(UserError, match=r"outer-1/run\.json names the space .*evil\.py"):
-        search._run(0, None, None, Shared(None, {}, {}, 1))
+        search._run(search.parts[0], None, None, Shared(None, {}, {}, 1))
 
 
 def test_a_working_copy_of_a_run_that_was_never_sent_is_begun_again(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from small_cohort import SMALL, write_small_cohort
 
 from core.config import merge, resolve
 from core.errors import UserError
-from core.evaluation.splits import make_splits
+from core.evaluation.splits import labelled_order, make_splits
 from core.report.answer.saving import needed_labels, savings
 from core.report.curve import curve_table, headline, print_curve, read_curve, write_curve
 from core.run_names import WINNER
@@ -62,6 +62,20 @@ def test_a_budget_beyond_the_people_of_a_fold_is_refused_before_anything_starts(
         check(fewest + 1)
 
 
+def test_every_class_is_among_the_first_who_are_labelled_and_fewer_than_classes_are_refused():
+    table = pd.DataFrame({"subject": [f"{row:02d}" for row in range(32)], "site": ""})
+    table["kind"] = np.array(["often"] * 26 + ["rare"] * 4 + ["rarer"] * 2, dtype=object)
+    whose = table.set_index("subject")["kind"]
+    for seed in range(50):
+        order = labelled_order(table, np.arange(32), "kind", seed)
+        assert set(whose[order[:3]]) == {"often", "rare", "rarer"}
+        assert sorted(order) == table["subject"].tolist()
+    splits = make_splits(table, 2, 0.2, 0, "kind")
+    settings = resolve(merge(published("classification"), {"data.target": "kind", "data.labelled": 2}))
+    with pytest.raises(UserError, match="leaves 2 subjects for 3 classes"):
+        check_budget(settings, table, table["kind"].to_numpy(), splits)
+
+
 def slowly(budgets, curve, target):
     """The first place, in steps of a thousandth of a doubling, where the curve is as low as its target."""
     for place in np.arange(math.log2(budgets[0]), math.log2(budgets[-1]) + 1e-9, 1e-3):
@@ -97,6 +111,7 @@ def test_a_start_that_is_worth_a_doubling_saves_half():
     assert all(each.is_shown for each in found[1:])
     # Fewer than the smallest budget are never claimed.
     assert found[0].needed == 16
+    assert "fewer were not tried" in found[0].sentence("the start", "scratch")
     assert not found[0].is_shown
     assert "16 or fewer" in found[1].sentence("the start", "scratch")
 
@@ -106,8 +121,15 @@ def test_equal_methods_and_worse_starts_save_nothing():
     for shift in (1.0, 0.5):
         found = savings(labelled, errors_at(labelled, shift), errors_at(labelled))
         assert not any(each.is_shown for each in found)
-        assert all("no saving shown" in each.sentence("the start", "scratch") for each in found)
+        assert all("no saving shown" in each.sentence("the start", "scratch") for each in found[1:])
     assert math.isinf(found[-1].needed)
+    assert "nowhere as good" in found[-1].sentence("the start", "scratch")
+    # The more starts are compared, the wider is every interval.
+    one, three = (
+        savings(labelled, errors_at(labelled) + 0.01, errors_at(labelled), starts) for starts in (1, 3)
+    )
+    assert three[1].low <= one[1].low
+    assert three[1].high >= one[1].high
     few = savings(labelled, errors_at(labelled)[:, :5], errors_at(labelled)[:, :5])
     assert "too few" in few[0].sentence("the start", "scratch")
 
@@ -196,6 +218,19 @@ def test_a_curve_whose_process_is_killed_goes_on_and_compares_starts_at_every_bu
     assert splits[0].equals(splits[1])
     few = pd.read_csv(folder / "labelled-6" / "best" / "trained_on.csv")
     assert few["subject"].nunique() == 6
+    # What has no images, and the classical baseline, know no more labels than the others.
+    held_out = pd.read_csv(folder / "labelled-6" / "holdout.csv")
+    assert (held_out["n_train"] == 6).all()
+    assert held_out.groupby("method")["seed"].nunique().to_dict() == dict.fromkeys(
+        held_out["method"].unique(), 3
+    )
+    trials = pd.read_csv(folder / "labelled-6" / "trials.csv")
+    assert trials["begin.weights"].isna().tolist()[:2] == [True, False]
+    # Both begin with the published configuration.
+    alike = trials.loc[
+        :1, ["optimiser.learning_rate", "optimiser.weight_decay", "model.readout", "views.noise"]
+    ]
+    assert alike.nunique().tolist() == [1] * 4
     again = run("report", "run", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     refused = run("predict", "run", "scan.nii.gz", cwd=tmp_path)

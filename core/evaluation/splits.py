@@ -299,8 +299,8 @@ def _rows(manifest: pd.DataFrame, subjects: Collection[object]) -> Rows:
 def labelled_order(manifest: pd.DataFrame, rows: Rows, by: str, seed: int) -> list[object]:
     """The subjects of these rows in the order in which they keep their label, if only some do.
 
-    Every beginning of it is alike in `by`: of names each has its share, and of numbers each fifth. The order depends on
-    the seed and on the subjects alone.
+    Every beginning of it is alike in `by`: of names each has its share, the first ones being one of every name, and of
+    numbers each fifth. The order depends on the seed and on the subjects alone.
 
     Args:
         manifest: columns subject and `by`.
@@ -315,4 +315,7 @@ def labelled_order(manifest: pd.DataFrame, rows: Rows, by: str, seed: int) -> li
     draws = pd.Series(np.random.default_rng(seed).random(len(values)), index=values.index)
     place = draws.groupby(groups).rank(method="first") - draws
     share = place / groups.map(groups.value_counts()).to_numpy(float)
+    if not is_number:
+        # Whoever is left out here is a class that nobody could learn.
+        share = share.where(draws.groupby(groups).rank(method="first") > 1, draws - 1)
     return share.sort_values(kind="stable").index.tolist()

@@ -86,17 +86,10 @@ def read_curve(run: Path) -> Curve:
             why = "it has not begun" if record is None else "it has no result on the held-out people"
             missing.append(f"No point for {text} labelled: {why}.")
             continue
-        budgets.append(Budget(text, _labelled(text, record), record))
+        budgets.append(Budget(text, int(record.holdout["n_train"].max()), record))
     if not budgets:
         raise UserError(f"no budget of {run} has a result yet; continue it with `brainsweep resume {run}`")
     return Curve(run, about, tuple(sorted(budgets, key=lambda each: each.labelled)), tuple(missing))
-
-
-def _labelled(asked: str, record: RunRecord) -> int:
-    people = int(record.holdout["n_train"].max())
-    if asked == "all":
-        return people
-    return round(float(asked) * people) if "." in asked else int(asked)
 
 
 def curve_table(curve: Curve) -> pd.DataFrame:
@@ -125,6 +118,8 @@ def _settings_of(budget: Budget, method: str) -> str:
     record = budget.record
     start = next((each for each in record.task.starts if each.method == method), None)
     trials = record.trials[(record.trials["state"] == "COMPLETE") & record.trials["value"].notna()]
+    if "outside" in trials:
+        trials = trials[~trials["outside"].fillna(False).astype(bool)]
     if start is not None:
         given = trials[WEIGHTS] if WEIGHTS in trials else pd.Series(dtype=object)
         wanted = start.changes[WEIGHTS]
@@ -141,6 +136,16 @@ def lines(curve: Curve) -> list[str]:
     """At every budget each start against training from scratch, in pairs; then the labels that it saves."""
     others = curve.trained[1:]
     said = list(curve.missing)
+    said += [
+        f"No point for the {method} with {budget.labelled} labelled: it has no completed trial, or its refit failed."
+        for budget in curve.budgets
+        for method in curve.trained
+        if not (budget.predictions["method"] == method).any()
+    ]
+    if not others:
+        said.append(
+            "Every budget has people and a search of its own; see its page for what its winner beats."
+        )
     reference, family = curve.trained[0], len(others) * len(curve.budgets)
     for method in others:
         made = []
@@ -155,15 +160,17 @@ def lines(curve: Curve) -> list[str]:
 
 def _savings_in_words(curve: Curve, method: str, reference: str) -> list[str]:
     """What a start saves at every budget; [] with fewer than two budgets."""
-    errors = [errors_of(budget.predictions) for budget in curve.budgets]
-    if len(errors) < 2 or any(not {method, reference} <= set(table) for table in errors):
+    both = {budget.labelled: errors_of(budget.predictions) for budget in curve.budgets}
+    both = {labelled: table for labelled, table in both.items() if {method, reference} <= set(table)}
+    if len(both) < 2:
         return []
+    errors = list(both.values())
     people = sorted(set.intersection(*(set(table[[method, reference]].dropna().index) for table in errors)))
 
     def of(name: str) -> Floats:
         return np.stack([table.loc[people, name].to_numpy(float) for table in errors])
 
-    found = savings([budget.labelled for budget in curve.budgets], of(method), of(reference))
+    found = savings(list(both), of(method), of(reference), len(curve.trained) - 1)
     words = curve.task.in_words
     return [each.sentence(words[method], words[reference]) for each in found]
 
@@ -191,6 +198,9 @@ def caveats(curve: Curve) -> list[str]:
         "The judging folds of a search have all their labels, whatever the budget: with few labels a real search would "
         "choose less well.",
     ]
+    made[:0] = dict.fromkeys(
+        check.in_words() for budget in curve.budgets for check in budget.record.about.leaks
+    )
     if curve.budgets[0].record.is_synthetic:
         made.insert(0, "These brains are synthetic: the errors say nothing about real people.")
     return made

@@ -228,6 +228,7 @@ def caveats(nested: Nested) -> list[str]:
         for number, record in nested.begun.items()
         for line in record.cut
     ]
+    made[:0] = dict.fromkeys(check.in_words() for sweep in nested.sweeps for check in sweep.about.leaks)
     if nested.sweeps[0].is_synthetic:
         made.insert(0, "These brains are synthetic: the errors say nothing about real people.")
     return made

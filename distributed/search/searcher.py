@@ -281,12 +281,16 @@ class StudySearch(tune.search.Searcher):
         return self.proposals.assignment(trial_name(trial.number), settings, prunable)
 
     def _is_first_of_its_start(self, trial: optuna.Trial) -> bool:
-        """Whether no earlier trial has this start: it is completed, so that every start has a result to compare."""
+        """Whether no earlier trial of this start has, or may have, a result: every start needs one to compare."""
         if len(self.proposals.starts) < 2:
             return False
-        start, study = trial.params.get(WEIGHTS), self.proposals.study
-        begun = (each for each in study.get_trials(deepcopy=False) if each.state != TrialState.FAIL)
-        return all(each.params.get(WEIGHTS) != start for each in begun if each.number < trial.number)
+        start, without = trial.params.get(WEIGHTS), (TrialState.FAIL, TrialState.PRUNED)
+        earlier = (
+            each
+            for each in self.proposals.study.get_trials(deepcopy=False)
+            if each.number < trial.number and each.state not in without and OUTSIDE not in each.user_attrs
+        )
+        return all(each.params.get(WEIGHTS) != start for each in earlier)
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from pydantic import JsonValue
 from rich.console import Console
 
+from core.config import merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits
-from core.run_names import ENQUEUED, PUBLISHED
+from core.run_names import ENQUEUED, PUBLISHED, WEIGHTS
 from core.tasks.task import check_parts
 from core.volumes.cohort.reader import Cohort
 from distributed.run.working_copy import address_of
@@ -84,7 +85,25 @@ def first_points(search: ResolvedSearch, launch: Launch) -> dict[str, Points]:
             f"{launch.enqueued} has {len(own)} configurations, and a population of {request.trials} trials has "
             f"{members} members; give --trials {request.trials + len(own) - members} or more"
         )
-    return {PUBLISHED: [published] if published is not None else [], ENQUEUED: own}
+    return {
+        PUBLISHED: [published] if published is not None else [],
+        ENQUEUED: [*_from_each_start(search, request), *own],
+    }
+
+
+def _from_each_start(search: ResolvedSearch, request: SweepRequest) -> Points:
+    """The published configuration from every other start, so that all of them begin with the same one."""
+    if len(request.starts) < 2:
+        return []
+    begins = search.settings.begin.weights
+    others = [start for start in request.starts if start != begins]
+    found = (
+        published_parameters(
+            search.space, resolve(merge(search.base, {WEIGHTS: start})).model_dump(mode="json")
+        )
+        for start in others
+    )
+    return [point for point in found if point is not None]
 
 
 def with_whole_grid(

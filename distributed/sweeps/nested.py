@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from rich.console import Console
 
 from core.config import needed_maps, resolve
@@ -44,7 +45,13 @@ from distributed.sweeps.launch import Launch, check_subjects, first_points, reco
 from distributed.sweeps.request import LABELLED, Part, ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import NO_CHANGES, as_request, resume_sweep
-from distributed.sweeps.starts import keep_starts, read_starts, starts_of
+from distributed.sweeps.starts import (
+    check_starts,
+    keep_starts,
+    read_starts,
+    refuse_other_starts,
+    starts_of,
+)
 from distributed.sweeps.sweep import Shared, run_sweep
 from distributed.sweeps.train_one import resume_training
 
@@ -163,7 +170,8 @@ class NestedSearch:
             named = open_run(child).about.sweep.get("space")
             if named != self.request.space_name:
                 raise UserError(
-                    f"{child / RUN_JSON} names the space {named}, and {self.folder.path} {self.request.space_name}: "
+                    f"{child / RUN_JSON} names the space {named}, and the {KINDS[self.folder.about.kind].words} "
+                    f"{self.request.space_name}: "
                     "this is damage or an attack; put the file back from a backup"
                 )
             asked = ResumeRequest(
@@ -199,9 +207,13 @@ def run_nested(launch: Launch) -> RunFolder:
     _check_parts(request, out)
     opened = Cohort.open(launch.cohort)
     search = resolve_search(request, opened)
+    refuse_other_starts(search.settings.begin.weights, search.profile.settings, starts)
     for part in request.parts:
         own = request.model_copy(update=part.changes)
-        check_subjects(own, search if request.outer else resolve_search(own, opened), opened)
+        splits = check_subjects(own, search if request.outer else resolve_search(own, opened), opened)
+        # Before there is a folder; every sweep says it again.
+        judged = np.concatenate([splits.development, splits.holdout])
+        check_starts(starts, opened, judged, Console(quiet=True), is_allowed=request.allow_seen_subjects)
     refuse_taken(out)
     first = first_points(search, replace(launch, request=request))
     request = with_whole_grid(request, search, first)

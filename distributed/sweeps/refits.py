@@ -98,8 +98,9 @@ def refits(
         for method, settings in chosen.items()
     ]
     if of_task.voxels is not None:
-        # Nothing in it is drawn, so one seed is enough.
-        place, cells = folder.refit(of_task.voxels.folder), request.refit_cells[:1]
+        # Nothing in it is drawn but who is labelled, so without a budget one seed is enough.
+        seeds = 1 if search.settings.data.labelled is None else None
+        place, cells = folder.refit(of_task.voxels.folder), request.refit_cells[:seeds]
         made.append({**assign(place, base, cells, metric=of_task.objectives[0]), "on_voxels": True})
     return made
 

@@ -153,6 +153,10 @@ def _with_starts(space: Space, request: SweepRequest) -> Space:
     """
     if len(request.starts) < 2:
         return space
+    if request.trials < len(request.starts):
+        raise UserError(
+            f"--trials {request.trials} are fewer than the {len(request.starts)} starts: each needs one or more"
+        )
     if request.scheduler in POPULATIONS:
         raise UserError(
             f"--start {' --start '.join(request.start)} cannot act with --scheduler {request.scheduler}: its members "

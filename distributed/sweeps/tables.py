@@ -16,7 +16,7 @@ import pandas as pd
 
 from core.config import resolve
 from core.errors import UserError
-from core.evaluation.splits import Splits
+from core.evaluation.splits import Rows, Splits
 from core.files.tables import read_table, write_table
 from core.inference import save_calibration
 from core.objectives import COST
@@ -35,10 +35,10 @@ from core.task_description import TaskDescription
 from core.tasks import find_task
 from core.tasks.task import Task, is_known, truth_of
 from core.volumes.cohort.reader import Cohort
-from distributed.run.assignment import read_progress, trial_name
+from distributed.run.assignment import HOLDOUT, Cell, read_progress, trial_name
 from distributed.run.folder import RunFolder, now
 from distributed.search.study import ReadProgress, best_trial
-from distributed.training.subjects import with_truth
+from distributed.training.subjects import with_truth, within_budget
 
 
 def write_tables(folder: RunFolder, study: optuna.Study, read: ReadProgress) -> None:
@@ -131,24 +131,29 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
     manifest, labels = cohort.manifest, task.labels(settings, cohort.manifest)
     known = is_known(labels)
     development, held_out = (rows[known[rows]] for rows in (splits.development, splits.holdout))
-    subjects = manifest["subject"]
-    sizes = {
-        "n_train": subjects.iloc[development].nunique(),
-        "n_holdout": subjects.iloc[held_out].nunique(),
-    }
-    of_task = task.describe(settings)
+    subjects, of_task = manifest["subject"], task.describe(settings)
     shown, rows, predictions = of_task.shown, list[dict[str, object]](), list[pd.DataFrame]()
+    more, labelled, floor = task.more_labels(settings, manifest), dict[int, Rows](), of_task.floor
+    for seed in sorted({int(cell["seed"]) for cells in made.values() for cell in cells}):
+        labelled[seed] = within_budget(settings, manifest, development, Cell(HOLDOUT, seed))
 
-    more = task.more_labels(settings, manifest)
-    floor = task.floor(
-        settings, *(truth_of(manifest, labels, rows, more) for rows in (development, held_out))
-    )
-    if floor is not None and of_task.floor is not None:
-        method = of_task.floor.method
-        measured = {name: floor.metrics[name] for name in shown if name in floor.metrics}
-        rows.append({"method": method, "seed": 0, **measured, **sizes})
-        table = with_truth(manifest, labels, held_out, floor.predictions)
-        predictions.append(table.assign(method=method, seed=0))
+    def sizes(seed: int) -> dict[str, object]:
+        return {
+            "n_train": subjects.iloc[labelled[seed]].nunique(),
+            "n_holdout": subjects.iloc[held_out].nunique(),
+        }
+
+    # Without a budget all seeds have the same people to learn from.
+    for seed in labelled if settings.data.labelled is not None else list(labelled)[:1]:
+        both = (truth_of(manifest, labels, rows_, more) for rows_ in (labelled[seed], held_out))
+        found = task.floor(settings, *both)
+        if found is None or floor is None:
+            break
+        shown_as = seed if settings.data.labelled is not None else 0
+        measured = {name: found.metrics[name] for name in shown if name in found.metrics}
+        rows.append({"method": floor.method, "seed": shown_as, **measured, **sizes(seed)})
+        table = with_truth(manifest, labels, held_out, found.predictions)
+        predictions.append(table.assign(method=floor.method, seed=shown_as))
     for name, cells in made.items():
         method = about.refitted[name]
         for cell in cells:
@@ -157,7 +162,7 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
                     "method": method,
                     "seed": cell["seed"],
                     **{key: cell.get(key, math.nan) for key in shown},
-                    **sizes,
+                    **sizes(int(cell["seed"])),
                 }
             )
             table = read_predictions(folder.refit(name) / f"predictions-{int(cell['seed'])}.csv")

@@ -102,13 +102,7 @@ class Labelled:
 
     def within_budget(self, settings: RunSettings, rows: Rows, cell: Cell) -> Rows:
         """Those of the training rows of a cell whose subjects keep their label; see `data.labelled`."""
-        budget = settings.data.labelled
-        if budget is None:
-            return rows
-        manifest, by = self.subjects.manifest, find_task(settings.task).balanced_by(settings)
-        order = labelled_order(manifest, rows, by, cell.seed * 1_000 + cell.fold + 1)
-        kept = set(order[: count_labelled(budget, len(order), cell.fold)])
-        return rows[[name in kept for name in manifest["subject"].iloc[rows]]]
+        return within_budget(settings, self.subjects.manifest, rows, cell)
 
     def truth(self, rows: Rows) -> Truth:
         """What is known of these scans."""
@@ -119,6 +113,17 @@ class Labelled:
         rows = self.rows_of(fold)[1]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_table(with_truth(self.subjects.manifest, self.labels, rows, predictions), path)
+
+
+def within_budget(settings: RunSettings, manifest: pd.DataFrame, rows: Rows, cell: Cell) -> Rows:
+    """Those of these rows, the labelled ones that a cell trains on, that keep their label; see `data.labelled`."""
+    budget = settings.data.labelled
+    if budget is None:
+        return rows
+    by = find_task(settings.task).balanced_by(settings)
+    order = labelled_order(manifest, rows, by, cell.seed * 1_000 + cell.fold + 1)
+    kept = set(order[: count_labelled(budget, len(order), cell.fold)])
+    return rows[[name in kept for name in manifest["subject"].iloc[rows]]]
 
 
 def count_labelled(budget: float | None, people: int, fold: int) -> int:
@@ -142,11 +147,17 @@ def count_labelled(budget: float | None, people: int, fold: int) -> int:
 
 
 def check_budget(settings: RunSettings, manifest: pd.DataFrame, labels: Labels, splits: Splits) -> None:
-    """UserError if a fold trains on fewer people than are to keep their label."""
+    """UserError if a fold trains on fewer people than are to keep their label, or if these are fewer than classes."""
     known, people = is_known(labels), manifest["subject"].to_numpy(str)
+    classes = {str(label) for label in labels[known]} if labels.dtype == object else set()
     for fold in range(len(splits.folds)):
         rows = splits.training(fold)
-        count_labelled(settings.data.labelled, len(np.unique(people[rows[known[rows]]])), fold)
+        count = count_labelled(settings.data.labelled, len(np.unique(people[rows[known[rows]]])), fold)
+        if count < len(classes):
+            raise UserError(
+                f"data.labelled={settings.data.labelled:g} leaves {count} subjects for {len(classes)} classes; every "
+                "class needs one or more"
+            )
 
 
 def with_truth(manifest: pd.DataFrame, labels: Labels, rows: Rows, predictions: pd.DataFrame) -> pd.DataFrame:

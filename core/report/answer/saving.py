@@ -42,13 +42,19 @@ class Saving:
         """In words; `start` and `other` are the methods."""
         if math.isnan(self.low):
             return f"{self.labelled} labelled: too few held-out people to say what {start} saves."
+        if self.labelled == self.smallest and self.needed == self.smallest:
+            return f"{self.labelled} labelled: {start} is as good as {other}, and fewer were not tried."
         interval = f"95 % interval {self._amount(self.low)} to {self._amount(self.high)}"
-        if not self.is_shown:
+        if math.isinf(self.needed):
             return (
-                f"{self.labelled} labelled: no saving shown; {start} is as good as {other} with "
-                f"{self._amount(self.needed)} ({interval})."
+                f"{self.labelled} labelled: no saving shown; {start} is nowhere as good as {other}, whatever was tried "
+                f"({interval})."
             )
-        return f"{self.labelled} labelled: {start} is as good as {other} with {self._amount(self.needed)} ({interval})."
+        shown = "" if self.is_shown else "no saving shown; "
+        return (
+            f"{self.labelled} labelled: {shown}{start} is as good as {other} with {self._amount(self.needed)} "
+            f"({interval})."
+        )
 
     def _amount(self, number: float) -> str:
         if math.isinf(number):
@@ -56,23 +62,26 @@ class Saving:
         return f"{self.smallest} or fewer" if number <= self.smallest else f"{number:.0f}"
 
 
-def savings(labelled_l: list[int], with_start_lp: Floats, without_lp: Floats, seed: int = 0) -> list[Saving]:
+def savings(
+    labelled_l: list[int], with_start_lp: Floats, without_lp: Floats, starts: int = 1, seed: int = 0
+) -> list[Saving]:
     """For every budget without the start: the labels that are needed with it, read off its curve.
 
     The curve of mean errors is drawn straight between budgets on a logarithmic scale of labels; what is needed is where
     it first is as low. People are resampled, the same ones at all budgets and on both curves (percentile bootstrap,
-    Efron and Tibshirani 1993, section 13.3), with 1 - 0.05/L for each of the L budgets.
+    Efron and Tibshirani 1993, section 13.3), with 1 - 0.05/L for each of the L budgets, over the number of starts.
 
     Args:
         labelled_l: the budgets, ascending.
         with_start_lp: the error of every held-out person (L, P) with the start; less is better.
         without_lp: the same without it, of the same people.
+        starts: how many starts are compared.
         seed: of the resamples.
     """
     people = with_start_lp.shape[1]
     drawn_rp = np.random.default_rng(seed).integers(0, people, (RESAMPLES, people))
     curve_lr, other_lr = (errors_lp[:, drawn_rp].mean(axis=2) for errors_lp in (with_start_lp, without_lp))
-    alpha = (1 - LEVEL) / len(labelled_l)
+    alpha = (1 - LEVEL) / (len(labelled_l) * starts)
     found = []
     for place, labelled in enumerate(labelled_l):
         needed = float(

@@ -148,7 +148,10 @@ def _together(
     """The comparisons that can be made, corrected for their number."""
     methods = set(predictions["method"].unique())
     possible = [pair for pair in pairs if methods.issuperset(pair)]
-    found = (compare(predictions, method, other, len(possible), task) for method, other in possible)
+    # What is one and the same is no comparison: it widens no interval.
+    errors = errors_of(predictions)
+    family = max(1, sum(not errors[method].equals(errors[other]) for method, other in possible))
+    found = (compare(predictions, method, other, family, task) for method, other in possible)
     return [comparison for comparison in found if comparison is not None]
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from core.errors import UserError
 from core.volumes.views.streams import Subjects, choices_of, stream_of
 
 
@@ -52,8 +53,13 @@ def _mask(grid: Sequence[int], choices: np.random.Generator, settings: MaskSetti
     """Where a volume (X, Y, Z) is hidden: a share of its blocks, at least one of them and never all."""
     blocks = [math.ceil(side / settings.block) for side in grid]
     count = math.prod(blocks)
+    if count < 2:
+        raise UserError(
+            f"masks.block={settings.block} is as large as a volume of {' x '.join(map(str, grid))} voxels, so nothing "
+            "of it would be left; use a smaller one"
+        )
     hidden = np.zeros(count, dtype=bool)
-    hidden[choices.permutation(count)[: min(max(1, round(settings.ratio * count)), max(1, count - 1))]] = True
+    hidden[choices.permutation(count)[: min(max(1, round(settings.ratio * count)), count - 1)]] = True
     mask = hidden.reshape(blocks)
     for axis, side in enumerate(grid):
         mask = mask.repeat(settings.block, axis)
