@@ -16,5 +16,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     # Batches are views of shared memory, and nothing writes to them.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    # MONAI calls its own function in a way that it has deprecated.
+    warnings.filterwarnings("ignore", message=".*get_mask_edges", category=FutureWarning)
     # Ray Data reports every execution, and a sweep has one for every cell.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
