@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from fake_run import make_run
 from of_age import MAE, TASK
+from of_age import SETTINGS as OF_AGE
 from optuna.trial import TrialState
 from rich.console import Console
 from small_cohort import write_small_cohort
@@ -56,7 +57,9 @@ def test_records_of_version_0_2_are_read(tmp_path):
     ]
 
 
-SEARCH = SimpleNamespace(base={"task": "brain_age"}, first="mae", objectives=MAE, task=TASK, about=TASK.about)
+SEARCH = SimpleNamespace(
+    base={"task": "brain_age"}, first="mae", objectives=MAE, task=TASK, about=TASK.about, settings=OF_AGE
+)
 """What refits need of a search."""
 
 
