@@ -64,11 +64,6 @@ class Nested:
         return dataclasses.replace(self.sweeps[0], folder=self.folder, predictions=self.predictions)
 
 
-def is_nested(run: Path) -> bool:
-    """Whether the folder `run` holds a nested search."""
-    return _description(run) is not None
-
-
 def _description(run: Path) -> RunDescription | None:
     """The description of the nested search in folder `run`; None if there is none."""
     try:
