@@ -242,6 +242,11 @@ def out_of_fold_predictions(folder: Path, fold: int, seed: int) -> Path:
     return folder / f"predictions-{fold}-{seed}.csv"
 
 
+def kept_model(folder: Path, fold: int, seed: int) -> Path:
+    """Where the model of a cell is kept: model-SEED of a refit, model-FOLD-SEED of a fold."""
+    return folder / (f"model-{seed}" if fold == HOLDOUT else f"model-{fold}-{seed}")
+
+
 def trial_name(number: int) -> str:
     """The name of a trial's folder."""
     return f"{number:04d}"

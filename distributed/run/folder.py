@@ -8,7 +8,8 @@ RUN/run.json                       request, resolved settings, seeds, versions, 
                                    predictions-FOLD-SEED.csv for the validation subjects of every finished cell
     baseline/0003/…                the same, of a trial of the tuned baseline (--baseline-trials)
     refits/METHOD/…                the same, with predictions-SEED.csv and model-SEED/
-    confirmed/METHOD/…             winner and published again on the folds of the search, with seeds it never used
+    confirmed/METHOD/…             winner and published again on the folds of the search, with seeds it never used;
+                                   model-FOLD-SEED/ of the winner
     trials.csv, trials.parquet, cells.csv, history.csv, access.csv, baseline.csv, confirmed.csv,
     holdout.csv, predictions.csv   made from these
     tensorboard/  report.html

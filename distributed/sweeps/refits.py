@@ -40,7 +40,7 @@ def repetitions(
     for method, settings in chosen.items():
         assignment = assign(
             folder.confirmed(method), settings, request.confirm_cells, prunable=False,
-            metric=search.first,
+            metric=search.first, keep_model=method == "winner",
         )  # fmt: skip
         assignment["name"] = f"{method}-repeated"
         made.append(assignment)

@@ -24,7 +24,7 @@ from core.tasks.task import check_parts
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.batches.in_process import InMemory
-from distributed.run.assignment import Answer, Assignment, assign, read_progress
+from distributed.run.assignment import Answer, Assignment, assign, kept_model, read_progress
 from distributed.run.folder import RunFolder, cohort_of, create_run, keep_best, write_splits
 from distributed.run.lock import claim
 from distributed.run.quiet import quiet
@@ -176,7 +176,7 @@ def _train(
         if "failed" in answer:
             raise UserError(f"training failed: {answer['failed']}")
         with writing_to(folder.path):
-            model = folder.trial(NAME) / f"model-{request.seed}"
+            model = kept_model(folder.trial(NAME), request.fold, request.seed)
             if model.exists():
                 keep_best(folder, model)
                 calibrate_best(folder, task, folder.trial(NAME), f"fold {request.fold}")

@@ -40,6 +40,7 @@ from distributed.run.assignment import (
     identity,
     is_refit,
     kept_checkpoint,
+    kept_model,
     out_of_fold_predictions,
     read_progress,
 )
@@ -268,7 +269,7 @@ class Trial:
                     path = out_of_fold_predictions(self.folder, cell.fold, cell.seed)
                 self.labelled.write_predictions(cell.fold, outcome.predictions, path)
                 if self.assignment["keep_model"]:
-                    training.write_model(outcome, self.folder / f"model-{cell.seed}")
+                    training.write_model(outcome, kept_model(self.folder, cell.fold, cell.seed))
         if outcome.kept:
             self.judged.append(
                 {FOLD: cell.fold} | {name: _as_tensors(outcome.kept[name]) for name in self.task.keeps}
