@@ -8,30 +8,28 @@ about their labels). `best/` of a run also has `calibration.json`, if its task m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save
-from scipy import ndimage
 from torch import nn
 
 from core.config import resolve, task_of
 from core.errors import UserError
 from core.evaluation import Floats
 from core.files.writing import write_text
+from core.models.weights import weights_of
 from core.run_settings import RunSettings
 from core.tasks import TASKS, find_task
 from core.tasks.task import ClassProbabilities, Facts, Labels, Prediction
 from core.volumes.images.preprocess import IntensityStatistics, Preprocessing, normalise
-from core.volumes.images.resample import resample_labels
 from core.volumes.ingest.prepare import PreparedScan, prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
 
@@ -39,6 +37,17 @@ CALIBRATION = "calibration.json"
 BATCH = 16
 FAR = 4.0
 """A distance between two means, in voxel SDs, that differences between people do not explain."""
+
+
+class Predicted(NamedTuple):
+    """What models say of n scans."""
+
+    table: pd.DataFrame
+    """One row per scan; see `Task.predictions`."""
+    maps: dict[str, npt.NDArray[np.int16]]
+    """(n, X, Y, Z) by name; see `Task.maps`."""
+    probabilities: dict[str, ClassProbabilities]
+    """By name; see `Task.probability_maps`."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +67,16 @@ class Predictor:
 
     def predict(self, volumes: Floats) -> pd.DataFrame:
         """What the task predicts for volumes (n, C, X, Y, Z) as a cohort stores them, channels as in `channels`."""
-        return self.predictions(self.observe(volumes))
+        return self.answer(volumes).table
 
-    def predictions(self, outputs: Mapping[str, Floats]) -> pd.DataFrame:
-        """What the task makes of what was observed."""
-        return find_task(self.settings.task).predictions(self.settings, outputs, self.fitted, self.facts)
-
-    def maps(self, outputs: Mapping[str, Floats]) -> dict[str, npt.NDArray[np.int16]]:
-        """The maps of classes (n, X, Y, Z) that the task makes of it, by name."""
-        return find_task(self.settings.task).maps(self.settings, outputs, self.facts)
-
-    def probability_maps(self, outputs: Mapping[str, Floats]) -> dict[str, ClassProbabilities]:
-        """The probabilities of classes that the task makes of it, by name."""
-        return find_task(self.settings.task).probability_maps(self.settings, outputs, self.facts)
+    def answer(self, volumes: Floats) -> Predicted:
+        """All that the task says of volumes (n, C, X, Y, Z)."""
+        outputs, task = self.observe(volumes), find_task(self.settings.task)
+        return Predicted(
+            task.predictions(self.settings, outputs, self.fitted, self.facts),
+            task.maps(self.settings, outputs, self.facts),
+            task.probability_maps(self.settings, outputs, self.facts),
+        )
 
     @torch.no_grad()
     def observe(self, volumes: Floats) -> dict[str, Floats]:
@@ -108,9 +114,8 @@ def save_predictor(folder: Path, predictor: Predictor) -> None:
     """Write a model folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(predictor.settings.model_dump_json(indent=2))
-    weights = {name: tensor.contiguous() for name, tensor in predictor.model.state_dict().items()}
     # A plain write, so that a full disk is an OSError.
-    (folder / "model.safetensors").write_bytes(save(weights))
+    (folder / "model.safetensors").write_bytes(save(weights_of(predictor.model)))
     (folder / "probe.json").write_text(predictor.fitted or "null")
     statistics = predictor.statistics._asdict() if predictor.statistics else None
     inputs = {"channels": predictor.channels, "statistics": statistics, "facts": predictor.facts}
@@ -183,72 +188,28 @@ def prepare_file(file: Path, preprocessing: Preprocessing, mask: Path | None = N
     return prepare_scan(scan if mask is None else replace(scan, mask=ImageFile(mask)), preprocessing)
 
 
-def on_own_grid(classes: npt.NDArray[np.int16], scan: PreparedScan, file: Path) -> nib.Nifti1Image:
-    """A map of classes (X, Y, Z) on the grid of a cohort as a map on the voxels of the file that `scan` was made from.
+def mean_answer(models: Sequence[Predictor], volumes: Floats) -> Predicted:
+    """The mean of what several models of one configuration say of volumes (n, C, X, Y, Z).
 
-    Every voxel has the class of the nearest voxel of the grid, and 0 beyond it.
+    Raises:
+        UserError: their task says something that has no mean.
     """
-    own = cast(nib.Nifti1Image, nib.load(file))
-    return _as_image(resample_labels(classes, scan.affine, own.affine, _grid_of(own)), own)
-
-
-class OnOwnGrid(NamedTuple):
-    """What a scan is segmented into, on its own voxels."""
-
-    classes: nib.Nifti1Image
-    """The number of every voxel's likeliest class, int16."""
-    probabilities: nib.Nifti1Image
-    """(X, Y, Z, K - 1) of all classes but the background, float32."""
-    milliliters: dict[str, float]
-    """The volume of every class, by name."""
-
-
-def segmented(given: ClassProbabilities, scan: PreparedScan, file: Path) -> OnOwnGrid:
-    """The segmentation of one scan on the voxels of the file that `scan` was made from.
-
-    Probabilities are interpolated linearly, then the likeliest class is taken; beyond the grid of the cohort all is
-    background. Affine, codes and trailing axes are those of the file.
-
-    Args:
-        given: of this scan alone, N = 1.
-        scan: how it was prepared.
-        file: its NIfTI file.
-    """
-    own = cast(nib.Nifti1Image, nib.load(file))
-    shape, to_grid = _grid_of(own), np.linalg.inv(scan.affine) @ own.affine
-    placed_kxyz = np.stack(
-        [
-            ndimage.affine_transform(
-                values_xyz.astype(np.float32), to_grid, output_shape=shape, order=1, mode="grid-constant",
-                cval=float(place == 0),
+    answers = [model.answer(volumes) for model in models]
+    first = answers[0]
+    if len(answers) == 1:
+        return first
+    if first.maps:
+        raise UserError(
+            f"the task {models[0].settings.task} gives the map {next(iter(first.maps))} of classes without their "
+            "probabilities, which has no mean over models; use one model"
+        )
+    table = find_task(models[0].settings.task).mean_of([answer.table for answer in answers], models[0].facts)
+    probabilities = {
+        name: each._replace(
+            values=np.mean(
+                [answer.probabilities[name].values for answer in answers], axis=0, dtype=np.float32
             )
-            for place, values_xyz in enumerate(given.values[0])
-        ]
-    )  # fmt: skip
-    classes_xyz = np.array([0, *given.numbers], dtype=np.int16)[placed_kxyz.argmax(axis=0)]
-    voxel = abs(float(np.linalg.det(own.affine[:3, :3]))) / 1000
-    volumes = {
-        name: int(np.count_nonzero(classes_xyz == number)) * voxel
-        for name, number in zip(given.names, given.numbers, strict=True)
+        )
+        for name, each in first.probabilities.items()
     }
-    probabilities = nib.Nifti1Image(np.moveaxis(placed_kxyz[1:], 0, -1), own.affine)
-    return OnOwnGrid(_as_image(classes_xyz, own), _with_codes(probabilities, own), volumes)
-
-
-def _grid_of(own: nib.Nifti1Image) -> tuple[int, int, int]:
-    shape = own.shape[:3]
-    return shape[0], shape[1], shape[2]
-
-
-def _as_image(classes_xyz: npt.NDArray[np.int16], own: nib.Nifti1Image) -> nib.Nifti1Image:
-    """A map as an image like `own`, with its trailing axes of length 1."""
-    trailing = own.shape[3:] if all(side == 1 for side in own.shape[3:]) else ()
-    return _with_codes(nib.Nifti1Image(classes_xyz.reshape(*classes_xyz.shape, *trailing), own.affine), own)
-
-
-def _with_codes(image: nib.Nifti1Image, own: nib.Nifti1Image) -> nib.Nifti1Image:
-    """The image with both transforms of `own`, and what they mean; scanner-based where neither is known."""
-    codes = [int(own.header[name]) for name in ("qform_code", "sform_code")]
-    image.set_qform(own.get_qform(), codes[0])
-    image.set_sform(own.affine, codes[1] if any(codes) else 1)
-    return image
+    return Predicted(table, {}, probabilities)

@@ -75,5 +75,6 @@ MEMBER_VALUE = "member_value"
 WINNER = "search winner"
 L1, MEDIAN = "L1 baseline", "training median"
 """The rival and the floor of brain age."""
-REFITTED = {"winner": WINNER, PUBLISHED: PUBLISHED}
+WINNER_FOLDER = "winner"
+REFITTED = {WINNER_FOLDER: WINNER, PUBLISHED: PUBLISHED}
 """The folders under `refits/` and `confirmed/` that every task has, and the method in each of them."""

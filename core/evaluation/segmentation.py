@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,53 +12,65 @@ from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.surface_dice import compute_surface_dice
 
 from core.evaluation import Floats
-from core.evaluation.tissues import voxel_volume
+from core.volumes.images.resample import bounding_box
 
 Mask = npt.NDArray[np.bool_]
 
 
-def segmentation_metrics(
+class Agreement(NamedTuple):
+    """How two maps of K classes agree in one case; see the functions of this file for classes that are empty."""
+
+    counts_k3: Floats
+    """Voxels in both maps, in the predicted one, in the reference."""
+    distances_k2: Floats
+    """The 95 % Hausdorff distance in mm, and the surface Dice; NaN if they were not asked for."""
+
+
+def compare_maps(
     predicted_xyz: npt.NDArray[np.generic],
     reference_xyz: npt.NDArray[np.generic],
-    affine: Floats,
-    classes: Mapping[str, int],
-) -> dict[str, dict[str, float]]:
-    """Per class of one case: `dice`, `hausdorff95` in mm, `volume_error` in mL (predicted - reference).
-
-    | class is in    | dice | hausdorff95 |
-    |----------------|------|-------------|
-    | neither map    | NaN  | NaN         |
-    | one map only   | 0    | infinity    |
-
-    NaN means that the case tells nothing about the class: leave it out of means. A case in which only one map
-    has the class counts as the worst possible.
+    classes: Sequence[int],
+    edges: Floats,
+    *,
+    tolerance: float | None,
+    unknown: int = -1,
+) -> Agreement:
+    """Compare two maps (X, Y, Z), class by class.
 
     Args:
-        predicted_xyz: label map (X, Y, Z).
-        reference_xyz: label map of the same shape.
-        affine: 4x4, voxel index to mm.
-        classes: label of each class.
+        predicted_xyz: numbers of classes.
+        reference_xyz: the same, of the same shape.
+        classes: the K numbers.
+        edges: (3,) of a voxel in mm.
+        tolerance: mm that a surface may be off, for the surface Dice; None: no distances, which take long.
+        unknown: the number in the reference where nothing is known, and nothing is compared.
     """
     if predicted_xyz.shape != reference_xyz.shape:
         raise ValueError(
             f"label maps must share a shape, got {predicted_xyz.shape} and {reference_xyz.shape}"
         )
-    spacing = nib.affines.voxel_sizes(affine)
-    metrics = {}
-    for name, label in classes.items():
-        predicted, reference = predicted_xyz == label, reference_xyz == label
-        metrics[name] = {
-            "dice": dice(predicted, reference),
-            "hausdorff95": hausdorff95(predicted, reference, spacing),
-            "volume_error": (int(predicted.sum()) - int(reference.sum())) * voxel_volume(affine),
-        }
-    return metrics
+    # Surfaces are searched in the box of both maps only, a voxel wider: a head is mostly background.
+    box = bounding_box((predicted_xyz != 0) | (reference_xyz != 0), 1)
+    predicted_xyz, reference_xyz = predicted_xyz[box], reference_xyz[box]
+    known = reference_xyz != unknown
+    counts_k3, distances_k2 = np.zeros((len(classes), 3)), np.full((len(classes), 2), np.nan)
+    for place, number in enumerate(classes):
+        predicted, reference = (predicted_xyz == number) & known, reference_xyz == number
+        counts_k3[place] = (predicted & reference).sum(), predicted.sum(), reference.sum()
+        if tolerance is not None:
+            distances_k2[place] = (
+                hausdorff95(predicted, reference, edges),
+                surface_dice(predicted, reference, edges, tolerance),
+            )
+    return Agreement(counts_k3, distances_k2)
 
 
-def dice(predicted: Mask, reference: Mask) -> float:
-    """2 |P ∩ R| / (|P| + |R|) of two masks; NaN if both are empty, 0 if one is."""
-    size = int(predicted.sum()) + int(reference.sum())
-    return 2 * int((predicted & reference).sum()) / size if size else float("nan")
+def dice_of(counts_nk3: Floats) -> Floats:
+    """2 |P and R| / (|P| + |R|) of counts (…, K, 3) -> (…, K); NaN where a class is in neither map, 0 if in one."""
+    sizes_nk = counts_nk3[..., 1] + counts_nk3[..., 2]
+    with np.errstate(invalid="ignore"):
+        found: Floats = np.where(sizes_nk > 0, 2 * counts_nk3[..., 0] / sizes_nk, np.nan)
+    return found
 
 
 def hausdorff95(predicted_xyz: Mask, reference_xyz: Mask, spacing: Floats) -> float:

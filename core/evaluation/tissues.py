@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.linear_model import BayesianRidge, LinearRegression, RidgeCV
@@ -18,37 +17,12 @@ from core.evaluation import Floats
 from core.evaluation.probes import ALPHAS
 from core.lookup import look_up
 
-TISSUES: Mapping[str, int] = {"csf": 1, "gm": 2, "wm": 3}
-
 RegressorKind = Literal["linear", "ridge", "bayesian_ridge"]
 REGRESSORS: Mapping[str, LinearRegression | RidgeCV | BayesianRidge] = {
     "linear": LinearRegression(),
     "ridge": RidgeCV(alphas=ALPHAS),
     "bayesian_ridge": BayesianRidge(),
 }
-
-
-def tissue_volumes(
-    labels_xyz: npt.NDArray[np.generic], affine: Floats, tissues: Mapping[str, int] = TISSUES
-) -> dict[str, float]:
-    """Volume of each tissue in mL.
-
-    Args:
-        labels_xyz: label map (X, Y, Z), whole numbers.
-        affine: 4x4, voxel index to mm; axes may be oblique.
-        tissues: label of each tissue.
-    """
-    if labels_xyz.ndim != 3 or not np.array_equal(labels_xyz, np.round(labels_xyz)):
-        raise UserError(
-            f"a label map must be 3D whole numbers, got {labels_xyz.dtype} of shape {labels_xyz.shape}; "
-            "was it resampled with interpolation?"
-        )
-    return {name: int((labels_xyz == label).sum()) * voxel_volume(affine) for name, label in tissues.items()}
-
-
-def voxel_volume(affine: Floats) -> float:
-    """mL of one voxel, from the determinant of its 4x4 affine in mm."""
-    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
 
 
 def relative_volumes(volumes_nk: Floats) -> Floats:

@@ -29,14 +29,22 @@ GUARD = "'"
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write `table` without its index as CSV, in one step; text that a spreadsheet would execute gets a guard."""
+    """Write `table` without its index as CSV, in one step; text that a spreadsheet would execute gets a guard.
+
+    A name that ends in .tsv is a table with tabs, as BIDS asks.
+    """
     safe = _changed(table, _guarded)
     with replacing(path) as temporary:
         # A carriage return begins a new line for readers, and CSV writers quote only the line ends that they write.
         returns = any(
             isinstance(value, str) and "\r" in value for value in (*safe.columns, *safe.to_numpy().flat)
         )
-        safe.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+        safe.to_csv(
+            temporary,
+            index=False,
+            sep="\t" if path.suffix == ".tsv" else ",",
+            quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL,
+        )
 
 
 def read_table(path: Path | IO[bytes], every: Collection[str] | None = None) -> pd.DataFrame:

@@ -69,6 +69,20 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {str(name): value for name, value in held.items() if isinstance(value, torch.Tensor)}
 
 
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a model on the CPU, as a `.safetensors` file holds it: every tensor once.
+
+    Some networks have a layer under two names, as MONAI's DynUNet has; it is kept under the first of them.
+    """
+    kept, known = dict[str, torch.Tensor](), set[tuple[int, int]]()
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.numel())
+        if value.numel() == 0 or place not in known:
+            known.add(place)
+            kept[name] = value.detach().cpu().contiguous()
+    return kept
+
+
 def load_weights(
     model: nn.Module, weights: Mapping[str, torch.Tensor], rename: Sequence[str] = ()
 ) -> LoadReport:

@@ -356,6 +356,11 @@ class Classification(Task[ClassificationSettings]):
             return _as_table(softmax(outputs["scores"]), None, facts)
         return _as_table(read_probe(fitted).probabilities(outputs["embedding"]), None, facts)
 
+    def mean_of(self, tables: Sequence[pd.DataFrame], facts: Facts) -> pd.DataFrame:
+        """Of the mean probabilities."""
+        columns = [f"{PROBABILITY}{name}" for name in names_of(facts)]
+        return _as_table(np.mean([table[columns].to_numpy(float) for table in tables], axis=0), None, facts)
+
     def check_fitted(self, fitted: str | None) -> None:
         """See `Task`."""
         if fitted is not None:

@@ -22,9 +22,9 @@ from pydantic import Field
 from torch import nn
 
 from core.errors import UserError
-from core.evaluation import Floats
+from core.evaluation import Floats, Names
 from core.evaluation.by_subject import subject_means
-from core.evaluation.segmentation import hausdorff95, surface_dice
+from core.evaluation.segmentation import compare_maps, dice_of
 from core.evaluation.splits import Rows
 from core.lookup import did_you_mean
 from core.losses.segmentation import IGNORED, CrossEntropy, SegmentationLoss
@@ -49,7 +49,7 @@ from core.tasks.task import (
 from core.volumes.cohort.description import has_map
 from core.volumes.views import ViewSettings, make_views_with_maps
 
-COUNTS, DISTANCES, PROBABILITIES = "counts", "distances", "probabilities"
+COUNTS, DISTANCES, PROBABILITIES, DICE = "counts", "distances", "probabilities", "dice"
 BOTH, PREDICTED, REFERENCE = range(3)
 """The columns of counts of voxels: in both maps, in the predicted one, in the reference."""
 WINDOWS_TOGETHER = 4
@@ -233,24 +233,18 @@ class Segmentation(Task[SegmentationSettings]):
         seen = self.observe(settings, model, volumes_bcxyz)
         predicted_bxyz = seen.pop(PROBABILITIES).argmax(dim=1).cpu().numpy()
         reference_bxyz = places_of(beside.maps[settings.data.target], settings).cpu().numpy()
-        count, edges = len(classes_of(settings)), np.array(beside.edges)
-        counts = np.zeros((len(predicted_bxyz), count, 3))
-        distances = np.full((len(predicted_bxyz), count, 2), math.nan)
-        for scan, (predicted, reference) in enumerate(zip(predicted_bxyz, reference_bxyz, strict=True)):
-            known = reference != IGNORED
-            for place in range(count):
-                mine, theirs = (predicted == place + 1) & known, reference == place + 1
-                counts[scan, place] = (mine & theirs).sum(), mine.sum(), theirs.sum()
-                if beside.final:
-                    distances[scan, place] = (
-                        hausdorff95(mine, theirs, edges),
-                        surface_dice(mine, theirs, edges, settings.evaluation.tolerance),
-                    )
+        places, edges = range(1, 1 + len(classes_of(settings))), np.array(beside.edges)
+        tolerance = settings.evaluation.tolerance if beside.final else None
+        cases = [
+            compare_maps(predicted, reference, places, edges, tolerance=tolerance, unknown=IGNORED)
+            for predicted, reference in zip(predicted_bxyz, reference_bxyz, strict=True)
+        ]
+        counts = np.stack([case.counts_k3 for case in cases])
         volume = float(np.prod(edges)) / 1000
         # A checkpoint and the workers exchange tensors.
         return seen | {
             COUNTS: torch.from_numpy(counts),
-            DISTANCES: torch.from_numpy(distances),
+            DISTANCES: torch.from_numpy(np.stack([case.distances_k2 for case in cases])),
             "voxel": torch.full((len(counts), 1), volume),
         }
 
@@ -277,31 +271,34 @@ class Segmentation(Task[SegmentationSettings]):
         self, settings: SegmentationSettings, training: Observed, evaluation: Observed, judging: Judging
     ) -> Outcome:
         """Measure every case, then the mean over people; nothing is fitted."""
-        names = list(classes_of(settings))
-        counts_nk3, distances_nk2 = evaluation.outputs[COUNTS], evaluation.outputs[DISTANCES]
-        milliliters_nk2 = counts_nk3[:, :, 1:] * evaluation.outputs["voxel"][:, :, None]
-        dice_nk = dice_of(counts_nk3)
-        of_case = _mean_of_defined(dice_nk)
-        table = pd.DataFrame({"predicted": 1 - evaluation.embeddings[:, 0], "error": 1 - of_case})
-        for place, name in enumerate(names):
-            table[f"dice_{name}"] = dice_nk[:, place]
-            table[f"ml_{name}"] = milliliters_nk2[:, place, 0]
-            table[f"reference_ml_{name}"] = milliliters_nk2[:, place, 1]
-        # A case of which nothing can be told has no part in a mean.
-        metrics = {
-            "dice": _over_people(of_case, evaluation),
-            **{
-                f"dice_{name}": _over_people(dice_nk[:, place], evaluation)
-                for place, name in enumerate(names)
-            },
-            "hausdorff95": _median(distances_nk2[:, :, 0]),
-            "surface_dice": _over_people(_mean_of_defined(distances_nk2[:, :, 1]), evaluation),
-            "volume_error": float(np.abs(milliliters_nk2[:, :, 0] - milliliters_nk2[:, :, 1]).mean())
-            if len(of_case)
-            else math.nan,
-            "undefined": float(np.isnan(dice_nk).sum()),
-        }
-        return Outcome(metrics, table)
+        of_cases = _columns(
+            classes_of(settings), evaluation.outputs[COUNTS], evaluation.outputs[DISTANCES],
+            evaluation.outputs["voxel"][:, 0],
+        )  # fmt: skip
+        table = pd.concat(
+            [
+                pd.DataFrame({"predicted": 1 - evaluation.embeddings[:, 0], "error": 1 - of_cases[DICE]}),
+                of_cases,
+            ],
+            axis=1,
+        ).drop(columns=DICE)
+        return Outcome(_measured(classes_of(settings), of_cases, evaluation.subjects), table)
+
+    def judge_map(
+        self,
+        settings: SegmentationSettings,
+        classes_xyz: npt.NDArray[np.int16],
+        reference_xyz: npt.NDArray[np.int16],
+        edges: tuple[float, float, float],
+    ) -> dict[str, float]:
+        """See `Task`."""
+        classes, voxel = classes_of(settings), float(np.prod(edges)) / 1000
+        found = compare_maps(
+            classes_xyz, reference_xyz, list(classes.values()), np.array(edges),
+            tolerance=settings.evaluation.tolerance, unknown=IGNORED,
+        )  # fmt: skip
+        columns = _columns(classes, found.counts_k3[None], found.distances_k2[None], np.array([voxel]))
+        return {str(name): float(value) for name, value in columns.iloc[0].items()}
 
     def predictions(
         self, settings: SegmentationSettings, outputs: Mapping[str, Floats], fitted: str | None, facts: Facts
@@ -336,7 +333,11 @@ class Segmentation(Task[SegmentationSettings]):
     def measure(
         self, presented: pd.DataFrame, truth: Truth, internal: Mapping[str, float]
     ) -> dict[str, float | str]:
-        """Of a cohort only shares are known here."""
+        """Overlap, distances and volumes where maps were compared; else only shares are known."""
+        classes = {str(name).removeprefix("dice_"): 0 for name in presented if str(name).startswith("dice_")}
+        if classes:
+            found: dict[str, float | str] = dict(_measured(classes, presented, truth.subjects))
+            return found
         names = [str(name) for name in presented.columns if str(name).startswith("share_")]
         return {f"mean {name}": float(presented[name].mean()) for name in names}
 
@@ -353,14 +354,6 @@ def places_of(map_bxyz: torch.Tensor, settings: SegmentationSettings) -> torch.T
         places_bxyz[map_bxyz == number] = place
     places_bxyz[map_bxyz == IGNORED] = IGNORED
     return places_bxyz
-
-
-def dice_of(counts_nk3: Floats) -> Floats:
-    """2 |P and R| / (|P| + |R|) of counts (N, K, 3) -> (N, K); NaN where a class is in neither map."""
-    sizes_nk = counts_nk3[:, :, PREDICTED] + counts_nk3[:, :, REFERENCE]
-    with np.errstate(invalid="ignore"):
-        found: Floats = np.where(sizes_nk > 0, 2 * counts_nk3[:, :, BOTH] / sizes_nk, math.nan)
-    return found
 
 
 def _over_depths(
@@ -388,12 +381,46 @@ def _mean_of_defined(values_nk: Floats) -> Floats:
     return means
 
 
-def _over_people(values_n: Floats, truth: Truth) -> float:
+def _columns(
+    classes: Mapping[str, int], counts_nk3: Floats, distances_nk2: Floats, voxel_ml_n: Floats
+) -> pd.DataFrame:
+    """One row per case: the mean `dice`, and of every class Dice, distances, and both volumes in mL."""
+    dice_nk = dice_of(counts_nk3)
+    table = {DICE: _mean_of_defined(dice_nk)}
+    for place, name in enumerate(classes):
+        table |= {
+            f"dice_{name}": dice_nk[:, place],
+            f"ml_{name}": counts_nk3[:, place, PREDICTED] * voxel_ml_n,
+            f"reference_ml_{name}": counts_nk3[:, place, REFERENCE] * voxel_ml_n,
+            f"hausdorff95_{name}": distances_nk2[:, place, 0],
+            f"surface_dice_{name}": distances_nk2[:, place, 1],
+        }
+    return pd.DataFrame(table)
+
+
+def _measured(classes: Mapping[str, int], cases: pd.DataFrame, subjects: Names) -> dict[str, float]:
+    """The metrics of the description, of cases as `_columns` gives them; one that tells nothing is in no mean."""
+
+    def of_all(column: str) -> Floats:
+        return np.stack([cases[f"{column}_{name}"].to_numpy(float) for name in classes], axis=1)
+
+    dice_nk, wrong_nk = of_all("dice"), np.abs(of_all("ml") - of_all("reference_ml"))
+    return {
+        "dice": _over_people(cases[DICE].to_numpy(float), subjects),
+        **{f"dice_{name}": _over_people(dice_nk[:, place], subjects) for place, name in enumerate(classes)},
+        "hausdorff95": _median(of_all("hausdorff95")),
+        "surface_dice": _over_people(_mean_of_defined(of_all("surface_dice")), subjects),
+        "volume_error": float(wrong_nk.mean()) if len(cases) else math.nan,
+        "undefined": float(np.isnan(dice_nk).sum()),
+    }
+
+
+def _over_people(values_n: Floats, subjects: Names) -> float:
     """The mean over people of scans whose value is defined; NaN if there is none."""
     defined = ~np.isnan(values_n)
     if not defined.any():
         return math.nan
-    return float(np.mean(subject_means(values_n[defined], truth.subjects[defined])))
+    return float(np.mean(subject_means(values_n[defined], subjects[defined])))
 
 
 def _median(values_nk: Floats) -> float:

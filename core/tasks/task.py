@@ -314,6 +314,33 @@ class Task(ABC, Generic[S]):
         """
         return {}
 
+    def judge_map(
+        self,
+        settings: S,
+        classes_xyz: npt.NDArray[np.int16],
+        reference_xyz: npt.NDArray[np.int16],
+        edges: tuple[float, float, float],
+    ) -> dict[str, float]:
+        """Columns of a table about one map of classes (X, Y, Z), beside the true one, on voxels of these edges in mm.
+
+        `measure` finds them in what it gets. {} if the task gives no `probability_maps`.
+        """
+        return {}
+
+    def mean_of(self, tables: Sequence[pd.DataFrame], facts: Facts) -> pd.DataFrame:
+        """The mean of what several models say of the same scans, each as from `predictions`.
+
+        Raises:
+            UserError: a column has no mean.
+        """
+        words = [str(name) for name in tables[0].select_dtypes(exclude="number")]
+        if words:
+            raise UserError(
+                f"the task {self.about.name} predicts {', '.join(words)}, which has no mean over models; use one model"
+            )
+        mean: pd.DataFrame = pd.concat(tables).groupby(level=0, sort=False).mean()
+        return mean
+
     def check_fitted(self, fitted: str | None) -> None:
         """ValueError, or LookupError, if `fitted` is not what `judge` makes."""
 

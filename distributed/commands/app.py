@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from core.errors import UserError
 from distributed.commands.cohorts import data
@@ -24,8 +23,8 @@ from distributed.commands.options import (
     asks,
     console,
     place,
-    readable,
 )
+from distributed.commands.using import using
 from distributed.sweeps.request import ResumeRequest, SweepRequest, TrainRequest
 
 app = typer.Typer(
@@ -37,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(using)
 app.add_typer(data)
 
 
@@ -195,106 +195,6 @@ def compare(
     page = write_compared(runs, out)
     print_compared(console, runs)
     console.print(f"\nNext:\n  open {page}", highlight=False)
-
-
-TrustsTask = Annotated[
-    bool,
-    typer.Option(
-        "--trust-space", help="execute the FILE.py of the run's task though it, or its owner, has changed"
-    ),
-]
-
-
-@app.command(epilog="Example: brainsweep evaluate runs/demo cohorts/other")
-def evaluate(run: RunArgument, cohort: CohortFolder, trust: TrustsTask = False) -> None:
-    """Predict a cohort with the best model of a run, and measure the errors."""
-    from distributed.commands.predicting import evaluate_run
-    from distributed.run.working_copy import bring_run
-
-    bring_run(run, console)
-    evaluation = evaluate_run(run, cohort, console=console, is_trusted=trust)
-    for note in evaluation.notes:
-        console.print(f"note: {note}", highlight=False)
-    table = Table("metric", "value", box=None, padding=(0, 2))
-    judged = evaluation.predictions
-    counts = {"subjects": judged["subject"].nunique(), "scans": len(judged)}
-    for name, value in {**counts, **evaluation.metrics}.items():
-        table.add_row(name, readable(value))
-    console.print(table)
-    console.print(f"predictions in {evaluation.table}", highlight=False)
-
-
-@app.command(epilog="Example: brainsweep predict runs/demo sub-01_T1w.nii.gz sub-02_T1w.nii.gz")
-def predict(
-    run: RunArgument,
-    volumes: Annotated[
-        list[Path], typer.Argument(metavar="VOLUME…", help="NIfTI files, prepared as the cohort was")
-    ],
-    masks: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--mask",
-            help="brain mask of each volume, in order, if the cohort has masks; repeatable",
-        ),
-    ] = None,
-    truth: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--truth",
-            "--age",
-            help="the truth about each volume, in order, to compare with: its age in years, or its class; repeatable",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER|FILE.csv",
-            help="also write the table, with whether the model was trained on a file: to FILE.csv, or into FOLDER, "
-            "beside the maps of classes of a task that has any, each on its file's grid",
-        ),
-    ] = None,
-    probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="write the probabilities of all classes into FOLDER, too")
-    ] = False,
-    trust: TrustsTask = False,
-) -> None:
-    """Predict single NIfTI files with the best model of a run: ages with an interval and the gap, or classes."""
-    from distributed.commands.predicting import predict_files
-    from distributed.run.working_copy import bring_run
-
-    bring_run(run, console)
-    folder = None if out is None or out.suffix.lower() == ".csv" else out
-    if probabilities and folder is None:
-        raise UserError("--probabilities needs --out FOLDER")
-    prediction = predict_files(
-        run,
-        volumes,
-        masks,
-        truth,
-        maps=folder,
-        probabilities=probabilities,
-        console=console,
-        is_trusted=trust,
-    )
-    found = prediction.table
-    for note in prediction.lacks:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    for said, files in found[found["note"] != ""].groupby("note", sort=False)["file"]:
-        who = files.iloc[0] if len(files) == 1 else f"{len(files)} files"
-        console.print(f"note: {who}: {said}", style="yellow", highlight=False, soft_wrap=True)
-    table = Table("file", *prediction.shown.columns, box=None, padding=(0, 2))
-    for file, texts in zip(found["file"], prediction.shown.to_numpy(str), strict=True):
-        table.add_row(Text(file), *map(Text, texts))
-    console.print(table)
-    console.print(prediction.how_to_read, highlight=False, soft_wrap=True)
-    if out is not None:
-        from core.files.tables import write_table
-        from core.files.writing import writing_to
-
-        table_file = out if folder is None else folder / "predictions.csv"
-        with writing_to(table_file.parent):
-            table_file.parent.mkdir(parents=True, exist_ok=True)
-            write_table(found, table_file)
 
 
 def main() -> None:

@@ -48,6 +48,22 @@ Address = Annotated[
     typer.Option(help="HEAD:PORT of a running Ray cluster, or auto; this machine if absent"),
 ]
 
+Ensemble = Literal["best", "folds"]
+EnsembleOption = Annotated[
+    Ensemble,
+    typer.Option(
+        help="best: the model of all development people; folds: the mean of the winner's models of all folds, which a "
+        "sweep with --confirm-seeds keeps"
+    ),
+]
+TrustsTask = Annotated[
+    bool,
+    typer.Option(
+        "--trust-space", help="execute the FILE.py of the run's task though it, or its owner, has changed"
+    ),
+]
+"""For commands that use the models of a run."""
+
 
 def progress_bar(what: str) -> Progress:
     """A progress bar that disappears when it is done."""

@@ -1,47 +1,109 @@
-"""The best model of a run on new data: `predict` for files, `evaluate` for a cohort."""
+"""The models of a run on new scans: single NIfTI files, or a BIDS tree that becomes a tree of derivatives."""
 
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
+import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from rich.console import Console
 
-from core.config import task_of
 from core.errors import UserError
-from core.files.tables import read_table, write_table
-from core.files.writing import replacing, writing_to
-from core.inference import Predictor, load_predictor, on_own_grid, prepare_file, segmented
-from core.run_access import EVALUATION
+from core.files.tables import write_table
+from core.files.writing import replacing, write_text, writing_to
+from core.inference import Predictor, mean_answer, prepare_file
+from core.own_grid import OwnGrid, Placed, image_like, nearest_on, place
 from core.run_description import CohortOfRun
-from core.run_names import CURVE, NESTED, RUN_JSON, SPLITS, WINNER
+from core.run_names import RUN_JSON
 from core.tasks import find_task
-from core.tasks.task import Prediction, is_known, truth_of
-from core.volumes.cohort.description import spacing_in_words
-from core.volumes.cohort.reader import Cohort
+from core.tasks.task import Prediction
 from core.volumes.images.preprocess import Preprocessing
-from distributed.commands.known_scans import KnownScans, roles_of
-from distributed.run.access import AccessRecord
-from distributed.run.assignment import HOLDOUT, Cell
-from distributed.run.folder import RunFolder, open_run
-from distributed.run.trust import check_trusted
-from distributed.sweeps.looks import count_looks, looks_beside
+from core.volumes.sources import list_scans
+from distributed.commands.known_scans import KnownScans, Standing
+from distributed.commands.models import Models, single_run
+from distributed.commands.options import Ensemble
+from distributed.run.folder import RunFolder
+
+DESCRIBED = "brainsweep"
+"""The entity `desc` of what is written into a tree of derivatives."""
+OnProgress = Callable[[int, int], None]
+"""Called with (scans done, scans in all)."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Predictions for a cohort, and their metrics."""
+class Wanted:
+    """What is asked for beside the table."""
 
-    predictions: pd.DataFrame
-    metrics: dict[str, float | str]
-    notes: tuple[str, ...]
-    table: Path
+    folder: Path | None = None
+    """Where maps of classes are written."""
+    probabilities: bool = False
+    """Whether to write those of the classes, too."""
+    ensemble: Ensemble = "best"
+
+
+@dataclass(frozen=True)
+class OneScan:
+    """What is said of one scan."""
+
+    table: pd.DataFrame
+    """One row; see `Task.predictions`."""
+    maps: dict[str, npt.NDArray[np.int16]]
+    """Maps of classes on the scan's own voxels, by name, of a task that gives no probabilities."""
+    placed: dict[str, Placed]
+    """The segmentations on the scan's own voxels, by name."""
+    standing: Standing
+    unfamiliar: str | None
+
+    @property
+    def milliliters(self) -> dict[str, float]:
+        """The volume of every class, by the name of its column."""
+        return {f"ml_{name}": ml for each in self.placed.values() for name, ml in each.milliliters.items()}
+
+    @property
+    def note(self) -> str:
+        """Why the prediction may be wrong or too good; empty if nothing is known against it."""
+        return "; ".join(note for note in (self.unfamiliar, self.standing.note) if note)
+
+
+class ScanPredictor:
+    """The models of a run, ready for single files, which are prepared like the cohort of the run.
+
+    Raises:
+        UserError: no model, or one of several channels.
+    """
+
+    def __init__(self, run: Path, ensemble: Ensemble, console: Console | None, is_trusted: bool) -> None:
+        folder = single_run(run)
+        self.models = Models.of(folder, console, is_trusted).of_kind(ensemble)
+        self.first: Predictor = self.models[0]
+        self.task = find_task(self.first.settings.task)
+        if len(self.first.channels) > 1:
+            raise UserError(
+                f"the model needs channels {', '.join(self.first.channels)} of each subject; "
+                "ingest them into a cohort and use `brainsweep evaluate`"
+            )
+        self.known = KnownScans.of(folder, self.first.channels[0])
+        self.preprocessing = preprocessing_of(folder)
+
+    def __call__(self, file: Path, mask: Path | None = None) -> OneScan:
+        """Predict one NIfTI file; UserError names it if it cannot be used."""
+        scan = prepare_file(file, self.preprocessing, mask)
+        said, own = mean_answer(self.models, scan.voxels[None]), OwnGrid.of_file(file)
+        return OneScan(
+            said.table,
+            {name: nearest_on(own, several[0], scan.affine) for name, several in said.maps.items()},
+            {name: place(each, scan.affine, own) for name, each in said.probabilities.items()},
+            self.known.standing(file, scan),
+            self.first.unfamiliar(scan.voxels[None]),
+        )
 
 
 def predict_files(
@@ -50,10 +112,10 @@ def predict_files(
     masks: Sequence[Path] | None = None,
     truth: Sequence[str] | None = None,
     *,
-    maps: Path | None = None,
-    probabilities: bool = False,
+    wanted: Wanted | None = None,
     console: Console | None = None,
     is_trusted: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> Prediction:
     """Predict what the task of the run says of NIfTI files, which are prepared like the cohort of the run.
 
@@ -62,10 +124,10 @@ def predict_files(
         files: one NIfTI file per subject.
         masks: the brain mask of each file, in their order; needed if the cohort was made with masks.
         truth: the truth about each file, in their order and as it was typed.
-        maps: a folder for the maps of classes of a task that has any, each on the grid of its file.
-        probabilities: whether to write those of the classes, too.
+        wanted: what to write beside it, and which models to ask.
         console: where to say that the file of a task is executed.
         is_trusted: whether the user trusts this file as it is.
+        on_progress: hears of every file.
 
     Returns:
         A table with the columns file; those of the task; trained_on (yes, no, perhaps or unknown; see `Standing`);
@@ -79,157 +141,104 @@ def predict_files(
         raise UserError(f"{len(files)} volumes need as many --truth (--age), got {len(truth)}")
     if masks is not None and len(masks) != len(files):
         raise UserError(f"{len(files)} volumes need as many brain masks, got {len(masks)}")
-    folder = _open_single(run)
-    predictor = _predictor_of(folder, console, is_trusted)
-    task = find_task(predictor.settings.task)
-    known_truth = None if truth is None else task.read_truth(truth, predictor.facts)
-    if len(predictor.channels) > 1:
-        raise UserError(
-            f"the model needs channels {', '.join(predictor.channels)} of each subject; "
-            "ingest them into a cohort and use `brainsweep evaluate`"
-        )
-    known, preprocessing = KnownScans.of(folder, predictor.channels[0]), _preprocessing(folder)
-    predicted, trained_on, notes, volumes = [], [], list[str](), list[dict[str, float]]()
-    for file, mask in zip(files, [None] * len(files) if masks is None else masks, strict=True):
-        scan = prepare_file(file, preprocessing, mask)
-        outputs = predictor.observe(scan.voxels[None])
-        predicted.append(predictor.predictions(outputs))
-        made = predictor.maps(outputs)
-        dense = {
-            name: segmented(each, scan, file) for name, each in predictor.probability_maps(outputs).items()
-        }
-        volumes.append({f"ml_{name}": ml for each in dense.values() for name, ml in each.milliliters.items()})
-        if maps is not None:
-            own = {name: on_own_grid(several[0], scan, file) for name, several in made.items()}
-            own |= {name: each.classes for name, each in dense.items()}
-            if probabilities:
-                own |= {f"{name}_probabilities": each.probabilities for name, each in dense.items()}
-            _write_maps(own, file, maps)
-        standing = known.standing(file, scan)
-        trained_on.append(standing.trained_on)
-        said = (predictor.unfamiliar(scan.voxels[None]), standing.note)
-        notes.append("; ".join(note for note in said if note))
-    presented = predictor.present(pd.concat(predicted, ignore_index=True), known_truth)
-    names = [*made, *dense]
-    if names and maps is None:
+    wanted = wanted or Wanted()
+    predictor = ScanPredictor(run, wanted.ensemble, console, is_trusted)
+    known_truth = None if truth is None else predictor.task.read_truth(truth, predictor.first.facts)
+    found = []
+    for number, (file, mask) in enumerate(
+        zip(files, [None] * len(files) if masks is None else masks, strict=True), start=1
+    ):
+        said = predictor(file, mask)
+        if wanted.probabilities and not said.placed:
+            raise UserError(
+                f"--probabilities cannot act: the task {predictor.task.about.name} has none of voxels"
+            )
+        if wanted.folder is not None:
+            stem = file.name.removesuffix(".gz").removesuffix(".nii")
+            _write(_images(said, file, wanted, f"{stem}_", "_probabilities"), wanted.folder)
+        # What was written is not needed again, and a hundred segmentations would not fit into memory.
+        found.append(replace(said, maps=dict.fromkeys(said.maps, np.empty(0, np.int16)), placed=_small(said)))
+        if on_progress is not None:
+            on_progress(number, len(files))
+    predictions = pd.concat([each.table for each in found], ignore_index=True)
+    presented = predictor.first.present(predictions, known_truth)
+    names = [*found[0].maps, *found[0].placed]
+    if names and wanted.folder is None:
         lacks = (*presented.lacks, f"the {', '.join(names)} maps are not written: give --out FOLDER")
         presented = replace(presented, lacks=lacks)
-    if probabilities and not dense:
-        raise UserError(f"--probabilities cannot act: the task {task.about.name} has none of voxels")
-    of_classes = pd.DataFrame(volumes)
-    shown = presented.shown.assign(
-        **{
-            f"{str(name).removeprefix('ml_')} (mL)": [f"{ml:.1f}" for ml in column]
-            for name, column in of_classes.items()
-        }
-    )
-    presented = replace(presented, shown=shown)
-    table = pd.concat([presented.table.copy(), of_classes], axis=1)
-    table.insert(0, "file", [str(file) for file in files])
-    return replace(presented, table=table.assign(trained_on=trained_on, note=notes))
+    return _with_volumes(presented, files, found)
 
 
-def _write_maps(maps: Mapping[str, nib.Nifti1Image], file: Path, folder: Path) -> None:
-    """Write the maps of a scan as NIfTI files: FOLDER/sub-01_T1w_NAME.nii.gz."""
-    stem = file.name.removesuffix(".gz").removesuffix(".nii")
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, image in maps.items():
-            with replacing(folder / f"{stem}_{name}.nii.gz") as path:
-                path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
+def predict_tree(
+    run: Path,
+    tree: Path,
+    out: Path,
+    wanted: Wanted,
+    *,
+    console: Console | None = None,
+    is_trusted: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Prediction:
+    """Predict every scan of a BIDS tree into a tree of BIDS derivatives; see `predict_files`.
 
-
-def _predictor_of(folder: RunFolder, console: Console | None, is_trusted: bool) -> Predictor:
-    """The best model of a run; the file of its task is executed only if it is the one with which the run began."""
-    check_trusted(folder, None, console or Console(quiet=True), is_trusted=is_trusted, does="this command")
-    return load_predictor(folder.path / "best", task_of(folder.about.settings))
-
-
-def evaluate_run(
-    run: Path, cohort: str | Path, *, console: Console | None = None, is_trusted: bool = False
-) -> Evaluation:
-    """Predict a cohort, and measure it. In the cohort of the run itself only the held-out subjects are judged.
-
-    Args:
-        run: folder of the run.
-        cohort: folder or URL of the cohort.
-        console: where to say that the file of a task is executed.
-        is_trusted: whether the user trusts this file as it is.
+    `out` gets dataset_description.json, predictions.tsv with one line per scan, skipped.tsv with the scans that cannot
+    be used, and, of a task with maps, sub-01/anat/sub-01_desc-brainsweep_dseg.nii.gz (probseg if asked) and the names
+    of the classes in desc-brainsweep_dseg.tsv.
 
     Raises:
-        UserError: no model, or a cohort with another spacing, without the channels of the model, or of which nothing is
-            known that could be compared with the predictions.
+        UserError: it is no BIDS tree, none of its scans can be used, or `out` is in it.
     """
-    folder = _open_single(run)
-    predictor = _predictor_of(folder, console, is_trusted)
-    task = find_task(predictor.settings.task)
-    opened = Cohort.open(cohort)
-    _check_alike(folder, predictor, opened)
-    labels = task.labels(predictor.settings, opened.manifest)
-    rows, notes = _rows_to_judge(folder, opened, np.flatnonzero(is_known(labels)))
-    if rows.size == 0:
+    if out.resolve() == tree.resolve():
         raise UserError(
-            f"the {task.describe(predictor.settings).truth} of no scan to judge in {opened.location} is known"
+            f"--out {out} is the tree itself; give another folder, such as {tree}/derivatives/NAME"
         )
-    channels = [opened.description.channels.index(channel) for channel in predictor.channels]
-    volumes = opened.read(rows)[:, channels]
-    presented = predictor.present(predictor.predict(volumes), labels[rows])
-    unfamiliar = predictor.unfamiliar(volumes)
-    notes += (unfamiliar,) if unfamiliar else ()
-    of_scan = opened.manifest.iloc[rows][["subject", "site"]].reset_index(drop=True)
-    table = pd.concat([of_scan, presented.table], axis=1)
-    path = evaluation_table(folder.path, opened.description.name, opened.description.hash)
-    path.parent.mkdir(exist_ok=True)
-    with writing_to(path.parent):
-        write_table(table, path)
-    known = truth_of(opened.manifest, labels, rows)
-    is_own = opened.description.hash == _cohort_of(folder).hash
-    metrics = task.measure(presented.table, known, {} if is_own else _internal(folder))
-    return Evaluation(table, metrics, notes + presented.lacks, path)
-
-
-def _internal(folder: RunFolder) -> dict[str, float]:
-    """The mean of every metric over the refits of the winner, on the held-out people of the run; {} without them."""
-    try:
-        table = read_table(folder.path / "holdout.csv")
-    except (FileNotFoundError, UserError):
-        return {}
-    of_winner = table[table["method"] == WINNER].drop(columns="method").select_dtypes("number")
-    return {} if of_winner.empty else {str(name): float(value) for name, value in of_winner.mean().items()}
-
-
-def evaluation_table(run: Path, name: str, digest: str) -> Path:
-    """Where the table of a cohort is written. Others may have written the cohort: its `name` leads nowhere else."""
-    plain = re.sub(r"[^\w.-]", "_", name).lstrip(".")[:80] or "cohort"
-    return run / "evaluations" / f"{plain}-{re.sub('[^0-9a-f]', '_', digest[:8])}.csv"
-
-
-def _open_single(run: Path) -> RunFolder:
-    """The run, if it has one best model; UserError for a nested search, which has one for every hold-out."""
-    folder = open_run(run)
-    if folder.about.kind == CURVE:
+    predictor = ScanPredictor(run, wanted.ensemble, console, is_trusted)
+    masked = predictor.preprocessing.mask is not None
+    listing = list_scans(
+        tree, kind="bids", channels=predictor.first.channels, mask="mask" if masked else None, age_column=None
+    )
+    found, files, rows = [], [], []
+    skipped = [
+        {"subject": each.subject, "file": each.file, "reason": each.reason} for each in listing.rejects
+    ]
+    for number, scan in enumerate(listing.scans, start=1):
+        file = scan.images[0].path
+        try:
+            said = predictor(file, None if scan.mask is None else scan.mask.path)
+        except UserError as error:
+            # One scan that cannot be used costs no other one.
+            skipped.append({"subject": scan.subject, "file": str(file), "reason": str(error)})
+            continue
+        inside = file.relative_to(tree).parent if file.is_relative_to(tree) else Path()
+        stem = re.sub(
+            "_desc-[^_]+", "", file.name.removesuffix(".gz").removesuffix(".nii").rpartition("_")[0]
+        )
+        _write(_images(said, file, wanted, f"{stem}_desc-{DESCRIBED}_", ""), out / inside)
+        rows.append({"participant_id": scan.subject, "session": scan.session})
+        files.append(file)
+        found.append(replace(said, maps={}, placed=_small(said)))
+        if on_progress is not None:
+            on_progress(number, len(listing.scans))
+    if not found:
         raise UserError(
-            f"{run} is a curve, with a best model for every budget of labels; use one of its sweeps, such as "
-            f"{run}/labelled-all"
+            f"no scan of {tree} can be used; the first: {skipped[0]['file']}: {skipped[0]['reason']}"
         )
-    if folder.about.kind == NESTED:
-        raise UserError(
-            f"{run} is a nested search: it judges the search and has no model of its own; use one of its sweeps, such "
-            f"as {run}/outer-1, or run a sweep without --outer"
+    presented = predictor.first.present(pd.concat([each.table for each in found], ignore_index=True), None)
+    made = _with_volumes(presented, files, found)
+    with writing_to(out):
+        _write_tree(out, tree, run, pd.concat([pd.DataFrame(rows), made.table], axis=1), skipped)
+        for each in found[0].placed.values():
+            _write_classes(out, each)
+    if skipped:
+        made = replace(
+            made, lacks=(*made.lacks, f"{len(skipped)} scans were skipped: {out}/skipped.tsv says why")
         )
-    return folder
+    return made
 
 
-def _cohort_of(folder: RunFolder) -> CohortOfRun:
-    recorded = folder.about.cohort
-    if recorded is None:
-        raise UserError(f"{folder.path}/{RUN_JSON} does not say which cohort the run was made on")
-    return recorded
-
-
-def _preprocessing(folder: RunFolder) -> Preprocessing:
+def preprocessing_of(folder: RunFolder) -> Preprocessing:
     """The preprocessing of the cohort of the run; phantoms are made on the grid, in MNI space, with raw intensities."""
-    cohort = _cohort_of(folder)
+    cohort = cohort_of_run(folder)
     if cohort.synthetic:
         return Preprocessing.model_validate(
             {"spacing": cohort.spacing, "shape": cohort.shape, "intensity": "raw", "centre": "world"}
@@ -237,58 +246,87 @@ def _preprocessing(folder: RunFolder) -> Preprocessing:
     return Preprocessing.from_settings(cohort.preprocessing)
 
 
-def _check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> None:
-    trained = _cohort_of(folder)
-    if cohort.description.spacing != trained.spacing:
-        raise UserError(
-            f"cohort {cohort.location} has voxels of {spacing_in_words(cohort.description.spacing)}, the model was "
-            f"trained at {spacing_in_words(trained.spacing or 0.0)}; ingest it with the same --spacing"
-        )
-    absent = [channel for channel in predictor.channels if channel not in cohort.description.channels]
-    if absent:
-        raise UserError(
-            f"cohort {cohort.location} has channels {', '.join(cohort.description.channels)}, "
-            f"but the model needs {', '.join(absent)}"
-        )
+def cohort_of_run(folder: RunFolder) -> CohortOfRun:
+    """What run.json says of the cohort; UserError if it says nothing."""
+    recorded = folder.about.cohort
+    if recorded is None:
+        raise UserError(f"{folder.path}/{RUN_JSON} does not say which cohort the run was made on")
+    return recorded
 
 
-def _look(folder: RunFolder, rows: np.ndarray, people: Collection[str]) -> str:
-    """Record that the held-out `rows` are used now; returns how often this was done, here and in runs beside this one.
+def _with_volumes(presented: Prediction, files: Sequence[Path], found: Sequence[OneScan]) -> Prediction:
+    """The prediction with volumes in mL, files, and what is known of them."""
+    of_classes = pd.DataFrame([each.milliliters for each in found])
+    shown = presented.shown.assign(
+        **{
+            f"{str(name).removeprefix('ml_')} (mL)": [f"{ml:.1f}" for ml in column]
+            for name, column in of_classes.items()
+        }
+    )
+    table = pd.concat([presented.table.copy(), of_classes], axis=1)
+    table.insert(0, "file", [str(file) for file in files])
+    table = table.assign(
+        trained_on=[each.standing.trained_on for each in found], note=[each.note for each in found]
+    )
+    return replace(presented, table=table, shown=shown)
 
-    A run whose folder cannot be written is evaluated nowhere, because its table would have no place.
-    """
-    AccessRecord(folder.access).note(rows, Cell(HOLDOUT, 0, EVALUATION))
-    own, beside = count_looks(folder), looks_beside(folder, people)
-    note = f"look {own} of this run at its held-out subjects"
-    if beside:
-        others = ", ".join(f"{name} {looks}" for name, looks in beside.items())
-        note += f"; other runs beside it have looked at some of them, too ({others})"
-    if own + sum(beside.values()) > 1:
-        note += ". Whoever chooses by such looks has searched on the hold-out, and its error is too good"
-    return note
+
+def _small(said: OneScan) -> dict[str, Placed]:
+    """The segmentations without their voxels."""
+    return {
+        name: each._replace(classes_xyz=np.empty(0, np.int16), probabilities_kxyz=np.empty(0, np.float32))
+        for name, each in said.placed.items()
+    }
 
 
-def _rows_to_judge(
-    folder: RunFolder, cohort: Cohort, labelled: np.ndarray
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """All `labelled` rows of another cohort; of the run's own cohort those on which the model was not trained."""
-    roles = pd.Series(roles_of(folder), dtype=str)
-    if cohort.description.hash == _cohort_of(folder).hash:
-        role = cohort.manifest["subject"].map(roles)
-        if role.isna().any():
-            unknown = cohort.manifest["subject"][role.isna()].iloc[0]
-            raise UserError(
-                f"{folder.path / SPLITS} is damaged: it does not say whether {unknown} was held out; put it back from "
-                "a backup"
-            )
-        held_out = np.intersect1d(np.flatnonzero(role.eq("holdout")), labelled)
-        people = set(cohort.manifest["subject"].iloc[held_out])
-        note = f"this is the run's own cohort: only its {len(people)} held-out subjects are judged"
-        return held_out, (note, _look(folder, held_out, people))
-    known = cohort.manifest["subject"].drop_duplicates()
-    shared = known.isin(roles.index[roles != "holdout"]).sum()
-    notes: tuple[str, ...] = ()
-    if shared:
-        notes = (f"{shared} subject names also occur among the training subjects: if they are the same people, "
-                 "these figures are too good",)  # fmt: skip
-    return labelled, notes
+def _images(
+    said: OneScan, file: Path, wanted: Wanted, beginning: str, ending: str
+) -> Mapping[str, nib.Nifti1Image]:
+    """What is written of a scan, by the names of the files without .nii.gz."""
+    images = {f"{beginning}{name}": image_like(file, classes) for name, classes in said.maps.items()}
+    for name, each in said.placed.items():
+        images[f"{beginning}{name}"] = image_like(file, each.classes_xyz)
+        if wanted.probabilities:
+            several = np.moveaxis(each.probabilities_kxyz[1:], 0, -1)
+            # In BIDS the probabilities of dseg are called probseg.
+            own = f"{name}{ending}" if ending else f"{name.removesuffix('dseg')}probseg"
+            images[f"{beginning}{own}"] = image_like(file, several)
+    return images
+
+
+def _write(images: Mapping[str, nib.Nifti1Image], folder: Path) -> None:
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, image in images.items():
+            with replacing(folder / f"{name}.nii.gz") as path:
+                path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
+
+
+def _write_tree(
+    out: Path, tree: Path, run: Path, table: pd.DataFrame, skipped: Sequence[Mapping[str, str]]
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "Name": f"{DESCRIBED} {run.resolve().name}",
+        "BIDSVersion": "1.9.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": DESCRIBED, "Version": _version()}],
+        "SourceDatasets": [{"URL": tree.resolve().as_uri()}],
+    }
+    write_text(out / "dataset_description.json", json.dumps(about, indent=2))
+    write_table(table, out / "predictions.tsv")
+    if skipped:
+        write_table(pd.DataFrame(skipped), out / "skipped.tsv")
+
+
+def _write_classes(out: Path, placed: Placed) -> None:
+    """What the numbers of a map mean, as BIDS asks."""
+    table = pd.DataFrame({"index": list(placed.numbers.values()), "name": list(placed.numbers)})
+    write_table(table, out / f"desc-{DESCRIBED}_dseg.tsv")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("brainsweep")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"

@@ -27,6 +27,7 @@ from torch import distributed as dist
 from core.errors import UserError
 from core.files.fingerprint import fingerprint
 from core.files.writing import replacing, write_text, writing_to
+from core.models.weights import weights_of
 from core.run_names import CHECKPOINT
 from core.run_settings import RunSettings
 from core.starts import MODEL
@@ -205,9 +206,8 @@ class FirstStage:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.is_done:
             write_text(self.folder / HISTORY, json.dumps(self.history))
-            weights = {name: value.contiguous().cpu() for name, value in training.model.state_dict().items()}
             with replacing(self.folder / MODEL) as path:
-                path.write_bytes(save(weights))
+                path.write_bytes(save(weights_of(training.model)))
             (self.folder / CHECKPOINT).unlink(missing_ok=True)
             return
         buffer = io.BytesIO()

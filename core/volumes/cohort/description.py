@@ -122,6 +122,11 @@ def read_description(location: str) -> CohortDescription:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); make the cohort again") from error
 
 
+def map_source(name: str) -> str:
+    """The column of a manifest with the file of every scan's map `name`, as in `source`."""
+    return f"{map_column(name)}_source"
+
+
 def has_map(manifest: pd.DataFrame, name: str) -> npt.NDArray[np.bool_]:
     """Which rows (N,) of a manifest have the map `name`.
 

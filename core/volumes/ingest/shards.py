@@ -10,7 +10,7 @@ import numpy as np
 
 from core.errors import UserError
 from core.files.writing import replacing, writing_to
-from core.volumes.cohort.description import SHARDS, CohortDescription
+from core.volumes.cohort.description import SHARDS, CohortDescription, map_source
 from core.volumes.cohort.shards import Fact, Written
 from core.volumes.cohort.writer import RESERVED, UNFINISHED, ShardInMemory
 from core.volumes.images.preprocess import Preprocessing
@@ -74,6 +74,10 @@ def _add(shard: ShardInMemory, scan: Scan, task: ShardTask) -> None:
         "subject": scan.subject, "session": scan.session, "age": float(scan.age), "sex": scan.sex,
         "site": scan.site, "source": name_of(scan.images[0], task.source),
         **{name: float(value) for name, value in prepared.quality.items()}, **prepared.origin,
+        **{
+            map_source(name): name_of(scan.maps[name], task.source) if name in scan.maps else ""
+            for name in task.description.maps
+        },
         "affine": np.asarray(prepared.affine, dtype=np.float64)[:3].reshape(-1).tolist(),
     }  # fmt: skip
     taken = RESERVED | set(facts)

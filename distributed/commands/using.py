@@ -1,0 +1,155 @@
+"""The commands that use the models of a run: evaluate, predict, derive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Column, Table
+from rich.text import Text
+
+from core.errors import UserError
+from distributed.commands.options import (
+    CohortFolder,
+    EnsembleOption,
+    RunArgument,
+    TrustsTask,
+    console,
+    progress_bar,
+    readable,
+)
+
+using = typer.Typer()
+
+
+@using.command(epilog="Example: brainsweep evaluate runs/demo cohorts/other")
+def evaluate(
+    run: RunArgument,
+    cohort: CohortFolder,
+    ensemble: EnsembleOption = "best",
+    out_of_fold: Annotated[
+        bool,
+        typer.Option(
+            "--out-of-fold",
+            help="in the cohort of the run itself judge the people of its folds, too, each by the models of the folds "
+            "that were not trained on them",
+        ),
+    ] = False,
+    trust: TrustsTask = False,
+) -> None:
+    """Predict a cohort with the best model of a run, and measure the errors, site by site."""
+    from distributed.commands.evaluating import evaluate_run
+    from distributed.run.working_copy import bring_run
+
+    bring_run(run, console)
+    with progress_bar("predicting") as progress:
+        task = progress.add_task("", total=None)
+        evaluation = evaluate_run(
+            run, cohort, ensemble=ensemble, out_of_fold=out_of_fold, console=console, is_trusted=trust,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    for note in evaluation.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    judged = evaluation.predictions
+    sites = judged["site"].where(judged["site"] != "", "unknown")
+    table = Table(
+        "metric", "all", *(Column(Text(site)) for site in evaluation.of_sites), box=None, padding=(0, 2)
+    )
+    for name, of_people in (("subjects", judged["subject"]), ("scans", None)):
+        counts = sites.value_counts() if of_people is None else of_people.groupby(sites).nunique()
+        whole = len(judged) if of_people is None else of_people.nunique()
+        table.add_row(name, readable(whole), *(readable(int(counts[site])) for site in evaluation.of_sites))
+    for name, value in evaluation.metrics.items():
+        table.add_row(
+            name, readable(value), *(readable(of_site[name]) for of_site in evaluation.of_sites.values())
+        )
+    console.print(table)
+    console.print(f"predictions in {evaluation.table}", highlight=False)
+
+
+@using.command(epilog="Example: brainsweep predict runs/demo sub-01_T1w.nii.gz sub-02_T1w.nii.gz")
+def predict(
+    run: RunArgument,
+    volumes: Annotated[
+        list[Path],
+        typer.Argument(metavar="VOLUME…", help="NIfTI files, prepared as the cohort was; or one BIDS tree"),
+    ],
+    masks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--mask",
+            help="brain mask of each volume, in order, if the cohort has masks; repeatable",
+        ),
+    ] = None,
+    truth: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--truth",
+            "--age",
+            help="the truth about each volume, in order, to compare with: its age in years, or its class; repeatable",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|FILE.csv",
+            help="also write the table, with whether the model was trained on a file: to FILE.csv, or into FOLDER, "
+            "beside the maps of classes of a task that has any, each on its file's grid; of a BIDS tree FOLDER becomes "
+            "a tree of derivatives",
+        ),
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="write the probabilities of all classes into FOLDER, too")
+    ] = False,
+    ensemble: EnsembleOption = "best",
+    trust: TrustsTask = False,
+) -> None:
+    """Predict NIfTI files, or a BIDS tree, with the best model of a run: ages with an interval, classes, or maps."""
+    from distributed.commands.predicting import Wanted, predict_files, predict_tree
+    from distributed.run.working_copy import bring_run
+
+    bring_run(run, console)
+    folder = None if out is None or out.suffix.lower() == ".csv" else out
+    if probabilities and folder is None:
+        raise UserError("--probabilities needs --out FOLDER")
+    trees = [volume for volume in volumes if volume.is_dir()]
+    if trees and (len(volumes) > 1 or folder is None or masks or truth):
+        raise UserError(
+            f"{trees[0]} is a folder: a BIDS tree is predicted by itself, into --out FOLDER, and brings its own masks "
+            "and truth"
+        )
+    wanted = Wanted(folder, probabilities, ensemble)
+    with progress_bar("predicting") as progress:
+        task = progress.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        if folder is not None and trees:
+            prediction = predict_tree(
+                run, trees[0], folder, wanted, console=console, is_trusted=trust, on_progress=show
+            )
+        else:
+            prediction = predict_files(
+                run, volumes, masks, truth, wanted=wanted, console=console, is_trusted=trust, on_progress=show
+            )
+    found = prediction.table
+    for note in prediction.lacks:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    for said, files in found[found["note"] != ""].groupby("note", sort=False)["file"]:
+        who = files.iloc[0] if len(files) == 1 else f"{len(files)} files"
+        console.print(f"note: {who}: {said}", style="yellow", highlight=False, soft_wrap=True)
+    table = Table("file", *prediction.shown.columns, box=None, padding=(0, 2))
+    for file, texts in zip(found["file"], prediction.shown.to_numpy(str), strict=True):
+        table.add_row(Text(file), *map(Text, texts))
+    console.print(table)
+    console.print(prediction.how_to_read, highlight=False, soft_wrap=True)
+    if out is not None and not trees:
+        from core.files.tables import write_table
+        from core.files.writing import writing_to
+
+        table_file = out if folder is None else folder / "predictions.csv"
+        with writing_to(table_file.parent):
+            table_file.parent.mkdir(parents=True, exist_ok=True)
+            write_table(found, table_file)
