@@ -32,7 +32,7 @@ from core.volumes.images.preprocess import Preprocessing
 from core.volumes.ingest.cohort import ingest
 from core.volumes.sources import list_scans
 from core.volumes.sources.listing import Listing
-from distributed.commands.ingest_on_ray import in_parallel
+from distributed.commands.on_ray import in_parallel
 from distributed.slots.cluster import connect
 
 SCANS, ROUNDS = 24, 2

@@ -44,6 +44,8 @@ class CohortOfRun(_Part):
     channels: tuple[str, ...] = ()
     preprocessing: dict[str, JsonValue] = {}
     """The settings of `core.volumes.images.preprocess.Preprocessing`."""
+    overlays: dict[str, str] = {}
+    """The hash of every overlay that was there when the run began, by name."""
 
 
 class CodeVersion(_Part):
@@ -213,6 +215,8 @@ def find_cohort(run: Path, recorded: CohortOfRun | None, given: str | Path | Non
             if recorded.path or given is not None
             else f"{run}/run.json does not say which cohort was used"
         )
+    for cohort in found:
+        _check_overlays(cohort, recorded)
     same = [cohort for cohort in found if recorded.hash in ("", cohort.description.hash)]
     if not same:
         raise UserError(
@@ -220,6 +224,18 @@ def find_cohort(run: Path, recorded: CohortOfRun | None, given: str | Path | Non
             f"{found[0].description.hash[:8]}, not {recorded.hash[:8]}); its trials would not be comparable"
         )
     return same[0]
+
+
+def _check_overlays(cohort: Cohort, recorded: CohortOfRun) -> None:
+    """Refuse a cohort without an overlay that a run began with."""
+    for name, digest in recorded.overlays.items():
+        overlay = cohort.overlays.get(name)
+        if overlay is None or overlay.description.hash != digest:
+            what = "is missing" if overlay is None else "was made anew"
+            raise UserError(
+                f"{cohort.location}/derived/{name} {what} since the run began, and its columns may be what the run "
+                "uses; put it back, or begin another run"
+            )
 
 
 def _holds_cohort(place: str) -> bool:

@@ -69,6 +69,8 @@ class TaskDescription(_Part):
     rival: Rival | None = None
     voxels: Rival | None = None
     """The classical baseline on the voxels themselves, if what the task fits on embeddings can be fitted on them."""
+    simplest: Rival | None = None
+    """What knows even less than `voxels`, such as one class for every voxel."""
     starts: tuple[Rival, ...] = ()
     """Of a run that compares starts: the best trial of each. Known for a run."""
     nothing_found: str = ""
@@ -93,7 +95,7 @@ class TaskDescription(_Part):
     @property
     def refitted(self) -> dict[str, str]:
         """The folders of the refits of a run, and the method in each of them."""
-        others = (self.rival, self.voxels, *self.starts)
+        others = (self.rival, self.voxels, self.simplest, *self.starts)
         return REFITTED | {each.folder: each.method for each in others if each is not None}
 
     @property
@@ -106,7 +108,7 @@ class TaskDescription(_Part):
     def in_words(self) -> dict[str, str]:
         """The methods in a sentence."""
         words = {WINNER: "the search winner", PUBLISHED: "the published configuration"}
-        others = (self.rival, self.voxels, *self.starts, self.floor)
+        others = (self.rival, self.voxels, self.simplest, *self.starts, self.floor)
         return words | {each.method: each.words for each in others if each is not None}
 
     def objective(self, name: str) -> Metric:

@@ -18,8 +18,8 @@ from core.run_names import CHECKPOINT, RUN_JSON
 from core.volumes.cohort.description import CohortDescription
 from core.volumes.cohort.hdf5 import unpack
 from core.volumes.cohort.reader import Cohort
+from distributed.commands.evaluating import evaluation_table
 from distributed.commands.options import console
-from distributed.commands.predicting import evaluation_table
 from distributed.run.assignment import read_progress
 from distributed.run.folder import create_run
 from distributed.run.working_copy import SCRATCH, place_of_run, refuse_taken

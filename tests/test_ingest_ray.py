@@ -9,8 +9,8 @@ from test_ingest import SETTINGS, contents, study_of_several_shards
 from core.errors import UserError
 from core.volumes.ingest.cohort import ingest
 from core.volumes.sources import list_scans
-from distributed.commands import ingest_on_ray as parallel
-from distributed.commands.ingest_on_ray import at_a_time, in_parallel, task_bytes
+from distributed.commands import on_ray as parallel
+from distributed.commands.on_ray import at_a_time, in_parallel, task_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -32,6 +32,4 @@ def test_a_kept_model_gives_the_same_scores(tmp_path, name):
     volumes = torch.randn(1, 1, 32, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(volumes), model.eval()(volumes))
-    assert all(
-        torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items()
-    )
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())

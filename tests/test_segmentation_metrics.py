@@ -4,19 +4,13 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion
 
-from core.evaluation.segmentation import dice, hausdorff95, segmentation_metrics
-
-AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
+from core.evaluation.segmentation import Agreement, compare_maps, dice_of, hausdorff95, surface_dice
 
 
 def box(start: tuple[int, int, int], size: tuple[int, int, int]) -> np.ndarray:
     mask = np.zeros((14, 12, 10), dtype=bool)
     mask[tuple(slice(at, at + length) for at, length in zip(start, size, strict=True))] = True
     return mask
-
-
-def test_dice_by_hand() -> None:
-    assert dice(box((0, 0, 0), (4, 2, 1)), box((2, 0, 0), (4, 2, 1))) == pytest.approx(2 * 4 / 16)
 
 
 def surface(mask: np.ndarray) -> np.ndarray:
@@ -32,21 +26,45 @@ def test_hausdorff_is_the_percentile_of_all_pairs_of_surface_voxels() -> None:
     assert hausdorff95(first, first, spacing) == 0
 
 
-def test_metrics_of_each_class_of_a_case() -> None:
+def agreement(
+    predicted: np.ndarray, reference: np.ndarray, *classes: int, tolerance: float = 2.0
+) -> Agreement:
+    return compare_maps(predicted, reference, classes, np.array([1.0, 2.0, 3.0]), tolerance=tolerance)
+
+
+def test_agreement_of_each_class_of_a_case() -> None:
+    """Found a voxel aside; in neither map; in the predicted one only."""
     reference, predicted = np.zeros((14, 12, 10), dtype=int), np.zeros((14, 12, 10), dtype=int)
     reference[box((2, 2, 2), (4, 4, 4))] = 1
     predicted[box((3, 2, 2), (4, 4, 4))] = 1
     predicted[box((10, 8, 8), (2, 2, 2))] = 3
-    metrics = segmentation_metrics(predicted, reference, AFFINE, {"gm": 1, "wm": 2, "lesion": 3})
-    assert metrics["gm"] == pytest.approx({"dice": 0.75, "hausdorff95": 1.0, "volume_error": 0.0})
-    assert np.isnan([metrics["wm"]["dice"], metrics["wm"]["hausdorff95"]]).all()
-    assert metrics["wm"]["volume_error"] == 0
-    assert metrics["lesion"] == pytest.approx({"dice": 0.0, "hausdorff95": np.inf, "volume_error": 8 * 0.006})
+    found = agreement(predicted, reference, 1, 2, 3)
+    np.testing.assert_array_equal(found.counts_k3, [[48, 64, 64], [0, 0, 0], [0, 8, 0]])
+    np.testing.assert_allclose(dice_of(found.counts_k3), [0.75, np.nan, 0.0])
+    np.testing.assert_allclose(found.distances_k2[:, 0], [1.0, np.nan, np.inf])
+    np.testing.assert_allclose(found.distances_k2[:, 1], [1.0, np.nan, 0.0])
 
 
-def test_volume_errors_are_negative_where_too_little_is_found() -> None:
+def test_what_is_unknown_in_the_reference_counts_for_nothing() -> None:
     reference = box((2, 2, 2), (4, 4, 4)).astype(int)
-    metrics = segmentation_metrics(np.zeros_like(reference), reference, AFFINE, {"gm": 1})
-    assert metrics["gm"]["volume_error"] == pytest.approx(-64 * 0.006)
+    reference[:, :, :4][reference[:, :, :4] == 0] = -1
+    found = agreement(np.ones_like(reference), reference, 1)
+    beyond = 14 * 12 * 6 - 4 * 4 * 2
+    np.testing.assert_array_equal(found.counts_k3, [[64, 64 + beyond, 64]])
+
+
+def test_the_box_of_both_maps_changes_no_distance() -> None:
+    """Against the same maps in a field eight times as large."""
+    draws = np.random.default_rng(0)
+    reference, predicted = np.zeros((14, 12, 10), dtype=int), np.zeros((14, 12, 10), dtype=int)
+    reference[2:9, 3:9, 2:8] = draws.integers(0, 3, (7, 6, 6))
+    predicted[4:11, 2:8, 3:9] = draws.integers(0, 3, (7, 6, 6))
+    wide = [np.pad(each, ((7, 7), (6, 6), (5, 5))) for each in (predicted, reference)]
+    for number in (1, 2):
+        masks = [each == number for each in wide]
+        spacing = np.array([1.0, 2.0, 3.0])
+        found = agreement(predicted, reference, number)
+        assert found.distances_k2[0, 0] == pytest.approx(hausdorff95(*masks, spacing))
+        assert found.distances_k2[0, 1] == pytest.approx(surface_dice(*masks, spacing, 2.0))
     with pytest.raises(ValueError, match="must share a shape"):
-        segmentation_metrics(reference[1:], reference, AFFINE, {"gm": 1})
+        agreement(reference[1:], reference, 1)

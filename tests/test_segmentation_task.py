@@ -17,7 +17,6 @@ from core.config import check_settings, merge, needed_maps, resolve
 from core.errors import UserError
 from core.evaluation.segmentation import surface_dice
 from core.evaluation.splits import make_splits
-from core.inference import segmented
 from core.losses.segmentation import IGNORED, CrossEntropy, Dice, DiceCrossEntropy, Focal, Tversky
 from core.models.segmenter import build_segmenter
 from core.models.settings import (
@@ -27,11 +26,11 @@ from core.models.settings import (
     SwinUNETRSettings,
     SymmetrySwinUNETRSettings,
 )
+from core.own_grid import OwnGrid, image_like, place
 from core.report.answer.verdict import judged_interval, judged_value
 from core.tasks import find_task
 from core.tasks.segmentation import places_of
 from core.tasks.task import Beside, ClassProbabilities, Judging, Observed
-from core.volumes.ingest.prepare import PreparedScan
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import Cell
 from distributed.training.loop import CellTraining
@@ -319,22 +318,23 @@ def test_a_segmentation_lies_on_the_voxels_of_its_scan(tmp_path, code):
     grid = np.stack(np.meshgrid(*[np.arange(20)] * 3, indexing="ij"), -1) * 4.0 - 40
     ball = 1 / (1 + np.exp(np.linalg.norm(grid - [0, 5, -5], axis=-1) - 12))
     given = ClassProbabilities(np.stack([1 - ball, ball])[None], ("ball",), (7,))
-    found = segmented(
-        given, PreparedScan(np.zeros((1, 20, 20, 20)), {}, coarse, {}), tmp_path / "scan.nii.gz"
-    )
+    found = place(given, coarse, OwnGrid.of_file(tmp_path / "scan.nii.gz"))
+    written = image_like(tmp_path / "scan.nii.gz", found.classes_xyz)
     places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ own[:3, :3].T + own[:3, 3]
     true = np.linalg.norm(places - [0, 5, -5], axis=-1) < 12
-    classes = np.asarray(found.classes.dataobj)
+    classes = np.asarray(written.dataobj)
     assert classes.shape == (*shape, 1)
     assert set(np.unique(classes)) == {0, 7}
     mine = classes[..., 0] == 7
     assert 2 * (mine & true).sum() / (mine.sum() + true.sum()) > 0.95
-    np.testing.assert_array_equal(found.classes.affine, nib.load(tmp_path / "scan.nii.gz").affine)
-    assert int(found.classes.header["qform_code"]) == code
-    assert int(found.classes.header["sform_code"]) == 2
+    np.testing.assert_array_equal(written.affine, nib.load(tmp_path / "scan.nii.gz").affine)
+    assert int(written.header["qform_code"]) == code
+    assert int(written.header["sform_code"]) == 2
     voxel = abs(np.linalg.det(own[:3, :3])) / 1000
     assert found.milliliters["ball"] == pytest.approx(mine.sum() * voxel)
-    assert found.probabilities.shape == (*shape, 1)
+    several = image_like(tmp_path / "scan.nii.gz", np.moveaxis(found.probabilities_kxyz[1:], 0, -1))
+    assert several.shape == (*shape, 1)
+    np.testing.assert_allclose(found.probabilities_kxyz.sum(axis=0), 1, atol=1e-5)
     beyond = np.abs(places).max(axis=-1) > 50
     assert not mine[beyond].any()
 

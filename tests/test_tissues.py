@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from itertools import combinations_with_replacement
 
-import nibabel as nib
 import numpy as np
 import pytest
 from sklearn.metrics import r2_score
@@ -10,12 +9,7 @@ from sklearn.model_selection import KFold, cross_val_predict
 
 from core.errors import UserError
 from core.evaluation.regression import regression_metrics
-from core.evaluation.tissues import (
-    TISSUES,
-    age_regressor,
-    relative_volumes,
-    tissue_volumes,
-)
+from core.evaluation.tissues import age_regressor, relative_volumes
 from core.volumes.phantom.cohort import phantom_brain, phantom_participants
 from core.volumes.phantom.settings import PhantomSettings
 
@@ -30,28 +24,13 @@ def shares_and_ages(subjects: int = 80, seed: int = 0) -> tuple[np.ndarray, np.n
     return relative_volumes(np.stack([csf, gm, wm], axis=1)), ages
 
 
-def test_volumes_count_the_size_of_voxels() -> None:
-    labels = np.zeros((4, 5, 6), dtype=np.int16)
-    labels[0], labels[1, :2], labels[2, 0, :3] = 1, 2, 3  # 30, 12 and 3 voxels
-    volumes = tissue_volumes(labels, np.diag([2.0, -3.0, 4.0, 1.0]))
-    assert volumes == pytest.approx({"csf": 30 * 0.024, "gm": 12 * 0.024, "wm": 3 * 0.024})
-
-
-def test_volumes_do_not_change_with_the_orientation_of_axes() -> None:
-    labels = np.random.default_rng(0).integers(0, 4, (5, 6, 7))
-    turn = nib.eulerangles.euler2mat(0.3, 0.2, 0.1)
-    oblique = np.eye(4)
-    oblique[:3, :3] = turn @ np.diag([1.0, 2.0, 3.0])
-    straight = tissue_volumes(labels, np.diag([1.0, 2.0, 3.0, 1.0]))
-    assert tissue_volumes(labels, oblique) == pytest.approx(straight)
-
-
 def test_age_of_phantoms_from_their_own_label_maps() -> None:
     """The whole classical path, its volumes against the known truth and its ages against the median."""
     settings = PhantomSettings(subjects=32, spacing=4.0, ages="uniform")
     brains = [phantom_brain(settings, index) for index in range(32)]
-    volumes = np.array([list(tissue_volumes(brain.tissue, brain.affine).values()) for brain in brains])
-    truth = np.array([[brain.volumes_ml[f"{name}_ml"] for name in TISSUES] for brain in brains])
+    voxel = 4.0**3 / 1000
+    volumes = np.array([[voxel * (brain.tissue == number).sum() for number in (1, 2, 3)] for brain in brains])
+    truth = np.array([[brain.volumes_ml[f"{name}_ml"] for name in ("csf", "gm", "wm")] for brain in brains])
     np.testing.assert_allclose(volumes.sum(axis=1), truth.sum(axis=1), rtol=0.02)
     np.testing.assert_allclose(volumes[:, 2], truth[:, 2], rtol=0.04)  # white matter
     # A voxel has one label and thin CSF loses it to grey matter, by a like amount in everybody.
@@ -63,9 +42,7 @@ def test_age_of_phantoms_from_their_own_label_maps() -> None:
     assert regression_metrics(predicted, ages)["mae"] < 0.6 * np.abs(ages - np.median(ages)).mean()
 
 
-def test_interpolated_labels_are_refused() -> None:
-    with pytest.raises(UserError, match="whole numbers, got float64"):
-        tissue_volumes(np.full((2, 2, 2), 0.5), np.eye(4))
+def test_a_scan_without_tissue_is_refused() -> None:
     with pytest.raises(UserError, match="row 1 has no tissue"):
         relative_volumes(np.array([[1.0, 2, 3], [0, 0, 0]]))
 

@@ -56,6 +56,9 @@ from core.report.figures import (
 from core.report.figures import (
     subjects as subject_figures,
 )
+from core.report.figures import (
+    tissues as tissue_figures,
+)
 from core.report.figures.front import pareto_figure
 from core.report.figures.style import as_svg
 from core.report.html import load_page, write_page
@@ -80,6 +83,8 @@ OF_PEOPLE: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "confusion": ("What people are taken for", class_figures.confusion_matrix),
     "reliability": ("How sure, and how often right", class_figures.reliability),
     "overlap": ("Overlap, class by class", overlap_figures.overlap_by_class),
+    "cases": ("The best, the median and the worst case", overlap_figures.cases_in_planes),
+    "volumes": ("Volumes and age", tissue_figures.volumes_against_age),
     "agreement": ("Do volumes agree?", overlap_figures.volume_agreement),
 }
 """The figures of people and their predictions; a task names those that it has."""
@@ -93,6 +98,9 @@ CAPTIONS = {
     "confusion": "Numbers of held-out subjects. The diagonal is right.",
     "overlap": "Each mark is a held-out person: mean over refits of the winner. Boxes: median and quartiles. A class "
     "that is in neither map of a person is left out.",
+    "cases": "Held-out people, by the winner's first refit: sagittal, coronal and axial slice through the largest part "
+    "of the reference, which is the line; filled is what was predicted. Left is on the left.",
+    "volumes": "Marks: held-out people. Line: a cubic through what the winner predicts for them, volume by volume.",
     "agreement": "Each mark is a class of a held-out person. Lines: the mean difference of a class; dashed, 1.96 SDs "
     "around it (Bland and Altman).",
     "reliability": "Held-out subjects in groups of nearly equal size (their numbers beside the marks). Below the line, "

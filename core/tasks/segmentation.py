@@ -10,7 +10,7 @@ Shape suffixes: B scans of a batch, N scans, V views, C channels, K classes with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -32,7 +32,7 @@ from core.models.segmenter import Segmenter, build_segmenter
 from core.models.settings import ResUNetSettings, SegmenterSettings, SymmetrySwinUNETRSettings
 from core.objectives import Metric
 from core.run_settings import DataSettings, Frozen, RunSettings
-from core.task_description import TaskDescription
+from core.task_description import Rival, TaskDescription
 from core.tasks.task import (
     Beside,
     ClassProbabilities,
@@ -49,6 +49,9 @@ from core.tasks.task import (
 from core.volumes.cohort.description import has_map
 from core.volumes.views import ViewSettings, make_views_with_maps
 
+PREDICTED_MAP = "predicted_map"
+PLANES = ("sagittal", "coronal", "axial")
+"""The slices across X, Y and Z."""
 COUNTS, DISTANCES, PROBABILITIES, DICE = "counts", "distances", "probabilities", "dice"
 BOTH, PREDICTED, REFERENCE = range(3)
 """The columns of counts of voxels: in both maps, in the predicted one, in the reference."""
@@ -105,11 +108,18 @@ class Segmentation(Task[SegmentationSettings]):
         error=Metric(title="1 - Dice"),
         interval="complement",
         truth="map",
+        voxels=Rival(folder="atlas", method="atlas", words="an atlas of the training people"),
+        simplest=Rival(
+            folder="majority",
+            method="majority class",
+            words="calling all of a brain by the most frequent class",
+        ),
+        nothing_found="no class has been found beyond where it usually lies",
         caveats=(
             "All is measured on the grid of the cohort. Labels that were brought there have lost detail already, and "
             "lose more when they go back, so these numbers are not those of the scan's own grid.",
         ),
-        figures=("overlap", "agreement"),
+        figures=("overlap", "cases", "agreement"),
         course=("cross_entropy", "overlap"),
     )
     reads_training = False
@@ -231,22 +241,47 @@ class Segmentation(Task[SegmentationSettings]):
     ) -> dict[str, torch.Tensor]:
         """Counts of voxels (B, K - 1, 3), and after the last epoch distances and surface Dice (B, K - 1, 2)."""
         seen = self.observe(settings, model, volumes_bcxyz)
-        predicted_bxyz = seen.pop(PROBABILITIES).argmax(dim=1).cpu().numpy()
+        found = self.observe_maps(settings, seen.pop(PROBABILITIES).argmax(dim=1).cpu(), beside)
+        if beside.final:
+            reference_bxyz = places_of(beside.maps[settings.data.target], settings).cpu()
+            found |= _slices(volumes_bcxyz[:, 0].cpu(), found.pop(PREDICTED_MAP), reference_bxyz)
+        return {name: values for name, values in (seen | found).items() if name != PREDICTED_MAP}
+
+    def observe_maps(
+        self, settings: SegmentationSettings, predicted_bxyz: torch.Tensor, beside: Beside
+    ) -> dict[str, torch.Tensor]:
+        """See `Task`: places of classes, 0 the background."""
         reference_bxyz = places_of(beside.maps[settings.data.target], settings).cpu().numpy()
-        places, edges = range(1, 1 + len(classes_of(settings))), np.array(beside.edges)
+        count, edges = 1 + len(classes_of(settings)), np.array(beside.edges)
         tolerance = settings.evaluation.tolerance if beside.final else None
         cases = [
-            compare_maps(predicted, reference, places, edges, tolerance=tolerance, unknown=IGNORED)
-            for predicted, reference in zip(predicted_bxyz, reference_bxyz, strict=True)
+            compare_maps(predicted, reference, range(1, count), edges, tolerance=tolerance, unknown=IGNORED)
+            for predicted, reference in zip(predicted_bxyz.numpy(), reference_bxyz, strict=True)
         ]
-        counts = np.stack([case.counts_k3 for case in cases])
-        volume = float(np.prod(edges)) / 1000
+        shares = [(predicted_bxyz == place).flatten(1).float().mean(1) for place in range(count)]
         # A checkpoint and the workers exchange tensors.
-        return seen | {
-            COUNTS: torch.from_numpy(counts),
+        return {
+            "embedding": torch.stack(shares, dim=1),
+            COUNTS: torch.from_numpy(np.stack([case.counts_k3 for case in cases])),
             DISTANCES: torch.from_numpy(np.stack([case.distances_k2 for case in cases])),
-            "voxel": torch.full((len(counts), 1), volume),
+            "voxel": torch.full((len(cases), 1), float(np.prod(edges)) / 1000),
+            PREDICTED_MAP: predicted_bxyz.to(torch.int16),
         }
+
+    def atlas(
+        self, settings: SegmentationSettings, maps: Iterable[Beside], one_class: bool
+    ) -> npt.NDArray[np.int16]:
+        """See `Task`."""
+        count, total_kxyz = 1 + len(classes_of(settings)), None
+        for beside in maps:
+            places_bxyz = places_of(beside.maps[settings.data.target], settings)
+            counts_kxyz = torch.stack([(places_bxyz == place).sum(dim=0) for place in range(count)])
+            total_kxyz = counts_kxyz if total_kxyz is None else total_kxyz + counts_kxyz
+        assert total_kxyz is not None
+        if one_class:
+            most = 1 + int(total_kxyz[1:].flatten(1).sum(dim=1).argmax())
+            return np.full(total_kxyz.shape[1:], most, dtype=np.int16)
+        return total_kxyz.argmax(dim=0).numpy().astype(np.int16)
 
     def _scores(
         self, settings: SegmentationSettings, model: nn.Module, volumes_bcxyz: torch.Tensor
@@ -282,7 +317,12 @@ class Segmentation(Task[SegmentationSettings]):
             ],
             axis=1,
         ).drop(columns=DICE)
-        return Outcome(_measured(classes_of(settings), of_cases, evaluation.subjects), table)
+        metrics = _measured(classes_of(settings), of_cases, evaluation.subjects)
+        return Outcome(metrics, table, pictures=_typical(of_cases[DICE].to_numpy(float), evaluation.outputs))
+
+    def segmented_classes(self, settings: SegmentationSettings) -> tuple[str, ...]:
+        """See `Task`."""
+        return tuple(classes_of(settings))
 
     def judge_map(
         self,
@@ -354,6 +394,38 @@ def places_of(map_bxyz: torch.Tensor, settings: SegmentationSettings) -> torch.T
         places_bxyz[map_bxyz == number] = place
     places_bxyz[map_bxyz == IGNORED] = IGNORED
     return places_bxyz
+
+
+def _slices(
+    volumes_bxyz: torch.Tensor, predicted_bxyz: torch.Tensor, reference_bxyz: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Three planes (B, 3, …) uint8 through the largest part of every reference: image, predicted and true places."""
+    planes: dict[str, list[torch.Tensor]] = {name: [] for name in PLANES}
+    for volume, predicted, reference in zip(volumes_bxyz, predicted_bxyz, reference_bxyz, strict=True):
+        inside = volume[volume != 0]
+        low, high = np.percentile(inside.numpy(), [1, 99]) if inside.numel() else (0.0, 1.0)
+        grey = ((volume - low) / max(float(high - low), 1e-6)).clamp(0, 1) * 230 + 25
+        image = torch.where(volume != 0, grey, torch.zeros(())).to(torch.uint8)
+        known = reference.clamp(min=0)
+        for axis, name in enumerate(PLANES):
+            others = [other for other in range(3) if other != axis]
+            cut = int((known > 0).sum(dim=others).argmax())
+            several = [each.select(axis, cut).to(torch.uint8) for each in (image, predicted, known)]
+            planes[name].append(torch.stack(several))
+    return {name: torch.stack(several) for name, several in planes.items()}
+
+
+def _typical(dice_n: Floats, outputs: Mapping[str, Floats]) -> dict[str, npt.NDArray[np.generic]]:
+    """The planes of the best, the median and the worst case, and their Dice; {} where none were kept."""
+    if PLANES[0] not in outputs:
+        return {}
+    order = np.argsort(-dice_n, kind="stable")
+    order = order[: np.count_nonzero(~np.isnan(dice_n))]
+    if not order.size:
+        return {}
+    chosen = np.array(list(dict.fromkeys([order[0], order[(len(order) - 1) // 2], order[-1]])))
+    planes = {name: np.asarray(outputs[name][chosen], dtype=np.uint8) for name in PLANES}
+    return {**planes, "place": chosen, DICE: dice_n[chosen]}
 
 
 def _over_depths(

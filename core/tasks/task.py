@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -81,6 +81,8 @@ class Outcome:
     """What was fitted on the embeddings of the training subjects, as JSON."""
     kept: Mapping[str, object] = field(default_factory=dict)
     """What `Task.judge_together` needs, by the names in `Task.keeps`: arrays, or dictionaries of arrays."""
+    pictures: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    """Of a few scans, for the figures of a report: arrays (P, …) by name, and `place` (P,), their rows in the table."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,20 @@ class Task(ABC, Generic[S]):
         """As `observe`, for scans that are judged, of which the maps are known."""
         return self.observe(settings, model, volumes_bcxyz)
 
+    def atlas(self, settings: S, maps: Iterable[Beside], one_class: bool) -> npt.NDArray[np.int16]:
+        """What a map of classes is before a scan is seen: (X, Y, Z), of the training scans' maps.
+
+        With `one_class` their most frequent class everywhere. Needed where the description has `voxels`, and the task
+        needs maps.
+        """
+        raise NotImplementedError
+
+    def observe_maps(
+        self, settings: S, predicted_bxyz: torch.Tensor, beside: Beside
+    ) -> dict[str, torch.Tensor]:
+        """As `observe_with_maps`, of maps that something else has predicted, such as an atlas."""
+        raise NotImplementedError
+
     @abstractmethod
     def judge(self, settings: S, training: Observed, evaluation: Observed, judging: Judging) -> Outcome:
         """Fit on the training subjects what has to be fitted, and measure it on the evaluation subjects."""
@@ -313,6 +329,10 @@ class Task(ABC, Generic[S]):
         They are brought to the grid of a scan before the likeliest class is taken, so that its borders are smooth.
         """
         return {}
+
+    def segmented_classes(self, settings: S) -> tuple[str, ...]:
+        """The names of the classes behind the background in `probability_maps`; () if the task gives none."""
+        return ()
 
     def judge_map(
         self,

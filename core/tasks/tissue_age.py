@@ -110,6 +110,7 @@ class TissueAge(Task[TissueAgeSettings]):
             "rival": None,
             "voxels": None,
             "course": (),
+            "figures": ("predicted", "volumes", "gap"),
             "nothing_found": "age has not been found in volumes",
         }
     )
@@ -157,7 +158,11 @@ class TissueAge(Task[TissueAgeSettings]):
         metrics = regression_metrics(predicted, truth, evaluation.subjects)
         metrics["median_mae"] = median_baseline(ages, truth, training.subjects, evaluation.subjects)["mae"]
         metrics["site_balanced_accuracy"] = of_sites(training, evaluation, judging)
-        return Outcome(metrics, pd.DataFrame({"predicted": predicted, "error": np.abs(predicted - truth)}))
+        table = pd.DataFrame({"predicted": predicted, "error": np.abs(predicted - truth)})
+        kind = "share" if settings.data.relative else "mL"
+        for place, name in enumerate(settings.data.volumes):
+            table[f"volume_{name.removesuffix('_ml')}_{kind}"] = evaluation.embeddings[:, place]
+        return Outcome(metrics, table)
 
     def floor(self, settings: TissueAgeSettings, training: Truth, evaluation: Truth) -> Outcome | None:
         """The training median, as for brain age."""

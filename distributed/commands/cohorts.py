@@ -192,7 +192,7 @@ def ingest(
 def _runner(listing: Listing, address: str | None) -> Iterator[Runner]:
     """The runner of the shard tasks: this process if there are few scans, otherwise Ray."""
     from core.volumes.ingest.cohort import one_after_another
-    from distributed.commands.ingest_on_ray import in_parallel, pays
+    from distributed.commands.on_ray import in_parallel, pays
     from distributed.slots.cluster import connect
 
     if address is None and not pays(listing):

@@ -118,7 +118,7 @@ def evaluate_run(
     for number, places in batches_of(group[rows], TOGETHER):
         several = rows[places]
         volumes = opened.read(several)[:, channels]
-        said = mean_answer(groups[number], volumes)
+        said = mean_answer([model.predictor for model in groups[number]], volumes)
         parts.append(_compared(opened, several, said, predictor))
         rows_in_order.extend(several.tolist())
         if note := predictor.unfamiliar(volumes):

@@ -26,6 +26,7 @@ from distributed.run.trust import check_trusted
 class Model:
     """A model, and whom it was trained on."""
 
+    folder: Path
     predictor: Predictor
     trained_on: pd.DataFrame | None
     """None if it is unknown."""
@@ -61,24 +62,24 @@ class Models:
         task = task_of(folder.about.settings)
         return cls(_read(folder.path / "best", task), tuple(_read(path, task) for path in kept))
 
-    def of_kind(self, kind: Ensemble) -> list[Predictor]:
+    def of_kind(self, kind: Ensemble) -> list[Model]:
         """The best model, or those of all folds, whose predictions are averaged.
 
         Raises:
             UserError: the run kept none of the folds.
         """
         if kind == "best":
-            return [self.best.predictor]
+            return [self.best]
         if not self.folds:
             raise UserError(
                 "the run kept no models of its folds; sweep with --confirm-seeds 1, which trains the winner on every "
                 "fold again and keeps them"
             )
-        return [model.predictor for model in self.folds]
+        return list(self.folds)
 
     def unseen(
         self, cohort: Cohort, kind: Ensemble = "best"
-    ) -> tuple[npt.NDArray[np.int64], list[list[Predictor]]]:
+    ) -> tuple[npt.NDArray[np.int64], list[list[Model]]]:
         """For every row (N,) of a cohort which group of models predicts it, and the groups.
 
         A row that no model of the `kind` knows is in group 0. A row that some of them know has the models of the folds
@@ -88,7 +89,7 @@ class Models:
         known_mn = np.array([model.knows(cohort) for model in self.folds], dtype=bool).reshape(
             len(self.folds), len(cohort)
         )
-        groups: list[list[Predictor]] = [self.of_kind(kind)]
+        groups: list[list[Model]] = [self.of_kind(kind)]
         is_new = ~known_best if kind == "best" else ~known_mn.any(axis=0)
         group = np.where(is_new, 0, -1)
         numbers: dict[tuple[int, ...], int] = {}
@@ -97,7 +98,7 @@ class Models:
             if honest:
                 if honest not in numbers:
                     numbers[honest] = len(groups)
-                    groups.append([self.folds[number].predictor for number in honest])
+                    groups.append([self.folds[number] for number in honest])
                 group[row] = numbers[honest]
         return group, groups
 
@@ -130,4 +131,4 @@ def batches_of(group: npt.NDArray[np.int64], size: int) -> Sequence[tuple[int, n
 
 def _read(folder: Path, task: str) -> Model:
     predictor, known = load_predictor(folder, task), folder / TRAINED_ON
-    return Model(predictor, read_trained_on(known) if known.exists() else None)
+    return Model(folder, predictor, read_trained_on(known) if known.exists() else None)

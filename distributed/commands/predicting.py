@@ -82,7 +82,7 @@ class ScanPredictor:
 
     def __init__(self, run: Path, ensemble: Ensemble, console: Console | None, is_trusted: bool) -> None:
         folder = single_run(run)
-        self.models = Models.of(folder, console, is_trusted).of_kind(ensemble)
+        self.models = [model.predictor for model in Models.of(folder, console, is_trusted).of_kind(ensemble)]
         self.first: Predictor = self.models[0]
         self.task = find_task(self.first.settings.task)
         if len(self.first.channels) > 1:
@@ -228,7 +228,7 @@ def predict_tree(
     with writing_to(out):
         _write_tree(out, tree, run, pd.concat([pd.DataFrame(rows), made.table], axis=1), skipped)
         for each in found[0].placed.values():
-            _write_classes(out, each)
+            _write_classes(out, each, wanted.probabilities)
     if skipped:
         made = replace(
             made, lacks=(*made.lacks, f"{len(skipped)} scans were skipped: {out}/skipped.tsv says why")
@@ -319,10 +319,13 @@ def _write_tree(
         write_table(pd.DataFrame(skipped), out / "skipped.tsv")
 
 
-def _write_classes(out: Path, placed: Placed) -> None:
+def _write_classes(out: Path, placed: Placed, probabilities: bool) -> None:
     """What the numbers of a map mean, as BIDS asks."""
     table = pd.DataFrame({"index": list(placed.numbers.values()), "name": list(placed.numbers)})
     write_table(table, out / f"desc-{DESCRIBED}_dseg.tsv")
+    if probabilities:
+        names = {"LabelMap": list(placed.numbers)}
+        write_text(out / f"desc-{DESCRIBED}_probseg.json", json.dumps(names, indent=2))
 
 
 def _version() -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Column, Table
@@ -11,16 +12,20 @@ from rich.text import Text
 
 from core.errors import UserError
 from distributed.commands.options import (
+    Address,
     CohortFolder,
     EnsembleOption,
     RunArgument,
     TrustsTask,
     console,
+    place,
     progress_bar,
     readable,
 )
 
 using = typer.Typer()
+MANY = 64
+"""Scans of which the volumes are measured by all cores, which takes Ray seconds to begin."""
 
 
 @using.command(epilog="Example: brainsweep evaluate runs/demo cohorts/other")
@@ -40,8 +45,10 @@ def evaluate(
 ) -> None:
     """Predict a cohort with the best model of a run, and measure the errors, site by site."""
     from distributed.commands.evaluating import evaluate_run
+    from distributed.run.quiet import quiet
     from distributed.run.working_copy import bring_run
 
+    quiet()
     bring_run(run, console)
     with progress_bar("predicting") as progress:
         task = progress.add_task("", total=None)
@@ -107,8 +114,10 @@ def predict(
 ) -> None:
     """Predict NIfTI files, or a BIDS tree, with the best model of a run: ages with an interval, classes, or maps."""
     from distributed.commands.predicting import Wanted, predict_files, predict_tree
+    from distributed.run.quiet import quiet
     from distributed.run.working_copy import bring_run
 
+    quiet()
     bring_run(run, console)
     folder = None if out is None or out.suffix.lower() == ".csv" else out
     if probabilities and folder is None:
@@ -153,3 +162,69 @@ def predict(
         with writing_to(table_file.parent):
             table_file.parent.mkdir(parents=True, exist_ok=True)
             write_table(found, table_file)
+
+
+@using.command(
+    rich_help_panel="Cohorts", epilog="Example: brainsweep derive cohorts/study --from runs/tissue --volumes"
+)
+def derive(
+    cohort: CohortFolder,
+    run: Annotated[
+        Path, typer.Option("--from", metavar="RUN", parser=place, help="run whose models compute it")
+    ],
+    volumes: Annotated[
+        bool,
+        typer.Option(
+            "--volumes", help="the volume of every class that the run segments, in mL and as a share"
+        ),
+    ] = False,
+    name: Annotated[
+        str,
+        typer.Option(
+            help="of the overlay in COHORT/derived; its columns begin with it, if it is not `volumes`"
+        ),
+    ] = "volumes",
+    ensemble: EnsembleOption = "best",
+    trust: TrustsTask = False,
+    address: Address = None,
+) -> None:
+    """Add columns that a model computes to a cohort. Its files do not change; repeat the command after a stop."""
+    from core.volumes.cohort.reader import Cohort
+    from distributed.commands.deriving import derive_volumes, measure_volumes, one_after_another
+    from distributed.run.quiet import quiet
+    from distributed.run.working_copy import bring_run
+
+    if not volumes:
+        raise UserError("derive what? Give --volumes")
+    quiet()
+    bring_run(run, console)
+    is_large = address is not None or len(Cohort.open(cohort)) > MANY
+    with progress_bar("measuring volumes") as progress, _connected(address if is_large else None, is_large):
+        task = progress.add_task("", total=None)
+        runner: Any = one_after_another
+        if is_large:
+            from distributed.commands.on_ray import PROCESS_BYTES, on_all_cores
+
+            def runner(tasks: Any) -> Any:
+                return on_all_cores(measure_volumes, tasks, 2 * PROCESS_BYTES)
+
+        description, page = derive_volumes(
+            run, Path(cohort), name, ensemble=ensemble, console=console, is_trusted=trust, runner=runner,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    console.print(
+        f"{', '.join(description.columns)} in {cohort}, made by {description.made_by}", highlight=False
+    )
+    named = [column for column in description.columns if column.endswith("_ml")]
+    changes = "" if name == "volumes" else f" --set data.volumes={','.join(named)}"
+    following = f"sweep {cohort} --task tissue_age{changes}"
+    console.print(f"\nNext:\n  open {page}\n  brainsweep {following}", highlight=False, soft_wrap=True)
+
+
+def _connected(address: str | None, is_large: bool) -> AbstractContextManager[None]:
+    """Ray, for a cohort so large that it pays."""
+    if not is_large:
+        return nullcontext()
+    from distributed.slots.cluster import connect
+
+    return connect(address, console)

@@ -222,6 +222,7 @@ def _describe(
             source=description.source,
             channels=description.channels,
             preprocessing=description.preprocessing,
+            overlays={name: each.description.hash for name, each in cohort.overlays.items()},
         ),
         settings=settings,
         sweep=dict(request),

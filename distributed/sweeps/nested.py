@@ -46,7 +46,7 @@ from distributed.sweeps.request import LABELLED, Part, ResumeRequest, SweepReque
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import NO_CHANGES, as_request, resume_sweep
 from distributed.sweeps.starts import (
-    check_starts,
+    check_leaks,
     keep_starts,
     read_starts,
     refuse_other_starts,
@@ -213,7 +213,14 @@ def run_nested(launch: Launch) -> RunFolder:
         splits = check_subjects(own, search if request.outer else resolve_search(own, opened), opened)
         # Before there is a folder; every sweep says it again.
         judged = np.concatenate([splits.development, splits.holdout])
-        check_starts(starts, opened, judged, Console(quiet=True), is_allowed=request.allow_seen_subjects)
+        check_leaks(
+            starts,
+            search.settings,
+            opened,
+            judged,
+            Console(quiet=True),
+            is_allowed=request.allow_seen_subjects,
+        )
     refuse_taken(out)
     first = first_points(search, replace(launch, request=request))
     request = with_whole_grid(request, search, first)

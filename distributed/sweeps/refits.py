@@ -64,10 +64,10 @@ def refits(
     if best is None:
         return []
     _set_aside_former_winner(folder, best.number)
-    baseline = None if tuned is None else tuned.number
+    tuned_as = None if tuned is None else tuned.number
     if of_task.rival is not None:
-        _set_aside_former_baseline(folder, of_task.rival.folder, baseline)
-    record_look(folder, study, best.number, baseline)
+        _set_aside_former_baseline(folder, of_task.rival.folder, tuned_as)
+    record_look(folder, study, best.number, tuned_as)
     chosen = {"winner": recorded_settings(best, base)} | chosen
     published = next(
         (trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(LABEL) == PUBLISHED),
@@ -97,11 +97,12 @@ def refits(
         )
         for method, settings in chosen.items()
     ]
-    if of_task.voxels is not None:
-        # Nothing in it is drawn but who is labelled, so without a budget one seed is enough.
-        seeds = 1 if search.settings.data.labelled is None else None
-        place, cells = folder.refit(of_task.voxels.folder), request.refit_cells[:seeds]
-        made.append({**assign(place, base, cells, metric=of_task.objectives[0]), "on_voxels": True})
+    for baseline in (of_task.voxels, of_task.simplest):
+        if baseline is not None:
+            # Nothing in it is drawn but who is labelled, so without a budget one seed is enough.
+            seeds = 1 if search.settings.data.labelled is None else None
+            place, cells = folder.refit(baseline.folder), request.refit_cells[:seeds]
+            made.append({**assign(place, base, cells, metric=of_task.objectives[0]), "on_voxels": True})
     return made
 
 

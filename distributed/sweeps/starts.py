@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +14,7 @@ from core.models.weights import freeze, load_part
 from core.run_description import LeakCheck
 from core.run_names import WEIGHTS
 from core.run_settings import RunSettings
-from core.starts import Start, data_set_of, keep_start, read_kept, read_start, seen_error, seen_of
+from core.starts import SHOWN, Start, data_set_of, keep_start, read_kept, read_start, seen_error, seen_of
 from core.task_description import Rival, TaskDescription
 from core.tasks import find_task
 from core.tasks.task import is_known, truth_of
@@ -101,13 +101,20 @@ def with_starts(task: TaskDescription, starts: Sequence[str | None]) -> TaskDesc
     return task.model_copy(update={"starts": rivals})
 
 
-def check_starts(
-    starts: Mapping[str, Start], cohort: Cohort, judged: Rows, console: Console, *, is_allowed: bool
+def check_leaks(
+    starts: Mapping[str, Start],
+    settings: RunSettings,
+    cohort: Cohort,
+    judged: Rows,
+    console: Console,
+    *,
+    is_allowed: bool,
 ) -> tuple[LeakCheck, ...]:
-    """What is known of each start: whether it was trained on people who are judged.
+    """What is known of each start, and of each derived column: whether models behind it know people who are judged.
 
     Args:
         starts: by name.
+        settings: of the run; they name columns and maps.
         cohort: of the run.
         judged: the rows of all folds and the hold-out.
         console: where the user is told.
@@ -133,7 +140,37 @@ def check_starts(
             raise seen_error(start, seen, data_set in set(start.trained_on["data_set"]))
         console.print(f"note: {check.in_words()}", highlight=False, soft_wrap=True, markup=False)
         checks.append(check)
+    used = set(_words_of(settings.model_dump(mode="json")))
+    for name, overlay in cohort.overlays.items():
+        if not used & set(overlay.description.columns):
+            continue
+        seen = tuple(np.unique(people[judged][overlay.seen[judged]]).tolist())
+        check = LeakCheck(
+            start=f"{overlay.description.made_by}, which made the columns of {name},",
+            judged=len(np.unique(people[judged])),
+            seen=seen,
+        )
+        if seen and not is_allowed:
+            raise UserError(
+                f"{check.in_words().rstrip('.')} ({', '.join(seen[:SHOWN])}{' …' if len(seen) > SHOWN else ''}); sweep "
+                "that run with --confirm-seeds 1 and derive again, so that every person is predicted by models that do "
+                "not know them, or give --allow-seen-subjects"
+            )
+        console.print(f"note: {check.in_words()}", highlight=False, soft_wrap=True, markup=False)
+        checks.append(check)
     return tuple(checks)
+
+
+def _words_of(value: object) -> Iterator[str]:
+    """Every text in settings as JSON values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _words_of(each)
+    elif isinstance(value, Sequence):
+        for each in value:
+            yield from _words_of(each)
 
 
 def tell_what_matches(

@@ -78,7 +78,7 @@ from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import SweepRequest
 from distributed.sweeps.resolve import ResolvedSearch, judgement, resolve_search, with_hash
 from distributed.sweeps.starts import (
-    check_starts,
+    check_leaks,
     keep_starts,
     read_starts,
     refuse_other_starts,
@@ -393,7 +393,9 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
     splits = check_subjects(request, search, opened)
     judged = np.concatenate([splits.development, splits.holdout])
     tell_what_matches(search.settings, starts, opened, splits.development, console)
-    leaks = check_starts(starts, opened, judged, console, is_allowed=request.allow_seen_subjects)
+    leaks = check_leaks(
+        starts, search.settings, opened, judged, console, is_allowed=request.allow_seen_subjects
+    )
     request = with_hash(request, splits, opened.manifest)
     folder = create_run(out, SWEEP, recorded(request, search), search.base, opened, first)
     keep_starts(folder, starts, leaks)

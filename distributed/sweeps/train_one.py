@@ -34,7 +34,7 @@ from distributed.slots.slot import WorkerGroup, pack
 from distributed.sweeps.request import TrainRequest
 from distributed.sweeps.resolve import chosen_task, splits_of, with_first_stage, with_hash
 from distributed.sweeps.resume import same_splits
-from distributed.sweeps.starts import check_starts, find_start, keep_starts, starts_of, tell_what_matches
+from distributed.sweeps.starts import check_leaks, find_start, keep_starts, starts_of, tell_what_matches
 from distributed.sweeps.tables import calibrate_best, finish
 from distributed.training.subjects import Subjects
 from distributed.training.trial import Runner, make_runner
@@ -81,7 +81,7 @@ def train_one(
     check_parts(labels, splits, task.describe(settings).truth)
     judged = splits.folds[request.fold]
     tell_what_matches(settings, starts, opened, splits.training(request.fold), console)
-    leaks = check_starts(starts, opened, judged, console, is_allowed=request.allow_seen_subjects)
+    leaks = check_leaks(starts, settings, opened, judged, console, is_allowed=request.allow_seen_subjects)
     request = with_hash(request, splits, opened.manifest)
     asked, resolved = request.model_dump(mode="json"), settings.model_dump(mode="json")
     folder = create_run(out, TRAIN, asked, resolved, opened)

@@ -11,15 +11,19 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from ray import train
 from ray.train.torch import get_device
 
 from core.config import resolve
 from core.errors import UserError
+from core.files.pictures import pictures_of, write_pictures
 from core.files.writing import replacing, write_text, writing_to
 from core.objectives import measure
 from core.run_names import CHECKPOINT, PROGRESS, STAGES
@@ -47,7 +51,9 @@ from distributed.run.assignment import (
 from distributed.run.quiet import quiet
 from distributed.run.standing import standing
 from distributed.run.working_copy import DAMAGED, bring, send, set_aside
+from distributed.training.atlas import AtlasCell
 from distributed.training.first_stage import STAGE, FirstStage
+from distributed.training.fitted import FittedCell
 from distributed.training.loop import CellTraining, DivergedError, TrainingState
 from distributed.training.out_of_memory import out_of_memory
 from distributed.training.subjects import Labelled, Place, Subjects
@@ -55,7 +61,7 @@ from distributed.training.table import TableCell
 from distributed.training.voxels import VoxelCell
 
 Kept = TypeVar("Kept")
-AnyCell = CellTraining | VoxelCell | TableCell
+AnyCell = CellTraining | FittedCell
 
 
 KeptCell = dict[str, Any]
@@ -159,10 +165,20 @@ class Trial:
         return len(self.history)
 
     def run_epoch(self) -> Answer:
-        """Train one epoch of the current cell, judge it if that is due, save, and answer."""
+        """Train one epoch of the current cell, judge it if that is due, save, and answer.
+
+        Cells without a network take milliseconds: all that are left are one epoch here.
+        """
         # The trial was finished before, but the process that asked for it ended before it got the answer.
         if self.answer is not None:
             return self.answer | self._told()
+        answer = self._run_epoch()
+        while self._is_quick and not answer["done"]:
+            answer = self._run_epoch()
+        self._save()
+        return answer | self._told()
+
+    def _run_epoch(self) -> Answer:
         stage = self._first_stage()
         if stage is not None:
             return self._advance(stage)
@@ -190,8 +206,7 @@ class Trial:
         if answer["done"]:
             self.answer = answer | self._found_penalty() | Answer(after_cells=self.after_cells)
             answer = self.answer
-        self._save()
-        return answer | self._told()
+        return answer
 
     def _first_stage(self) -> FirstStage | None:
         """The first stage of the current cell; None if there is none, or it is done."""
@@ -217,10 +232,8 @@ class Trial:
             self.earlier, self.stage = stage.weights(), None
         if not rows:
             # All of them were known: this trial was interrupted between its two stages.
-            return self.run_epoch()
-        answer = cast(Answer, rows[-1]) | standing(self.assignment, self.history, self.finished, math.nan)
-        self._save()
-        return answer | self._told()
+            return self._run_epoch()
+        return cast(Answer, rows[-1]) | standing(self.assignment, self.history, self.finished, math.nan)
 
     def _told(self) -> Answer:
         told, self.notes = self.notes, []
@@ -239,22 +252,34 @@ class Trial:
             self.stage.close()
 
     @property
+    def _is_quick(self) -> bool:
+        return self._has_no_network and not self.assignment.get("on_voxels")
+
+    @cached_property
     def _has_no_network(self) -> bool:
         return self.task.features(self.settings, self.subjects.manifest) is not None
 
     def _current_cell(self) -> AnyCell:
         if self.training is None:
             cell = self.cells[len(self.finished)]
-            if not self.assignment.get("on_voxels") and self._has_no_network:
+            if self.assignment.get("on_voxels"):
+                self.training = self._baseline(cell)
+            elif self._has_no_network:
                 self.training = TableCell(self.settings, self.subjects, cell)
-            elif self.assignment.get("on_voxels"):
-                self.training = VoxelCell(self.settings, self.subjects, cell, self.place)
             else:
                 self.training = CellTraining(
                     self.settings, self.subjects, cell, self.place, earlier=self.earlier
                 )
                 self.earlier = None
         return self.training
+
+    def _baseline(self, cell: Cell) -> FittedCell:
+        """The baseline on voxels that the assignment names."""
+        if not self.task.needed_maps(self.settings):
+            return VoxelCell(self.settings, self.subjects, cell, self.place)
+        simplest = self.task.about.simplest
+        one_class = simplest is not None and self.assignment["name"] == simplest.folder
+        return AtlasCell(self.settings, self.subjects, cell, self.place, one_class=one_class)
 
     def _finish_cell(self, training: AnyCell, outcome: Outcome) -> None:
         cell = training.cell
@@ -268,6 +293,8 @@ class Trial:
                 else:
                     path = out_of_fold_predictions(self.folder, cell.fold, cell.seed)
                 self.labelled.write_predictions(cell.fold, outcome.predictions, path)
+                if outcome.pictures and is_refit(self.assignment):
+                    write_pictures(pictures_of(self.folder, cell.seed), self._named(outcome, cell))
                 if self.assignment["keep_model"]:
                     training.write_model(outcome, kept_model(self.folder, cell.fold, cell.seed))
         if outcome.kept:
@@ -278,6 +305,12 @@ class Trial:
         self.after_cells.append(self._values())
         training.close()
         self.training = None
+
+    def _named(self, outcome: Outcome, cell: Cell) -> dict[str, npt.NDArray[np.generic]]:
+        """The pictures of an outcome, and whose they are."""
+        people = self.labelled.truth(self.labelled.rows_of(cell.fold)[1]).subjects
+        places = outcome.pictures["place"].astype(int)
+        return {**outcome.pictures, "subject": people[places]}
 
     def _values(self) -> list[float]:
         """The objective in every finished cell."""

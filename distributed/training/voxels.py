@@ -7,10 +7,6 @@ With few subjects it is what a network must beat first.
 
 from __future__ import annotations
 
-import math
-import time
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,8 +15,9 @@ from sklearn.decomposition import IncrementalPCA
 from core.run_settings import RunSettings
 from core.tasks.task import Judging, Observed, Outcome
 from distributed.batches.plan import Rows, chunks
-from distributed.run.assignment import Cell, EpochRow
-from distributed.training.loop import CellData, TrainingState
+from distributed.run.assignment import Cell
+from distributed.training.fitted import FittedCell
+from distributed.training.loop import CellData
 from distributed.training.subjects import Place, Subjects
 
 COARSEST = 8.0
@@ -30,13 +27,12 @@ TOGETHER = 256
 """Scans that are read at a time."""
 
 
-class VoxelCell:
-    """What `CellTraining` is for a network: its only epoch fits the components."""
-
-    rounds = 1
+class VoxelCell(FittedCell):
+    """The principal components of the training scans."""
 
     def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place) -> None:
-        self.settings, self.cell = settings, cell
+        super().__init__(subjects, cell)
+        self.settings = settings
         self.data = CellData(settings, subjects, cell, Place(torch.device("cpu"), place.rank, 1))
         people = len(np.unique(self.data.labelled.truth(self.data.labelled_rows).subjects))
         count = max(1, min(MOST_COMPONENTS, people - 1))
@@ -45,26 +41,19 @@ class VoxelCell:
         # noise, would weigh as much as the first. After any turn all features are alike, and distances are what they
         # were, so a linear model with a penalty is the same as on the voxels.
         self.turn = np.linalg.qr(np.random.default_rng(0).normal(size=(count, count)))[0]
-        self.epoch = 0
 
     @property
-    def evaluation_subjects(self) -> int:
-        """How many people the cell is judged on."""
-        return self.data.evaluation_subjects
+    def judged(self) -> Rows:
+        """See `FittedCell`."""
+        return self.data.evaluation_rows
 
-    def run_epoch(self) -> EpochRow:
+    def fit(self) -> None:
         """Fit the components, in parts of the training scans."""
-        started = time.time()
         rows, least = self.data.labelled_rows, int(self.components.n_components)
         # Every part must have as many scans as there are components.
         parts = np.array_split(rows, max(1, len(rows) // max(least, TOGETHER)))
         for part in parts:
             self.components.partial_fit(self._voxels(part))
-        self.epoch = 1
-        return EpochRow(
-            fold=self.cell.fold, seed=self.cell.seed, epoch=1, progress=1.0, loss=math.nan, learning_rate=math.nan,
-            first_step_at=started, seconds=time.time() - started,
-        )  # fmt: skip
 
     def judge(self, *, sites: bool = True, penalty: float | None = None, in_search: bool = False) -> Outcome:
         """Let the task judge the components as embeddings; see `CellTraining.judge`."""
@@ -80,19 +69,6 @@ class VoxelCell:
             self.components.transform(self._voxels(part)) @ self.turn for part in chunks(rows, TOGETHER)
         ]
         return Observed(truth.labels, truth.sites, truth.subjects, np.concatenate(scores), more=truth.more)
-
-    def state_dict(self) -> TrainingState:
-        """Nothing that is worth keeping: the fit takes seconds."""
-        return TrainingState(epoch=0, model={}, optimiser={})
-
-    def load_state_dict(self, state: TrainingState) -> None:
-        """Begin again."""
-
-    def write_model(self, outcome: Outcome, folder: Path) -> None:
-        """Keep nothing: no command predicts with a baseline."""
-
-    def close(self) -> None:
-        """Nothing is read ahead."""
 
     def _voxels(self, rows: Rows) -> np.ndarray:
         """Normalised voxels (n, D) of at least `COARSEST` mm."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
@@ -36,10 +37,10 @@ def histograms(measured: Measured, channel: int, name: str, unusual: npt.NDArray
 
 
 @styled
-def strip(measured: Measured, each: Measure, unusual: npt.NDArray[np.bool_]) -> Figure:
+def strip(table: pd.DataFrame, each: Measure, unusual: npt.NDArray[np.bool_]) -> Figure:
     """One measure of every scan, by site; outliers in this measure are coloured, the furthest ones are named."""
-    values = measured.table[each.column].to_numpy(dtype=float)
-    sites = _sites(measured)
+    values = table[each.column].to_numpy(dtype=float)
+    sites = _sites(table)
     names = sorted(set(sites), key=lambda site: (-np.sum(sites == site), site))
     figure, axes = new_figure(0.75 + 0.42 * len(names))
     rank = np.array([names.index(site) for site in sites])
@@ -53,7 +54,7 @@ def strip(measured: Measured, each: Measure, unusual: npt.NDArray[np.bool_]) -> 
     for row in furthest:
         on_the_right = values[row] > (low + high) / 2
         axes.annotate(
-            identity(measured.table.iloc[row]),
+            identity(table.iloc[row]),
             (values[row], across[row]),
             xytext=(-6 if on_the_right else 6, 0),
             textcoords="offset points",
@@ -70,8 +71,8 @@ def strip(measured: Measured, each: Measure, unusual: npt.NDArray[np.bool_]) -> 
     return figure
 
 
-def _sites(measured: Measured) -> npt.NDArray[np.object_]:
-    sites = measured.table["site"].fillna("").astype(str).replace("", NO_SITE)
+def _sites(table: pd.DataFrame) -> npt.NDArray[np.object_]:
+    sites = table["site"].fillna("").astype(str).replace("", NO_SITE)
     frequent = sites.value_counts().index[: MOST_SITES - 1]
     if sites.nunique() > MOST_SITES:
         sites = sites.where(sites.isin(frequent), "other sites")

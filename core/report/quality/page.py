@@ -156,7 +156,9 @@ def _strips(measured: Measured, z: pd.DataFrame, channels: Sequence[str]) -> lis
         if each.column in wanted:
             unusual = (z[each.column].abs() > UNUSUAL).to_numpy() & (len(z) >= FEWEST)
             said = f"{each.title} by site, {unusual.sum()} of {len(z)} scans unusual"
-            drawn.append((each.title, Markup(as_svg(strip(measured, each, unusual), each.column, said))))
+            drawn.append(
+                (each.title, Markup(as_svg(strip(measured.table, each, unusual), each.column, said)))
+            )
     return drawn
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self, cast
@@ -38,6 +38,7 @@ from core.volumes.cohort.description import (
     read_file,
 )
 from core.volumes.cohort.formats import StoredType
+from core.volumes.cohort.overlay import Overlay, read_overlays
 from core.volumes.cohort.shards import (
     LABELS,
     VOLUMES,
@@ -88,7 +89,10 @@ class Cohort:
     """Columns `COLUMNS` and any further ones of the source; the RangeIndex "row" is what `read` takes.
 
     `age` is NaN where it is unknown; `session` distinguishes several scans of a subject, "" where there is one.
+    Behind them stand the columns of its overlays.
     """
+    overlays: Mapping[str, Overlay] = field(default_factory=dict)
+    """By name; see `core.volumes.cohort.overlay`."""
 
     @classmethod
     def open(cls, location: str | Path) -> Self:
@@ -112,7 +116,9 @@ class Cohort:
                 raise UserError(
                     f"{path} is damaged: its column '{column}' does not hold text; make the cohort again"
                 )
-        return cls(location, description, manifest)
+        overlays = read_overlays(location, manifest, description.hash)
+        manifest = pd.concat([manifest, *(each.values for each in overlays.values())], axis=1)
+        return cls(location, description, manifest.rename_axis(index="row"), overlays)
 
     def __len__(self) -> int:
         return len(self.manifest)

@@ -1,12 +1,12 @@
-"""Ingest on all cores: Ray Data runs the shard tasks, as many at a time as cores and memory allow."""
+"""Ingest, and what is derived, on all cores: Ray Data runs the tasks, as many at a time as cores and memory allow."""
 
 from __future__ import annotations
 
 import math
 import os
 import pickle
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -27,6 +27,8 @@ LARGE = 2 * 10**8
 """The number of voxels that one core prepares in about ten seconds, in which Ray could start twice."""
 
 Row = dict[str, Any]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def in_parallel(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
@@ -39,10 +41,17 @@ def in_parallel(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
     Raises:
         UserError: of the first task that fails.
     """
-    if not tasks:
-        return
-    memory = task_bytes(tasks)
-    rows = [{"task": pickle.dumps(task)} for task in tasks]
+    if tasks:
+        yield from on_all_cores(write_shard_of, tasks, task_bytes(tasks))
+
+
+def on_all_cores(function: Callable[[T], R], tasks: Sequence[T], memory: int) -> Iterator[R]:
+    """What `function` gives for each task, in any order: each uses one core with one thread, and so many bytes.
+
+    Raises:
+        UserError: of the first task that fails.
+    """
+    rows = [{"task": pickle.dumps((function, task))} for task in tasks]
     context = DataContext.get_current().copy()
     # The caller shows the progress in shards; Ray Data would show blocks.
     context.enable_progress_bars = False
@@ -50,7 +59,7 @@ def in_parallel(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
         outcomes = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map(
-                _write,
+                _run,
                 num_cpus=1,
                 memory=memory,
                 compute=TaskPoolStrategy(size=at_a_time(memory, len(tasks))),
@@ -60,7 +69,7 @@ def in_parallel(tasks: Sequence[ShardTask]) -> Iterator[ShardRecord]:
     for row in outcomes:
         if row["error"]:
             raise UserError(row["error"])
-        yield pickle.loads(row["record"])
+        yield pickle.loads(row["made"])
 
 
 def pays(listing: Listing) -> bool:
@@ -107,13 +116,14 @@ def at_a_time(memory: int, tasks: int) -> int:
     return min(sum(slots), tasks)
 
 
-def _write(row: Row) -> Row:
+def _run(row: Row) -> Row:
     """Run one task. An error is returned as text, because Ray Data would print its traceback."""
     _use_one_thread()
+    function, task = pickle.loads(row["task"])
     try:
-        return {"record": pickle.dumps(write_shard_of(pickle.loads(row["task"]))), "error": ""}
+        return {"made": pickle.dumps(function(task)), "error": ""}
     except UserError as error:
-        return {"record": b"", "error": str(error)}
+        return {"made": b"", "error": str(error)}
 
 
 def _use_one_thread() -> None:
