@@ -302,3 +302,19 @@ def test_a_view_is_turned_by_whole_quarters():
     assert found == {0, 1, 2, 3}
     with pytest.raises(UserError, match="need equal"):
         make_views(volumes, np.arange(40), 3, 0, ViewSettings(quarter_turns="up_down"))
+
+
+@pytest.mark.parametrize("judge_every", [1, 3, 6])
+def test_a_schedule_by_steps_does_not_depend_on_how_often_is_judged(cohort, judge_every):
+    chosen = settings(
+        optimiser__decay={"shape": "linear", "start": 1.0, "end": 0.0}, training__steps=6,
+        training__judge_every=judge_every, training__batch_size=4,
+    )  # fmt: skip
+    training, rates = cell_of(cohort, chosen), []
+    training.optimiser.register_step_pre_hook(
+        lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"])
+    )
+    for _ in range(6 // judge_every):
+        training.run_epoch()
+    training.close()
+    assert rates == pytest.approx([1e-4 * (1 - (step + 1) / 6) for step in range(6)])

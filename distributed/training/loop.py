@@ -231,6 +231,7 @@ class CellTraining(CellData):
         plan = self._plan
         ordered = list(zip(plan.epoch(self.epoch), plan.passes(self.epoch), strict=True))
         together = self.settings.training.accumulate
+        steps = math.ceil(len(ordered) / together)
         for index, (rows, passed) in enumerate(ordered):
             of_step = min(together, len(ordered) - index // together * together)
             is_first, is_last = (
@@ -239,7 +240,12 @@ class CellTraining(CellData):
             )
             if is_first:
                 self.optimiser.zero_grad(set_to_none=True)
-                steps_before = (self.epoch - 1) * math.ceil(len(ordered) / together) + index // together
+                steps_before = (self.epoch - 1) * steps + index // together
+                if self.settings.training.steps is not None:
+                    # Few judgements must not mean few values of a schedule.
+                    epoch = (steps_before + 1) / steps
+                    progress = epoch / self.settings.training.rounds
+                    rate = set_rates(self.settings, self.optimiser, epoch, lowered, steps_before / steps)
                 warm_up(self.settings, self.optimiser, steps_before, rate)
             step = self._gradients(rows, next(self._reading), passed, progress, of_step)
             if is_last:

@@ -41,15 +41,21 @@ def build_optimiser(settings: RunSettings, model: nn.Module) -> torch.optim.Opti
 
 
 def set_rates(
-    settings: RunSettings, optimiser: torch.optim.Optimizer, epoch: int, lowered: float = 1.0
+    settings: RunSettings,
+    optimiser: torch.optim.Optimizer,
+    epoch: float,
+    lowered: float = 1.0,
+    before: float | None = None,
 ) -> float:
     """Set the learning rate, the weight decay and the momentum for `epoch` (from 1); returns the learning rate.
+
+    `before`: see `learning_rate`.
 
     All of them are set in every epoch, because a restored optimiser has its own values: when a member of a population
     continues with the weights of another member, these are the values of another configuration. `lowered` is a further
     factor on the learning rate.
     """
-    rate = learning_rate(settings, epoch) * lowered
+    rate = learning_rate(settings, epoch, before) * lowered
     chosen = settings.optimiser
     for group in optimiser.param_groups:
         group["lr"] = rate * group.get(FACTOR, 1.0)
@@ -75,14 +81,18 @@ def plateau_factor(settings: PlateauSettings | None, losses: Sequence[float]) ->
     return factor
 
 
-def learning_rate(settings: RunSettings, epoch: int) -> float:
-    """The learning rate in `epoch` (from 1). The warm-up is linear, from 1 % of the rate of the decay schedule."""
+def learning_rate(settings: RunSettings, epoch: float, before: float | None = None) -> float:
+    """The learning rate in `epoch` (from 1). The warm-up is linear, from 1 % of the rate of the decay schedule.
+
+    In a training by steps it follows every step: then `epoch` has a fraction, and `before` is what it was a step ago.
+    """
     chosen, epochs = settings.optimiser, settings.training.rounds
     progress = epoch / epochs
+    before = epoch - 1 if before is None else before
     rate = at(chosen.learning_rate, progress) * with_epochs(chosen.decay, epochs)(progress)
     warmup = round(chosen.warmup * epochs)
     if epoch <= warmup:
-        rate *= 0.01 + 0.99 * (epoch - 1) / warmup
+        rate *= 0.01 + 0.99 * before / warmup
     return rate
 
 
