@@ -17,11 +17,12 @@ from core.report.answer.honesty import (
     tuning_line,
 )
 from core.report.answer.importance import importances_of
-from core.report.answer.overlap import agreement_in_words, overlap_in_words
+from core.report.answer.overlap import agreement_in_words, cases_in_words, overlap_in_words
 from core.report.answer.population import has_population, is_member, population_in_words, steps_in_words
 from core.report.answer.record import NothingToShow, RunRecord
 from core.report.answer.subjects import are_numbers, held_out, truths_in_words
 from core.report.answer.tables import count, mean_and_sd
+from core.report.answer.tissues import volumes_in_words
 from core.report.answer.verdict import after_a_look, beating_the_floor, comparisons, verdict
 from core.run_names import WINNER
 
@@ -329,6 +330,8 @@ OF_PEOPLE: dict[str, Callable[[RunRecord], str]] = {
     "confusion": confusion_in_words,
     "reliability": reliability_in_words,
     "overlap": overlap_in_words,
+    "cases": cases_in_words,
+    "volumes": volumes_in_words,
     "agreement": agreement_in_words,
 }
 """The figures of people and their predictions, in words; a task names those that it has."""

@@ -11,13 +11,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from core.files.pictures import pictures_of, read_pictures
-from core.report.answer.overlap import DICE, PREDICTED, REFERENCE, cases_of, classes_of
-from core.report.answer.record import NothingToShow, RunRecord
+from core.report.answer.overlap import DICE, PLANES, PREDICTED, REFERENCE, cases_of, classes_of, typical_cases
+from core.report.answer.record import RunRecord
 from core.report.figures.style import INK, MARKERS, MUTED, PAPER, SERIES, legend_above, new_figure, styled
-from core.run_names import REFITS, WINNER_FOLDER
 
-PLANES = ("sagittal", "coronal", "axial")
 LIMITS = 1.96
 """SDs of the limits of agreement."""
 
@@ -87,30 +84,20 @@ def cases_in_planes(record: RunRecord) -> Figure:
 
     Filled is what was predicted, the line is the reference.
     """
-    folder = record.folder / REFITS / WINNER_FOLDER
-    files = sorted(folder.glob(pictures_of(folder, 0).name.replace("0", "*")))
-    try:
-        kept = read_pictures(files[0]) if files else {}
-        subjects, values = kept["subject"].astype(str), kept["dice"].astype(float)
-        planes = {name: kept[name] for name in PLANES}
-    except (OSError, ValueError, KeyError):
-        raise NothingToShow("the winner's refit has kept no pictures of held-out people") from None
-    names = classes_of(cases_of(record))
-    ranks = ["best", "median", "worst"] if len(subjects) == 3 else [""] * len(subjects)
-    figure, _ = new_figure(2.1 * len(subjects) + 0.5)
+    cases, names = typical_cases(record), classes_of(cases_of(record))
+    figure, _ = new_figure(2.1 * len(cases) + 0.5)
     figure.clear()
-    grid = figure.subplots(len(subjects), len(PLANES), squeeze=False)
-    for row, (subject, value, rank) in enumerate(zip(subjects, values, ranks, strict=True)):
-        for axes, name in zip(grid[row], PLANES, strict=True):
-            image, predicted, reference = (each.T for each in planes[name][row])
+    grid = figure.subplots(len(cases), len(PLANES), squeeze=False)
+    for row, case in zip(grid, cases, strict=True):
+        for axes, plane in zip(row, case.planes, strict=True):
+            image, predicted, reference = (each.T for each in plane)
             axes.imshow(_coloured(image, predicted, len(names)), origin="lower", interpolation="nearest")
             for place in range(1, len(names) + 1):
                 if (reference == place).any():
-                    axes.contour(
-                        reference == place, [0.5], colors=[SERIES[(place - 1) % len(SERIES)]], linewidths=0.9
-                    )
+                    colour = SERIES[(place - 1) % len(SERIES)]
+                    axes.contour(reference == place, [0.5], colors=[colour], linewidths=0.9)
             axes.set_axis_off()
-        grid[row][0].set_title(f"{rank} {subject}, Dice {value:.2f}".strip(), loc="left", fontsize=9)
+        row[0].set_title(f"{case.rank} {case.subject}, Dice {case.dice:.2f}".strip(), loc="left", fontsize=9)
     handles = [
         Line2D([], [], color=SERIES[place % len(SERIES)], lw=5, label=name)
         for place, name in enumerate(names)
