@@ -83,9 +83,9 @@ OF_PEOPLE: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "confusion": ("What people are taken for", class_figures.confusion_matrix),
     "reliability": ("How sure, and how often right", class_figures.reliability),
     "overlap": ("Overlap, class by class", overlap_figures.overlap_by_class),
-    "cases": ("The best, the median and the worst case", overlap_figures.cases_in_planes),
     "volumes": ("Volumes and age", tissue_figures.volumes_against_age),
     "agreement": ("Do volumes agree?", overlap_figures.volume_agreement),
+    "cases": ("The best, the median and the worst case", overlap_figures.cases_in_planes),
 }
 """The figures of people and their predictions; a task names those that it has."""
 CAPTIONS = {

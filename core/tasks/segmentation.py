@@ -119,7 +119,7 @@ class Segmentation(Task[SegmentationSettings]):
             "All is measured on the grid of the cohort. Labels that were brought there have lost detail already, and "
             "lose more when they go back, so these numbers are not those of the scan's own grid.",
         ),
-        figures=("overlap", "cases", "agreement"),
+        figures=("overlap", "agreement", "cases"),
         course=("cross_entropy", "overlap"),
     )
     reads_training = False
