@@ -28,11 +28,11 @@ sweep-tissue: .venv/.installed
 	$(BIN)/brainsweep sweep $(TISSUE_RUN)/cohort --task segmentation --out $(TISSUE_RUN)/segmentation \
 		--trials 1 --folds 2 --confirm-seeds 1 --holdout 0.25 --set model.name=dynunet --set model.width=0.25 \
 		--set objective.name=dice_cross_entropy --set optimiser.learning_rate=0.005 \
-		--set training.steps=100 --set training.judge_every=50 --set training.batch_size=4
+		--set training.steps=80 --set training.judge_every=80 --set training.batch_size=4
 	$(BIN)/brainsweep derive $(TISSUE_RUN)/cohort --from $(TISSUE_RUN)/segmentation --volumes --name predicted
 	$(BIN)/brainsweep sweep $(TISSUE_RUN)/cohort --task tissue_age --out $(TISSUE_RUN)/by-volumes \
 		--splits-from $(TISSUE_RUN)/segmentation --folds 2 --trials 12 \
-		--set data.volumes=predicted_csf_ml,predicted_gm_ml,predicted_wm_ml
+		--set 'data.volumes=[predicted_csf_ml,predicted_gm_ml,predicted_wm_ml]'
 	$(BIN)/brainsweep sweep $(TISSUE_RUN)/cohort --space cnn_age --out $(TISSUE_RUN)/by-cnn \
 		--splits-from $(TISSUE_RUN)/segmentation --folds 2 --trials 2 --set model.width=0.25 \
 		--set training.epochs=6 --set training.batch_size=8

@@ -27,6 +27,7 @@ THICKNESSES = {6.0: (20, "20 or more"), 3.5: (5, "5 to 19"), 1.4: (1, "1 to 4 li
 # The files that lie loose in core are drawn with the folder to which they belong.
 DRAWN_WITH = {
     "core.inference": "core.tasks",
+    "core.own_grid": "core.tasks",
     "core.objectives": "core.evaluation",
     "core.run_settings": "core.config",
     "core.starts": "core.tasks",

@@ -16,10 +16,12 @@ from core.evaluation.calibration import Calibration
 from core.inference import save_calibration
 from distributed.commands.app import app
 from distributed.commands.cohorts import data
+from distributed.commands.using import using
 
 COHORTS = ["phantom", "ingest", "describe", "quality", "verify"]
-RUNS = ["train", "sweep", "demo", "resume", "report", "compare", "evaluate", "predict"]
-COMMANDS = COHORTS + RUNS
+RUNS = ["train", "sweep", "demo", "resume", "report", "compare"]
+MODELS = ["evaluate", "predict", "derive"]
+COMMANDS = COHORTS + RUNS + MODELS
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,7 @@ def test_every_command_has_help_with_an_example(brainsweep, command):
 def test_the_commands_are_these_and_no_others():
     assert [command.callback.__name__ for command in data.registered_commands] == COHORTS
     assert [command.callback.__name__ for command in app.registered_commands] == RUNS
+    assert [command.callback.__name__ for command in using.registered_commands] == MODELS
 
 
 @pytest.mark.parametrize(

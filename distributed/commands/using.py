@@ -216,7 +216,7 @@ def derive(
         f"{', '.join(description.columns)} in {cohort}, made by {description.made_by}", highlight=False
     )
     named = [column for column in description.columns if column.endswith("_ml")]
-    changes = "" if name == "volumes" else f" --set data.volumes={','.join(named)}"
+    changes = "" if name == "volumes" else f" --set 'data.volumes=[{','.join(named)}]'"
     following = f"sweep {cohort} --task tissue_age{changes}"
     console.print(f"\nNext:\n  open {page}\n  brainsweep {following}", highlight=False, soft_wrap=True)
 
