@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import optuna
 
+SYMMETRY = "swin_unetr_symmetry"
+NETWORKS = ["res_unet", "groupnorm_unet", "dynunet", "swin_unetr", SYMMETRY]
+
 
 def space(trial: optuna.Trial) -> dict[str, object]:
     """One configuration as {dotted name of a setting: value}."""
@@ -16,10 +19,12 @@ def space(trial: optuna.Trial) -> dict[str, object]:
     if loss == "dice_cross_entropy":
         # Only a sum has a weight.
         trial.suggest_float("objective.dice_weight", 0.25, 4.0, log=True)
+    network = trial.suggest_categorical("model.name", NETWORKS)
     trial.suggest_categorical("model.width", [0.25, 0.5, 1.0])
     trial.suggest_categorical("training.batch_size", [2, 4, 8])
-    # Whole brains as published, or two patches of every scan.
-    patch = trial.suggest_categorical("views.crop_size", [None, 32])
-    if patch is not None:
-        settings |= {"views.pad_to": patch, "views.count": 2, "views.crop_on_class": 0.5}
+    # Whole brains as published, or two patches of every scan; a brain is compared with its mirror image as a whole.
+    if network != SYMMETRY:
+        patch = trial.suggest_categorical("views.crop_size", [None, 32])
+        if patch is not None:
+            settings |= {"views.pad_to": patch, "views.count": 2, "views.crop_on_class": 0.5}
     return settings | trial.params

@@ -344,14 +344,16 @@ def test_the_space_gives_a_weight_to_a_sum_only_and_patches_as_a_whole():
 
     space, base = load_space("tissue")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    kinds = set()
-    for _ in range(30):
+    kinds, networks = set(), set()
+    for _ in range(60):
         proposed = space(study.ask())
         settings = resolve(merge(base, proposed))
         check_settings(settings)
         kinds.add((settings.objective.name, settings.views.crop_size))
+        networks.add(settings.model.name)
         assert ("objective.dice_weight" in proposed) == (settings.objective.name == "dice_cross_entropy")
     assert len(kinds) == 6
+    assert len(networks) == 5
 
 
 @pytest.mark.slow

@@ -433,7 +433,7 @@ def check_parts(labels: Labels, splits: Splits, truth: str) -> None:
         if not known[rows].any():
             raise UserError(
                 f"{part} has {len(rows)} scans, and the {truth} of none of them is known: nothing can be judged there; "
-                "use other splits, or give these people a value"
+                "use other splits (another --search-seed, or fewer --folds), or give these people a value"
             )
 
 

@@ -122,7 +122,7 @@ def derive_volumes(
     seen = group < 0
     group = np.where(seen, len(groups), group)
     groups.append([models.best])
-    place = opened.folder / DERIVED / f".{name}-unfinished"
+    place = opened.folder.resolve() / DERIVED / f".{name}-unfinished"
     _start_or_go_on(place, {
         "cohort": opened.description.hash, "ensemble": ensemble,
         "models": [str(model.folder.resolve()) for several in groups for model in several],
