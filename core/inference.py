@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +29,7 @@ from core.models.weights import weights_of
 from core.run_settings import RunSettings
 from core.tasks import TASKS, find_task
 from core.tasks.task import ClassProbabilities, Facts, Labels, Prediction
-from core.volumes.images.preprocess import IntensityStatistics, Preprocessing, normalise
-from core.volumes.ingest.prepare import PreparedScan, prepare_scan
+from core.volumes.images.preprocess import IntensityStatistics, normalise
 from core.volumes.sources.listing import ImageFile, Scan
 
 CALIBRATION = "calibration.json"
@@ -179,13 +178,9 @@ def load_predictor(folder: Path, task: str | None = None) -> Predictor:
     return Predictor(settings, model, fitted, tuple(inputs["channels"]), intensity, facts, calibration)
 
 
-def prepare_file(file: Path, preprocessing: Preprocessing, mask: Path | None = None) -> PreparedScan:
-    """One NIfTI file, prepared as the training cohort was (registration included), with its measures of quality.
-
-    `mask` is its brain mask, needed where the cohort was made with them. UserError names the file.
-    """
-    scan = Scan(subject=file.name, images=(ImageFile(file),))
-    return prepare_scan(scan if mask is None else replace(scan, mask=ImageFile(mask)), preprocessing)
+def scan_of(file: Path, mask: Path | None = None) -> Scan:
+    """One NIfTI file as a scan, with its brain mask, which is needed where the cohort was made with masks."""
+    return Scan(subject=file.name, images=(ImageFile(file),), mask=None if mask is None else ImageFile(mask))
 
 
 def mean_answer(models: Sequence[Predictor], volumes: Floats) -> Predicted:

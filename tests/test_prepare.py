@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from reference_resample import affine_of, rotation, trilinear
 
 from core.errors import UserError
-from core.inference import prepare_file
+from core.inference import scan_of
 from core.volumes.images.preprocess import Preprocessing
 from core.volumes.ingest.prepare import prepare_scan
 from core.volumes.sources.listing import ImageFile, Scan
@@ -86,6 +86,16 @@ def test_a_label_map_follows_by_the_nearest_voxel_and_no_class_is_invented(scan,
 def test_the_label_map_of_a_healthy_brain_is_all_0(scan, tmp_path):
     healthy = replace(scan, maps={"label": save(tmp_path / "seg.nii", np.zeros(SHAPE, np.uint8))})
     assert not prepare_scan(healthy, SETTINGS).maps["label"].any()
+
+
+def test_what_nobody_knows_of_a_label_map_stays_unknown(scan, tmp_path):
+    known = classes(ball())
+    unknown = np.where(np.arange(SHAPE[0])[:, None, None] < SHAPE[0] // 2, -1, known).astype(np.int16)
+    maps = {"all": save(tmp_path / "all.nii", known), "half": save(tmp_path / "half.nii", unknown)}
+    prepared = prepare_scan(replace(scan, maps=maps), SETTINGS).maps
+    hidden = prepared["half"] == -1
+    assert 0.2 < hidden.mean() < 0.8
+    np.testing.assert_array_equal(prepared["half"][~hidden], prepared["all"][~hidden])
 
 
 def test_a_label_map_stored_in_another_orientation_is_the_same_grid(scan, tmp_path):
@@ -190,14 +200,14 @@ def damaged(tmp_path: Path, scan: Scan) -> dict[str, tuple[Scan, Preprocessing, 
             r"b\.nii: this label map lies 1\.5 voxels away from its image t1\.nii"),
         "label of halves": (
             replace(scan, maps={"label": save(tmp_path / "c.nii", label["half"])}), SETTINGS,
-            r"c\.nii: classes must be whole numbers from 0 to 32767, got 0\.5"),
+            r"c\.nii: classes must be whole numbers from 0 to 32767, or -1 where unknown, got 0\.5"),
         "negative label": (
             replace(scan, maps={"label": save(tmp_path / "d.nii", -classes(voxels))}), SETTINGS,
-            r"d\.nii: classes must be whole numbers from 0 to 32767, got -"),
+            r"d\.nii: classes must be whole numbers from 0 to 32767, or -1 where unknown, got -"),
         "label too large": (
             replace(scan, maps={"label": save(tmp_path / "e.nii", 40_000 * classes(voxels).astype(np.int32))}),
             SETTINGS,
-            r"e\.nii: classes must be whole numbers from 0 to 32767, got 160000"),
+            r"e\.nii: classes must be whole numbers from 0 to 32767, or -1 where unknown, got 160000"),
         "mask of another shape": (
             replace(scan, mask=save(tmp_path / "f.nii", (ball((20, 28, 22)) > 0).astype(np.uint8))), masked,
             r"f\.nii: this mask has \(20, 28, 22\) voxels"),
@@ -264,9 +274,11 @@ def test_prediction_prepares_files_as_ingest_did(scan, tmp_path):
     mask = save(tmp_path / "mask.nii", (ball() > 100).astype(np.uint8))
     for settings, masks in ((SETTINGS, None), (SETTINGS.model_copy(update={"mask": "file"}), mask.path)):
         expected = prepare_scan(replace(scan, mask=mask if masks else None), settings).voxels
-        np.testing.assert_array_equal(prepare_file(scan.images[0].path, settings, masks).voxels, expected)
+        np.testing.assert_array_equal(
+            prepare_scan(scan_of(scan.images[0].path, masks), settings).voxels, expected
+        )
     with pytest.raises(UserError, match="comes with no brain mask"):
-        prepare_file(scan.images[0].path, settings)
+        prepare_scan(scan_of(scan.images[0].path), settings)
 
 
 def test_settings_round_trip_and_equal_voxels_have_equal_hashes():

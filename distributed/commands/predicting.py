@@ -19,14 +19,15 @@ from rich.console import Console
 from core.errors import UserError
 from core.files.tables import write_table
 from core.files.writing import replacing, write_text, writing_to
-from core.inference import Predictor, mean_answer, prepare_file
+from core.inference import Predictor, mean_answer, scan_of
 from core.own_grid import OwnGrid, Placed, image_like, nearest_on, place
 from core.run_description import CohortOfRun
 from core.run_names import RUN_JSON
 from core.tasks import find_task
 from core.tasks.task import Prediction
 from core.volumes.images.preprocess import Preprocessing
-from core.volumes.sources import list_scans
+from core.volumes.ingest.prepare import prepare_scan
+from core.volumes.sources import Scan, list_scans
 from distributed.commands.known_scans import KnownScans, Standing
 from distributed.commands.models import Models, single_run
 from distributed.commands.options import Ensemble
@@ -74,10 +75,10 @@ class OneScan:
 
 
 class ScanPredictor:
-    """The models of a run, ready for single files, which are prepared like the cohort of the run.
+    """The models of a run, ready for single scans, which are prepared like the cohort of the run.
 
     Raises:
-        UserError: no model, or one of several channels.
+        UserError: there is no model.
     """
 
     def __init__(self, run: Path, ensemble: Ensemble, console: Console | None, is_trusted: bool) -> None:
@@ -85,17 +86,12 @@ class ScanPredictor:
         self.models = [model.predictor for model in Models.of(folder, console, is_trusted).of_kind(ensemble)]
         self.first: Predictor = self.models[0]
         self.task = find_task(self.first.settings.task)
-        if len(self.first.channels) > 1:
-            raise UserError(
-                f"the model needs channels {', '.join(self.first.channels)} of each subject; "
-                "ingest them into a cohort and use `brainsweep evaluate`"
-            )
         self.known = KnownScans.of(folder, self.first.channels[0])
         self.preprocessing = preprocessing_of(folder)
 
-    def __call__(self, file: Path, mask: Path | None = None) -> OneScan:
-        """Predict one NIfTI file; UserError names it if it cannot be used."""
-        scan = prepare_file(file, self.preprocessing, mask)
+    def __call__(self, given: Scan) -> OneScan:
+        """Predict one scan, whose first image is a NIfTI file; UserError names what cannot be used."""
+        file, scan = given.images[0].path, prepare_scan(given, self.preprocessing)
         said, own = mean_answer(self.models, scan.voxels[None]), OwnGrid.of_file(file)
         return OneScan(
             said.table,
@@ -143,12 +139,17 @@ def predict_files(
         raise UserError(f"{len(files)} volumes need as many brain masks, got {len(masks)}")
     wanted = wanted or Wanted()
     predictor = ScanPredictor(run, wanted.ensemble, console, is_trusted)
+    if len(predictor.first.channels) > 1:
+        raise UserError(
+            f"the model needs channels {', '.join(predictor.first.channels)} of each subject; give a BIDS tree, or "
+            "ingest them into a cohort and use `brainsweep evaluate`"
+        )
     known_truth = None if truth is None else predictor.task.read_truth(truth, predictor.first.facts)
     found = []
     for number, (file, mask) in enumerate(
         zip(files, [None] * len(files) if masks is None else masks, strict=True), start=1
     ):
-        said = predictor(file, mask)
+        said = predictor(scan_of(file, mask))
         if wanted.probabilities and not said.placed:
             raise UserError(
                 f"--probabilities cannot act: the task {predictor.task.about.name} has none of voxels"
@@ -204,7 +205,7 @@ def predict_tree(
     for number, scan in enumerate(listing.scans, start=1):
         file = scan.images[0].path
         try:
-            said = predictor(file, None if scan.mask is None else scan.mask.path)
+            said = predictor(scan)
         except UserError as error:
             # One scan that cannot be used costs no other one.
             skipped.append({"subject": scan.subject, "file": str(file), "reason": str(error)})

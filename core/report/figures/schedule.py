@@ -63,6 +63,11 @@ def other_rows_repelled(settings: Mapping[str, object], progress: float) -> floa
     return float(other_rows(views, subjects, progress, neighbours))
 
 
+def _not_set(settings: Mapping[str, object], progress: float) -> float | None:
+    """What no setting says, such as a part of the loss."""
+    return None
+
+
 # Title with its unit, column of the history table, and the value that the settings mean.
 QUANTITIES: tuple[tuple[str, str, Curve], ...] = (
     ("learning rate", "learning_rate", learning_rate),
@@ -80,9 +85,12 @@ def schedules(record: RunRecord) -> Figure:
     """
     followed = record.history[record.history["number"] == record.best]
     # Not every task notes all of them.
-    absent = [column for _, column, _ in QUANTITIES if column not in followed]
+    known = {column for _, column, _ in QUANTITIES}
+    of_task = [name for name in record.task.course if name not in known]
+    quantities = (*QUANTITIES, *((name.replace("_", " "), name, _not_set) for name in of_task))
+    absent = [column for _, column, _ in quantities if column not in followed]
     followed = followed.assign(**dict.fromkeys(absent, np.nan))
-    drawn = [quantity for quantity in QUANTITIES if _has(record.winner, followed, *quantity[1:])]
+    drawn = [quantity for quantity in quantities if _has(record.winner, followed, *quantity[1:])]
     if not drawn:
         raise NothingToShow("neither the winner's settings nor its epochs were recorded")
     rows = (len(drawn) + 1) // 2

@@ -27,6 +27,8 @@ SAME_GRID = (
     0.1  # of a voxel: largest distance between the corners of two maps of one grid; tools round affines
 )
 MOST_CLASSES = np.iinfo(np.int16).max
+UNKNOWN = -1
+"""In a map of classes: nobody knows. A training ignores it, and nothing is compared there."""
 
 
 class PreparedScan(NamedTuple):
@@ -235,10 +237,10 @@ def _label(
     stored = Image(*read_image(file, may_be_constant=True))  # of a healthy brain it is all 0
     _check_grid(file, "label map", stored, image_file, image)
     low, high = float(stored.voxels.min()), float(stored.voxels.max())
-    if low < 0 or high > MOST_CLASSES or (stored.voxels != np.rint(stored.voxels)).any():
-        odd = stored.voxels[(stored.voxels != np.rint(stored.voxels)) | (stored.voxels < 0)]
+    if low < UNKNOWN or high > MOST_CLASSES or (stored.voxels != np.rint(stored.voxels)).any():
+        odd = stored.voxels[(stored.voxels != np.rint(stored.voxels)) | (stored.voxels < UNKNOWN)]
         raise UserError(
-            f"{_name(file)}: classes must be whole numbers from 0 to {MOST_CLASSES}, "
+            f"{_name(file)}: classes must be whole numbers from 0 to {MOST_CLASSES}, or {UNKNOWN} where unknown, "
             f"got {float(odd.flat[0]) if odd.size else high:g}"
         )
     return resample_labels(stored.voxels.astype(np.int16), stored.affine, target, preprocessing.shape)
