@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from core.evaluation import Floats
 from core.run_settings import RunSettings
 from core.tasks import find_task
 from core.tasks.task import Judging, Observed, Outcome
@@ -16,15 +17,14 @@ from distributed.training.subjects import Labelled, Subjects
 class TableCell(FittedCell):
     """Features of the table: `judge` fits on them."""
 
-    def __init__(self, settings: RunSettings, subjects: Subjects, cell: Cell) -> None:
+    def __init__(
+        self, settings: RunSettings, subjects: Subjects, cell: Cell, labelled: Labelled, features: Floats
+    ) -> None:
         super().__init__(subjects, cell)
-        self.settings = settings
-        self.task, self.labelled = find_task(settings.task), Labelled.of(subjects, settings)
-        features = self.task.features(settings, subjects.manifest)
-        assert features is not None
-        self.features = features
-        known, self.evaluation_rows = self.labelled.rows_of(cell.fold)
-        self.training_rows = self.labelled.within_budget(settings, known, cell)
+        self.settings, self.task = settings, find_task(settings.task)
+        self.labelled, self.features = labelled, features
+        known, self.evaluation_rows = labelled.rows_of(cell.fold)
+        self.training_rows = labelled.within_budget(settings, known, cell)
 
     @property
     def judged(self) -> Rows:

@@ -23,6 +23,7 @@ from ray.train.torch import get_device
 
 from core.config import resolve
 from core.errors import UserError
+from core.evaluation import Floats
 from core.files.pictures import pictures_of, write_pictures
 from core.files.writing import replacing, write_text, writing_to
 from core.objectives import measure
@@ -253,19 +254,20 @@ class Trial:
 
     @property
     def _is_quick(self) -> bool:
-        return self._has_no_network and not self.assignment.get("on_voxels")
+        return self._features is not None and not self.assignment.get("on_voxels")
 
     @cached_property
-    def _has_no_network(self) -> bool:
-        return self.task.features(self.settings, self.subjects.manifest) is not None
+    def _features(self) -> Floats | None:
+        """What a task without a network is fitted on."""
+        return self.task.features(self.settings, self.subjects.manifest)
 
     def _current_cell(self) -> AnyCell:
         if self.training is None:
             cell = self.cells[len(self.finished)]
             if self.assignment.get("on_voxels"):
                 self.training = self._baseline(cell)
-            elif self._has_no_network:
-                self.training = TableCell(self.settings, self.subjects, cell)
+            elif self._features is not None:
+                self.training = TableCell(self.settings, self.subjects, cell, self.labelled, self._features)
             else:
                 self.training = CellTraining(
                     self.settings, self.subjects, cell, self.place, earlier=self.earlier
