@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import ndimage
 
 from core.tasks.task import ClassProbabilities
-from core.volumes.images.nifti import Affine
+from core.volumes.images.nifti import Affine, read_geometry, read_header
 from core.volumes.images.resample import resample_labels
 
 Classes = npt.NDArray[np.int16]
@@ -34,9 +34,7 @@ class OwnGrid:
     @classmethod
     def of_file(cls, file: Path) -> OwnGrid:
         """The grid of a NIfTI file."""
-        image = cast(nib.Nifti1Image, nib.load(file))
-        x, y, z = image.shape[:3]
-        return cls((x, y, z), np.asarray(image.affine, dtype=np.float64))
+        return cls(*read_geometry(file))
 
     @classmethod
     def of_manifest(cls, row: pd.Series) -> OwnGrid | None:
@@ -99,9 +97,9 @@ def place(given: ClassProbabilities, affine: Affine, own: OwnGrid) -> Placed:
     return _likeliest(given, placed_kxyz, own.voxel_ml)
 
 
-def as_stored(given: ClassProbabilities, edges: tuple[float, float, float]) -> Placed:
-    """The likeliest class of one scan (N = 1) on the grid of the cohort itself, with voxels of these edges in mm."""
-    return _likeliest(given, given.values[0].astype(np.float32), float(np.prod(edges)) / 1000)
+def as_stored(given: ClassProbabilities, voxel_ml: float) -> Placed:
+    """The likeliest class of one scan (N = 1) on the grid of the cohort itself; `voxel_ml`: see `stored_voxel_ml`."""
+    return _likeliest(given, given.values[0].astype(np.float32), voxel_ml)
 
 
 def _likeliest(
@@ -123,12 +121,17 @@ def image_like(file: Path, values: npt.NDArray[np.generic]) -> nib.Nifti1Image:
     A map of classes also has its trailing axes of length 1. Where the file knows neither transform, it is
     scanner-based.
     """
-    own = cast(nib.Nifti1Image, nib.load(file))
-    trailing = own.shape[3:] if values.ndim == 3 and all(side == 1 for side in own.shape[3:]) else ()
-    image = nib.Nifti1Image(values.reshape(*values.shape, *trailing), own.affine)
-    codes = [int(own.header[name]) for name in ("qform_code", "sform_code")]
-    image.set_qform(own.get_qform(), codes[0])
-    image.set_sform(own.affine, codes[1] if any(codes) else 1)
+    own = read_header(file)
+    further, affine = own.get_data_shape()[3:], own.get_best_affine()
+    trailing = further if values.ndim == 3 and all(side == 1 for side in further) else ()
+    image = nib.Nifti1Image(values.reshape(*values.shape, *trailing), affine)
+    codes = [int(own[name]) for name in ("qform_code", "sform_code")]
+    if codes[0]:
+        image.set_qform(own.get_qform(), codes[0])
+    else:
+        image.set_qform(affine, 0)
+    image.set_sform(affine, codes[1] if any(codes) else 1)
+    image.header.set_xyzt_units(*own.get_xyzt_units())
     return image
 
 

@@ -45,7 +45,7 @@ class CohortOfRun(_Part):
     preprocessing: dict[str, JsonValue] = {}
     """The settings of `core.volumes.images.preprocess.Preprocessing`."""
     overlays: dict[str, str] = {}
-    """The hash of every overlay that was there when the run began, by name."""
+    """The hash of every overlay that the settings named when the run began, by name."""
 
 
 class CodeVersion(_Part):
@@ -215,14 +215,13 @@ def find_cohort(run: Path, recorded: CohortOfRun | None, given: str | Path | Non
             if recorded.path or given is not None
             else f"{run}/run.json does not say which cohort was used"
         )
-    for cohort in found:
-        _check_overlays(cohort, recorded)
     same = [cohort for cohort in found if recorded.hash in ("", cohort.description.hash)]
     if not same:
         raise UserError(
             f"{found[0].location} holds another cohort than the run began with (or it was changed: hash "
             f"{found[0].description.hash[:8]}, not {recorded.hash[:8]}); its trials would not be comparable"
         )
+    _check_overlays(same[0], recorded)
     return same[0]
 
 

@@ -45,6 +45,13 @@ def model(cohort, rows, seed=0):
     return Model(Path(f"model-{seed}"), predictor(seed), known)
 
 
+def with_folds(best, *folds, expected=0):
+    models = Models(best, tuple(each.folder for each in folds), expected)
+    # Instead of reading them.
+    models.__dict__["folds"] = folds
+    return models
+
+
 def chosen(models, cohort, kind="best"):
     """For every row the names of the models that predict it."""
     group, groups = models.unseen(cohort, kind)
@@ -55,20 +62,26 @@ def test_nobody_is_predicted_by_a_model_that_knows_them(cohort):
     """Hold-out 0 to 2, fold 0 3 to 5, fold 1 6 to 8."""
     best = model(cohort, range(3, 9), 9)
     folds = (model(cohort, [6, 7, 8], 0), model(cohort, [3, 4, 5], 1))
-    models = Models(best, folds)
+    models = with_folds(best, *folds)
     held_out, of_folds = [("model-9",)] * 3, [("model-0",)] * 3 + [("model-1",)] * 3
     assert chosen(models, cohort) == held_out + of_folds
     assert chosen(models, cohort, "folds") == [("model-0", "model-1")] * 3 + of_folds
-    assert chosen(Models(best, ()), cohort) == held_out + [None] * 6
-    unknown = Models(model(cohort, None, 9), ())
+    assert chosen(Models(best), cohort) == held_out + [None] * 6
+    unknown = Models(model(cohort, None, 9))
     assert chosen(unknown, cohort) == [None] * 9
     with pytest.raises(UserError, match="--confirm-seeds 1"):
-        Models(best, ()).unseen(cohort, "folds")
+        Models(best).unseen(cohort, "folds")
+
+
+def test_an_ensemble_of_some_folds_is_none(cohort):
+    models = with_folds(model(cohort, range(3, 9), 9), model(cohort, [6, 7, 8]), expected=2)
+    with pytest.raises(UserError, match="1 of 2 models of its folds"):
+        models.of_kind("folds")
 
 
 def test_several_seeds_of_a_fold_are_averaged(cohort):
     folds = tuple(model(cohort, [6, 7, 8] if number < 2 else [3, 4, 5], number) for number in range(4))
-    models = Models(model(cohort, range(3, 9), 9), folds)
+    models = with_folds(model(cohort, range(3, 9), 9), *folds)
     assert chosen(models, cohort)[3:] == [("model-0", "model-1")] * 3 + [("model-2", "model-3")] * 3
 
 

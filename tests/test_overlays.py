@@ -13,7 +13,7 @@ from small_cohort import write_small_cohort
 from core.config import merge, resolve
 from core.errors import UserError
 from core.run_description import CohortOfRun, find_cohort
-from core.volumes.cohort.overlay import DERIVED, check_new, write_overlay
+from core.volumes.cohort.overlay import DERIVED, check_new, describe_overlay, write_overlay
 from core.volumes.cohort.reader import Cohort
 from distributed.sweeps.starts import check_leaks
 from search_spaces import published
@@ -30,9 +30,11 @@ def add(cohort, name="volumes", columns=VOLUMES, seen=()):
     draws = np.random.default_rng(0)
     values = pd.DataFrame({column: draws.uniform(10, 900, len(cohort)) for column in columns})
     known = np.isin(np.arange(len(cohort)), seen)
-    return values, write_overlay(
-        cohort.folder, name, values, known, cohort.description.hash, made_by="the models of run"
+    description, content = describe_overlay(
+        name, values, known, cohort.description.hash, made_by="the models of run"
     )
+    write_overlay(cohort.folder, description, content)
+    return values, description
 
 
 def test_columns_are_there_and_the_cohort_is_as_it_was(cohort):
@@ -62,6 +64,7 @@ def test_two_overlays_and_one_that_was_deleted(cohort):
     [
         (lambda place: (place / "columns.parquet").write_bytes(b"nothing"), "is damaged"),
         (lambda place: (place / "overlay.json").write_text("{}"), "is damaged"),
+        (lambda place: (place.parent / "index.json").write_text("5"), "is damaged"),
         (lambda place: _change(place), "was changed"),
         (lambda place: _of_another(place), "belongs to other scans"),
     ],
@@ -118,5 +121,9 @@ def test_people_whom_the_models_know_are_not_judged_on_what_they_say(cohort):
     assert allowed.seen == tuple(names)
     (fine,) = check_leaks({}, settings, opened, np.array([0, 1]), console, is_allowed=False)
     assert fine.seen == ()
-    unused = resolve(merge(published("tissue_age"), {"data.volumes": ["age"]}))
-    assert check_leaks({}, unused, opened, judged, console, is_allowed=False) == ()
+    # A task of ours that sees images only has no use for them; one on columns may choose others in its space.
+    images = resolve(published("brain_age"))
+    assert check_leaks({}, images, opened, judged, console, is_allowed=False) == ()
+    others = resolve(merge(published("tissue_age"), {"data.volumes": ["age"]}))
+    with pytest.raises(UserError, match="--confirm-seeds 1"):
+        check_leaks({}, others, opened, judged, console, is_allowed=False)

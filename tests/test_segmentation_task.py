@@ -31,8 +31,11 @@ from core.report.answer.verdict import judged_interval, judged_value
 from core.tasks import find_task
 from core.tasks.segmentation import places_of
 from core.tasks.task import Beside, ClassProbabilities, Judging, Observed
+from core.volumes.cohort.description import stored_voxel_ml
 from distributed.batches.in_process import InMemory
 from distributed.run.assignment import Cell
+from distributed.sweeps.request import SweepRequest
+from distributed.sweeps.resolve import splits_of
 from distributed.training.loop import CellTraining
 from distributed.training.subjects import Place, Subjects
 from search_spaces import load_space, published
@@ -226,7 +229,7 @@ def test_cases_are_judged_one_by_one_and_what_is_in_neither_map_is_counted(cohor
         def forward(self, volumes):
             return 20 * probabilities
 
-    beside = Beside({"dseg": reference}, (1.0, 2.0, 3.0), final=True)
+    beside = Beside({"dseg": reference}, (1.0, 2.0, 3.0), torch.full((3,), 0.006), final=True)
     seen = TASK.observe_with_maps(settings, Fixed(), torch.zeros(3, 1, 4, 4, 4), beside)
     outputs = {name: values.numpy() for name, values in seen.items()}
     people = np.array(["a", "b", "c"])
@@ -241,13 +244,31 @@ def test_cases_are_judged_one_by_one_and_what_is_in_neither_map_is_counted(cohor
     assert outcome.metrics["undefined"] == 1
     assert outcome.predictions["ml_two"].tolist() == pytest.approx([0, 0, 16 * 6 / 1000])
     assert outcome.predictions["reference_ml_one"].tolist() == pytest.approx([32 * 6 / 1000] * 3)
+    # Of class two nothing can be wrong in a: it is in neither map.
+    wrong = (outcome.predictions["ml_two"] - outcome.predictions["reference_ml_two"]).abs().tolist()
+    expected = [0.096, (0.096 + wrong[1]) / 2, (0.096 + wrong[2]) / 2]
+    assert outcome.metrics["volume_error"] == pytest.approx(np.mean(expected))
+    assert outcome.metrics["volume_error_two"] == pytest.approx((wrong[1] + wrong[2]) / 2)
     # The surface of class one is one voxel of 1 mm off; class two of b is infinitely far.
     assert outcome.metrics["hausdorff95"] == pytest.approx(1.0)
     assert math.isfinite(outcome.metrics["surface_dice"])
     early = TASK.observe_with_maps(
-        settings, Fixed(), torch.zeros(3, 1, 4, 4, 4), Beside(beside.maps, beside.edges, final=False)
+        settings,
+        Fixed(),
+        torch.zeros(3, 1, 4, 4, 4),
+        Beside(beside.maps, beside.edges, beside.voxel_ml, final=False),
     )
     assert torch.isnan(early["distances"]).all()
+
+
+def test_a_voxel_of_a_registered_brain_is_as_large_as_the_brain_was():
+    """Stretched by 1.2, 1.1 and 1.0 along the axes, and turned; a phantom, and one whose affine is not known."""
+    turn = nib.eulerangles.euler2mat(0.3, 0.2, 0.1)
+    affine = np.column_stack([turn @ np.diag([4 / 1.2, 4 / 1.1, 4.0]), [1.0, 2.0, 3.0]])
+    manifest = pd.DataFrame({"affine": [affine.reshape(-1).tolist(), None]})
+    found = stored_voxel_ml(manifest, (4.0, 4.0, 4.0))
+    assert found.tolist() == pytest.approx([0.064 / (1.2 * 1.1), 0.064])
+    assert stored_voxel_ml(pd.DataFrame({"age": [1.0]}), (1.0, 2.0, 5.0)).tolist() == pytest.approx([0.01])
 
 
 def test_surface_dice_is_the_share_of_surfaces_within_a_tolerance():
@@ -288,8 +309,10 @@ def test_what_cannot_act_is_refused(chosen, says):
 def test_a_map_that_the_cohort_lacks_is_named(cohort):
     with pytest.raises(UserError, match=r"has no maps 'lesion': it has dseg"):
         TASK.labels(settings_of(data__target="lesion"), cohort.manifest)
-    with pytest.raises(UserError, match=r"data\.balanced: the cohort has no column 'protocol'"):
-        TASK.labels(settings_of(data__balanced="protocol"), cohort.manifest)
+    # New people need no column in which the folds of others were alike.
+    assert len(TASK.labels(settings_of(data__balanced="protocol"), cohort.manifest)) == len(cohort)
+    with pytest.raises(UserError, match="alike in 'protocol', and the cohort has no such column"):
+        splits_of(SweepRequest(), cohort.manifest, "protocol")
 
 
 def test_the_interval_of_an_overlap_is_that_of_what_it_lacks():

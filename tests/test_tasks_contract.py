@@ -93,7 +93,9 @@ def maps_of(task, settings, volumes):
 
 
 def seen_of(task, settings, model, volumes):
-    beside = Beside(maps_of(task, settings, volumes), (8.0, 8.0, 8.0), final=True)
+    beside = Beside(
+        maps_of(task, settings, volumes), (8.0, 8.0, 8.0), torch.full((len(volumes),), 0.512), final=True
+    )
     return task.observe_with_maps(settings, model, volumes, beside)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from process_helpers import run
+from process_helpers import environment, run
+
+from core.inference import load_predictor
+from core.volumes.cohort.reader import Cohort
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SIDE, SUBJECTS = 24, 20
@@ -66,7 +71,9 @@ def test_the_evaluation_is_what_the_written_maps_give_on_the_scans_own_voxels(pl
     done = run("evaluate", "tissue", "cohort", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "own grids" in " ".join(done.stdout.split())
-    (table_file,) = (place / "tissue" / "evaluations").glob("*.csv")
+    (table_file,) = (
+        path for path in (place / "tissue" / "evaluations").glob("*.csv") if "out-of-fold" not in path.name
+    )
     table = pd.read_csv(table_file).set_index("subject")
     assert (table["grid"] == "own").all()
     scans = [f"bids/{name}/anat/{name}_T1w.nii.gz" for name in table.index]
@@ -84,7 +91,7 @@ def test_the_evaluation_is_what_the_written_maps_give_on_the_scans_own_voxels(pl
 def test_every_person_is_judged_by_models_that_do_not_know_them(place):
     done = run("evaluate", "tissue", "cohort", "--out-of-fold", cwd=place)
     assert done.returncode == 0, done.stderr
-    (table_file,) = (place / "tissue" / "evaluations").glob("*.csv")
+    (table_file,) = (place / "tissue" / "evaluations").glob("*-out-of-fold.csv")
     table = pd.read_csv(table_file)
     labelled = [f"sub-{number:02d}" for number in range(SUBJECTS) if number % 5 != 4]
     assert table["subject"].tolist() == labelled
@@ -92,6 +99,15 @@ def test_every_person_is_judged_by_models_that_do_not_know_them(place):
     for fold in (0, 1):
         known = pd.read_csv(place / "tissue" / "confirmed" / "winner" / f"model-{fold}-1" / "trained_on.csv")
         assert not set(known["subject"]) & set(roles.index[roles.isin([f"fold {fold}", "holdout"])])
+    cohort = Cohort.open(place / "cohort")
+    for role, model in (("fold 0", "model-0-1"), ("fold 1", "model-1-1"), ("holdout", None)):
+        folder = place / "tissue" / ("best" if model is None else f"confirmed/winner/{model}")
+        predictor = load_predictor(folder)
+        for name, row in table.set_index("subject").iterrows():
+            if roles[name] == role:
+                (number,) = np.flatnonzero(cohort.manifest["subject"] == name)
+                said = predictor.predict(cohort.read([number]))
+                assert row["share_core"] == pytest.approx(said["share_core"][0], abs=1e-5)
     by_site = done.stdout.split("metric")[1].splitlines()[0].split()
     assert by_site == ["all", "A", "B"]
 
@@ -135,6 +151,10 @@ def test_a_tree_becomes_a_tree_and_one_bad_scan_costs_no_other(place):
 
 
 def test_volumes_are_derived_once_and_ages_follow_from_them(place):
+    # What a stop has left, at two moments: a folder without its request, and columns that no index names.
+    (place / "cohort" / "derived" / ".volumes-unfinished").mkdir(parents=True)
+    (place / "cohort" / "derived" / "volumes").mkdir()
+    (place / "cohort" / "derived" / "volumes" / "columns.parquet").write_bytes(b"half")
     done = run("derive", "cohort", "--from", "tissue", "--volumes", cwd=place)
     assert done.returncode == 0, done.stderr
     kept = pd.read_parquet(place / "cohort" / "derived" / "volumes" / "columns.parquet")
@@ -148,6 +168,7 @@ def test_volumes_are_derived_once_and_ages_follow_from_them(place):
     ]
     labelled = np.arange(SUBJECTS) % 5 != 4
     assert np.corrcoef(kept["core_ml"][labelled], true)[0, 1] > 0.8
+    assert not (place / "cohort" / "derived" / ".volumes-unfinished").exists()
     again = run("derive", "cohort", "--from", "tissue", "--volumes", cwd=place)
     assert (again.returncode, "is there already" in again.stderr) == (2, True)
     aged = run(
@@ -159,6 +180,30 @@ def test_volumes_are_derived_once_and_ages_follow_from_them(place):
     assert list(recorded["cohort"]["overlays"]) == ["volumes"]
     assert recorded["leaks"][0]["seen"] == []
     assert "Volumes and age" in (place / "ages" / "report.html").read_text()
+
+
+def test_on_all_cores_the_volumes_are_the_same(place):
+    first = run("derive", "cohort", "--from", "tissue", "--volumes", "--name", "here", cwd=place)
+    assert first.returncode == 0, first.stderr
+    code = "from distributed.commands import app, using; using.MANY = 1; app.main()"
+    second = subprocess.run(
+        [sys.executable, "-c", code, "derive", "cohort", "--from", "tissue", "--volumes", "--name", "there"],
+        cwd=place, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert second.returncode == 0, second.stderr
+    one, other = (
+        pd.read_parquet(place / "cohort" / "derived" / name / "columns.parquet").to_numpy(float)
+        for name in ("here", "there")
+    )
+    np.testing.assert_allclose(other, one)
+
+
+def test_two_maps_with_one_name_are_refused_and_so_is_the_folder_of_the_scans(place):
+    scan = "bids/sub-00/anat/sub-00_T1w.nii.gz"
+    for files, out in (((scan, scan), "twice"), ((scan,), "bids/sub-00/anat")):
+        refused = run("predict", "tissue", *files, "--out", out, cwd=place)
+        assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1), refused.stderr
+    assert not (place / "twice").exists()
 
 
 def test_the_page_has_baselines_and_cases(place):

@@ -26,7 +26,6 @@ from core.evaluation import Floats, Names
 from core.evaluation.by_subject import subject_means
 from core.evaluation.segmentation import compare_maps, dice_of
 from core.evaluation.splits import Rows
-from core.lookup import did_you_mean
 from core.losses.segmentation import IGNORED, CrossEntropy, SegmentationLoss
 from core.models.segmenter import Segmenter, build_segmenter
 from core.models.settings import ResUNetSettings, SegmenterSettings, SymmetrySwinUNETRSettings
@@ -47,6 +46,7 @@ from core.tasks.task import (
     Truth,
 )
 from core.volumes.cohort.description import has_map
+from core.volumes.ingest.prepare import MOST_CLASSES
 from core.volumes.views import ViewSettings, make_views_with_maps
 
 PREDICTED_MAP = "predicted_map"
@@ -117,7 +117,8 @@ class Segmentation(Task[SegmentationSettings]):
         nothing_found="no class has been found beyond where it usually lies",
         caveats=(
             "All is measured on the grid of the cohort. Labels that were brought there have lost detail already, and "
-            "lose more when they go back, so these numbers are not those of the scan's own grid.",
+            "lose more when they go back, so these numbers are not those of the scan's own grid; of registered brains "
+            "distances are those in the template.",
         ),
         figures=("overlap", "agreement", "cases"),
         course=("cross_entropy", "overlap"),
@@ -126,14 +127,20 @@ class Segmentation(Task[SegmentationSettings]):
     settings = SegmentationSettings
 
     def describe(self, settings: SegmentationSettings) -> TaskDescription:
-        """With the overlap of every class."""
-        of_class = {
-            f"dice_{name}": Metric(title=f"Dice of {name}", better="high") for name in classes_of(settings)
+        """With what is measured of every class."""
+        names, of_all = list(classes_of(settings)), self.about.metrics
+        of_class = {f"dice_{name}": Metric(title=f"Dice of {name}", better="high") for name in names}
+        others = {
+            f"{metric}_{name}": of_all[metric].model_copy(
+                update={"title": f"{of_all[metric].title} of {name}"}
+            )
+            for metric in ("hausdorff95", "surface_dice", "volume_error")
+            for name in names
         }
         shown = ("dice", *of_class, *(name for name in self.about.shown if name != "dice"))
         return self.about.model_copy(
             update={
-                "metrics": self.about.metrics | of_class,
+                "metrics": of_all | of_class | others,
                 "objectives": (*self.about.objectives, *of_class),
                 "shown": shown,
             }
@@ -142,10 +149,11 @@ class Segmentation(Task[SegmentationSettings]):
     def check(self, settings: SegmentationSettings) -> None:
         """Refuse classes that are no different numbers, and patches of a network that needs the other half."""
         numbers, names = list(classes_of(settings).values()), list(classes_of(settings))
-        if len(set(numbers)) < len(numbers) or len(names) < len(settings.data.classes) or 0 in numbers:
+        is_unique = len(set(numbers)) == len(numbers) and len(names) == len(settings.data.classes)
+        if not is_unique or min(numbers) < 1 or max(numbers) > MOST_CLASSES:
             raise UserError(
                 f"data.classes={','.join(settings.data.classes)}: every class needs a name and a number of its own, "
-                "and 0 is the background"
+                f"from 1 to {MOST_CLASSES}: 0 is the background"
             )
         if settings.views.crop_size is not None and isinstance(settings.model, SymmetrySwinUNETRSettings):
             raise UserError(
@@ -167,9 +175,6 @@ class Segmentation(Task[SegmentationSettings]):
 
     def labels(self, settings: SegmentationSettings, manifest: pd.DataFrame) -> Labels:
         """The name of the map (N,) where a scan has it, and None where it has none."""
-        if settings.data.balanced not in manifest:
-            known = did_you_mean(settings.data.balanced, map(str, manifest.columns))
-            raise UserError(f"data.balanced: the cohort has no column '{settings.data.balanced}'; {known}")
         having = has_map(manifest, settings.data.target)
         return np.where(having, settings.data.target, np.array(None, dtype=object))
 
@@ -264,7 +269,7 @@ class Segmentation(Task[SegmentationSettings]):
             "embedding": torch.stack(shares, dim=1),
             COUNTS: torch.from_numpy(np.stack([case.counts_k3 for case in cases])),
             DISTANCES: torch.from_numpy(np.stack([case.distances_k2 for case in cases])),
-            "voxel": torch.full((len(cases), 1), float(np.prod(edges)) / 1000),
+            "voxel": beside.voxel_ml.cpu(),
             PREDICTED_MAP: predicted_bxyz.to(torch.int16),
         }
 
@@ -308,7 +313,7 @@ class Segmentation(Task[SegmentationSettings]):
         """Measure every case, then the mean over people; nothing is fitted."""
         of_cases = _columns(
             classes_of(settings), evaluation.outputs[COUNTS], evaluation.outputs[DISTANCES],
-            evaluation.outputs["voxel"][:, 0],
+            evaluation.outputs["voxel"],
         )  # fmt: skip
         table = pd.concat(
             [
@@ -330,14 +335,15 @@ class Segmentation(Task[SegmentationSettings]):
         classes_xyz: npt.NDArray[np.int16],
         reference_xyz: npt.NDArray[np.int16],
         edges: tuple[float, float, float],
+        voxel_ml: float,
     ) -> dict[str, float]:
         """See `Task`."""
-        classes, voxel = classes_of(settings), float(np.prod(edges)) / 1000
+        classes = classes_of(settings)
         found = compare_maps(
             classes_xyz, reference_xyz, list(classes.values()), np.array(edges),
             tolerance=settings.evaluation.tolerance, unknown=IGNORED,
         )  # fmt: skip
-        columns = _columns(classes, found.counts_k3[None], found.distances_k2[None], np.array([voxel]))
+        columns = _columns(classes, found.counts_k3[None], found.distances_k2[None], np.array([voxel_ml]))
         return {str(name): float(value) for name, value in columns.iloc[0].items()}
 
     def predictions(
@@ -477,14 +483,24 @@ def _measured(classes: Mapping[str, int], cases: pd.DataFrame, subjects: Names) 
         return np.stack([cases[f"{column}_{name}"].to_numpy(float) for name in classes], axis=1)
 
     dice_nk, wrong_nk = of_all("dice"), np.abs(of_all("ml") - of_all("reference_ml"))
-    return {
+    # Of a class in neither map nothing can be wrong.
+    wrong_nk = np.where(np.isnan(dice_nk), math.nan, wrong_nk)
+    surface_nk, far_nk = of_all("surface_dice"), of_all("hausdorff95")
+    metrics = {
         "dice": _over_people(cases[DICE].to_numpy(float), subjects),
-        **{f"dice_{name}": _over_people(dice_nk[:, place], subjects) for place, name in enumerate(classes)},
-        "hausdorff95": _median(of_all("hausdorff95")),
-        "surface_dice": _over_people(_mean_of_defined(of_all("surface_dice")), subjects),
-        "volume_error": float(wrong_nk.mean()) if len(cases) else math.nan,
+        "hausdorff95": _median(far_nk),
+        "surface_dice": _over_people(_mean_of_defined(surface_nk), subjects),
+        "volume_error": _over_people(_mean_of_defined(wrong_nk), subjects),
         "undefined": float(np.isnan(dice_nk).sum()),
     }
+    for place, name in enumerate(classes):
+        metrics |= {
+            f"dice_{name}": _over_people(dice_nk[:, place], subjects),
+            f"hausdorff95_{name}": _median(far_nk[:, place]),
+            f"surface_dice_{name}": _over_people(surface_nk[:, place], subjects),
+            f"volume_error_{name}": _over_people(wrong_nk[:, place], subjects),
+        }
+    return metrics
 
 
 def _over_people(values_n: Floats, subjects: Names) -> float:

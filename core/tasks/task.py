@@ -103,6 +103,8 @@ class Beside:
     """(B, X, Y, Z) int16 each, by name; see `Task.needed_maps`."""
     edges: tuple[float, float, float]
     """Of a voxel in mm."""
+    voxel_ml: torch.Tensor
+    """(B,): how much of a person is in a voxel; a registered brain is stretched."""
     final: bool
     """Whether the model is trained to its end, so that what takes long is measured, too."""
 
@@ -340,6 +342,7 @@ class Task(ABC, Generic[S]):
         classes_xyz: npt.NDArray[np.int16],
         reference_xyz: npt.NDArray[np.int16],
         edges: tuple[float, float, float],
+        voxel_ml: float,
     ) -> dict[str, float]:
         """Columns of a table about one map of classes (X, Y, Z), beside the true one, on voxels of these edges in mm.
 

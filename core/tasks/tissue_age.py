@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from pydantic import Field
@@ -132,10 +133,10 @@ class TissueAge(Task[TissueAgeSettings]):
         return "age"
 
     def labels(self, settings: TissueAgeSettings, manifest: pd.DataFrame) -> Labels:
-        """Ages (N,) in years, NaN also where a volume is not known."""
+        """Ages (N,) in years, NaN also where a volume is not known, or all are 0."""
         volumes = volumes_of(settings, manifest)
         ages = manifest["age"].to_numpy(float)
-        return np.where(np.isfinite(volumes).all(axis=1), ages, np.nan)
+        return np.where(_is_whole(volumes), ages, np.nan)
 
     def features(self, settings: TissueAgeSettings, manifest: pd.DataFrame) -> Floats:
         """The volumes (N, K) of all scans, or their shares."""
@@ -143,7 +144,7 @@ class TissueAge(Task[TissueAgeSettings]):
         if not settings.data.relative:
             return volumes_nk
         shares_nk = np.full(volumes_nk.shape, np.nan)
-        known_n = np.isfinite(volumes_nk).all(axis=1)
+        known_n = _is_whole(volumes_nk)
         if known_n.any():
             shares_nk[known_n] = relative_volumes(volumes_nk[known_n])
         return shares_nk
@@ -241,6 +242,12 @@ def volumes_of(settings: TissueAgeSettings, manifest: pd.DataFrame) -> Floats:
             raise UserError(f"data.volumes: {name} of {negative.iloc[0]} is below 0")
         columns.append(column.to_numpy(float))
     return np.stack(columns, axis=1)
+
+
+def _is_whole(volumes_nk: Floats) -> npt.NDArray[np.bool_]:
+    """Which scans (N,) have all volumes, and any tissue: a segmentation may have failed."""
+    whole: npt.NDArray[np.bool_] = np.isfinite(volumes_nk).all(axis=1) & (volumes_nk.sum(axis=1) > 0)
+    return whole
 
 
 def regressor_of(settings: Regressor) -> Pipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import shutil
 import sys
@@ -23,7 +24,13 @@ from core.files.writing import replacing, write_text, writing_to
 from core.inference import Predicted, Predictor, load_predictor, mean_answer
 from core.report.quality.derived import write_derived_page
 from core.tasks import find_task
-from core.volumes.cohort.overlay import DERIVED, OverlayDescription, check_new, write_overlay
+from core.volumes.cohort.overlay import (
+    DERIVED,
+    OverlayDescription,
+    check_new,
+    describe_overlay,
+    write_overlay,
+)
 from core.volumes.cohort.reader import Cohort
 from distributed.commands.evaluating import check_alike, segmented_rows
 from distributed.commands.models import Models, batches_of, single_run
@@ -50,11 +57,12 @@ class VolumesTask:
     task: str
 
 
-Runner = Callable[[Sequence[VolumesTask]], Iterator[str]]
-"""Runs `measure_volumes` for each task, in any order and any process, and yields what it returns."""
+Runner = Callable[[Sequence[VolumesTask], int], Iterator[str]]
+"""Runs `measure_volumes` for each task, in any order and any process, and yields what it returns. It is told how many
+bytes a task needs beside its process."""
 
 
-def one_after_another(tasks: Sequence[VolumesTask]) -> Iterator[str]:
+def one_after_another(tasks: Sequence[VolumesTask], memory: int) -> Iterator[str]:
     """Run the tasks in this process."""
     return map(measure_volumes, tasks)
 
@@ -138,7 +146,7 @@ def derive_volumes(
     left = [task for task in tasks if not task.part.exists()]
     sizes = {task.part.name: len(task.rows) for task in tasks}
     done = len(opened) - sum(len(task.rows) for task in left)
-    for finished in runner(left):
+    for finished in runner(left, bytes_of_a_task(opened, 1 + len(classes))):
         done += sizes[finished]
         if on_progress is not None:
             on_progress(done, len(opened))
@@ -147,10 +155,16 @@ def derive_volumes(
     shares = milliliters.div(milliliters.sum(axis=1).replace(0, np.nan), axis=0)
     values = pd.concat([milliliters, shares], axis=1).set_axis(columns, axis=1)
     made_by = f"the models of {folder.path.resolve().name}"
-    description = write_overlay(
-        opened.folder, name, values, seen, opened.description.hash, made_by=made_by,
+    if alike := models.best.alike(opened):
+        made_by += f" (which know the ids of {alike} people from another data set)"
+    description, content = describe_overlay(
+        name,
+        values,
+        seen,
+        opened.description.hash,
+        made_by=made_by,
         command=" ".join(["brainsweep", *sys.argv[1:]]),
-    )  # fmt: skip
+    )
 
     def classes_of(row: int) -> npt.NDArray[np.int16]:
         chosen = [model.predictor for model in groups[int(group[row])]]
@@ -158,9 +172,11 @@ def derive_volumes(
         _, _, placed, _ = next(segmented_rows(opened, rows, _said(opened, rows, chosen), stored_only=True))
         return placed.classes_xyz
 
-    page = write_derived_page(
-        opened, description, values, seen, classes_of, opened.folder / DERIVED / name / "quality.html"
-    )
+    page = opened.folder / DERIVED / name / "quality.html"
+    with writing_to(page.parent):
+        page.parent.mkdir(parents=True, exist_ok=True)
+    write_derived_page(opened, description, values, seen, classes_of, page)
+    write_overlay(opened.folder, description, content)
     shutil.rmtree(place)
     return description, page
 
@@ -188,10 +204,24 @@ def _start_or_go_on(place: Path, request: dict[str, object]) -> None:
     """Keep what an interrupted call of the same request has done; remove that of another one."""
     digest = fingerprint(request)
     with writing_to(place):
-        if place.exists() and json.loads((place / REQUEST).read_text() or "null") != digest:
-            shutil.rmtree(place)
+        try:
+            before = json.loads((place / REQUEST).read_text())
+        except (OSError, ValueError):
+            before = None
+        if before != digest:
+            shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True, exist_ok=True)
         write_text(place / REQUEST, json.dumps(digest))
+
+
+def bytes_of_a_task(cohort: Cohort, classes: int) -> int:
+    """An upper estimate of the memory that a task needs beside its process."""
+    grid, own = math.prod(cohort.description.shape), 0
+    if "source_shape" in cohort.manifest:
+        shapes = [shape[:3] for shape in cohort.manifest["source_shape"] if shape is not None]
+        own = max((math.prod(int(side) for side in shape) for shape in shapes), default=0)
+    # Float32 of all classes three times on the own voxels; on the grid the network's features, about 64 of them.
+    return 4 * (3 * classes * own + 64 * TOGETHER * grid)
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,7 +23,7 @@ from core.run_access import EVALUATION
 from core.run_names import SPLITS, WINNER
 from core.tasks import find_task
 from core.tasks.task import ClassProbabilities, is_known, truth_of
-from core.volumes.cohort.description import map_source, spacing_in_words
+from core.volumes.cohort.description import map_source, spacing_in_words, stored_voxel_ml
 from core.volumes.cohort.reader import Cohort
 from core.volumes.cohort.shards import checksum
 from core.volumes.images.resample import resample_labels
@@ -132,9 +132,10 @@ def evaluate_run(
     notes += tuple(sorted(unfamiliar)[:1]) + _of_grids(presented.table)
     of_scan = opened.manifest.iloc[rows][["subject", "site"]].reset_index(drop=True)
     table = pd.concat([of_scan, presented.table], axis=1)
-    path = evaluation_table(folder.path, opened.description.name, opened.description.hash)
-    path.parent.mkdir(exist_ok=True)
+    kind = ("-folds" if ensemble == "folds" else "") + ("-out-of-fold" if out_of_fold else "")
+    path = evaluation_table(folder.path, opened.description.name, opened.description.hash, kind)
     with writing_to(path.parent):
+        path.parent.mkdir(exist_ok=True)
         write_table(table, path)
     is_own = opened.description.hash == cohort_of_run(folder).hash
     internal = {} if is_own else _internal(folder)
@@ -167,7 +168,8 @@ def segmented_rows(
             scan = cohort.manifest.iloc[row]
             own = None if stored_only else OwnGrid.of_manifest(scan)
             if own is None:
-                yield number, name, as_stored(mine, cohort.description.edges), None
+                (voxel_ml,) = stored_voxel_ml(cohort.manifest.iloc[[row]], cohort.description.edges)
+                yield number, name, as_stored(mine, float(voxel_ml)), None
             else:
                 yield number, name, place(mine, as_affine(scan["affine"]), own), own
 
@@ -192,10 +194,13 @@ def check_alike(folder: RunFolder, predictor: Predictor, cohort: Cohort) -> None
         )
 
 
-def evaluation_table(run: Path, name: str, digest: str) -> Path:
-    """Where the table of a cohort is written. Others may have written the cohort: its `name` leads nowhere else."""
+def evaluation_table(run: Path, name: str, digest: str, kind: str = "") -> Path:
+    """Where the table of a cohort is written, for every `kind` of evaluation.
+
+    Others may have written the cohort: its `name` leads nowhere else.
+    """
     plain = re.sub(r"[^\w.-]", "_", name).lstrip(".")[:80] or "cohort"
-    return run / "evaluations" / f"{plain}-{re.sub('[^0-9a-f]', '_', digest[:8])}.csv"
+    return run / "evaluations" / f"{plain}-{re.sub('[^0-9a-f]', '_', digest[:8])}{kind}.csv"
 
 
 def _compared(cohort: Cohort, rows: Rows, said: Predicted, predictor: Predictor) -> pd.DataFrame:
@@ -220,7 +225,9 @@ def _compared(cohort: Cohort, rows: Rows, said: Predicted, predictor: Predictor)
             segmented_rows(cohort, np.array([row]), mine, stored_only=reference.own is None)
         )
         edges = cohort.description.edges if own is None else own.edges
-        found = task.judge_map(predictor.settings, placed.classes_xyz, reference.classes_xyz, edges)
+        (stored_ml,) = stored_voxel_ml(cohort.manifest.iloc[[row]], cohort.description.edges)
+        voxel_ml = float(stored_ml) if own is None else own.voxel_ml
+        found = task.judge_map(predictor.settings, placed.classes_xyz, reference.classes_xyz, edges, voxel_ml)
         columns.append({**found, "grid": STORED if own is None else OWN})
     return pd.concat([said.table.reset_index(drop=True), pd.DataFrame(columns)], axis=1)
 

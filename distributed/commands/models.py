@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from core.config import task_of
 from core.errors import UserError
 from core.inference import Predictor, load_predictor
 from core.run_names import CURVE, NESTED, WINNER_FOLDER
-from core.starts import TRAINED_ON, Start, data_set_of, read_trained_on, seen_of
+from core.starts import TRAINED_ON, Seen, Start, data_set_of, read_trained_on, seen_of
 from core.volumes.cohort.reader import Cohort
 from distributed.commands.options import Ensemble
 from distributed.run.folder import RunFolder, open_run
@@ -33,11 +35,17 @@ class Model:
 
     def knows(self, cohort: Cohort) -> npt.NDArray[np.bool_]:
         """Which rows (N,) of a cohort it was trained on; all of them if it is unknown."""
-        rows = np.arange(len(cohort))
-        found = seen_of(
-            Start("", {}, self.trained_on), cohort.manifest, rows, data_set_of(cohort.description)
-        )
+        found, rows = self._seen(cohort), np.arange(len(cohort))
         return np.ones(len(rows), dtype=bool) if found is None else np.isin(rows, found.rows)
+
+    def alike(self, cohort: Cohort) -> int:
+        """How many people of a cohort have an id that it knows from another data set."""
+        found = self._seen(cohort)
+        return 0 if found is None else found.alike
+
+    def _seen(self, cohort: Cohort) -> Seen | None:
+        rows, data_set = np.arange(len(cohort)), data_set_of(cohort.description)
+        return seen_of(Start("", {}, self.trained_on), cohort.manifest, rows, data_set)
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,11 @@ class Models:
     """The models of a run."""
 
     best: Model
-    folds: tuple[Model, ...]
-    """Those of the winner on every fold; () if the run kept none."""
+    kept: tuple[Path, ...] = ()
+    """The folders of the models of the winner on every fold; () if the run kept none."""
+    expected: int = 0
+    """How many there are once the run is finished."""
+    task: str = ""
 
     @classmethod
     def of(cls, folder: RunFolder, console: Console | None, is_trusted: bool) -> Models:
@@ -59,8 +70,15 @@ class Models:
             folder, None, console or Console(quiet=True), is_trusted=is_trusted, does="this command"
         )
         kept = sorted(path.parent for path in folder.confirmed(WINNER_FOLDER).glob("model-*-*/input.json"))
-        task = task_of(folder.about.settings)
-        return cls(_read(folder.path / "best", task), tuple(_read(path, task) for path in kept))
+        task, asked = task_of(folder.about.settings), folder.about.sweep
+        counts = [asked.get(name) for name in ("folds", "confirm_seeds")]
+        expected = math.prod(count if isinstance(count, int) else 0 for count in counts)
+        return cls(_read(folder.path / "best", task), tuple(kept), expected, task)
+
+    @cached_property
+    def folds(self) -> tuple[Model, ...]:
+        """The models of the winner on every fold."""
+        return tuple(_read(path, self.task) for path in self.kept)
 
     def of_kind(self, kind: Ensemble) -> list[Model]:
         """The best model, or those of all folds, whose predictions are averaged.
@@ -70,10 +88,15 @@ class Models:
         """
         if kind == "best":
             return [self.best]
-        if not self.folds:
+        if not self.kept:
             raise UserError(
                 "the run kept no models of its folds; sweep with --confirm-seeds 1, which trains the winner on every "
                 "fold again and keeps them"
+            )
+        if len(self.kept) < self.expected:
+            raise UserError(
+                f"the run has {len(self.kept)} of {self.expected} models of its folds; finish it with `brainsweep "
+                "resume`, or put them back from a backup"
             )
         return list(self.folds)
 

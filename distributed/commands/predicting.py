@@ -83,8 +83,10 @@ class ScanPredictor:
 
     def __init__(self, run: Path, ensemble: Ensemble, console: Console | None, is_trusted: bool) -> None:
         folder = single_run(run)
-        self.models = [model.predictor for model in Models.of(folder, console, is_trusted).of_kind(ensemble)]
-        self.first: Predictor = self.models[0]
+        models = Models.of(folder, console, is_trusted)
+        self.models = [model.predictor for model in models.of_kind(ensemble)]
+        self.first: Predictor = models.best.predictor
+        """Says how predictions are presented: only it has a calibration."""
         self.task = find_task(self.first.settings.task)
         self.known = KnownScans.of(folder, self.first.channels[0])
         self.preprocessing = preprocessing_of(folder)
@@ -144,6 +146,16 @@ def predict_files(
             f"the model needs channels {', '.join(predictor.first.channels)} of each subject; give a BIDS tree, or "
             "ingest them into a cohort and use `brainsweep evaluate`"
         )
+    stems = [_stem(file) for file in files]
+    if wanted.folder is not None:
+        twice = next((file for file, stem in zip(files, stems, strict=True) if stems.count(stem) > 1), None)
+        if twice is not None:
+            raise UserError(f"--out {wanted.folder}: the maps of two files would have one name ({twice.name}); predict "
+                            "them into two folders")  # fmt: skip
+        own = next((file for file in files if file.resolve().parent == wanted.folder.resolve()), None)
+        if own is not None:
+            raise UserError(f"--out {wanted.folder} is the folder of {own.name}, whose maps would be overwritten; give "
+                            "another one")  # fmt: skip
     known_truth = None if truth is None else predictor.task.read_truth(truth, predictor.first.facts)
     found = []
     for number, (file, mask) in enumerate(
@@ -155,8 +167,7 @@ def predict_files(
                 f"--probabilities cannot act: the task {predictor.task.about.name} has none of voxels"
             )
         if wanted.folder is not None:
-            stem = file.name.removesuffix(".gz").removesuffix(".nii")
-            _write(_images(said, file, wanted, f"{stem}_", "_probabilities"), wanted.folder)
+            _write(_images(said, file, wanted, _stem(file)), wanted.folder)
         # What was written is not needed again, and a hundred segmentations would not fit into memory.
         found.append(replace(said, maps=dict.fromkeys(said.maps, np.empty(0, np.int16)), placed=_small(said)))
         if on_progress is not None:
@@ -187,7 +198,7 @@ def predict_tree(
     of the classes in desc-brainsweep_dseg.tsv.
 
     Raises:
-        UserError: it is no BIDS tree, none of its scans can be used, or `out` is in it.
+        UserError: it is no BIDS tree, none of its scans can be used, or `out` is the tree itself.
     """
     if out.resolve() == tree.resolve():
         raise UserError(
@@ -210,11 +221,15 @@ def predict_tree(
             # One scan that cannot be used costs no other one.
             skipped.append({"subject": scan.subject, "file": str(file), "reason": str(error)})
             continue
-        inside = file.relative_to(tree).parent if file.is_relative_to(tree) else Path()
-        stem = re.sub(
-            "_desc-[^_]+", "", file.name.removesuffix(".gz").removesuffix(".nii").rpartition("_")[0]
-        )
-        _write(_images(said, file, wanted, f"{stem}_desc-{DESCRIBED}_", ""), out / inside)
+        if wanted.probabilities and not said.placed:
+            raise UserError(
+                f"--probabilities cannot act: the task {predictor.task.about.name} has none of voxels"
+            )
+        # Also what lies in derivatives of the tree is of sub-01.
+        parts = list(file.parts[:-1])
+        first = next((place for place, part in enumerate(parts) if part.startswith("sub-")), len(parts))
+        stem = re.sub("_desc-[^_]+", "", _stem(file).rpartition("_")[0])
+        _write(_images_in_bids(said, file, wanted, stem), out.joinpath(*parts[first:]))
         rows.append({"participant_id": scan.subject, "session": scan.session})
         files.append(file)
         found.append(replace(said, maps={}, placed=_small(said)))
@@ -228,8 +243,8 @@ def predict_tree(
     made = _with_volumes(presented, files, found)
     with writing_to(out):
         _write_tree(out, tree, run, pd.concat([pd.DataFrame(rows), made.table], axis=1), skipped)
-        for each in found[0].placed.values():
-            _write_classes(out, each, wanted.probabilities)
+        for name, each in found[0].placed.items():
+            _write_classes(out, _described(name), each, wanted.probabilities)
     if skipped:
         made = replace(
             made, lacks=(*made.lacks, f"{len(skipped)} scans were skipped: {out}/skipped.tsv says why")
@@ -280,19 +295,40 @@ def _small(said: OneScan) -> dict[str, Placed]:
     }
 
 
-def _images(
-    said: OneScan, file: Path, wanted: Wanted, beginning: str, ending: str
-) -> Mapping[str, nib.Nifti1Image]:
-    """What is written of a scan, by the names of the files without .nii.gz."""
-    images = {f"{beginning}{name}": image_like(file, classes) for name, classes in said.maps.items()}
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _images(said: OneScan, file: Path, wanted: Wanted, stem: str) -> Mapping[str, nib.Nifti1Image]:
+    """What is written of a scan, by the names of the files without .nii.gz: STEM_NAME, STEM_NAME_probabilities."""
+    images = {f"{stem}_{name}": image_like(file, classes) for name, classes in said.maps.items()}
     for name, each in said.placed.items():
-        images[f"{beginning}{name}"] = image_like(file, each.classes_xyz)
+        images[f"{stem}_{name}"] = image_like(file, each.classes_xyz)
         if wanted.probabilities:
-            several = np.moveaxis(each.probabilities_kxyz[1:], 0, -1)
-            # In BIDS the probabilities of dseg are called probseg.
-            own = f"{name}{ending}" if ending else f"{name.removesuffix('dseg')}probseg"
-            images[f"{beginning}{own}"] = image_like(file, several)
+            images[f"{stem}_{name}_probabilities"] = image_like(file, _several(each))
     return images
+
+
+def _images_in_bids(said: OneScan, file: Path, wanted: Wanted, stem: str) -> Mapping[str, nib.Nifti1Image]:
+    """The same in the words of BIDS: STEM_desc-brainsweep_dseg and _probseg; of another map than dseg its name."""
+    images = {
+        f"{stem}_desc-{_described(name)}_dseg": image_like(file, each) for name, each in said.maps.items()
+    }
+    for name, each in said.placed.items():
+        images[f"{stem}_desc-{_described(name)}_dseg"] = image_like(file, each.classes_xyz)
+        if wanted.probabilities:
+            images[f"{stem}_desc-{_described(name)}_probseg"] = image_like(file, _several(each))
+    return images
+
+
+def _described(name: str) -> str:
+    """The label of the entity `desc` of a map."""
+    return DESCRIBED if name == "dseg" else re.sub("[^A-Za-z0-9]", "", name)
+
+
+def _several(placed: Placed) -> npt.NDArray[np.float32]:
+    """The probabilities (X, Y, Z, K - 1) of all classes but the background."""
+    return np.moveaxis(placed.probabilities_kxyz[1:], 0, -1)
 
 
 def _write(images: Mapping[str, nib.Nifti1Image], folder: Path) -> None:
@@ -316,17 +352,18 @@ def _write_tree(
     }
     write_text(out / "dataset_description.json", json.dumps(about, indent=2))
     write_table(table, out / "predictions.tsv")
+    (out / "skipped.tsv").unlink(missing_ok=True)
     if skipped:
         write_table(pd.DataFrame(skipped), out / "skipped.tsv")
 
 
-def _write_classes(out: Path, placed: Placed, probabilities: bool) -> None:
+def _write_classes(out: Path, label: str, placed: Placed, probabilities: bool) -> None:
     """What the numbers of a map mean, as BIDS asks."""
     table = pd.DataFrame({"index": list(placed.numbers.values()), "name": list(placed.numbers)})
-    write_table(table, out / f"desc-{DESCRIBED}_dseg.tsv")
+    write_table(table, out / f"desc-{label}_dseg.tsv")
     if probabilities:
         names = {"LabelMap": list(placed.numbers)}
-        write_text(out / f"desc-{DESCRIBED}_probseg.json", json.dumps(names, indent=2))
+        write_text(out / f"desc-{label}_probseg.json", json.dumps(names, indent=2))
 
 
 def _version() -> str:

@@ -125,8 +125,8 @@ def predict(
     trees = [volume for volume in volumes if volume.is_dir()]
     if trees and (len(volumes) > 1 or folder is None or masks or truth):
         raise UserError(
-            f"{trees[0]} is a folder: a BIDS tree is predicted by itself, into --out FOLDER, and brings its own masks "
-            "and truth"
+            f"{trees[0]} is a folder: a BIDS tree is predicted by itself, into --out FOLDER, with its own masks and "
+            "without --truth"
         )
     wanted = Wanted(folder, probabilities, ensemble)
     with progress_bar("predicting") as progress:
@@ -190,7 +190,11 @@ def derive(
 ) -> None:
     """Add columns that a model computes to a cohort. Its files do not change; repeat the command after a stop."""
     from core.volumes.cohort.reader import Cohort
-    from distributed.commands.deriving import derive_volumes, measure_volumes, one_after_another
+    from distributed.commands.deriving import (
+        derive_volumes,
+        measure_volumes,
+        one_after_another,
+    )
     from distributed.run.quiet import quiet
     from distributed.run.working_copy import bring_run
 
@@ -205,8 +209,8 @@ def derive(
         if is_large:
             from distributed.commands.on_ray import PROCESS_BYTES, on_all_cores
 
-            def runner(tasks: Any) -> Any:
-                return on_all_cores(measure_volumes, tasks, 2 * PROCESS_BYTES)
+            def runner(tasks: Any, memory: int) -> Any:
+                return on_all_cores(measure_volumes, tasks, PROCESS_BYTES + memory)
 
         description, page = derive_volumes(
             run, Path(cohort), name, ensemble=ensemble, console=console, is_trusted=trust, runner=runner,

@@ -55,6 +55,7 @@ from core.run_names import (
     TUNE,
 )
 from core.tasks import find_task
+from core.volumes.cohort.overlay import used_overlays
 from core.volumes.cohort.reader import Cohort
 from distributed.run.code import code_version, describe_code
 from distributed.run.lock import refuse_url
@@ -222,7 +223,9 @@ def _describe(
             source=description.source,
             channels=description.channels,
             preprocessing=description.preprocessing,
-            overlays={name: each.description.hash for name, each in cohort.overlays.items()},
+            overlays={
+                name: each.description.hash for name, each in used_overlays(cohort.overlays, settings).items()
+            },
         ),
         settings=settings,
         sweep=dict(request),

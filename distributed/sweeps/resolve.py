@@ -22,6 +22,7 @@ from core.evaluation.splits import (
 )
 from core.files.python import file_of
 from core.files.tables import read_table
+from core.lookup import did_you_mean
 from core.objectives import Metric, find_objectives
 from core.run_names import SPLITS, WEIGHTS
 from core.run_settings import BeginSettings, RunSettings
@@ -289,6 +290,9 @@ def splits_of(
     Raises:
         UserError: the subjects cannot be divided so.
     """
+    if by not in manifest:
+        known = did_you_mean(by, map(str, manifest.columns))
+        raise UserError(f"folds are to be alike in '{by}', and the cohort has no such column; {known}")
     given, sweep = request.given_splits, request if isinstance(request, SweepRequest) else None
     asked = sweep or SweepRequest()
     holdout, seed = asked.holdout, asked.search_seed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -16,8 +16,9 @@ from core.run_names import WEIGHTS
 from core.run_settings import RunSettings
 from core.starts import SHOWN, Start, data_set_of, keep_start, read_kept, read_start, seen_error, seen_of
 from core.task_description import Rival, TaskDescription
-from core.tasks import find_task
+from core.tasks import TASKS, find_task
 from core.tasks.task import is_known, truth_of
+from core.volumes.cohort.overlay import used_overlays
 from core.volumes.cohort.reader import Cohort
 from distributed.run.folder import RunFolder
 from distributed.sweeps.request import NONE, SweepRequest
@@ -140,10 +141,10 @@ def check_leaks(
             raise seen_error(start, seen, data_set in set(start.trained_on["data_set"]))
         console.print(f"note: {check.in_words()}", highlight=False, soft_wrap=True, markup=False)
         checks.append(check)
-    used = set(_words_of(settings.model_dump(mode="json")))
-    for name, overlay in cohort.overlays.items():
-        if not used & set(overlay.description.columns):
-            continue
+    # A task of a user's own, or one on columns whose space may choose others, may use any of them.
+    sees_images = settings.task in TASKS and find_task(settings.task).features(settings, manifest) is None
+    named = used_overlays(cohort.overlays, settings.model_dump(mode="json"))
+    for name, overlay in (named if sees_images else cohort.overlays).items():
         seen = tuple(np.unique(people[judged][overlay.seen[judged]]).tolist())
         check = LeakCheck(
             start=f"{overlay.description.made_by}, which made the columns of {name},",
@@ -159,18 +160,6 @@ def check_leaks(
         console.print(f"note: {check.in_words()}", highlight=False, soft_wrap=True, markup=False)
         checks.append(check)
     return tuple(checks)
-
-
-def _words_of(value: object) -> Iterator[str]:
-    """Every text in settings as JSON values."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _words_of(each)
-    elif isinstance(value, Sequence):
-        for each in value:
-            yield from _words_of(each)
 
 
 def tell_what_matches(

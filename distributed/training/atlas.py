@@ -54,7 +54,8 @@ class AtlasCell(FittedCell):
             if self.one_class:
                 predicted = predicted * inside_bxyz
             found = self.data.task.observe_maps(self.settings, predicted, beside)
-            seen.append({name: values.numpy() for name, values in found.items()})
+            # Not the maps themselves, which would fill the memory.
+            seen.append({name: values.numpy() for name, values in found.items() if values.ndim < 4})
         outputs = {name: np.concatenate([each[name] for each in seen]) for name in seen[0]}
         truth = self.data.labelled.truth(rows)
         observed = Observed(truth.labels, truth.sites, truth.subjects, outputs.pop("embedding"), outputs)
@@ -70,7 +71,5 @@ class AtlasCell(FittedCell):
             maps = {
                 name: torch.from_numpy(np.asarray(volumes.read_map(name, part))) for name in self.data.maps
             }
-            yield (
-                torch.from_numpy(np.asarray(volumes.read(part))),
-                Beside(maps, self.subjects.edges, final=True),
-            )
+            beside = self.subjects.beside(maps, part, final=True)
+            yield torch.from_numpy(np.asarray(volumes.read(part))), beside

@@ -27,7 +27,7 @@ from core.models.weights import freeze, load_part, train_unfrozen
 from core.run_settings import RunSettings
 from core.starts import TRAINED_ON, scans_of
 from core.tasks import find_task
-from core.tasks.task import Beside, Judging, Observed, Outcome, Step
+from core.tasks.task import Judging, Observed, Outcome, Step
 from core.volumes.cohort.moments import pooled_statistics
 from core.volumes.images.preprocess import IntensityStatistics, normalise
 from distributed.batches.hold import Batch, Batches, batches, read_ahead
@@ -407,7 +407,7 @@ class CellTraining(CellData):
         reading = read_ahead(self.subjects.volumes, parts, self.place.device, self.maps)
         for part, read in zip(parts, reading, strict=True):
             volumes = self.prepare(part.rows, read.volumes)
-            beside = Beside(read.maps, self.subjects.edges, final=self.epoch == self.rounds)
+            beside = self.subjects.beside(read.maps, part.rows, final=self.epoch == self.rounds)
             with autocast(self.settings, self.place.device):
                 seen = self.task.observe_with_maps(self.settings, self.model, volumes, beside)
             for name, values in seen.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 
@@ -16,7 +17,8 @@ from core.files.tables import write_table
 from core.run_settings import RunSettings
 from core.starts import Start, data_set_of
 from core.tasks import find_task
-from core.tasks.task import Labels, Truth, is_known, truth_of
+from core.tasks.task import Beside, Labels, Truth, is_known, truth_of
+from core.volumes.cohort.description import stored_voxel_ml
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Volumes
 from distributed.batches.plan import Rows
@@ -38,6 +40,8 @@ class Subjects:
     """Where the uses of every subject are noted; they are not noted if None."""
     edges: tuple[float, float, float] = (8.0, 8.0, 8.0)
     """Of a voxel along X, Y and Z in mm."""
+    voxel_ml: npt.NDArray[np.float64] | None = None
+    """How much of a person is in a voxel, row by row; by the edges if None. See `stored_voxel_ml`."""
     data_set: str = ""
     """Which data set the cohort was made from; see `core.starts.data_set_of`."""
     starts: Mapping[str, Start] = field(default_factory=dict)
@@ -62,9 +66,16 @@ class Subjects:
             None if (scales == 1).all() else scales,
             access,
             cohort.description.edges,
+            stored_voxel_ml(cohort.manifest, cohort.description.edges),
             data_set_of(cohort.description),
             starts or {},
         )
+
+    def beside(self, maps: Mapping[str, torch.Tensor], rows: Rows, *, final: bool) -> Beside:
+        """What a task is told of these rows beside their volumes."""
+        by_edges = float(np.prod(self.edges)) / 1000
+        milliliters = np.full(len(rows), by_edges) if self.voxel_ml is None else self.voxel_ml[rows]
+        return Beside(maps, self.edges, torch.from_numpy(milliliters), final)
 
     def note(self, rows: Rows, cell: Cell) -> None:
         """Note that `cell` uses these rows now; see `access`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -125,6 +126,26 @@ def read_description(location: str) -> CohortDescription:
 def map_source(name: str) -> str:
     """The column of a manifest with the file of every scan's map `name`, as in `source`."""
     return f"{map_column(name)}_source"
+
+
+def stored_voxel_ml(manifest: pd.DataFrame, edges: tuple[float, float, float]) -> npt.NDArray[np.float64]:
+    """How much of a person is in a voxel of the grid, in mL, scan by scan (N,).
+
+    A registered brain is stretched to the template, so its voxels are of another size than the edges say.
+    """
+    whole = float(np.prod(edges)) / 1000
+    if "affine" not in manifest:
+        return np.full(len(manifest), whole)
+    return np.array(
+        [
+            whole if rows is None or len(rows) != 12 else _determinant(rows) / 1000
+            for rows in manifest["affine"]
+        ]
+    )
+
+
+def _determinant(rows: Sequence[float]) -> float:
+    return abs(float(np.linalg.det(np.asarray(rows, dtype=np.float64).reshape(3, 4)[:, :3])))
 
 
 def has_map(manifest: pd.DataFrame, name: str) -> npt.NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,8 @@ def read_overlays(location: str, manifest: pd.DataFrame, cohort_hash: str) -> di
     """
     try:
         names = json.loads(read_file(location, f"{DERIVED}/{INDEX}"))
+        if not isinstance(names, list):
+            raise ValueError("it is no list of names")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
@@ -111,29 +113,54 @@ def check_new(cohort: Path, name: str, columns: Iterable[str], known: Iterable[s
         )
 
 
-def write_overlay(
-    cohort: Path, name: str, values: pd.DataFrame, seen: npt.NDArray[np.bool_], cohort_hash: str, *, made_by: str,
-    command: str = "",
-) -> OverlayDescription:  # fmt: skip
-    """Write an overlay of the cohort in a folder: `values` of all its rows in their order."""
-    place = cohort / DERIVED / name
+def describe_overlay(
+    name: str, values: pd.DataFrame, seen: npt.NDArray[np.bool_], cohort_hash: str, *, made_by: str, command: str = ""
+) -> tuple[OverlayDescription, bytes]:  # fmt: skip
+    """What overlay.json is to say, and the content of its columns: `values` of all rows of a cohort in their order."""
+    buffer = io.BytesIO()
+    values.assign(**{SEEN: seen}).reset_index(drop=True).to_parquet(buffer, index=False)
+    content = buffer.getvalue()
+    description = OverlayDescription(
+        name=name, columns=tuple(map(str, values.columns)), cohort=cohort_hash, hash=_hash(content),
+        made_by=made_by, command=command,
+    )  # fmt: skip
+    return description, content
+
+
+def write_overlay(cohort: Path, description: OverlayDescription, content: bytes) -> None:
+    """Write an overlay of the cohort in a folder; after a stop at any moment it is there, or it is not."""
+    place = cohort / DERIVED / description.name
     with writing_to(place):
         place.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        values.assign(**{SEEN: seen}).reset_index(drop=True).to_parquet(buffer, index=False)
         with replacing(place / VALUES) as path:
-            path.write_bytes(buffer.getvalue())
-        description = OverlayDescription(
-            name=name, columns=tuple(map(str, values.columns)), cohort=cohort_hash, hash=_hash(buffer.getvalue()),
-            made_by=made_by, command=command,
-        )  # fmt: skip
-        write_text(place / OVERLAY, description.model_dump_json(indent=2))
+            path.write_bytes(content)
         index = cohort / DERIVED / INDEX
         known = json.loads(index.read_text()) if index.exists() else []
         # A folder that was deleted is forgotten.
-        kept = [each for each in known if each != name and (cohort / DERIVED / str(each) / OVERLAY).exists()]
-        write_text(index, json.dumps([*kept, name]))
-    return description
+        kept = [
+            each
+            for each in known
+            if each != description.name and (cohort / DERIVED / str(each) / OVERLAY).exists()
+        ]
+        write_text(index, json.dumps([*kept, description.name]))
+        write_text(place / OVERLAY, description.model_dump_json(indent=2))
+
+
+def used_overlays(overlays: Mapping[str, Overlay], settings: object) -> dict[str, Overlay]:
+    """The overlays of which a column is named anywhere in settings, as JSON values."""
+    words = set(_words_of(settings))
+    return {name: each for name, each in overlays.items() if words & set(each.description.columns)}
+
+
+def _words_of(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _words_of(each)
+    elif isinstance(value, Sequence):
+        for each in value:
+            yield from _words_of(each)
 
 
 def _hash(content: bytes) -> str:

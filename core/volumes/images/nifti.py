@@ -88,16 +88,31 @@ def read_geometry(path: str | Path) -> tuple[tuple[int, int, int], Affine]:
     return stored.shape, stored.affine
 
 
+def read_header(path: str | Path) -> nib.Nifti1Header:
+    """The header as stored, whatever the ending of the name is; the same UserErrors as `read_volume`."""
+    path = Path(path)
+    try:
+        return _header(path, _beginning(path)[0])
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _beginning(path: Path) -> tuple[bytes, bool]:
+    """The first bytes of a file, unpacked, and whether they were packed."""
+    with path.open("rb") as stream:
+        beginning = stream.read(_LONGEST_HEADER)
+    is_packed = beginning[:2] == b"\x1f\x8b"
+    if is_packed:
+        with gzip.open(path) as stream:
+            beginning = stream.read(_LONGEST_HEADER)
+    return beginning, is_packed
+
+
 def _open(path: Path) -> _Stored:
     """What the header says, read and checked; the voxels are still on disk."""
     size = _size(path)
     try:
-        with path.open("rb") as stream:
-            beginning = stream.read(_LONGEST_HEADER)
-        is_packed = beginning[:2] == b"\x1f\x8b"
-        if is_packed:
-            with gzip.open(path) as stream:
-                beginning = stream.read(_LONGEST_HEADER)
+        beginning, is_packed = _beginning(path)
         header = _header(path, beginning)
         shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
         affine = np.asarray(header.get_best_affine(), np.float64)

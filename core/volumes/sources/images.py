@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 
 from core.errors import UserError
+from core.volumes.images import nifti
 from core.volumes.images.nifti import (
     MAX_VOXELS,
     Affine,
@@ -57,7 +58,7 @@ def read_image_geometry(file: ImageFile) -> tuple[tuple[int, int, int], Affine]:
 
 def trailing_axes(file: ImageFile) -> tuple[int, ...]:
     """The axes behind the third, each of length 1, that some NIfTI files have."""
-    return () if file.path.suffix == ".npy" else tuple(nib.load(file.path).shape[3:])  # type: ignore[attr-defined]
+    return () if file.path.suffix == ".npy" else tuple(nifti.read_header(file.path).get_data_shape()[3:])
 
 
 def _checked_affine(file: ImageFile) -> Affine:
