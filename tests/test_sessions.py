@@ -136,4 +136,5 @@ def test_a_cohort_with_sessions_is_trained_on_judged_and_told_by_people(cohort, 
     assert f"inside the 90 % interval {shares.sum():g} of {held_out} subjects" in shown
     for name, values in (("gap", table["gap"]), ("corrected gap", corrected)):
         mean = values.groupby(table["subject"]).mean().mean()
-        assert f" mean {name} (years) {mean:.4g} correlation of {name} with age" in shown
+        # Behind it stand the same of every site.
+        assert f" mean {name} (years) {mean:.4g} " in shown
