@@ -276,7 +276,7 @@ def _hash_of_content(manifest: pd.DataFrame, preprocessing_hash: str) -> str:
     seen = ["subject", "session", "age", "sex", "site", "checksum"]
     columns = map(str, manifest.columns)
     ours = ("label_checksum", "scale_", "map_")
-    seen += [name for name in columns if name.startswith(ours) and not name.endswith("_offset")]
+    seen += [name for name in columns if name.startswith(ours) and not name.endswith(("_offset", "_source"))]
     rows = manifest[seen].astype({"age": object}).where(manifest[seen].notna(), None).to_numpy().tolist()
     return fingerprint({"preprocessing": preprocessing_hash, "rows": rows})
 
