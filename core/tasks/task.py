@@ -32,6 +32,9 @@ from core.volumes.views import ViewSettings, make_views
 S = TypeVar("S", bound=RunSettings)
 Labels = npt.NDArray[np.float64 | np.object_]
 """The truth about each scan: ages, or names of classes; NaN or None where it is unknown."""
+NO_ATLAS = (
+    "the task {} needs maps, and has no atlas of them: its description cannot have `voxels` or `simplest`"
+)
 Facts = dict[str, JsonValue]
 """What a model must know of the labels of its training subjects, as JSON values."""
 
@@ -278,13 +281,13 @@ class Task(ABC, Generic[S]):
         With `one_class` their most frequent class everywhere. Needed where the description has `voxels`, and the task
         needs maps.
         """
-        raise NotImplementedError
+        raise UserError(NO_ATLAS.format(self.about.name))
 
     def observe_maps(
         self, settings: S, predicted_bxyz: torch.Tensor, beside: Beside
     ) -> dict[str, torch.Tensor]:
         """As `observe_with_maps`, of maps that something else has predicted, such as an atlas."""
-        raise NotImplementedError
+        raise UserError(NO_ATLAS.format(self.about.name))
 
     @abstractmethod
     def judge(self, settings: S, training: Observed, evaluation: Observed, judging: Judging) -> Outcome:

@@ -33,11 +33,7 @@ class AtlasCell(FittedCell):
         super().__init__(subjects, cell)
         self.settings, self.one_class = settings, one_class
         self.data = CellData(settings, subjects, cell, Place(torch.device("cpu"), place.rank, 1))
-
-    @property
-    def judged(self) -> Rows:
-        """See `FittedCell`."""
-        return self.data.evaluation_rows
+        self.evaluation_rows = self.data.evaluation_rows
 
     def fit(self) -> None:
         """Count classes, voxel by voxel."""

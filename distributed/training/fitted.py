@@ -17,26 +17,19 @@ class FittedCell:
     """What `CellTraining` is for a network."""
 
     rounds = 1
+    evaluation_rows: Rows
+    """The rows that the cell is judged on."""
 
     def __init__(self, subjects: Subjects, cell: Cell) -> None:
         self.subjects, self.cell, self.epoch = subjects, cell, 0
 
     @property
-    def judged(self) -> Rows:
-        """The rows that the cell is judged on."""
-        raise NotImplementedError
-
-    @property
     def evaluation_subjects(self) -> int:
         """How many people the cell is judged on."""
-        return int(self.subjects.manifest["subject"].iloc[self.judged].nunique())
+        return int(self.subjects.manifest["subject"].iloc[self.evaluation_rows].nunique())
 
     def fit(self) -> None:
         """Fit on the training subjects what `judge` needs."""
-
-    def judge(self, *, sites: bool = True, penalty: float | None = None, in_search: bool = False) -> Outcome:
-        """Measure it; see `CellTraining.judge`."""
-        raise NotImplementedError
 
     def run_epoch(self) -> EpochRow:
         """Fit, and call it an epoch."""

@@ -26,11 +26,6 @@ class TableCell(FittedCell):
         known, self.evaluation_rows = labelled.rows_of(cell.fold)
         self.training_rows = labelled.within_budget(settings, known, cell)
 
-    @property
-    def judged(self) -> Rows:
-        """See `FittedCell`."""
-        return self.evaluation_rows
-
     def judge(self, *, sites: bool = True, penalty: float | None = None, in_search: bool = False) -> Outcome:
         """Let the task fit on the training people, and measure the others; see `CellTraining.judge`."""
         training, evaluation = self._observed(self.training_rows), self._observed(self.evaluation_rows)

@@ -54,7 +54,6 @@ from distributed.run.standing import standing
 from distributed.run.working_copy import DAMAGED, bring, send, set_aside
 from distributed.training.atlas import AtlasCell
 from distributed.training.first_stage import STAGE, FirstStage
-from distributed.training.fitted import FittedCell
 from distributed.training.loop import CellTraining, DivergedError, TrainingState
 from distributed.training.out_of_memory import out_of_memory
 from distributed.training.subjects import Labelled, Place, Subjects
@@ -62,7 +61,7 @@ from distributed.training.table import TableCell
 from distributed.training.voxels import VoxelCell
 
 Kept = TypeVar("Kept")
-AnyCell = CellTraining | FittedCell
+AnyCell = CellTraining | VoxelCell | AtlasCell | TableCell
 
 
 KeptCell = dict[str, Any]
@@ -275,7 +274,7 @@ class Trial:
                 self.earlier = None
         return self.training
 
-    def _baseline(self, cell: Cell) -> FittedCell:
+    def _baseline(self, cell: Cell) -> VoxelCell | AtlasCell:
         """The baseline on voxels that the assignment names."""
         if not self.task.needed_maps(self.settings):
             return VoxelCell(self.settings, self.subjects, cell, self.place)

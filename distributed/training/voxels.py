@@ -34,6 +34,7 @@ class VoxelCell(FittedCell):
         super().__init__(subjects, cell)
         self.settings = settings
         self.data = CellData(settings, subjects, cell, Place(torch.device("cpu"), place.rank, 1))
+        self.evaluation_rows = self.data.evaluation_rows
         people = len(np.unique(self.data.labelled.truth(self.data.labelled_rows).subjects))
         count = max(1, min(MOST_COMPONENTS, people - 1))
         self.components = IncrementalPCA(count)
@@ -41,11 +42,6 @@ class VoxelCell(FittedCell):
         # noise, would weigh as much as the first. After any turn all features are alike, and distances are what they
         # were, so a linear model with a penalty is the same as on the voxels.
         self.turn = np.linalg.qr(np.random.default_rng(0).normal(size=(count, count)))[0]
-
-    @property
-    def judged(self) -> Rows:
-        """See `FittedCell`."""
-        return self.data.evaluation_rows
 
     def fit(self) -> None:
         """Fit the components, in parts of the training scans."""
