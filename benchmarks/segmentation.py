@@ -81,7 +81,8 @@ def main() -> None:
         with connect(None, Console(quiet=True)):
             fine = PhantomSettings(subjects=2 * SUBJECTS, spacing=2.0, kind="tissue", channels=("t1w",))
             patches(write_phantom_cohort(Path(place) / "fine", fine), options.rounds, console)
-            tables(Path(place), options.trials, console)
+        # Every sweep starts Ray itself.
+        tables(Path(place), options.trials, console)
 
 
 def steps(brains: Cohort, rounds: int, console: Console) -> None:

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from core.volumes.views import ViewSettings, make_views
-from core.volumes.views.mirrored import mirrored_crops, quarter_turns
 from core.volumes.views.patches import PatchSettings, drop_patches, swap_patches
 from core.volumes.views.slices import SliceViewSettings, partition_slices, slice_views
+from core.volumes.views.turns import mirrored_crops, quarter_turns
 
 GRID = (91, 109, 91)
 SUBJECTS = 4

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from core.errors import UserError
 from core.lookup import did_you_mean
+from core.models.settings import encoder_of
 from core.run_settings import BeginSettings, RunSettings
 from core.task_description import BRAIN_AGE
 from core.tasks import TASKS, find_task
@@ -102,10 +103,12 @@ def _with_encoder(settings: RunSettings, stage: RunSettings) -> RunSettings:
     network, own = getattr(settings, "model", None), getattr(stage, "model", None)
     if network is None or own is None:
         return settings
+    # What segments has an encoder inside.
+    encoder = network if isinstance(own, type(network)) else encoder_of(network)
     kept = {
-        name: getattr(own, name) for name in OWN_OF_STAGE if hasattr(own, name) and hasattr(network, name)
+        name: getattr(own, name) for name in OWN_OF_STAGE if hasattr(own, name) and hasattr(encoder, name)
     }
-    model = network.model_copy(update=kept)
+    model = encoder.model_copy(update=kept)
     return settings.model_copy(update={FIRST: stage.model_copy(update={"model": model})})
 
 

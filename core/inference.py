@@ -47,6 +47,8 @@ class Predicted(NamedTuple):
     """(n, X, Y, Z) by name; see `Task.maps`."""
     probabilities: dict[str, ClassProbabilities]
     """By name; see `Task.probability_maps`."""
+    embeddings: Floats | None = None
+    """(n, E) of one model; those of several have no mean."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Predictor:
             task.predictions(self.settings, outputs, self.fitted, self.facts),
             task.maps(self.settings, outputs, self.facts),
             task.probability_maps(self.settings, outputs, self.facts),
+            outputs["embedding"],
         )
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ class Placed(NamedTuple):
     """A segmentation on the voxels of a scan."""
 
     classes_xyz: Classes
-    """The number of every voxel's likeliest class, 0 for the background."""
+    """The number of every voxel's class, 0 for the background."""
     probabilities_kxyz: npt.NDArray[np.float32]
     milliliters: dict[str, float]
     """The volume of every class, by name."""
@@ -89,30 +89,26 @@ def place(given: ClassProbabilities, affine: Affine, own: OwnGrid) -> Placed:
         [
             ndimage.affine_transform(
                 values_xyz.astype(np.float32), to_grid, output_shape=own.shape, order=1, mode="grid-constant",
-                cval=float(number == 0),
+                cval=float(index == 0),
             )
-            for number, values_xyz in enumerate(given.values[0])
+            for index, values_xyz in enumerate(given.values[0])
         ]
     )  # fmt: skip
-    return _likeliest(given, placed_kxyz, own.voxel_ml)
+    return _painted(given, placed_kxyz, own.voxel_ml)
 
 
 def as_stored(given: ClassProbabilities, voxel_ml: float) -> Placed:
     """The likeliest class of one scan (N = 1) on the grid of the cohort itself; `voxel_ml`: see `stored_voxel_ml`."""
-    return _likeliest(given, given.values[0].astype(np.float32), voxel_ml)
+    return _painted(given, given.values[0].astype(np.float32), voxel_ml)
 
 
-def _likeliest(
+def _painted(
     given: ClassProbabilities, probabilities_kxyz: npt.NDArray[np.float32], voxel_ml: float
 ) -> Placed:
-    classes_xyz = np.array([0, *given.numbers], dtype=np.int16)[probabilities_kxyz.argmax(axis=0)]
-    volumes = {
-        name: int(np.count_nonzero(classes_xyz == number)) * voxel_ml
-        for name, number in zip(given.names, given.numbers, strict=True)
-    }
-    return Placed(
-        classes_xyz, probabilities_kxyz, volumes, dict(zip(given.names, given.numbers, strict=True))
-    )
+    classes_xyz = given.classes.paint(probabilities_kxyz)
+    counts = given.classes.masks(classes_xyz).sum(axis=(1, 2, 3))
+    volumes = {name: int(count) * voxel_ml for name, count in zip(given.classes.sets, counts, strict=True)}
+    return Placed(classes_xyz, probabilities_kxyz, volumes, given.classes.numbers)
 
 
 def image_like(file: Path, values: npt.NDArray[np.generic]) -> nib.Nifti1Image:

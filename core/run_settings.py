@@ -14,11 +14,14 @@ from pydantic import (
     Field,
     InstanceOf,
     SerializeAsAny,
+    field_validator,
     model_validator,
 )
 
+from core.errors import UserError
 from core.models.weights import Freeze, Take
 from core.schedules import ByKind, Number, Pieces, Piecewise, Schedule, Step
+from core.volumes.images.intensity import parse_intensity
 
 
 class Frozen(BaseModel):
@@ -36,10 +39,22 @@ class DataSettings(Frozen):
         description="how many training subjects of a cell keep their label, or which share; all if absent. A smaller "
         "number takes a part of the subjects of a larger one, balanced as the folds are",
     )
-    normalise: Literal["training", "per_volume", "none"] = Field(
+    normalise: str = Field(
         "training",
-        description="z-score of non-zero voxels: statistics of the training subjects, of each volume, or none",
+        pattern="^(training|per_volume|none|window:.+)$",
+        description="training, per_volume: z-score of non-zero voxels, by statistics of the training subjects or of "
+        "each volume; none; window:LOW,HIGH, or window:ct, ct_brain: grey values between both ends become 0 to 1",
     )
+
+    @field_validator("normalise")
+    @classmethod
+    def _a_window(cls, normalise: str) -> str:
+        if normalise.startswith("window:"):
+            try:
+                parse_intensity(normalise)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return normalise
 
 
 def _all_above(bound: float, *, itself: bool) -> AfterValidator:

@@ -15,9 +15,9 @@ import torch
 from core.volumes.phantom.cohort import phantom_brain
 from core.volumes.phantom.settings import PhantomSettings
 from core.volumes.views import ViewSettings, make_views
-from core.volumes.views.mirrored import mirrored_crops, quarter_turns
 from core.volumes.views.patches import PatchSettings, corrupt, drop_patches, swap_patches
 from core.volumes.views.slices import SliceViewSettings, partition_slices, slice_views
+from core.volumes.views.turns import mirrored_crops, quarter_turns
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -29,6 +29,9 @@ from search_spaces import (
     label_budget,
     masked_pretraining,
     points,
+    symmetry_classification,
+    symmetry_pretraining,
+    symmetry_segmentation,
     tissue,
     tissue_age,
 )
@@ -41,6 +44,9 @@ SPACES: dict[str, Space] = {
     "cnn_age": cnn_age.space,
     "label_budget": label_budget.space,
     "masked_pretraining": masked_pretraining.space,
+    "symmetry_classification": symmetry_classification.space,
+    "symmetry_pretraining": symmetry_pretraining.space,
+    "symmetry_segmentation": symmetry_segmentation.space,
     "tissue": tissue.space,
     "tissue_age": tissue_age.space,
 }

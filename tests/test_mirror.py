@@ -9,7 +9,7 @@ import torch
 
 from core.errors import UserError
 from core.volumes.images.mirror import midline_offset, midline_voxel, mirror, world_axis
-from core.volumes.views.mirrored import mirrored_crops, quarter_turns
+from core.volumes.views.turns import mirrored_crops, quarter_turns
 
 GRID = (16, 13, 11)
 ORIENTATIONS = [

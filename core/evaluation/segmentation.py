@@ -29,7 +29,7 @@ class Agreement(NamedTuple):
 def compare_maps(
     predicted_xyz: npt.NDArray[np.generic],
     reference_xyz: npt.NDArray[np.generic],
-    classes: Sequence[int],
+    classes: Sequence[tuple[int, ...]],
     edges: Floats,
     *,
     tolerance: float | None,
@@ -40,7 +40,7 @@ def compare_maps(
     Args:
         predicted_xyz: numbers of classes.
         reference_xyz: the same, of the same shape.
-        classes: the K numbers.
+        classes: the numbers of each of the K classes.
         edges: (3,) of a voxel in mm.
         tolerance: mm that a surface may be off, for the surface Dice; None: no distances, which take long.
         unknown: the number in the reference where nothing is known, and nothing is compared.
@@ -54,8 +54,8 @@ def compare_maps(
     predicted_xyz, reference_xyz = predicted_xyz[box], reference_xyz[box]
     known = reference_xyz != unknown
     counts_k3, distances_k2 = np.zeros((len(classes), 3)), np.full((len(classes), 2), np.nan)
-    for place, number in enumerate(classes):
-        predicted, reference = (predicted_xyz == number) & known, reference_xyz == number
+    for place, numbers in enumerate(classes):
+        predicted, reference = np.isin(predicted_xyz, numbers) & known, np.isin(reference_xyz, numbers)
         counts_k3[place] = (predicted & reference).sum(), predicted.sum(), reference.sum()
         if tolerance is not None:
             distances_k2[place] = (

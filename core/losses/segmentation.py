@@ -1,11 +1,14 @@
 """Losses of voxels: loss(scores (B, K, X, Y, Z), classes (B, X, Y, Z), progress); class `IGNORED` counts nowhere.
 
 All but the cross-entropy are MONAI's, on probabilities and targets from which ignored voxels are taken out. Scores are
-logits; class 0 is the background. They are computed in float32, and each is a mean over the volumes of a batch.
+logits; class 0 is the background. Of regions that overlap the targets are 0 and 1 of each (B, K, X, Y, Z), without a
+background, and every region has a probability of its own. They are computed in float32, and each is a mean over the
+volumes of a batch.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Annotated, Literal
 
 import torch
@@ -112,11 +115,14 @@ class VoxelLoss(nn.Module):
         *,
         cross_entropy: CrossEntropy | None = None,
         overlap: nn.Module | None = None,
-        focal: nn.Module | None = None,
+        focal: FocalLoss | None = None,
         weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.cross_entropy, self.overlap, self.focal, self.weight = cross_entropy, overlap, focal, weight
+        # Regions have no background that could be left out, and probabilities that do not compete.
+        self.overlap_of_regions = _without_background(overlap)
+        self.focal_of_regions = None if focal is None else FocalLoss(gamma=focal.gamma, reduction="none")
         given = None if cross_entropy is None else cross_entropy.class_weights
         self.register_buffer("class_weights", None if given is None else torch.tensor(given))
         self.diagnostics: dict[str, Tensor] = {}
@@ -127,11 +133,11 @@ class VoxelLoss(nn.Module):
         Raises:
             UserError: another number of class weights than of classes.
         """
-        kinds = scores.shape[1]
+        kinds, are_regions = scores.shape[1], classes.ndim == scores.ndim
         if self.class_weights is not None and len(self.class_weights) != kinds:
+            among = "" if are_regions else ", the background among them"
             raise UserError(
-                f"objective.class_weights has {len(self.class_weights)} weights for {kinds} classes, the background "
-                "among them"
+                f"objective.class_weights has {len(self.class_weights)} weights for {kinds} classes{among}"
             )
         with without_autocast(scores):
             exact = scores.float()
@@ -139,18 +145,35 @@ class VoxelLoss(nn.Module):
             known = target != IGNORED
             parts = {}
             if self.cross_entropy is not None:
-                parts["cross_entropy"] = self._cross_entropy(exact, target, known)
+                parts["cross_entropy"] = (self._of_regions if are_regions else self._cross_entropy)(
+                    exact, target, known
+                )
             if self.overlap is not None or self.focal is not None:
-                one_hot = F.one_hot(target.clamp(min=0), kinds).movedim(-1, 1).to(exact.dtype)
-                inside = known[:, None].to(exact.dtype)
-            if self.overlap is not None:
-                probabilities = exact.softmax(dim=1)
-                parts["overlap"] = self.weight * self.overlap(probabilities * inside, one_hot * inside)
-            if self.focal is not None:
-                cost = self.focal(exact, one_hot) * inside
+                inside = (known if are_regions else known[:, None]).to(exact.dtype)
+                hot = target if are_regions else F.one_hot(target.clamp(min=0), kinds).movedim(-1, 1)
+                one_hot = hot.to(exact.dtype) * inside
+            overlap = self.overlap_of_regions if are_regions else self.overlap
+            if overlap is not None:
+                probabilities = exact.sigmoid() if are_regions else exact.softmax(dim=1)
+                parts["overlap"] = self.weight * overlap(probabilities * inside, one_hot)
+            focal = self.focal_of_regions if are_regions else self.focal
+            if focal is not None:
+                cost = focal(exact, one_hot) * inside
                 parts["focal"] = cost.sum() / inside.sum().clamp(min=1)
         self.diagnostics = {name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
         return torch.stack(list(parts.values())).sum()
+
+    def _of_regions(self, scores: Tensor, target: Tensor, known: Tensor) -> Tensor:
+        """The mean over regions and voxels of -log p of being inside, or outside."""
+        assert self.cross_entropy is not None
+        smoothing = self.cross_entropy.label_smoothing
+        wanted = target.clamp(min=0).to(scores.dtype) * (1 - smoothing) + smoothing / 2
+        weights = torch.ones(scores.shape[1], device=scores.device)
+        if self.class_weights is not None:
+            weights = self.class_weights.to(scores)
+        weights_bkxyz = weights.view(1, -1, 1, 1, 1) * known
+        cost = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none") * weights_bkxyz
+        return cost.sum() / weights_bkxyz.sum().clamp(min=1e-6)
 
     def _cross_entropy(self, scores: Tensor, target: Tensor, known: Tensor) -> Tensor:
         assert self.cross_entropy is not None
@@ -163,3 +186,12 @@ class VoxelLoss(nn.Module):
             ignore_index=IGNORED,
             label_smoothing=self.cross_entropy.label_smoothing,
         )
+
+
+def _without_background(overlap: nn.Module | None) -> nn.Module | None:
+    """The same overlap, whose first channel counts."""
+    if overlap is None:
+        return None
+    of_regions = copy.deepcopy(overlap)
+    of_regions.include_background = True  # type: ignore[assignment]
+    return of_regions

@@ -9,8 +9,18 @@ import torch
 from torch import nn
 
 from core.errors import UserError
+from core.models.settings import ModelSettings, ResNeXtSettings
 
 ReconstructionKind = Literal["interpolated", "transposed", "large_kernel"]
+
+
+def check_doublings(model: ModelSettings, task: str) -> None:
+    """Refuse an encoder whose features are not 32 times coarser than the volume, which a task paints back."""
+    if isinstance(model, ResNeXtSettings) or getattr(model, "patch", 2) != 2:
+        raise UserError(
+            f"{task} paints a volume in five doublings, and the features of {model.name} here are not 32 times "
+            "coarser: use a ResNet, sfcn, or a Swin with model.patch=2"
+        )
 
 
 class ReconstructionDecoder(nn.Module):

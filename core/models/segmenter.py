@@ -11,13 +11,15 @@ from typing import Any, cast
 
 import torch
 from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.swin_unetr import SwinUNETR
 from torch import nn
 from torch.nn import functional as F
 
 from core.errors import UserError
 from core.models.settings import SegmenterSettings
-from core.models.swin_unetr import swin_unetr, swin_unetr_symmetry
-from core.models.unet import groupnorm_unet, res_unet
+from core.models.swin_unetr import SymmetrySwinUNETR, swin_unetr, swin_unetr_symmetry
+from core.models.unet import GroupNormUNet, ResUNet, groupnorm_unet, res_unet
+from core.volumes.images.mirror import mirror_image
 
 
 class Segmenter(nn.Module):
@@ -40,17 +42,32 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.multiples, self.least, self.in_slices = network, multiples, least, in_slices
+        self.parts = _parts(network)
+        """The names of the modules that are its encoder, decoder and head."""
+        stages = [f"swinViT.layers{stage}." for stage in range(1, 5)]
+        is_symmetric = isinstance(network, SymmetrySwinUNETR)
+        self.layers_in_order = ("swinViT.patch_embed.", *stages, "attention.") if is_symmetric else ()
+        """Of an encoder of several modules: what names in it begin with, from the first layer to the last."""
 
-    def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
-        """Scores (B, K, X, Y, Z); of a network with deep supervision in training (B, D, K, X, Y, Z)."""
+    def forward(
+        self, volumes_bcxyz: torch.Tensor, mirrored_bcxyz: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scores (B, K, X, Y, Z); of a network with deep supervision in training (B, D, K, X, Y, Z).
+
+        `mirrored_bcxyz`: the mirror images, of a network that attends to them; made of the volumes if absent.
+        """
         x, y, z = volumes_bcxyz.shape[2:]
         beyond = [
             max(side + (-side) % of, least) - side
             for side, of, least in zip((x, y, z), self.multiples, self.least, strict=True)
         ]
-        padded = F.pad(volumes_bcxyz, (0, beyond[2], 0, beyond[1], 0, beyond[0]))
+        around = (0, beyond[2], 0, beyond[1], 0, beyond[0])
+        padded = F.pad(volumes_bcxyz, around)
         scores: torch.Tensor
-        if self.in_slices:
+        if isinstance(self.network, SymmetrySwinUNETR):
+            mirrored = mirror_image(volumes_bcxyz) if mirrored_bcxyz is None else mirrored_bcxyz
+            scores = self.network(padded, F.pad(mirrored, around))
+        elif self.in_slices:
             slices_ncxy = padded.movedim(-1, 1).flatten(0, 1)
             scores = self.network(slices_ncxy).unflatten(0, (len(padded), -1)).movedim(1, -1)
         else:
@@ -98,3 +115,18 @@ def dynunet(
         deep_supr_num=max(1, depths - 1),
         res_block=residual,
     )
+
+
+def _parts(network: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The names of the modules of encoder, decoder and head; the rest, skips among it, is of the decoder."""
+    known = {
+        SwinUNETR: (("swinViT",), ("out",)),
+        SymmetrySwinUNETR: (("swinViT", "attention"), ("out",)),
+        GroupNormUNet: (("encoder",), ("head",)),
+        ResUNet: (("down",), ("out",)),
+        DynUNet: (("input_block", "downsamples", "bottleneck"), ("output_block",)),
+    }
+    encoder, head = known[type(network)]
+    rest = [name for name, _ in network.named_children() if name not in (*encoder, *head)]
+    parts = {"encoder": encoder, "decoder": rest, "head": head}
+    return {part: tuple(f"network.{name}" for name in names) for part, names in parts.items()}

@@ -183,3 +183,13 @@ SegmenterSettings = Annotated[
     ResUNetSettings | GroupNormUNetSettings | DynUNetSettings | SwinUNETRSettings | SymmetrySwinUNETRSettings,
     Field(discriminator="name"),
 ]
+
+
+def encoder_of(settings: BaseModel) -> BaseModel:
+    """The settings of the encoder alone: of Swin UNETR its Swin; others are encoders, or have one of their own kind."""
+    plain = {"width", "merging", "checkpointing"}
+    if isinstance(settings, SymmetrySwinUNETRSettings):
+        return SymmetrySwinSettings(**settings.model_dump(include=plain | {"layers", "dropout", "pre_norm"}))
+    if isinstance(settings, SwinUNETRSettings):
+        return SwinSettings(**settings.model_dump(include=plain))
+    return settings

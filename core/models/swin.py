@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from core.errors import UserError
 from core.lookup import look_up
-from core.volumes.images.mirror import mirror
+from core.volumes.images.mirror import mirror_image
 
 Pooling = Literal["mean", "corner"]
 
@@ -88,10 +88,10 @@ def feature_size(width: float) -> int:
     return size
 
 
-def pool(features_bexyz: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """(B, E, x, y, z) -> (B, E): the mean over tokens, or the first token, as published (spec.md C.2)."""
+def pool(features_bexyz: torch.Tensor, pooling: Pooling, token: int = 0) -> torch.Tensor:
+    """(B, E, x, y, z) -> (B, E): the mean over tokens, or one of the first, as published (spec.md C.2)."""
     if pooling == "corner":
-        return features_bexyz[:, :, 0, 0, 0]
+        return features_bexyz.flatten(2)[:, :, token]
     if pooling == "mean":
         return features_bexyz.mean(dim=(2, 3, 4))
     raise ValueError(f"pooling must be 'mean' or 'corner', got '{pooling}'")
@@ -149,6 +149,13 @@ class SymmetryAttention(nn.Module):
 class SymmetrySwinEncoder(nn.Module):
     """One Swin for a brain and its mirror image, then `SymmetryAttention` from the one to the other."""
 
+    layers_in_order = (
+        "swin.transformer.patch_embed.",
+        *(f"swin.transformer.layers{stage}." for stage in range(1, 5)),
+        "attention.",
+    )
+    """What the names of its parameters begin with, from the first layer to the last."""
+
     def __init__(self, swin: SwinEncoder, attention: SymmetryAttention) -> None:
         super().__init__()
         self.swin = swin
@@ -162,9 +169,9 @@ class SymmetrySwinEncoder(nn.Module):
 
         Args:
             volumes: (B, C, X, Y, Z) in RAS order.
-            mirrored: their left-right mirror images; made here if absent.
+            mirrored: their left-right mirror images; those about the middle of each head if absent.
         """
-        mirrored = mirror(volumes) if mirrored is None else mirrored
+        mirrored = mirror_image(volumes) if mirrored is None else mirrored
         both = self.swin.feature_map(torch.cat([volumes, mirrored]))
         return both[: len(volumes)], both[len(volumes) :]
 
@@ -174,7 +181,7 @@ class SymmetrySwinEncoder(nn.Module):
         return features_bexyz
 
     def forward(self, volumes: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, C, X, Y, Z), with its mirror image unless that is the flipped volume -> (B, E)."""
+        """(B, C, X, Y, Z), with its mirror image, which is made if absent -> (B, E)."""
         return pool(self.feature_map(volumes, mirrored), self.swin.pooling)
 
 

@@ -9,7 +9,7 @@ from monai.networks.nets.swin_unetr import SwinUNETR
 
 from core.lookup import look_up
 from core.models.swin import MERGING, Merging, SymmetryAttention, feature_size
-from core.volumes.images.mirror import mirror
+from core.volumes.images.mirror import mirror_image
 
 
 class _Settings(TypedDict):
@@ -36,10 +36,10 @@ class SymmetrySwinUNETR(SwinUNETR):
         Args:
             volumes: whole volumes in RAS order, or windows of them.
             mirrored: the mirror image of each; needed for windows, whose counterpart lies on the other side
-                (`core.evaluation.sliding_window`); made by flipping if absent.
+                (`core.evaluation.sliding_window`); made about the middle of each head if absent.
         """
         self._check_input_size(volumes.shape[2:])
-        mirrored = mirror(volumes) if mirrored is None else mirrored
+        mirrored = mirror_image(volumes) if mirrored is None else mirrored
         both = self.swinViT(torch.cat([volumes, mirrored]), self.normalize)
         patches, first, second, third, deepest = [stage[: len(volumes)] for stage in both]
         deepest = self.attention(deepest, both[-1][len(volumes) :])

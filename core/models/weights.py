@@ -180,12 +180,12 @@ def load_part(
     """
     part = model
     if take != "all":
-        parts = dict(model.named_children())
-        absent = [name for name in take.split("_and_") if name not in parts]
+        found = {name: part_of(model, name) for name in take.split("_and_")}
+        parts = {name: each for name, each in found.items() if each is not None}
+        absent = [name for name in found if name not in parts]
         if absent:
             raise UserError(f"begin.take={take} cannot act: this model has no {absent[0]}")
-        both = nn.ModuleDict({name: parts[name] for name in take.split("_and_")})
-        part = parts["encoder"] if take == "encoder" else both
+        part = parts["encoder"] if take == "encoder" else nn.ModuleDict(parts)
     report = load_weights(part, weights, rename)
     if min(report.of_model, report.of_file) < LEAST:
         which = (
@@ -196,6 +196,25 @@ def load_part(
             "weights of this network, or names that fit by begin.rename"
         )
     return report
+
+
+def part_names(model: nn.Module, part: str) -> tuple[str, ...]:
+    """The dotted names of the modules that are the encoder, decoder or head of a model; () if it has none.
+
+    A model whose parts are not called so says in `parts` which they are.
+    """
+    own = getattr(model, "parts", None)
+    if isinstance(own, Mapping):
+        return tuple(own.get(part, ()))
+    return (part,) if part in dict(model.named_children()) else ()
+
+
+def part_of(model: nn.Module, part: str) -> nn.Module | None:
+    """The encoder, decoder or head of a model; None if it has none."""
+    names = part_names(model, part)
+    if len(names) < 2:
+        return model.get_submodule(names[0]) if names else None
+    return nn.ModuleDict({name.rpartition(".")[2]: model.get_submodule(name) for name in names})
 
 
 def freeze(model: nn.Module, which: Freeze) -> None:
@@ -209,12 +228,12 @@ def freeze(model: nn.Module, which: Freeze) -> None:
     """
     if which == "none":
         return
-    beginning = "encoder." if which == "encoder" else "head."
-    parts = [(name, value) for name, value in model.named_parameters()]
-    if not any(name.startswith(beginning) for name, _ in parts):
-        raise UserError(f"begin.freeze={which} cannot act: this model has no {beginning[:-1]}")
-    for name, value in parts:
-        value.requires_grad_(name.startswith(beginning) != (which == "encoder"))
+    part = "encoder" if which == "encoder" else "head"
+    beginnings = tuple(f"{name}." for name in part_names(model, part))
+    if not beginnings:
+        raise UserError(f"begin.freeze={which} cannot act: this model has no {part}")
+    for name, value in model.named_parameters():
+        value.requires_grad_(name.startswith(beginnings) != (which == "encoder"))
 
 
 def rates_by_layer(model: nn.Module, rate: float, layer_decay: float) -> dict[str, float]:
@@ -228,10 +247,29 @@ def rates_by_layer(model: nn.Module, rate: float, layer_decay: float) -> dict[st
     """
     if rate == 1.0 and layer_decay == 1.0:
         return {}
-    encoder = getattr(model, "encoder", None)
-    if not isinstance(encoder, nn.Module):
+    encoder, whole = part_of(model, "encoder"), part_names(model, "encoder")
+    if encoder is None:
         raise UserError("begin.rate and begin.layer_decay cannot act: this model has no encoder")
     names = [name for name, _ in encoder.named_parameters()]
+    ordered = getattr(encoder, "layers_in_order", ()) or getattr(model, "layers_in_order", ())
+    depth_of = _depths(encoder, names, ordered)
+    last = max(depth_of.values())
+    # Of an encoder of one module names begin with its own; of several with the last part of theirs.
+    before = {name.rpartition(".")[2]: name.rpartition(".")[0] for name in whole}
+    full = {
+        name: f"{whole[0]}.{name}" if len(whole) == 1 else f"{before[name.split('.')[0]]}.{name}"
+        for name in names
+    }
+    return {full[name]: rate * layer_decay ** (last - depth_of[name]) for name in names}
+
+
+def _depths(encoder: nn.Module, names: Sequence[str], ordered: Sequence[str]) -> dict[str, int]:
+    """The number of the layer of every parameter, from the first one: as they are ordered, or as they stand."""
+    if ordered:
+        return {
+            name: next(depth for depth, layer in enumerate(ordered) if name.startswith(layer))
+            for name in names
+        }
     common = _common_part(names)
     layers = {name: name.removeprefix(common).split(".")[0] for name in names}
     depth_of: dict[str, int] = {}
@@ -241,10 +279,7 @@ def rates_by_layer(model: nn.Module, rate: float, layer_decay: float) -> dict[st
             is_alone = not any(True for _ in encoder.get_submodule(common + layer).children())
             depth_of[layer] = max(depth_of.values(), default=-1) + (not (was_alone and is_alone))
             was_alone = is_alone
-    last = max(depth_of.values())
-    return {
-        f"encoder.{name}": rate * layer_decay ** (last - depth_of[layer]) for name, layer in layers.items()
-    }
+    return {name: depth_of[layers[name]] for name in names}
 
 
 def train_unfrozen(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from core.tasks.brain_age import BrainAge
 from core.tasks.classification import Classification
 from core.tasks.masked_pretraining import MaskedPretraining
 from core.tasks.segmentation import Segmentation
+from core.tasks.symmetry_pretraining import SymmetryPretraining
 from core.tasks.task import Task
 from core.tasks.tissue_age import TissueAge
 
@@ -21,6 +22,7 @@ TASKS: dict[str, Task[Any]] = {
     "classification": Classification(),
     "masked_pretraining": MaskedPretraining(),
     "segmentation": Segmentation(),
+    "symmetry_pretraining": SymmetryPretraining(),
     "tissue_age": TissueAge(),
 }
 ENTRY_POINTS = "brainsweep.tasks"

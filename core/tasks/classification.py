@@ -188,7 +188,7 @@ class Classification(Task[ClassificationSettings]):
             raise UserError(
                 f"data.target: the cohort has no column '{target}'; {did_you_mean(target, map(str, manifest.columns))}"
             )
-        names = np.array([_name(value) for value in manifest[target]], dtype=object)
+        names = np.array([class_name(value) for value in manifest[target]], dtype=object)
         found = sorted({str(name) for name in names if name is not None})
         if len(found) < 2:
             raise UserError(
@@ -244,9 +244,9 @@ class Classification(Task[ClassificationSettings]):
         counts = [len(np.unique(training.subjects[training.labels == name])) for name in names]
         return {"classes": cast(Any, names), "people": cast(Any, counts)}
 
-    def targets(self, labels: Labels, facts: Facts) -> npt.NDArray[np.generic]:
+    def targets(self, truth: Truth, facts: Facts) -> npt.NDArray[np.generic]:
         """The places of the classes (N,); -1 where unknown, or not among those of the training."""
-        return indices_of(labels, facts)
+        return indices_of(truth.labels, facts)
 
     def build(self, settings: ClassificationSettings, in_channels: int, facts: Facts) -> nn.Module:
         """The model of `settings`, on the CPU, with PyTorch's current random state."""
@@ -437,7 +437,7 @@ def indices_of(labels: Labels, facts: Facts) -> Indices:
     return np.array([places.get(str(name), -1) for name in labels], dtype=np.int64)
 
 
-def _name(value: object) -> str | None:
+def class_name(value: object) -> str | None:
     """A class as text; None if it is not known. A number without a fraction is written as one."""
     if value is None or value is pd.NA:
         return None

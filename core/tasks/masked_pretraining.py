@@ -9,6 +9,7 @@ Shape suffixes: B subjects, V views, C channels, X, Y, Z, E embedding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, cast
 
 import numpy as np
@@ -19,16 +20,13 @@ from torch import nn
 from core.errors import UserError
 from core.evaluation.splits import Rows
 from core.models import Encoder, build_encoder
-from core.models.reconstruction import ReconstructionDecoder, ReconstructionKind
-from core.models.settings import ModelSettings, ResNeXtSettings, SwinSettings
+from core.models.reconstruction import ReconstructionDecoder, ReconstructionKind, check_doublings
+from core.models.settings import ModelSettings, SwinSettings
 from core.run_settings import Frozen
 from core.tasks.pretraining import Pretraining, PretrainingSettings, describe_loss
 from core.tasks.task import Facts, Step
 from core.volumes.views import ViewSettings, make_views
 from core.volumes.views.masks import MaskSettings, hide_blocks
-
-HIDDEN, ORIGINAL, MASK = range(3)
-"""The three views of a scan."""
 
 
 class DecoderSettings(Frozen):
@@ -105,11 +103,7 @@ class MaskedPretraining(Pretraining[MaskedSettings]):
     def check(self, settings: MaskedSettings) -> None:
         """Refuse encoders whose features are not 32 times coarser than the volume."""
         super().check(settings)
-        if isinstance(settings.model, ResNeXtSettings) or getattr(settings.model, "patch", 2) != 2:
-            raise UserError(
-                f"masked_pretraining paints a volume in five doublings, and the features of {settings.model.name} here "
-                "are not 32 times coarser: use a ResNet, sfcn, or a Swin with model.patch=2"
-            )
+        check_doublings(settings.model, self.about.name)
         if settings.views.count != 1:
             raise UserError(
                 f"views.count={settings.views.count} cannot act: masked_pretraining hides one view of every scan; set "
@@ -129,25 +123,22 @@ class MaskedPretraining(Pretraining[MaskedSettings]):
 
     def views(
         self, settings: MaskedSettings, volumes_bcxyz: torch.Tensor, rows: Rows, epoch: int, seed: int
-    ) -> torch.Tensor:
-        """(B, 3, C, X, Y, Z): a view with hidden blocks, the view itself, and where it is hidden (1) or not (0)."""
-        seen_bcxyz = make_views(volumes_bcxyz, rows, epoch, seed, settings.views)[:, 0]
-        hidden_bcxyz, where_b1xyz = hide_blocks(seen_bcxyz, rows, epoch, seed, settings.masks)
-        where_bcxyz = where_b1xyz.to(seen_bcxyz.dtype).expand_as(seen_bcxyz)
-        return torch.stack([hidden_bcxyz, seen_bcxyz, where_bcxyz], dim=1)
+    ) -> dict[str, torch.Tensor]:
+        """A view `original` (B, C, X, Y, Z), `hidden` in blocks, and `where` it is (B, 1, X, Y, Z) bool."""
+        original_bcxyz = make_views(volumes_bcxyz, rows, epoch, seed, settings.views)[:, 0]
+        hidden_bcxyz, where_b1xyz = hide_blocks(original_bcxyz, rows, epoch, seed, settings.masks)
+        return {"hidden": hidden_bcxyz, "original": original_bcxyz, "where": where_b1xyz}
 
     def step(
         self,
         model: nn.Module,
         objective: nn.Module,
-        views_bvcxyz: torch.Tensor,
+        seen: Mapping[str, torch.Tensor],
         targets_b: torch.Tensor,
         progress: float,
     ) -> Step:
         """The loss of one batch."""
-        painted_bcxyz = model(views_bvcxyz[:, HIDDEN])
-        hidden_b1xyz = views_bvcxyz[:, MASK, :1] > 0
-        losses_b: torch.Tensor = objective(painted_bcxyz, views_bvcxyz[:, ORIGINAL], hidden_b1xyz)
+        losses_b: torch.Tensor = objective(model(seen["hidden"]), seen["original"], seen["where"])
         return Step(losses_b.mean())
 
     def losses(self, settings: MaskedSettings, model: nn.Module, volumes_bcxyz: torch.Tensor) -> torch.Tensor:

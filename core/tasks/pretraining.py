@@ -183,9 +183,9 @@ class Pretraining(Task[S]):
             return {PROBE: None}
         return {**probes[0].task.learn(probes[0].settings, training), PROBE: probes[0].column}
 
-    def targets(self, labels: Labels, facts: Facts) -> npt.NDArray[np.generic]:
+    def targets(self, truth: Truth, facts: Facts) -> npt.NDArray[np.generic]:
         """Nothing is trained on them."""
-        return np.zeros(len(labels), dtype=np.float32)
+        return np.zeros(len(truth.labels), dtype=np.float32)
 
     def observe(self, settings: S, model: nn.Module, volumes_bcxyz: torch.Tensor) -> dict[str, torch.Tensor]:
         """The features (B, E), and the loss (B,)."""

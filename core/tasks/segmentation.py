@@ -10,7 +10,7 @@ Shape suffixes: B scans of a batch, N scans, V views, C channels, K classes with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -18,14 +18,17 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from monai.inferers.utils import sliding_window_inference
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from core.errors import UserError
-from core.evaluation import Floats, Names
-from core.evaluation.by_subject import subject_means
-from core.evaluation.segmentation import compare_maps, dice_of
-from core.evaluation.splits import Rows
+from core.evaluation import Floats
+from core.evaluation.case_pictures import planes_of, typical_cases
+from core.evaluation.case_tables import DICE, case_table, measured_cases
+from core.evaluation.label_sets import REGIONS, LabelSets
+from core.evaluation.segmentation import compare_maps
+from core.evaluation.sliding_window import mirrored_sliding_window
+from core.evaluation.splits import Rows, Splits
 from core.losses.segmentation import IGNORED, CrossEntropy, SegmentationLoss
 from core.models.segmenter import Segmenter, build_segmenter
 from core.models.settings import ResUNetSettings, SegmenterSettings, SymmetrySwinUNETRSettings
@@ -45,16 +48,13 @@ from core.tasks.task import (
     Task,
     Truth,
 )
-from core.volumes.cohort.description import has_map
+from core.volumes.cohort.description import has_map, numbers_in_maps
+from core.volumes.images.mirror import mirror_image
 from core.volumes.ingest.prepare import MOST_CLASSES
 from core.volumes.views import ViewSettings, make_views_with_maps
 
 PREDICTED_MAP = "predicted_map"
-PLANES = ("sagittal", "coronal", "axial")
-"""The slices across X, Y and Z."""
-COUNTS, DISTANCES, PROBABILITIES, DICE = "counts", "distances", "probabilities", "dice"
-BOTH, PREDICTED, REFERENCE = range(3)
-"""The columns of counts of voxels: in both maps, in the predicted one, in the reference."""
+COUNTS, DISTANCES, PROBABILITIES = "counts", "distances", "probabilities"
 WINDOWS_TOGETHER = 4
 """Windows of a sliding window in one call of the network."""
 
@@ -63,12 +63,22 @@ class SegmentationData(DataSettings):
     """What is taken from the cohort: also which map, and what its numbers mean."""
 
     target: str = Field("dseg", description="map of the cohort with the class of every voxel")
-    classes: tuple[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*=\d+$")], ...] = Field(
+    classes: tuple[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*=\d+(\+\d+)*$")], ...] = Field(
         ("csf=1", "gm=2", "wm=3"),
         min_length=1,
-        description="NAME=NUMBER of every class in the map; all else is background, and -1 is not known",
+        description="NAME=NUMBER of every class in the map, or NAME=NUMBER+NUMBER; all else is background, and -1 is "
+        "not known. With a number in two of them they are regions, found one by one, such as brats2021 or brats2023",
     )
     balanced: str = Field("site", description="column of the cohort in which folds are alike")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _by_name(cls, classes: object) -> object:
+        """The classes of well-known maps have a name."""
+        known = REGIONS.get(classes) if isinstance(classes, str) else None
+        if isinstance(classes, str) and known is None:
+            raise ValueError(f"classes must be a list such as [csf=1,gm=2], or {' or '.join(REGIONS)}")
+        return known or classes
 
 
 class OverlapSettings(Frozen):
@@ -128,7 +138,7 @@ class Segmentation(Task[SegmentationSettings]):
 
     def describe(self, settings: SegmentationSettings) -> TaskDescription:
         """With what is measured of every class."""
-        names, of_all = list(classes_of(settings)), self.about.metrics
+        names, of_all = list(classes_of(settings).sets), self.about.metrics
         of_class = {f"dice_{name}": Metric(title=f"Dice of {name}", better="high") for name in names}
         others = {
             f"{metric}_{name}": of_all[metric].model_copy(
@@ -147,19 +157,8 @@ class Segmentation(Task[SegmentationSettings]):
         )
 
     def check(self, settings: SegmentationSettings) -> None:
-        """Refuse classes that are no different numbers, and patches of a network that needs the other half."""
-        numbers, names = list(classes_of(settings).values()), list(classes_of(settings))
-        is_unique = len(set(numbers)) == len(numbers) and len(names) == len(settings.data.classes)
-        if not is_unique or min(numbers) < 1 or max(numbers) > MOST_CLASSES:
-            raise UserError(
-                f"data.classes={','.join(settings.data.classes)}: every class needs a name and a number of its own, "
-                f"from 1 to {MOST_CLASSES}: 0 is the background"
-            )
-        if settings.views.crop_size is not None and isinstance(settings.model, SymmetrySwinUNETRSettings):
-            raise UserError(
-                f"model.name={settings.model.name} compares a brain with its mirror image, so it takes whole volumes: "
-                "remove views.crop_size"
-            )
+        """Refuse classes that cannot be told, and crops of another task."""
+        classes_of(settings)
         if settings.views.crop is not None:
             raise UserError(
                 "views.crop is for whole volumes of another task; patches are given by views.crop_size"
@@ -180,19 +179,38 @@ class Segmentation(Task[SegmentationSettings]):
 
     def learn(self, settings: SegmentationSettings, training: Truth) -> Facts:
         """The numbers of the classes, by name."""
-        return {"classes": cast(Any, classes_of(settings))}
+        return {"classes": cast(Any, {name: list(each) for name, each in classes_of(settings).sets.items()})}
 
-    def targets(self, labels: Labels, facts: Facts) -> npt.NDArray[np.generic]:
+    def check_cohort(self, settings: SegmentationSettings, manifest: pd.DataFrame, splits: Splits) -> None:
+        """Refuse classes that no map of the cohort has.
+
+        Raises:
+            UserError: naming the class, and the numbers that there are.
+        """
+        held = numbers_in_maps(manifest, settings.data.target)
+        if held is None:
+            return
+        for name, numbers in classes_of(settings).sets.items():
+            absent = [number for number in numbers if number not in held]
+            if absent and (len(absent) == len(numbers) or classes_of(settings).overlap):
+                raise UserError(
+                    f"data.classes: {name} is {'+'.join(map(str, numbers))}, and no map {settings.data.target} of the "
+                    f"cohort holds {absent[0]}; they hold {', '.join(map(str, sorted(held)))}"
+                )
+
+    def targets(self, truth: Truth, facts: Facts) -> npt.NDArray[np.generic]:
         """The truth is in the maps."""
-        return np.zeros(len(labels), dtype=np.float32)
+        return np.zeros(len(truth.labels), dtype=np.float32)
 
     def build(self, settings: SegmentationSettings, in_channels: int, facts: Facts) -> Segmenter:
         """The model of `settings`, on the CPU, with PyTorch's current random state."""
-        return build_segmenter(settings.model, in_channels, 1 + len(classes_of(settings)))
+        classes = classes_of(settings)
+        # Regions overlap, so the background is no class beside them.
+        return build_segmenter(settings.model, in_channels, len(classes.sets) + (not classes.overlap))
 
     def objective(self, settings: SegmentationSettings, facts: Facts) -> nn.Module:
         """The loss of `settings`."""
-        return settings.objective.build(settings.training.rounds)
+        return LossOfClasses(settings.objective.build(settings.training.rounds), classes_of(settings))
 
     def views_with_maps(
         self,
@@ -202,71 +220,91 @@ class Segmentation(Task[SegmentationSettings]):
         rows: Rows,
         epoch: int,
         seed: int,
-    ) -> torch.Tensor:
-        """(B, V, C + 1, X, Y, Z): views, or patches, with the places of classes as their last channel."""
-        places_bxyz = places_of(maps[settings.data.target], settings)
-        seen = make_views_with_maps(volumes_bcxyz, places_bxyz[:, None], rows, epoch, seed, settings.views)
-        return torch.cat([seen.volumes, seen.maps.to(seen.volumes.dtype)], dim=2)
+    ) -> dict[str, torch.Tensor]:
+        """`volumes` (B, V, C, X, Y, Z), whole or patches, `mirrored` if the network asks, and `map` (B, V, X, Y, Z)."""
+        channels = volumes_bcxyz.shape[1]
+        sees_mirror = isinstance(settings.model, SymmetrySwinUNETRSettings)
+        if sees_mirror:
+            # As further channels the other side is cropped and moved alike: a patch comes with its counterpart.
+            volumes_bcxyz = torch.cat([volumes_bcxyz, mirror_image(volumes_bcxyz)], dim=1)
+        map_bxyz = target_map(maps[settings.data.target], classes_of(settings))
+        seen = make_views_with_maps(volumes_bcxyz, map_bxyz[:, None], rows, epoch, seed, settings.views)
+        found = {"volumes": seen.volumes[:, :, :channels], "map": seen.maps[:, :, 0]}
+        return found | ({"mirrored": seen.volumes[:, :, channels:]} if sees_mirror else {})
 
     def step(
         self,
         model: nn.Module,
         objective: nn.Module,
-        views_bvcxyz: torch.Tensor,
+        seen: Mapping[str, torch.Tensor],
         targets_b: torch.Tensor,
         progress: float,
     ) -> Step:
         """The loss of one batch."""
-        volumes_ncxyz, places_nxyz = (
-            views_bvcxyz[:, :, :-1].flatten(0, 1),
-            views_bvcxyz[:, :, -1].flatten(0, 1),
-        )
-        scores = model(volumes_ncxyz)
-        loss = _over_depths(objective, scores, places_nxyz.round().long(), progress)
-        noted = cast(dict[str, torch.Tensor], objective.diagnostics)
+        mirrored = [seen["mirrored"].flatten(0, 1)] if "mirrored" in seen else []
+        scores = model(seen["volumes"].flatten(0, 1), *mirrored)
+        losses = cast(LossOfClasses, objective)
+        loss = _over_depths(losses.loss, scores, losses.target(seen["map"].flatten(0, 1)), progress)
+        noted = cast(dict[str, torch.Tensor], losses.loss.diagnostics)
         absent = torch.tensor(math.nan)
         return Step(loss, {name: noted.get(name, absent) for name in self.about.course})
 
     def observe(
         self, settings: SegmentationSettings, model: nn.Module, volumes_bcxyz: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The probabilities (B, K, X, Y, Z), and as `embedding` the share of every class (B, K)."""
-        probabilities = self._scores(settings, model, volumes_bcxyz).float().softmax(dim=1)
-        shares = torch.stack(
-            [
-                (probabilities.argmax(1) == place).flatten(1).float().mean(1)
-                for place in range(probabilities.shape[1])
-            ],
-            dim=1,
-        )
-        return {"embedding": shares, PROBABILITIES: probabilities}
+        """The probabilities (B, 1 + K, X, Y, Z), and as `embedding` the share of every class (B, 1 + K)."""
+        scores_bkxyz = self._scores(settings, model, volumes_bcxyz).float()
+        if classes_of(settings).overlap:
+            regions_bkxyz = scores_bkxyz.sigmoid()
+            outside_b1xyz = 1 - regions_bkxyz.amax(dim=1, keepdim=True)
+            probabilities = torch.cat([outside_b1xyz, regions_bkxyz], dim=1)
+        else:
+            probabilities = scores_bkxyz.softmax(dim=1)
+        found = self._painted(settings, probabilities)
+        return {"embedding": _shares(found, classes_of(settings)), PROBABILITIES: probabilities}
 
     def observe_with_maps(
         self, settings: SegmentationSettings, model: nn.Module, volumes_bcxyz: torch.Tensor, beside: Beside
     ) -> dict[str, torch.Tensor]:
-        """Counts of voxels (B, K - 1, 3), and after the last epoch distances and surface Dice (B, K - 1, 2)."""
+        """Counts of voxels (B, K, 3), and after the last epoch distances and surface Dice (B, K, 2)."""
         seen = self.observe(settings, model, volumes_bcxyz)
-        found = self.observe_maps(settings, seen.pop(PROBABILITIES).argmax(dim=1).cpu(), beside)
+        found = self._compared(settings, self._painted(settings, seen.pop(PROBABILITIES)), beside)
         if beside.final:
-            reference_bxyz = places_of(beside.maps[settings.data.target], settings).cpu()
-            found |= _slices(volumes_bcxyz[:, 0].cpu(), found.pop(PREDICTED_MAP), reference_bxyz)
+            classes = classes_of(settings)
+            places = [
+                _places(each, classes)
+                for each in (found.pop(PREDICTED_MAP), beside.maps[settings.data.target].cpu())
+            ]
+            found |= planes_of(volumes_bcxyz[:, 0].cpu(), *places)
         return {name: values for name, values in (seen | found).items() if name != PREDICTED_MAP}
 
     def observe_maps(
         self, settings: SegmentationSettings, predicted_bxyz: torch.Tensor, beside: Beside
     ) -> dict[str, torch.Tensor]:
-        """See `Task`: places of classes, 0 the background."""
-        reference_bxyz = places_of(beside.maps[settings.data.target], settings).cpu().numpy()
-        count, edges = 1 + len(classes_of(settings)), np.array(beside.edges)
+        """See `Task`."""
+        return self._compared(settings, predicted_bxyz, beside)
+
+    def _painted(self, settings: SegmentationSettings, probabilities: torch.Tensor) -> torch.Tensor:
+        """The maps (B, X, Y, Z) int16 of probabilities."""
+        classes = classes_of(settings)
+        return torch.from_numpy(np.stack([classes.paint(each) for each in probabilities.cpu().numpy()]))
+
+    def _compared(
+        self, settings: SegmentationSettings, predicted_bxyz: torch.Tensor, beside: Beside
+    ) -> dict[str, torch.Tensor]:
+        """Maps (B, X, Y, Z) of numbers beside the true ones."""
+        classes, edges = classes_of(settings), np.array(beside.edges)
+        reference_bxyz = beside.maps[settings.data.target].cpu().numpy()
         tolerance = settings.evaluation.tolerance if beside.final else None
         cases = [
-            compare_maps(predicted, reference, range(1, count), edges, tolerance=tolerance, unknown=IGNORED)
+            compare_maps(
+                predicted, reference, list(classes.sets.values()), edges, tolerance=tolerance, unknown=IGNORED
+            )
             for predicted, reference in zip(predicted_bxyz.numpy(), reference_bxyz, strict=True)
         ]
-        shares = [(predicted_bxyz == place).flatten(1).float().mean(1) for place in range(count)]
         # A checkpoint and the workers exchange tensors.
         return {
-            "embedding": torch.stack(shares, dim=1),
+            "embedding": _shares(predicted_bxyz, classes),
             COUNTS: torch.from_numpy(np.stack([case.counts_k3 for case in cases])),
             DISTANCES: torch.from_numpy(np.stack([case.distances_k2 for case in cases])),
             "voxel": beside.voxel_ml.cpu(),
@@ -276,17 +314,21 @@ class Segmentation(Task[SegmentationSettings]):
     def atlas(
         self, settings: SegmentationSettings, maps: Iterable[Beside], one_class: bool
     ) -> npt.NDArray[np.int16]:
-        """See `Task`."""
-        count, total_kxyz = 1 + len(classes_of(settings)), None
+        """See `Task`: of every voxel what is most frequent there, of regions the share of people who have each."""
+        classes, total_kxyz, people = classes_of(settings), None, 0
         for beside in maps:
-            places_bxyz = places_of(beside.maps[settings.data.target], settings)
-            counts_kxyz = torch.stack([(places_bxyz == place).sum(dim=0) for place in range(count)])
-            total_kxyz = counts_kxyz if total_kxyz is None else total_kxyz + counts_kxyz
+            for map_xyz in beside.maps[settings.data.target].cpu().numpy():
+                masks_kxyz = classes.masks(map_xyz)
+                outside_xyz = ~masks_kxyz.any(axis=0) & (map_xyz != IGNORED)
+                counts_kxyz = np.concatenate([outside_xyz[None], masks_kxyz]).astype(np.float64)
+                total_kxyz = counts_kxyz if total_kxyz is None else total_kxyz + counts_kxyz
+                people += 1
         assert total_kxyz is not None
         if one_class:
-            most = 1 + int(total_kxyz[1:].flatten(1).sum(dim=1).argmax())
-            return np.full(total_kxyz.shape[1:], most, dtype=np.int16)
-        return total_kxyz.argmax(dim=0).numpy().astype(np.int16)
+            most = int(total_kxyz[1:].sum(axis=(1, 2, 3)).argmax())
+            number = classes.numbers[list(classes.sets)[most]]
+            return np.full(total_kxyz.shape[1:], number, dtype=np.int16)
+        return classes.paint(total_kxyz / people)
 
     def _scores(
         self, settings: SegmentationSettings, model: nn.Module, volumes_bcxyz: torch.Tensor
@@ -297,13 +339,11 @@ class Segmentation(Task[SegmentationSettings]):
             whole: torch.Tensor = model(volumes_bcxyz)
             return whole
         window = (size, size, size) if isinstance(size, int) else size
+        overlap = settings.evaluation.overlap
+        if isinstance(settings.model, SymmetrySwinUNETRSettings):
+            return mirrored_sliding_window(volumes_bcxyz, model, window, overlap, WINDOWS_TOGETHER)
         scores = sliding_window_inference(
-            volumes_bcxyz,
-            window,
-            WINDOWS_TOGETHER,
-            model,
-            overlap=settings.evaluation.overlap,
-            mode="gaussian",
+            volumes_bcxyz, window, WINDOWS_TOGETHER, model, overlap=overlap, mode="gaussian"
         )
         return cast(torch.Tensor, scores)
 
@@ -311,10 +351,10 @@ class Segmentation(Task[SegmentationSettings]):
         self, settings: SegmentationSettings, training: Observed, evaluation: Observed, judging: Judging
     ) -> Outcome:
         """Measure every case, then the mean over people; nothing is fitted."""
-        of_cases = _columns(
-            classes_of(settings), evaluation.outputs[COUNTS], evaluation.outputs[DISTANCES],
-            evaluation.outputs["voxel"],
-        )  # fmt: skip
+        names = list(classes_of(settings).sets)
+        of_cases = case_table(
+            names, evaluation.outputs[COUNTS], evaluation.outputs[DISTANCES], evaluation.outputs["voxel"]
+        )
         table = pd.concat(
             [
                 pd.DataFrame({"predicted": 1 - evaluation.embeddings[:, 0], "error": 1 - of_cases[DICE]}),
@@ -322,12 +362,13 @@ class Segmentation(Task[SegmentationSettings]):
             ],
             axis=1,
         ).drop(columns=DICE)
-        metrics = _measured(classes_of(settings), of_cases, evaluation.subjects)
-        return Outcome(metrics, table, pictures=_typical(of_cases[DICE].to_numpy(float), evaluation.outputs))
+        metrics = measured_cases(names, of_cases, evaluation.subjects)
+        pictures = typical_cases(of_cases[DICE].to_numpy(float), evaluation.outputs)
+        return Outcome(metrics, table, pictures=pictures)
 
-    def segmented_classes(self, settings: SegmentationSettings) -> tuple[str, ...]:
+    def segmented_classes(self, settings: SegmentationSettings) -> LabelSets:
         """See `Task`."""
-        return tuple(classes_of(settings))
+        return classes_of(settings)
 
     def judge_map(
         self,
@@ -340,10 +381,12 @@ class Segmentation(Task[SegmentationSettings]):
         """See `Task`."""
         classes = classes_of(settings)
         found = compare_maps(
-            classes_xyz, reference_xyz, list(classes.values()), np.array(edges),
+            classes_xyz, reference_xyz, list(classes.sets.values()), np.array(edges),
             tolerance=settings.evaluation.tolerance, unknown=IGNORED,
         )  # fmt: skip
-        columns = _columns(classes, found.counts_k3[None], found.distances_k2[None], np.array([voxel_ml]))
+        columns = case_table(
+            list(classes.sets), found.counts_k3[None], found.distances_k2[None], np.array([voxel_ml])
+        )
         return {str(name): float(value) for name, value in columns.iloc[0].items()}
 
     def predictions(
@@ -352,7 +395,7 @@ class Segmentation(Task[SegmentationSettings]):
         """The share of the voxels of a scan that every class has."""
         shares_nk = outputs["embedding"]
         table = pd.DataFrame({"predicted": 1 - shares_nk[:, 0]})
-        for place, name in enumerate(cast(dict[str, int], facts["classes"]), start=1):
+        for place, name in enumerate(classes_in(facts).sets, start=1):
             table[f"share_{name}"] = shares_nk[:, place]
         return table
 
@@ -360,16 +403,14 @@ class Segmentation(Task[SegmentationSettings]):
         self, settings: SegmentationSettings, outputs: Mapping[str, Floats], facts: Facts
     ) -> dict[str, ClassProbabilities]:
         """The probabilities of the background and every class."""
-        known = cast(dict[str, int], facts["classes"])
-        made = ClassProbabilities(outputs[PROBABILITIES], tuple(known), tuple(known.values()))
-        return {settings.data.target: made}
+        return {settings.data.target: ClassProbabilities(outputs[PROBABILITIES], classes_in(facts))}
 
     def present(
         self, predictions: pd.DataFrame, truth: Labels | None, calibration: str | None, facts: Facts
     ) -> Prediction:
         """The share of every class."""
         shown = pd.DataFrame(index=predictions.index)
-        for name in cast(dict[str, int], facts["classes"]):
+        for name in classes_in(facts).sets:
             column = f"share_{name}"
             shown[f"{name}, share of the field"] = [f"{value:.3f}" for value in predictions[column]]
         return Prediction(
@@ -380,58 +421,74 @@ class Segmentation(Task[SegmentationSettings]):
         self, presented: pd.DataFrame, truth: Truth, internal: Mapping[str, float]
     ) -> dict[str, float | str]:
         """Overlap, distances and volumes where maps were compared; else only shares are known."""
-        classes = {str(name).removeprefix("dice_"): 0 for name in presented if str(name).startswith("dice_")}
+        classes = [str(name).removeprefix("dice_") for name in presented if str(name).startswith("dice_")]
         if classes:
-            found: dict[str, float | str] = dict(_measured(classes, presented, truth.subjects))
+            found: dict[str, float | str] = dict(measured_cases(classes, presented, truth.subjects))
             return found
         names = [str(name) for name in presented.columns if str(name).startswith("share_")]
         return {f"mean {name}": float(presented[name].mean()) for name in names}
 
 
-def classes_of(settings: SegmentationSettings) -> dict[str, int]:
-    """The number of every class in the map, by name."""
-    return {name: int(number) for name, number in (each.split("=") for each in settings.data.classes)}
+class LossOfClasses(nn.Module):
+    """The loss, and what it wants of a map."""
+
+    def __init__(self, loss: nn.Module, classes: LabelSets) -> None:
+        super().__init__()
+        self.loss, self.classes = loss, classes
+
+    def target(self, map_nxyz: torch.Tensor) -> torch.Tensor:
+        """Places of classes (N, X, Y, Z); of regions that overlap 1 inside and 0 outside each of them (N, K, X, Y, Z).
+
+        `IGNORED` where nothing is known.
+        """
+        if not self.classes.overlap:
+            return map_nxyz.long()
+        regions = [torch.isin(map_nxyz, _numbers(each, map_nxyz)) for each in self.classes.sets.values()]
+        inside_nkxyz = torch.stack(regions, dim=1).long()
+        return inside_nkxyz.masked_fill((map_nxyz == IGNORED)[:, None], IGNORED)
 
 
-def places_of(map_bxyz: torch.Tensor, settings: SegmentationSettings) -> torch.Tensor:
-    """The place of every voxel's class, int16: 0 for the background, `IGNORED` where the map has -1."""
+def classes_of(settings: SegmentationSettings) -> LabelSets:
+    """The classes of the map."""
+    return LabelSets.parse(settings.data.classes, MOST_CLASSES)
+
+
+def classes_in(facts: Facts) -> LabelSets:
+    """The classes of a model; those of version 0.3 have one number each."""
+    known = cast(dict[str, int | list[int]], facts["classes"])
+    return LabelSets(
+        {name: (each,) if isinstance(each, int) else tuple(each) for name, each in known.items()}
+    )
+
+
+def target_map(map_bxyz: torch.Tensor, classes: LabelSets) -> torch.Tensor:
+    """What a training takes of a map (B, X, Y, Z): places of classes, or numbers of regions; else 0, and -1."""
+    if not classes.overlap:
+        return _places(map_bxyz, classes)
+    inside = torch.isin(
+        map_bxyz, _numbers([number for each in classes.sets.values() for number in each], map_bxyz)
+    )
+    return torch.where(inside | (map_bxyz == IGNORED), map_bxyz, 0).to(torch.int16)
+
+
+def _places(map_bxyz: torch.Tensor, classes: LabelSets) -> torch.Tensor:
+    """The place of every voxel's class, of regions that of the smallest one; 0 background, `IGNORED` not known."""
     places_bxyz = torch.zeros_like(map_bxyz)
-    for place, number in enumerate(classes_of(settings).values(), start=1):
-        places_bxyz[map_bxyz == number] = place
+    for place, name in enumerate(classes.sets, start=1):
+        numbers = classes.sets[name] if not classes.overlap else (classes.numbers[name],)
+        places_bxyz[torch.isin(map_bxyz, _numbers(numbers, map_bxyz))] = place
     places_bxyz[map_bxyz == IGNORED] = IGNORED
     return places_bxyz
 
 
-def _slices(
-    volumes_bxyz: torch.Tensor, predicted_bxyz: torch.Tensor, reference_bxyz: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Three planes (B, 3, …) uint8 through the largest part of every reference: image, predicted and true places."""
-    planes: dict[str, list[torch.Tensor]] = {name: [] for name in PLANES}
-    for volume, predicted, reference in zip(volumes_bxyz, predicted_bxyz, reference_bxyz, strict=True):
-        inside = volume[volume != 0]
-        low, high = np.percentile(inside.numpy(), [1, 99]) if inside.numel() else (0.0, 1.0)
-        grey = ((volume - low) / max(float(high - low), 1e-6)).clamp(0, 1) * 230 + 25
-        image = torch.where(volume != 0, grey, torch.zeros(())).to(torch.uint8)
-        known = reference.clamp(min=0)
-        for axis, name in enumerate(PLANES):
-            others = [other for other in range(3) if other != axis]
-            cut = int((known > 0).sum(dim=others).argmax())
-            several = [each.select(axis, cut).to(torch.uint8) for each in (image, predicted, known)]
-            planes[name].append(torch.stack(several))
-    return {name: torch.stack(several) for name, several in planes.items()}
+def _numbers(numbers: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device)
 
 
-def _typical(dice_n: Floats, outputs: Mapping[str, Floats]) -> dict[str, npt.NDArray[np.generic]]:
-    """The planes of the best, the median and the worst case, and their Dice; {} where none were kept."""
-    if PLANES[0] not in outputs:
-        return {}
-    order = np.argsort(-dice_n, kind="stable")
-    order = order[: np.count_nonzero(~np.isnan(dice_n))]
-    if not order.size:
-        return {}
-    chosen = np.array(list(dict.fromkeys([order[0], order[(len(order) - 1) // 2], order[-1]])))
-    planes = {name: np.asarray(outputs[name][chosen], dtype=np.uint8) for name in PLANES}
-    return {**planes, "place": chosen, DICE: dice_n[chosen]}
+def _shares(map_bxyz: torch.Tensor, classes: LabelSets) -> torch.Tensor:
+    """The share of the voxels that are background, and of every class (B, 1 + K)."""
+    masks = [np.concatenate([(each == 0)[None], classes.masks(each)]) for each in map_bxyz.numpy()]
+    return torch.from_numpy(np.stack([each.mean(axis=(1, 2, 3), dtype=np.float64) for each in masks])).float()
 
 
 def _over_depths(
@@ -448,70 +505,3 @@ def _over_depths(
         for depth in reversed(range(len(weights)))
     ]
     return torch.stack(losses).sum() / sum(weights)
-
-
-def _mean_of_defined(values_nk: Floats) -> Floats:
-    """The mean over the classes that are defined (N,); NaN where none is."""
-    defined_nk = ~np.isnan(values_nk)
-    counts_n = defined_nk.sum(axis=1)
-    totals_n = np.where(defined_nk, values_nk, 0.0).sum(axis=1)
-    means: Floats = np.where(counts_n > 0, totals_n / np.maximum(counts_n, 1), math.nan)
-    return means
-
-
-def _columns(
-    classes: Mapping[str, int], counts_nk3: Floats, distances_nk2: Floats, voxel_ml_n: Floats
-) -> pd.DataFrame:
-    """One row per case: the mean `dice`, and of every class Dice, distances, and both volumes in mL."""
-    dice_nk = dice_of(counts_nk3)
-    table = {DICE: _mean_of_defined(dice_nk)}
-    for place, name in enumerate(classes):
-        table |= {
-            f"dice_{name}": dice_nk[:, place],
-            f"ml_{name}": counts_nk3[:, place, PREDICTED] * voxel_ml_n,
-            f"reference_ml_{name}": counts_nk3[:, place, REFERENCE] * voxel_ml_n,
-            f"hausdorff95_{name}": distances_nk2[:, place, 0],
-            f"surface_dice_{name}": distances_nk2[:, place, 1],
-        }
-    return pd.DataFrame(table)
-
-
-def _measured(classes: Mapping[str, int], cases: pd.DataFrame, subjects: Names) -> dict[str, float]:
-    """The metrics of the description, of cases as `_columns` gives them; one that tells nothing is in no mean."""
-
-    def of_all(column: str) -> Floats:
-        return np.stack([cases[f"{column}_{name}"].to_numpy(float) for name in classes], axis=1)
-
-    dice_nk, wrong_nk = of_all("dice"), np.abs(of_all("ml") - of_all("reference_ml"))
-    # Of a class in neither map nothing can be wrong.
-    wrong_nk = np.where(np.isnan(dice_nk), math.nan, wrong_nk)
-    surface_nk, far_nk = of_all("surface_dice"), of_all("hausdorff95")
-    metrics = {
-        "dice": _over_people(cases[DICE].to_numpy(float), subjects),
-        "hausdorff95": _median(far_nk),
-        "surface_dice": _over_people(_mean_of_defined(surface_nk), subjects),
-        "volume_error": _over_people(_mean_of_defined(wrong_nk), subjects),
-        "undefined": float(np.isnan(dice_nk).sum()),
-    }
-    for place, name in enumerate(classes):
-        metrics |= {
-            f"dice_{name}": _over_people(dice_nk[:, place], subjects),
-            f"hausdorff95_{name}": _median(far_nk[:, place]),
-            f"surface_dice_{name}": _over_people(surface_nk[:, place], subjects),
-            f"volume_error_{name}": _over_people(wrong_nk[:, place], subjects),
-        }
-    return metrics
-
-
-def _over_people(values_n: Floats, subjects: Names) -> float:
-    """The mean over people of scans whose value is defined; NaN if there is none."""
-    defined = ~np.isnan(values_n)
-    if not defined.any():
-        return math.nan
-    return float(np.mean(subject_means(values_n[defined], subjects[defined])))
-
-
-def _median(values_nk: Floats) -> float:
-    """The median of the defined values; a class that is in one map only is infinitely far."""
-    defined = values_nk[~np.isnan(values_nk)]
-    return float(np.median(defined)) if defined.size else math.nan

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from torch import nn
 
 from core.errors import UserError
 from core.evaluation import Floats, Names
+from core.evaluation.label_sets import LabelSets
 from core.evaluation.site import site_balanced_accuracy
 from core.evaluation.splits import Rows, Splits
 from core.run_settings import RunSettings
@@ -37,6 +38,8 @@ NO_ATLAS = (
 )
 Facts = dict[str, JsonValue]
 """What a model must know of the labels of its training subjects, as JSON values."""
+Seen = Any
+"""What `Task.step` gets of a batch: views (B, V, C, X, Y, Z), or what else a task makes of it, tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,9 @@ class ClassProbabilities(NamedTuple):
     """How probable every class is in every voxel."""
 
     values: Floats
-    """(N, K, X, Y, Z), the first class is the background."""
-    names: tuple[str, ...]
-    """Of the K - 1 classes behind it."""
-    numbers: tuple[int, ...]
-    """By which a map tells them."""
+    """(N, 1 + K, X, Y, Z), the background first."""
+    classes: LabelSets
+    """The K classes."""
 
 
 @dataclass(frozen=True)
@@ -203,15 +204,23 @@ class Task(ABC, Generic[S]):
             UserError: why, and what would help.
         """
 
+    def check_grid(self, settings: S, grid: tuple[int, int, int]) -> list[str]:
+        """Refuse a cohort whose volumes (X, Y, Z) the model cannot take; what people should know, as notes.
+
+        Raises:
+            UserError: why, and what would help.
+        """
+        return []
+
     # Training.
 
     def learn(self, settings: S, training: Truth) -> Facts:
         """What a model must know of the labels of its training subjects, such as their mean."""
         return {}
 
-    def targets(self, labels: Labels, facts: Facts) -> npt.NDArray[np.generic]:
-        """Labels (N,) as numbers (N,), which `step` gets as a tensor."""
-        return labels.astype(np.float32)
+    def targets(self, truth: Truth, facts: Facts) -> npt.NDArray[np.generic]:
+        """The truth about N scans as numbers (N,), which `step` gets as a tensor."""
+        return truth.labels.astype(np.float32)
 
     @abstractmethod
     def build(self, settings: S, in_channels: int, facts: Facts) -> nn.Module:
@@ -221,10 +230,8 @@ class Task(ABC, Generic[S]):
     def objective(self, settings: S, facts: Facts) -> nn.Module:
         """What `step` computes the loss with; its schedules know the length of the run."""
 
-    def views(
-        self, settings: S, volumes_bcxyz: torch.Tensor, rows: Rows, epoch: int, seed: int
-    ) -> torch.Tensor:
-        """The views (B, V, C, X, Y, Z) of a batch: a function of seed, subject, epoch and view alone."""
+    def views(self, settings: S, volumes_bcxyz: torch.Tensor, rows: Rows, epoch: int, seed: int) -> Seen:
+        """What `step` gets of a batch: a function of seed, subject, epoch and view alone."""
         views: ViewSettings = getattr(settings, "views", None) or ViewSettings(count=1)
         return make_views(volumes_bcxyz, rows, epoch, seed, views)
 
@@ -236,8 +243,8 @@ class Task(ABC, Generic[S]):
         rows: Rows,
         epoch: int,
         seed: int,
-    ) -> torch.Tensor:
-        """As `views`, with the maps (B, X, Y, Z) int16 that the task needs; what is seen of them are channels, too."""
+    ) -> Seen:
+        """As `views`, with the maps (B, X, Y, Z) int16 that the task needs."""
         return self.views(settings, volumes_bcxyz, rows, epoch, seed)
 
     @abstractmethod
@@ -245,7 +252,7 @@ class Task(ABC, Generic[S]):
         self,
         model: nn.Module,
         objective: nn.Module,
-        views_bvcxyz: torch.Tensor,
+        seen: Seen,
         targets_b: torch.Tensor,
         progress: float,
     ) -> Step:
@@ -254,7 +261,7 @@ class Task(ABC, Generic[S]):
         Args:
             model: as from `build`; it may be wrapped for distributed training.
             objective: as from `objective`.
-            views_bvcxyz: as from `views`.
+            seen: as from `views`.
             targets_b: as from `targets`.
             progress: e/E in epoch e of E.
         """
@@ -335,9 +342,9 @@ class Task(ABC, Generic[S]):
         """
         return {}
 
-    def segmented_classes(self, settings: S) -> tuple[str, ...]:
-        """The names of the classes behind the background in `probability_maps`; () if the task gives none."""
-        return ()
+    def segmented_classes(self, settings: S) -> LabelSets | None:
+        """The classes behind the background in `probability_maps`; None if the task gives none."""
+        return None
 
     def judge_map(
         self,

@@ -34,6 +34,8 @@ NEXT_OF_KIND = {
     "ageing": "",
     "tissue": " --task segmentation",
     "lesions": " --task classification --set data.target=disease",
+    "ct": " --task classification --set data.target=disease --set data.normalise=window:ct_brain",
+    "contrasts": " --space contrast_segmentation",
 }
 """What a sweep of phantoms of each kind is asked for."""
 
@@ -128,6 +130,13 @@ def ingest(
     registration: Annotated[
         bool, typer.Option("--register", help="align each brain with MNI152 by an affine transform")
     ] = False,
+    midline: Annotated[
+        bool,
+        typer.Option(
+            "--midline",
+            help="turn each head so that its mid-sagittal plane is the middle of the grid; refused where it fails",
+        ),
+    ] = False,
     interpolation: Annotated[
         str,
         typer.Option(metavar="linear|bspline", help="of images; maps have the class of the nearest voxel"),
@@ -135,7 +144,7 @@ def ingest(
     intensity: Annotated[
         str,
         typer.Option(
-            help="zscore, raw, percentile:LOW,HIGH, window:LOW,HIGH or window:mri, ct, ct_brain, stiffness"
+            help="zscore, raw, hu (CT), percentile:LOW,HIGH, window:LOW,HIGH or window:mri, ct, ct_brain, stiffness"
         ),
     ] = "zscore",
     dtype: Annotated[StoredType, typer.Option(help="how voxels are stored")] = "float16",
@@ -166,7 +175,7 @@ def ingest(
     try:
         preprocessing = Preprocessing(
             spacing=edges[0] if len(set(edges)) == 1 else edges, shape=grid, intensity=intensity,
-            interpolation=interpolation,
+            interpolation=interpolation, midline=midline,
             mask="file" if mask else None, registration="affine" if registration else None,
         )  # fmt: skip
     except ValidationError as error:

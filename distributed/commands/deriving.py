@@ -19,6 +19,7 @@ from rich.console import Console
 
 from core.config import task_of
 from core.errors import UserError
+from core.evaluation.label_sets import LabelSets
 from core.files.fingerprint import fingerprint
 from core.files.writing import replacing, write_text, writing_to
 from core.inference import Predicted, Predictor, load_predictor, mean_answer
@@ -122,9 +123,12 @@ def derive_volumes(
     models = Models.of(folder, console, is_trusted)
     best = models.best.predictor
     check_alike(folder, best, opened)
-    classes = _classes_of(best)
+    of_maps = _classes_of(best)
+    classes = list(of_maps.sets)
     beginning = "" if name == VOLUMES else f"{name}_"
-    columns = [f"{beginning}{each}_ml" for each in classes] + [f"{beginning}{each}_share" for each in classes]
+    # Regions that overlap are no shares of a whole.
+    kinds = ["ml"] if of_maps.overlap else ["ml", "share"]
+    columns = [f"{beginning}{each}_{kind}" for kind in kinds for each in classes]
     check_new(opened.folder, name, columns, map(str, opened.manifest.columns))
     group, groups = models.unseen(opened, ensemble)
     seen = group < 0
@@ -153,7 +157,8 @@ def derive_volumes(
     table = pd.concat([pd.read_parquet(task.part) for task in tasks]).set_index("row").sort_index()
     milliliters = table[[f"{each}_ml" for each in classes]].reindex(opened.manifest.index)
     shares = milliliters.div(milliliters.sum(axis=1).replace(0, np.nan), axis=0)
-    values = pd.concat([milliliters, shares], axis=1).set_axis(columns, axis=1)
+    parts = [milliliters] if of_maps.overlap else [milliliters, shares]
+    values = pd.concat(parts, axis=1).set_axis(columns, axis=1)
     made_by = f"the models of {folder.path.resolve().name}"
     if alike := models.best.alike(opened):
         made_by += f" (which know the ids of {alike} people from another data set)"
@@ -186,18 +191,18 @@ def _said(cohort: Cohort, rows: npt.NDArray[np.int64], predictors: Sequence[Pred
     return mean_answer(predictors, cohort.read(rows)[:, channels])
 
 
-def _classes_of(predictor: Predictor) -> tuple[str, ...]:
+def _classes_of(predictor: Predictor) -> LabelSets:
     """The classes of a segmentation.
 
     Raises:
         UserError: the task gives none.
     """
-    names = find_task(predictor.settings.task).segmented_classes(predictor.settings)
-    if not names:
+    classes = find_task(predictor.settings.task).segmented_classes(predictor.settings)
+    if classes is None:
         raise UserError(
             f"--volumes needs a run that segments (--task segmentation), and this one is of {predictor.settings.task}"
         )
-    return names
+    return classes
 
 
 def _start_or_go_on(place: Path, request: dict[str, object]) -> None:

@@ -164,7 +164,7 @@ def segmented_rows(
     """
     for name, every in said.probabilities.items():
         for number, row in enumerate(rows):
-            mine = ClassProbabilities(every.values[number : number + 1], every.names, every.numbers)
+            mine = ClassProbabilities(every.values[number : number + 1], every.classes)
             scan = cohort.manifest.iloc[row]
             own = None if stored_only else OwnGrid.of_manifest(scan)
             if own is None:

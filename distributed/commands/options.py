@@ -7,16 +7,17 @@ import inspect
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from core.errors import UserError
 from distributed.sweeps.request import REPEATED
@@ -24,6 +25,9 @@ from distributed.sweeps.request import REPEATED
 # A log file has no width, and 80 columns are not enough for the tables.
 # Names of people's folders and subjects may hold [brackets], which are no markup.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110, markup=False)
+
+EVERY_S = 30.0
+"""How often a command says how far it is, where it cannot draw."""
 
 CohortFolder = Annotated[
     str,
@@ -65,8 +69,30 @@ TrustsTask = Annotated[
 """For commands that use the models of a run."""
 
 
+class Lines(Progress):
+    """Progress for a log file or a pipe, where nothing can be drawn over: a line now and then, in place of a bar."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(console=Console(quiet=True))
+        self.what, self.said = what, time.monotonic()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """See `Progress`; says how far it is if it has said nothing for a while."""
+        super().update(task_id, **changes)
+        task = self.tasks[task_id]
+        if time.monotonic() - self.said < EVERY_S or task.total is None or task.completed >= task.total:
+            return
+        self.said = time.monotonic()
+        console.print(
+            f"{self.what}: {task.completed:g} of {task.total:g} after {task.elapsed or 0:.0f} s",
+            highlight=False,
+        )
+
+
 def progress_bar(what: str) -> Progress:
-    """A progress bar that disappears when it is done."""
+    """A progress bar that disappears when it is done; lines where there is no terminal."""
+    if not console.is_terminal:
+        return Lines(what)
     return Progress(
         TextColumn(what),
         BarColumn(),

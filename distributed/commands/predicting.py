@@ -17,6 +17,7 @@ import pandas as pd
 from rich.console import Console
 
 from core.errors import UserError
+from core.evaluation import Floats
 from core.files.tables import write_table
 from core.files.writing import replacing, write_text, writing_to
 from core.inference import Predictor, mean_answer, scan_of
@@ -48,6 +49,8 @@ class Wanted:
     probabilities: bool = False
     """Whether to write those of the classes, too."""
     ensemble: Ensemble = "best"
+    embeddings: Path | None = None
+    """A Parquet file for what the encoder says of every scan."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class OneScan:
     """The segmentations on the scan's own voxels, by name."""
     standing: Standing
     unfamiliar: str | None
+    embedding: Floats | None = None
+    """(E,) of one model."""
 
     @property
     def milliliters(self) -> dict[str, float]:
@@ -101,6 +106,7 @@ class ScanPredictor:
             {name: place(each, scan.affine, own) for name, each in said.probabilities.items()},
             self.known.standing(file, scan),
             self.first.unfamiliar(scan.voxels[None]),
+            None if said.embeddings is None else said.embeddings[0],
         )
 
 
@@ -172,6 +178,7 @@ def predict_files(
         found.append(replace(said, maps=dict.fromkeys(said.maps, np.empty(0, np.int16)), placed=_small(said)))
         if on_progress is not None:
             on_progress(number, len(files))
+    _write_embeddings(found, files, wanted)
     predictions = pd.concat([each.table for each in found], ignore_index=True)
     presented = predictor.first.present(predictions, known_truth)
     names = [*found[0].maps, *found[0].placed]
@@ -239,6 +246,7 @@ def predict_tree(
         raise UserError(
             f"no scan of {tree} can be used; the first: {skipped[0]['file']}: {skipped[0]['reason']}"
         )
+    _write_embeddings(found, files, wanted)
     presented = predictor.first.present(pd.concat([each.table for each in found], ignore_index=True), None)
     made = _with_volumes(presented, files, found)
     with writing_to(out):
@@ -256,8 +264,9 @@ def preprocessing_of(folder: RunFolder) -> Preprocessing:
     """The preprocessing of the cohort of the run; phantoms are made on the grid, in MNI space, with raw intensities."""
     cohort = cohort_of_run(folder)
     if cohort.synthetic:
+        intensity = "hu" if cohort.preprocessing.get("kind") == "ct" else "raw"
         return Preprocessing.model_validate(
-            {"spacing": cohort.spacing, "shape": cohort.shape, "intensity": "raw", "centre": "world"}
+            {"spacing": cohort.spacing, "shape": cohort.shape, "intensity": intensity, "centre": "world"}
         )
     return Preprocessing.from_settings(cohort.preprocessing)
 
@@ -285,6 +294,21 @@ def _with_volumes(presented: Prediction, files: Sequence[Path], found: Sequence[
         trained_on=[each.standing.trained_on for each in found], note=[each.note for each in found]
     )
     return replace(presented, table=table, shown=shown)
+
+
+def _write_embeddings(found: Sequence[OneScan], files: Sequence[Path], wanted: Wanted) -> None:
+    """Write embedding_0, embedding_1, … of every file, if they are asked for."""
+    if wanted.embeddings is None:
+        return
+    known = [each.embedding for each in found if each.embedding is not None]
+    if len(known) < len(found):
+        raise UserError(
+            "--embeddings cannot act with several models (--ensemble folds): their axes differ; use one"
+        )
+    table = pd.DataFrame(np.stack(known)).add_prefix("embedding_")
+    table.insert(0, "file", [str(file) for file in files])
+    with writing_to(wanted.embeddings.parent), replacing(wanted.embeddings) as path:
+        table.to_parquet(path, index=False)
 
 
 def _small(said: OneScan) -> dict[str, Placed]:

@@ -101,14 +101,21 @@ def predict(
         Path | None,
         typer.Option(
             metavar="FOLDER|FILE.csv",
-            help="also write the table, with whether the model was trained on a file: to FILE.csv, or into FOLDER, "
-            "beside the maps of classes of a task that has any, each on its file's grid; of a BIDS tree FOLDER becomes "
-            "a tree of derivatives",
+            help="also write the table, with whether the model was trained on a file: to FILE.csv or .json, or "
+            "into FOLDER, beside the maps of classes of a task that has any, each on its file's grid; of a BIDS tree "
+            "FOLDER becomes a tree of derivatives",
         ),
     ] = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="write the probabilities of all classes into FOLDER, too")
     ] = False,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.parquet",
+            help="also write the embedding of every file: file, embedding_0, embedding_1, …",
+        ),
+    ] = None,
     ensemble: EnsembleOption = "best",
     trust: TrustsTask = False,
 ) -> None:
@@ -119,7 +126,7 @@ def predict(
 
     quiet()
     bring_run(run, console)
-    folder = None if out is None or out.suffix.lower() == ".csv" else out
+    folder = None if out is None or out.suffix.lower() in (".csv", ".json") else out
     if probabilities and folder is None:
         raise UserError("--probabilities needs --out FOLDER")
     trees = [volume for volume in volumes if volume.is_dir()]
@@ -128,7 +135,11 @@ def predict(
             f"{trees[0]} is a folder: a BIDS tree is predicted by itself, into --out FOLDER, with its own masks and "
             "without --truth"
         )
-    wanted = Wanted(folder, probabilities, ensemble)
+    if embeddings is not None and (embeddings.suffix != ".parquet" or ensemble != "best"):
+        raise UserError(
+            f"--embeddings {embeddings} must be a .parquet file, of one model (--ensemble best: axes of several differ)"
+        )
+    wanted = Wanted(folder, probabilities, ensemble, embeddings)
     with progress_bar("predicting") as progress:
         task = progress.add_task("", total=None)
 
@@ -156,12 +167,15 @@ def predict(
     console.print(prediction.how_to_read, highlight=False, soft_wrap=True)
     if out is not None and not trees:
         from core.files.tables import write_table
-        from core.files.writing import writing_to
+        from core.files.writing import write_text, writing_to
 
         table_file = out if folder is None else folder / "predictions.csv"
         with writing_to(table_file.parent):
             table_file.parent.mkdir(parents=True, exist_ok=True)
-            write_table(found, table_file)
+            if table_file.suffix.lower() == ".json":
+                write_text(table_file, found.to_json(orient="records", indent=2))
+            else:
+                write_table(found, table_file)
 
 
 @using.command(

@@ -13,6 +13,8 @@ from core.config import merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.run_names import ENQUEUED, PUBLISHED, WEIGHTS
+from core.run_settings import RunSettings
+from core.tasks import find_task
 from core.tasks.task import check_parts
 from core.volumes.cohort.reader import Cohort
 from distributed.run.working_copy import address_of
@@ -51,6 +53,15 @@ def check_place(out: Path, request: SweepRequest) -> None:
             f"--scheduler {request.scheduler} needs --out on storage that all nodes mount: its members begin from each "
             "other's checkpoints"
         )
+
+
+def tell_of_grid(settings: RunSettings, cohort: Cohort, console: Console) -> None:
+    """Say what becomes of the volumes; UserError if the model, or that of the first stage, cannot take them."""
+    x, y, z = cohort.volume_shape[1:]
+    for each in (settings.pretraining, settings):
+        notes = [] if each is None else find_task(each.task).check_grid(each, (x, y, z))
+        for note in notes:
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort) -> Splits:

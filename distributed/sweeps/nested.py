@@ -41,7 +41,14 @@ from distributed.run.quiet import quiet
 from distributed.run.trust import check_trusted
 from distributed.run.working_copy import address_of, bring_run, refuse_taken, run_as_typed
 from distributed.slots.cluster import connect
-from distributed.sweeps.launch import Launch, check_subjects, first_points, recorded, with_whole_grid
+from distributed.sweeps.launch import (
+    Launch,
+    check_subjects,
+    first_points,
+    recorded,
+    tell_of_grid,
+    with_whole_grid,
+)
 from distributed.sweeps.request import LABELLED, Part, ResumeRequest, SweepRequest
 from distributed.sweeps.resolve import resolve_search
 from distributed.sweeps.resume import NO_CHANGES, as_request, resume_sweep
@@ -208,6 +215,8 @@ def run_nested(launch: Launch) -> RunFolder:
     opened = Cohort.open(launch.cohort)
     search = resolve_search(request, opened)
     refuse_other_starts(search.settings.begin.weights, search.profile.settings, starts)
+    # Every sweep says its notes.
+    tell_of_grid(search.settings, opened, Console(quiet=True))
     for part in request.parts:
         own = request.model_copy(update=part.changes)
         splits = check_subjects(own, search if request.outer else resolve_search(own, opened), opened)

@@ -72,6 +72,7 @@ from distributed.sweeps.launch import (
     check_subjects,
     first_points,
     recorded,
+    tell_of_grid,
     with_whole_grid,
 )
 from distributed.sweeps.refits import after_search
@@ -391,6 +392,7 @@ def run_sweep(launch: Launch, shared: Shared | None = None) -> RunFolder:
     first = first_points(search, launch) if shared is None else shared.first
     request = with_whole_grid(request, search, first)
     splits = check_subjects(request, search, opened)
+    tell_of_grid(search.settings, opened, console)
     judged = np.concatenate([splits.development, splits.holdout])
     tell_what_matches(search.settings, starts, opened, splits.development, console)
     leaks = check_leaks(

@@ -167,7 +167,7 @@ class CellTraining(CellData):
         _check_shares(settings, len(self.training_rows), place)
         torch.manual_seed(_derive_seed(cell, "initialisation"))
         self.facts = self.task.learn(settings, self.labelled.truth(self.labelled_rows))
-        self.targets = self.task.targets(self.labelled.labels, self.facts)
+        self.targets = self.task.targets(self.labelled.truth(np.arange(len(subjects.manifest))), self.facts)
         self.model: nn.Module = self.task.build(settings, len(self.channels), self.facts).to(place.device)
         self._begin(earlier)
         if place.workers > 1:

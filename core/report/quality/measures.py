@@ -46,6 +46,10 @@ PER_SCAN = (
     Measure("likeness", "likeness to the mean of all others (r)", "likeness", "low", 0.02),
     Measure("registration_metric", "mutual information with MNI152", "mutual inf.", "low", 0.02),
     Measure("registration_stretch", "stretch in registration", "stretch", "high", 0.05),
+    Measure("midline_angle", "turned to the midline", "turned", "high", 3.0, unit="°"),
+    Measure("midline_residual_angle", "angle left to the mirror image", "left", "high", 0.2, unit="°"),
+    Measure("midline_residual_offset", "offset left to the mirror image", "left", "high", 0.2, unit="mm"),
+    Measure("midline_likeness", "likeness to the mirror image (r)", "mirror", "low", 0.02),
 )
 """Measures without a column in the manifest are left out, except brain_ml and likeness, which are measured here."""
 

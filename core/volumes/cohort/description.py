@@ -165,3 +165,11 @@ def has_map(manifest: pd.DataFrame, name: str) -> npt.NDArray[np.bool_]:
         raise UserError(f"the cohort has no maps '{name}': {there}")
     having: npt.NDArray[np.bool_] = manifest[known[name]].fillna("").astype(str).to_numpy() != ""
     return having
+
+
+def numbers_in_maps(manifest: pd.DataFrame, name: str) -> set[int] | None:
+    """The numbers that the maps `name` of a cohort hold; None if its manifest does not say, as before version 0.4."""
+    column = f"{map_column(name)}_numbers"
+    if column not in manifest:
+        return None
+    return {int(number) for text in manifest[column].fillna("") for number in str(text).split(",") if number}

@@ -42,6 +42,8 @@ VOLUMES, LABELS = "volumes", "labels"
 _WORDS = 1021  # a prime, so that two exchanged disk sectors do not meet in the same words
 
 
+MOST_NUMBERS = 64
+"""Of a map that a manifest keeps: more are no classes."""
 Fact = str | int | float | list[float]
 """What one cell of the manifest holds; the list is an affine's."""
 
@@ -111,6 +113,9 @@ def write_shard(
         facts["offset"] = offsets[VOLUMES]
     for name, several in maps.items():
         facts[f"{map_column(name)}_checksum"] = ["" if each is None else checksum(each) for each in several]
+        facts[f"{map_column(name)}_numbers"] = [
+            "" if each is None else ",".join(map(str, np.unique(each)[:MOST_NUMBERS])) for each in several
+        ]
         if offsets:
             facts[f"{map_column(name)}_offset"] = offsets[map_column(name)]
     rows: list[dict[str, Fact]] = [

@@ -116,7 +116,9 @@ class ShardInMemory:
             if classes.shape != self.description.shape:
                 raise UserError(f"map '{name}' must have shape {self.description.shape}, got {classes.shape}")
         scales = [scale_column(channel) for channel in self.description.channels]
-        ours = {f"{map_column(name)}_{end}" for name in self._maps for end in ("checksum", "offset")}
+        ours = {
+            f"{map_column(name)}_{end}" for name in self._maps for end in ("checksum", "numbers", "offset")
+        }
         if taken := sorted(set(facts) & (RESERVED.difference(COLUMNS) | set(scales) | ours)):
             raise UserError(f"{taken} are columns of the manifest itself; rename them")
         stored, scale = encode(volume, self.description.dtype)
@@ -276,7 +278,11 @@ def _hash_of_content(manifest: pd.DataFrame, preprocessing_hash: str) -> str:
     seen = ["subject", "session", "age", "sex", "site", "checksum"]
     columns = map(str, manifest.columns)
     ours = ("label_checksum", "scale_", "map_")
-    seen += [name for name in columns if name.startswith(ours) and not name.endswith(("_offset", "_source"))]
+    seen += [
+        name
+        for name in columns
+        if name.startswith(ours) and not name.endswith(("_numbers", "_offset", "_source"))
+    ]
     rows = manifest[seen].astype({"age": object}).where(manifest[seen].notna(), None).to_numpy().tolist()
     return fingerprint({"preprocessing": preprocessing_hash, "rows": rows})
 

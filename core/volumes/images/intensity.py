@@ -1,7 +1,7 @@
 """Grey values on one scale: as they are, z-scored, stretched between percentiles, or through a window.
 
 A setting is one line of text, the same on the command line, in a cohort's description and in its hash:
-`raw`, `zscore`, `percentile:0.1,99.9`, `window:-1000,1000`, or the name of a window such as `window:ct`.
+`raw`, `zscore`, `percentile:0.1,99.9`, `window:-1000,1000`, the name of a window such as `window:ct`, or `hu`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 from core.errors import UserError
 from core.lookup import did_you_mean
@@ -29,14 +30,16 @@ WINDOWS: dict[str, tuple[float, float]] = {
     # Pa at 50 Hz: above the 99.9th percentile of each of the 34 brains of MRE134 looked at (4080 to 9310 Pa)
     "stiffness": (0, 10_000),
 }
-KINDS = ("raw", "zscore", "percentile", "window")
+KINDS = ("raw", "zscore", "percentile", "window", "hu")
+HEAD_HU, DENSEST_HU = -500.0, 3071.0
+"""Hounsfield units: half-way between air and water, where the head begins; and the largest that scanners store."""
 
 
 @dataclass(frozen=True)
 class Intensity:
     """How grey values are scaled; `low` and `high` are percentiles or ends of the window, NaN for the others."""
 
-    kind: Literal["raw", "zscore", "percentile", "window"]
+    kind: Literal["raw", "zscore", "percentile", "window", "hu"]
     low: float = math.nan
     high: float = math.nan
 
@@ -51,8 +54,8 @@ def parse_intensity(text: str) -> Intensity:
     are `WINDOWS`. `str()` of the result spells the numbers out: equal voxels, equal text.
     """
     kind, _, rest = text.strip().partition(":")
-    if kind in ("raw", "zscore") and not rest:
-        return Intensity("raw" if kind == "raw" else "zscore")
+    if kind in ("raw", "zscore", "hu") and not rest:
+        return Intensity("hu" if kind == "hu" else "raw" if kind == "raw" else "zscore")
     if kind == "percentile":
         low, high = _two_numbers(text, rest or "{},{}".format(*MRI_PERCENTILES))
         if not 0 <= low < high <= 100:
@@ -66,7 +69,7 @@ def parse_intensity(text: str) -> Intensity:
             raise UserError(f"intensity '{text}': the lower end of a window comes first")
         return Intensity("window", float(low), float(high))
     raise UserError(
-        f"unknown intensity '{text}'; {did_you_mean(kind, KINDS)} Such as raw, zscore, percentile:0.1,99.9, "
+        f"unknown intensity '{text}'; {did_you_mean(kind, KINDS)} Such as raw, zscore, hu, percentile:0.1,99.9, "
         f"window:-1000,1000, window:{', window:'.join(['mri', *WINDOWS])}"
     )
 
@@ -88,8 +91,11 @@ def foreground(voxels: Values, intensity: Intensity) -> Mask:
     """The foreground of an image without a mask: its voxels that are not 0.
 
     In Hounsfield units, however, 0 is water and air lies far below it: if any voxel lies at or below the lower
-    end of a window, these voxels are the background instead.
+    end of a window, these voxels are the background instead. With `hu` it is the largest piece of what is denser than
+    half-way between air and water, its cavities filled: the head with its skull, without the table.
     """
+    if intensity.kind == "hu":
+        return _head(voxels)
     if intensity.kind == "window":
         above = voxels > intensity.low
         if not above.all():
@@ -107,10 +113,29 @@ def scale(voxels: Values, inside: Mask, intensity: Intensity) -> Values:
     values = voxels[inside].astype(np.float64)
     if values.size == 0:
         raise UserError("no voxel is inside the brain")
+    if intensity.kind == "hu":
+        return _hounsfield(voxels, inside)
     scaled = _scaled(values, intensity)
     result = np.zeros(voxels.shape, dtype=np.float32)
     result[inside] = _kept_from_zero(scaled.astype(np.float32), intensity)
     return result
+
+
+def _head(voxels: Values) -> Mask:
+    pieces, count = ndimage.label(voxels > HEAD_HU)
+    if not count:
+        raise UserError(
+            f"no voxel is above {HEAD_HU:g} HU: are these Hounsfield units? A CT stores them by its slope and intercept"
+        )
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    return np.asarray(ndimage.binary_fill_holes(pieces == sizes.argmax()))
+
+
+def _hounsfield(voxels: Values, inside: Mask) -> Values:
+    """Whole Hounsfield units inside, of which 0 is 1, because 0 means background."""
+    values = np.clip(np.rint(voxels), -DENSEST_HU, DENSEST_HU)
+    return np.where(inside, np.where(values == 0, 1, values), 0).astype(np.float32)
 
 
 def _scaled(values: npt.NDArray[np.float64], intensity: Intensity) -> npt.NDArray[np.float64]:

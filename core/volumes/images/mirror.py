@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import nibabel as nib
@@ -49,20 +50,45 @@ def mirror(volume: torch.Tensor, affine: Affine = RAS) -> torch.Tensor:
     return volume.flip(volume.ndim - 3 + left_right_axis(affine))
 
 
-def midline_offset(affine: Affine, shape: tuple[int, int, int]) -> float:
-    """Distance in mm from the grid's middle plane, about which `mirror` works, to the world's x = 0.
+def mirror_image(volumes_bcxyz: torch.Tensor, opposite_b: Sequence[int] | None = None) -> torch.Tensor:
+    """The volumes with left and right exchanged about the middle of each head, which need not be that of the grid.
 
-    In a template space x = 0 is the mid-sagittal plane: more than about a voxel of offset means that
-    left and right halves are not each other's mirror image.
+    Args:
+        volumes_bcxyz: (B, C, X, Y, Z) in RAS order, 0 outside the head.
+        opposite_b: of every volume the o for which voxel i of X lies opposite to voxel o - i; as `opposite_voxels`
+            finds it if absent. What has no counterpart on the grid is 0.
     """
-    middle = np.array([*(side - 1 for side in shape), 2.0]) / 2
-    return float((affine @ middle)[0])
+    found = opposite_voxels(volumes_bcxyz) if opposite_b is None else opposite_b
+    flipped_bcxyz = volumes_bcxyz.flip(2)
+    last = volumes_bcxyz.shape[2] - 1
+    if all(opposite == last for opposite in found):
+        return flipped_bcxyz
+    mirrored_bcxyz = torch.zeros_like(flipped_bcxyz)
+    for mirrored_cxyz, flipped_cxyz, opposite in zip(mirrored_bcxyz, flipped_bcxyz, found, strict=True):
+        by = opposite - last
+        into, of = slice(max(by, 0), last + 1 + min(by, 0)), slice(max(-by, 0), last + 1 - max(by, 0))
+        mirrored_cxyz[:, into] = flipped_cxyz[:, of]
+    return mirrored_bcxyz
 
 
-def midline_voxel(affine: Affine, shape: tuple[int, int, int]) -> float:
-    """Where the world's x = 0 cuts the left-right axis, in voxels, on the line through the grid's middle.
+def opposite_voxels(volumes_bcxyz: torch.Tensor) -> list[int]:
+    """For every volume the o (B,) for which it is most like its mirror image, in which voxel o - i of X is voxel i.
 
-    (side - 1) / 2 where the grid's middle plane is the mid-sagittal one.
+    The largest sum over voxels of v[i] v[o - i], for all o at once by a Fourier transform along X: the middle of the
+    head to half a voxel, where the head is upright. `ingest --midline` turns heads that are not.
+
+    Args:
+        volumes_bcxyz: (B, C, X, Y, Z) in RAS order, 0 outside the head; of a volume of zeros it is the grid's middle.
     """
-    axis = left_right_axis(affine)
-    return (shape[axis] - 1) / 2 - midline_offset(affine, shape) / float(affine[0, axis])
+    last = volumes_bcxyz.shape[2] - 1
+    # What is alike is looked for, and not what is bright: intensities may be of any sign.
+    spectrum = torch.fft.rfft(volumes_bcxyz.detach().float(), n=2 * (last + 1), dim=2)
+    alike_bo = torch.fft.irfft(spectrum * spectrum, n=2 * (last + 1), dim=2).sum(dim=(1, 3, 4))[
+        :, : 2 * last + 1
+    ]
+    highest_b1 = alike_bo.amax(dim=1, keepdim=True)
+    # Of equal ones the nearest to the middle of the grid.
+    distance_o = (torch.arange(2 * last + 1, device=alike_bo.device) - last).abs()
+    is_highest_bo = alike_bo >= highest_b1 - 1e-5 * highest_b1.abs()
+    found: list[int] = torch.where(is_highest_bo, distance_o, 4 * last + 4).argmin(dim=1).tolist()
+    return found

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from core.errors import UserError
 from core.files.fingerprint import fingerprint
 from core.lookup import look_up
-from core.volumes.images.intensity import Intensity, parse_intensity
+from core.volumes.images.intensity import FAINTEST, Intensity, parse_intensity
 from core.volumes.images.nifti import Affine
 
 PIPELINE_VERSION = 2  # increase it whenever the same settings give other voxels
@@ -73,13 +73,17 @@ class Preprocessing(BaseModel):
     )
     intensity: str = Field(
         default="zscore",
-        description="raw, zscore, percentile:LOW,HIGH, window:LOW,HIGH or a window's name, such as window:ct; "
-        "always inside the brain of each volume (core.volumes.images.intensity)",
+        description="raw, zscore, hu (Hounsfield units), percentile:LOW,HIGH, window:LOW,HIGH or a window's name, "
+        "such as window:ct; always inside the brain of each volume (core.volumes.images.intensity)",
     )
     registration: Literal["affine"] | None = Field(
         default=None,
         description="affine: lay each brain over the MNI152 template, so that the grid is in MNI mm; "
         "null: leave it as it lies",
+    )
+    midline: bool = Field(
+        default=False,
+        description="align each head with its mirror image, so that the middle of the grid is the mid-sagittal plane",
     )
     interpolation: Literal["linear", "bspline"] = Field(
         default="linear",
@@ -98,6 +102,16 @@ class Preprocessing(BaseModel):
     @classmethod
     def _fill_shape(cls, shape: object, info: ValidationInfo[object]) -> object:
         return default_shape(info.data.get("spacing", 4.0)) if shape is None else shape
+
+    @field_validator("midline")
+    @classmethod
+    def _midline_acts(cls, midline: bool, info: ValidationInfo[object]) -> bool:
+        """A registered brain lies in a symmetric template."""
+        if midline and info.data.get("registration") is not None:
+            raise ValueError(
+                "midline cannot act with registration, which lays the brain over a symmetric template; leave one out"
+            )
+        return midline
 
     @field_validator("centre")
     @classmethod
@@ -131,6 +145,8 @@ class Preprocessing(BaseModel):
         if self.interpolation == "linear":
             # Cohorts of format 2 do not have it, and theirs are the same voxels.
             del fields["interpolation"]
+        if not self.midline:
+            del fields["midline"]
         return {**fields, "version": PIPELINE_VERSION}
 
     @property
@@ -213,14 +229,19 @@ def fit_intensity_statistics(
 
 def normalise(
     volumes_ncxyz: torch.Tensor,
-    mode: Literal["none", "per_volume", "training"],
+    mode: str,
     statistics: IntensityStatistics | None = None,
 ) -> torch.Tensor:
     """Volumes (N, C, X, Y, Z) on the scale of the network's input; zeros stay 0, the input is not changed.
 
     none: as stored. per_volume: mean 0 and SD 1 over the non-zero voxels of each volume and channel.
-    training: with the `statistics` of the training subjects, which keeps differences between subjects.
+    training: with the `statistics` of the training subjects, which keeps differences between subjects. window:LOW,HIGH
+    (or a name, such as window:ct_brain): from 0 to 1 between both ends, clipped.
     """
+    if mode.startswith("window:"):
+        window = parse_intensity(mode)
+        values = ((volumes_ncxyz.float() - window.low) / (window.high - window.low)).clamp(FAINTEST, 1)
+        return (values * (volumes_ncxyz != 0)).to(volumes_ncxyz.dtype)
     how = look_up(
         {"none": _as_is, "per_volume": _per_volume, "training": _by_training}, mode, "normalisation"
     )

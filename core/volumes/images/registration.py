@@ -9,7 +9,7 @@ are published in MNI space already; a CT needs a brain mask.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +90,7 @@ def register(voxels: Volume, affine: Affine, mask: Mask) -> Registration:
     a stretch above `MOST_STRETCH`, or a determinant outside `DETERMINANTS`. A brain whose left and right were
     swapped registers as well as any other; this cannot be detected here.
     """
-    found, mutual_information = _optimise(*_simplified(voxels, affine, mask))
+    found, mutual_information = _optimise(*simplified(voxels, affine, mask))
     before, after = (overlap_with_template(mask, affine, start) for start in (np.eye(4), found))
     stretches = np.linalg.svd(found[:3, :3], compute_uv=False)
     determinant = float(np.linalg.det(found[:3, :3]))
@@ -140,14 +140,14 @@ def _check(before: float, after: float, determinant: float, stretch: float) -> N
         )
 
 
-def _simplified(voxels: Volume, affine: Affine, mask: Mask) -> tuple[Volume, Affine]:
+def simplified(voxels: Volume, affine: Affine, mask: Mask) -> tuple[Volume, Affine]:
     """The brain at 2 mm along its own axes with an empty margin, its values between percentiles as 0 to 1."""
     edges = voxel_sizes(affine)
     ends = np.array([[box.start, box.stop - 1] for box in bounding_box(mask)])
     extent = (ends[:, 1] - ends[:, 0] + 1) * edges
     if extent.max() > LONGEST_MM:
         raise UserError(
-            f"registration to MNI152 failed: the brain is {' x '.join(f'{side:.0f}' for side in extent)} mm large, "
+            f"registration failed: the brain is {' x '.join(f'{side:.0f}' for side in extent)} mm large, "
             f"a head is below {LONGEST_MM:.0f} mm; is the unit of length wrong?"
         )
     shape = np.ceil((extent + 2 * MARGIN_MM) / SPACING).astype(int)
@@ -156,7 +156,7 @@ def _simplified(voxels: Volume, affine: Affine, mask: Mask) -> tuple[Volume, Aff
     target[:3, 3] = apply_affine(affine, ends.mean(axis=1)) - target[:3, :3] @ ((shape - 1) / 2)
     small = resample(voxels, affine, target, (int(shape[0]), int(shape[1]), int(shape[2])), mask)
     if not small.inside.any():
-        raise UserError(f"registration to MNI152 failed: nothing is left of the brain at {SPACING:g} mm")
+        raise UserError(f"registration failed: nothing is left of the brain at {SPACING:g} mm")
     darkest, brightest = np.percentile(small.voxels[small.inside], CLIPPED)
     stretched = (small.voxels - darkest) / max(brightest - darkest, np.finfo(np.float32).tiny)
     return np.where(small.inside, np.clip(stretched, 0, 1), 0).astype(np.float32), target
@@ -169,7 +169,7 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
     # the method's own number of threads does not apply to its metric; ITK is used only here
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     template = load_template()
-    fixed, moving = _as_itk(template.brain, template.affine), _as_itk(voxels, affine)
+    fixed, moving = as_itk(template.brain, template.affine), as_itk(voxels, affine)
     around = ndimage.binary_dilation(template.mask, iterations=round(MARGIN_MM / 2 / SPACING))
     start = sitk.CenteredTransformInitializer(
         fixed, moving, sitk.AffineTransform(3), sitk.CenteredTransformInitializerFilter.MOMENTS
@@ -177,7 +177,7 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
     transform = sitk.AffineTransform(start)
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
-    method.SetMetricFixedMask(_as_itk(around.astype(np.uint8), template.affine))
+    method.SetMetricFixedMask(as_itk(around.astype(np.uint8), template.affine))
     method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=2.0,
@@ -196,13 +196,14 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
     except RuntimeError as error:  # the overlap is too small to continue
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"registration to MNI152 failed: {reason}") from None
-    return _as_affine(transform), -float(method.GetMetricValue())
+    return as_affine(transform), -float(method.GetMetricValue())
 
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's mm run to the left and to the back
 
 
-def _as_itk(voxels: npt.NDArray[np.float32 | np.uint8], affine: Affine) -> SimpleITK.Image:
+def as_itk(voxels: npt.NDArray[np.float32 | np.uint8], affine: Affine) -> SimpleITK.Image:
+    """An array (X, Y, Z) with its affine (4, 4) in RAS mm as an image of ITK."""
     import SimpleITK as sitk
 
     lps = _RAS_TO_LPS @ affine
@@ -214,10 +215,11 @@ def _as_itk(voxels: npt.NDArray[np.float32 | np.uint8], affine: Affine) -> Simpl
     return image
 
 
-def _as_affine(transform: SimpleITK.AffineTransform) -> Affine:
+def as_affine(transform: SimpleITK.AffineTransform | SimpleITK.Euler3DTransform) -> Affine:
     """(4, 4) between RAS mm of a transform about a centre between LPS mm."""
+    known: Any = transform
     matrix = np.eye(4)
-    matrix[:3, :3] = np.reshape(transform.GetMatrix(), (3, 3))
-    centre = np.array(transform.GetCenter())
-    matrix[:3, 3] = centre + transform.GetTranslation() - matrix[:3, :3] @ centre
+    matrix[:3, :3] = np.reshape(known.GetMatrix(), (3, 3))
+    centre = np.array(known.GetCenter())
+    matrix[:3, 3] = centre + known.GetTranslation() - matrix[:3, :3] @ centre
     return _RAS_TO_LPS @ matrix @ _RAS_TO_LPS

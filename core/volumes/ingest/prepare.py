@@ -16,8 +16,9 @@ from nibabel.affines import apply_affine
 
 from core.errors import UserError
 from core.volumes.images.intensity import foreground, scale
+from core.volumes.images.midline import find_midline
 from core.volumes.images.nifti import Affine, Volume
-from core.volumes.images.preprocess import Preprocessing, covers_template_field, grid_affine
+from core.volumes.images.preprocess import FIELD_CENTRE, Preprocessing, covers_template_field, grid_affine
 from core.volumes.images.registration import overlap_with_template, register
 from core.volumes.images.resample import Labels, Mask, Resampled, resample, resample_labels
 from core.volumes.sources.images import read_image, read_image_geometry, trailing_axes
@@ -63,7 +64,7 @@ def prepare_scan(scan: Scan, preprocessing: Preprocessing) -> PreparedScan:
     - coverage: fraction of the brain's voxels that lie within the grid
     - brain_ml: volume of the brain in the source, in millilitres
     - template_overlap: Dice of the brain with that of MNI152; NaN for a brain left in native space
-    - what `registration.register` measured, where it was asked for
+    - what `registration.register` or `midline.find_midline` measured, where it was asked for
     - intensity_mean, _median, _p01, _p99: of the brain's voxels on the grid before scaling; the second
       channel's have "_2" at the end, and so on
 
@@ -163,6 +164,13 @@ def _place(
     mode = preprocessing.centre
     if mode == "auto":
         mode = "world" if covers_template_field(image.voxels.shape, image.affine) else "brain"
+    if preprocessing.midline:
+        try:
+            midline = find_midline(*image, mask, brain_centre(mask, image.affine))
+        except UserError as error:
+            raise UserError(f"{_name(file)}: {error}") from None
+        placed = grid(midline.middle if mode == "brain" else np.array([0.0, *FIELD_CENTRE[1:]]))
+        return midline.to_source @ placed, {"template_overlap": math.nan, **midline.measures}
     if mode == "brain":
         return grid(brain_centre(mask, image.affine)), {"template_overlap": math.nan}
     return grid(), {"template_overlap": overlap_with_template(mask, image.affine)}

@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import nibabel as nib
 import numpy as np
@@ -25,16 +25,19 @@ from core.files.writing import writing_to
 from core.volumes.cohort.description import DESCRIPTION
 from core.volumes.cohort.reader import Cohort
 from core.volumes.cohort.writer import CohortWriter
+from core.volumes.images.intensity import foreground, parse_intensity, scale
 from core.volumes.phantom.lesions import Diseased, with_disease
 from core.volumes.phantom.settings import SPACINGS, PhantomSettings
 from core.volumes.phantom.subject import PERSON, Person, PhantomBrain, make_brain, random_stream
 from core.volumes.phantom.templates import Floats
+from core.volumes.phantom.tomography import head_with_bleeding
 
 YOUNGEST, OLDEST = 18.0, 90.0  # years
-BIDS_FOLDER = {"stiffness": "mre", "t1w": "anat", "lesion": "anat", "dseg": "anat"}
-BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w", "lesion": "lesion", "dseg": "dseg"}
-MAPS = {"ageing": (), "tissue": ("dseg",), "lesions": ("lesion",)}
-"""The maps of every kind; in `dseg` CSF is 1, grey matter 2, white matter 3."""
+BIDS_FOLDER = {"stiffness": "mre", "ct": "ct"}
+"""The others are in anat."""
+BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w", "ct": "ct", "lesion": "lesion", "dseg": "dseg"}
+MAPS = {"ageing": (), "tissue": ("dseg",), "lesions": ("lesion",), "ct": ("lesion",)}
+"""The maps of every kind; in `dseg` of tissues CSF is 1, grey matter 2, white matter 3."""
 
 OnProgress = Callable[[int, int], None]
 """Called as on_progress(done, total) after each subject."""
@@ -87,13 +90,34 @@ def _site_shares(age: float, sites: int) -> npt.NDArray[np.float64]:
 
 def phantom_brain(settings: PhantomSettings, index: int) -> PhantomBrain:
     """The healthy brain of subject `index` (from 0, so 0 is "sub-0001"); the first call makes the anatomy (2 s)."""
-    return make_brain(_person(settings, index), settings.spacing, settings.channels)
+    # What other channels show is made of the tissues.
+    own = [name for name in settings.channels if name in ("stiffness", "t1w")]
+    return make_brain(_person(settings, index), settings.spacing, own)
 
 
 def phantom_disease(settings: PhantomSettings, index: int) -> Diseased:
-    """What subject `index` has, of kind lesions: half of the subjects have nothing."""
+    """What subject `index` has, of kinds lesions and ct: half of the subjects have nothing."""
     person, brain = _person(settings, index), phantom_brain(settings, index)
-    return with_disease(person, brain, settings.spacing, settings.rung or 1)
+    make = head_with_bleeding if settings.kind == "ct" else with_disease
+    return make(person, brain, settings.spacing, settings.rung or 1)
+
+
+class Drawn(NamedTuple):
+    """What is drawn of one participant."""
+
+    brain: PhantomBrain
+    maps: dict[str, npt.NDArray[np.uint8]]
+    columns: dict[str, str | float]
+    """Of the participants' table."""
+
+
+def phantom_subject(settings: PhantomSettings, index: int) -> Drawn:
+    """All that there is of subject `index`."""
+    if settings.kind in ("lesions", "ct"):
+        disease = phantom_disease(settings, index)
+        return Drawn(disease.brain, {"lesion": disease.lesion}, disease.columns)
+    brain = phantom_brain(settings, index)
+    return Drawn(brain, {"dseg": brain.tissue} if settings.kind == "tissue" else {}, {})
 
 
 def _person(settings: PhantomSettings, index: int) -> Person:
@@ -112,12 +136,10 @@ def _person(settings: PhantomSettings, index: int) -> Person:
 
 def _each_brain(
     settings: PhantomSettings, on_progress: OnProgress | None
-) -> Iterator[tuple[Participant, PhantomBrain, Diseased | None]]:
-    """Every participant with their brain and disease, reporting each once it has been used."""
+) -> Iterator[tuple[Participant, Drawn]]:
+    """Every participant with what is drawn of them, reporting each once it has been used."""
     for index in range(settings.subjects):
-        disease = phantom_disease(settings, index) if settings.kind == "lesions" else None
-        brain = phantom_brain(settings, index) if disease is None else disease.brain
-        yield _participant(settings, index), brain, disease
+        yield _participant(settings, index), phantom_subject(settings, index)
         if on_progress:
             on_progress(index + 1, settings.subjects)
 
@@ -144,27 +166,19 @@ def write_phantom_cohort(
         source="phantom",
         synthetic=True,
         maps=MAPS[settings.kind],
+        dtype="int16" if settings.kind == "ct" else "float16",
     )
     with writer:
-        for participant, brain, disease in _each_brain(settings, on_progress):
-            volume = np.stack([brain.channels[name] for name in settings.channels])
-            columns: dict[str, Any] = {**participant, **brain.volumes_ml}
-            if disease is not None:
-                columns |= disease.columns
-            columns["maps"] = {
-                name: each.astype(np.int16) for name, each in _maps(settings, brain, disease).items()
-            }
+        for participant, drawn in _each_brain(settings, on_progress):
+            volume = np.stack([drawn.brain.channels[name] for name in settings.channels])
+            if settings.kind == "ct":
+                # As `ingest --intensity hu` keeps a head.
+                units = parse_intensity("hu")
+                volume = np.stack([scale(each, foreground(each, units), units) for each in volume])
+            columns: dict[str, Any] = {**participant, **drawn.brain.volumes_ml, **drawn.columns}
+            columns["maps"] = {name: each.astype(np.int16) for name, each in drawn.maps.items()}
             writer.add(volume, source="phantom", **columns)
     return Cohort.open(out)
-
-
-def _maps(
-    settings: PhantomSettings, brain: PhantomBrain, disease: Diseased | None
-) -> dict[str, npt.NDArray[np.uint8]]:
-    """The maps of one brain, by name."""
-    if settings.kind == "tissue":
-        return {"dseg": brain.tissue}
-    return {} if disease is None else {"lesion": disease.lesion}
 
 
 def _same_cohort(out: Path, settings: PhantomSettings) -> Cohort:
@@ -186,12 +200,11 @@ def write_phantom_bids(
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         rows = []
-        for participant, brain, disease in _each_brain(settings, on_progress):
-            for name, image in brain.channels.items():
-                _write_nifti(out, participant["subject"], name, image, brain.affine)
-            for name, classes in _maps(settings, brain, disease).items():
-                _write_nifti(out, participant["subject"], name, classes, brain.affine)
-            rows.append({**participant, **({} if disease is None else disease.columns)})
+        for participant, drawn in _each_brain(settings, on_progress):
+            images: dict[str, Any] = {**drawn.brain.channels, **drawn.maps}
+            for name, image in images.items():
+                _write_nifti(out, participant["subject"], name, image, drawn.brain.affine)
+            rows.append({**participant, **drawn.columns})
         table = pd.DataFrame(rows).rename(columns={"subject": "participant_id"})
         table.to_csv(out / "participants.tsv", sep="\t", index=False, lineterminator="\n")
         description = {
@@ -211,7 +224,7 @@ def _write_nifti(
     image: Floats | npt.NDArray[np.uint8],
     affine: npt.NDArray[np.float64],
 ) -> None:
-    folder = out / subject / BIDS_FOLDER[channel]
+    folder = out / subject / BIDS_FOLDER.get(channel, "anat")
     folder.mkdir(parents=True, exist_ok=True)
     nifti = nib.Nifti1Image(image, affine)
     nifti.header.set_xyzt_units("mm")

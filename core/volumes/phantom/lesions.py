@@ -75,14 +75,14 @@ def with_disease(person: Person, brain: PhantomBrain, spacing: float, rung: int)
         return Diseased(brain, lesion, "healthy", "", 0.0)
     condition = DISEASES[int(kind * len(DISEASES))]
     side = "right" if right < 0.5 else "left"
-    is_side = _of_side(brain, side)
+    is_side = of_side(brain, side)
     image = brain.channels["t1w"]
     if condition == "atrophy":
         changed = _thinned(image, brain.tissue, is_side, THINNING[rung - 1], draws)
     else:
         volume_ml, darker = LADDER[rung - 1]
-        centres = _centres(brain, is_side, 1 if condition == "unilateral" else SCATTERED, draws)
-        lesion = _grown(brain, centres, volume_ml, spacing, draws)
+        centres = lesion_centres(brain, is_side, 1 if condition == "unilateral" else SCATTERED, draws)
+        lesion = grow_lesion(brain, centres, volume_ml, spacing, draws)
         soft = ndimage.gaussian_filter(lesion.astype(np.float32), EDGE_MM / spacing)
         changed = (image * (1 - np.float32(darker) * soft)).astype(np.float32)
     ill_brain = replace(brain, channels={**brain.channels, "t1w": changed})
@@ -98,14 +98,14 @@ def _millimetres(brain: PhantomBrain) -> npt.NDArray[np.float64]:
     return positions
 
 
-def _of_side(brain: PhantomBrain, side: str) -> npt.NDArray[np.bool_]:
+def of_side(brain: PhantomBrain, side: str) -> npt.NDArray[np.bool_]:
     """The voxels of one half of the head; X points to the right."""
     across = _millimetres(brain)[0]
     half: npt.NDArray[np.bool_] = across > 0 if side == "right" else across < 0
     return half
 
 
-def _centres(
+def lesion_centres(
     brain: PhantomBrain, is_side: npt.NDArray[np.bool_], count: int, draws: np.random.Generator
 ) -> npt.NDArray[np.float64]:
     """(count, 3) positions in white matter (mm); a single one is on the side, most of several are."""
@@ -121,7 +121,7 @@ def _centres(
     return np.array(found)
 
 
-def _grown(
+def grow_lesion(
     brain: PhantomBrain,
     centres: npt.NDArray[np.float64],
     volume_ml: float,

@@ -10,7 +10,11 @@ VERSION = 1  # increase it when the same settings give other brains
 SPACINGS = {2.0: (91, 109, 91), 4.0: (46, 55, 46), 8.0: (23, 28, 23)}
 """Voxel edge in mm, and the voxels of the MNI field of view."""
 
-Channel = Literal["stiffness", "t1w"]
+Channel = Literal["stiffness", "t1w", "ct"]
+CHANNELS_OF_KIND: dict[str, tuple[Channel, ...]] = {
+    "ageing": ("stiffness",), "tissue": ("t1w",), "lesions": ("t1w",), "ct": ("ct",),
+}  # fmt: skip
+"""What is made if no channels are asked for."""
 
 
 class PhantomSettings(BaseModel):
@@ -18,16 +22,17 @@ class PhantomSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["ageing", "tissue", "lesions"] = Field(
+    kind: Literal["ageing", "tissue", "lesions", "ct"] = Field(
         default="ageing",
         description="ageing: healthy brains of all ages; tissue: the same T1-weighted, with a map of their tissues; "
-        "lesions: half of them ill on one side, with a map of lesions",
+        "lesions: half of them ill on one side, with a map of lesions; ct: heads with skull in Hounsfield units, half "
+        "of them with a bleeding",
     )
     rung: int | None = Field(
         default=None,
         ge=1,
         le=5,
-        description="of kind lesions: 1, large and dark (the default), to 5, invisible",
+        description="of kinds lesions and ct: 1, large and plain to see (the default), to 5, invisible",
     )
     subjects: int = Field(default=96, ge=1, le=9999, description="how many brains")
     spacing: float = Field(default=4.0, description="voxel edge in mm: 2, 4 or 8")
@@ -53,7 +58,7 @@ class PhantomSettings(BaseModel):
     @field_validator("rung")
     @classmethod
     def _rung_of_lesions(cls, rung: int | None, info: ValidationInfo) -> int | None:
-        if info.data.get("kind") == "lesions":
+        if info.data.get("kind") in ("lesions", "ct"):
             return rung or 1
         if rung is not None:
             raise ValueError(
@@ -64,11 +69,11 @@ class PhantomSettings(BaseModel):
     @field_validator("channels", mode="before")
     @classmethod
     def _channels_of_kind(cls, channels: object, info: ValidationInfo) -> object:
-        kind = info.data.get("kind")
+        own = CHANNELS_OF_KIND[info.data.get("kind", "ageing")]
         if channels is None:
-            return ("stiffness",) if kind == "ageing" else ("t1w",)
-        if kind != "ageing" and channels != ("t1w",):
-            raise ValueError(f"channels must be t1w with kind {kind}, which is seen in no other")
+            return own
+        if own != ("stiffness",) and channels != own:
+            raise ValueError(f"channels must be {','.join(own)} with kind {info.data.get('kind')}")
         return channels
 
     @field_validator("spacing")
@@ -81,6 +86,8 @@ class PhantomSettings(BaseModel):
     @field_validator("channels")
     @classmethod
     def _each_channel_once(cls, channels: tuple[Channel, ...]) -> tuple[Channel, ...]:
+        if "ct" in channels and channels != ("ct",):
+            raise ValueError("ct is the channel of kind ct alone")
         if not channels or len(set(channels)) < len(channels):
             raise ValueError(f"channels must name stiffness, t1w or both once, got {channels}")
         return channels
@@ -88,7 +95,7 @@ class PhantomSettings(BaseModel):
     def identity(self) -> dict[str, object]:
         """The settings as a cohort records them."""
         recorded = self.model_dump(mode="json")
-        if self.kind != "lesions":
+        if self.kind not in ("lesions", "ct"):
             del recorded["rung"]
         if self.kind == "ageing":
             # As before there were kinds: an ageing cohort of an older version is the same cohort.

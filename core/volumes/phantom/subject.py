@@ -36,7 +36,7 @@ from core.volumes.phantom.settings import SPACINGS
 from core.volumes.phantom.templates import Floats, Kind
 
 # Streams of random numbers.
-PERSON, SHAPE, STIFFNESS, TEXTURE, SITE, SCANNER, PATTERN, LESIONS = range(8)
+PERSON, SHAPE, STIFFNESS, TEXTURE, SITE, SCANNER, PATTERN, LESIONS, TOMOGRAPHY, CONTRASTS = range(10)
 
 ANATOMICAL_AGE_SD = 6.0  # years by which a person's atrophy is ahead of or behind the median
 VENTRICLE_LOG_SD = 0.22  # beyond what goes with atrophy
@@ -75,6 +75,8 @@ class PhantomBrain:
     """"stiffness" in kPa, 0 outside brain tissue; "t1w" in arbitrary units, 0 outside the skull."""
     tissue: NDArray[np.uint8]
     """0 background, 1 CSF, 2 grey matter, 3 white matter."""
+    fractions: Floats
+    """(X, Y, Z, 3): how much of a voxel is CSF, grey and white matter."""
     regions: NDArray[np.uint8]
     """0 outside every region, else 1 + place in ageing.REGIONS; approximate."""
     volumes_ml: TissueVolumes
@@ -155,6 +157,7 @@ def make_brain(person: Person, spacing: float, channels: Sequence[str]) -> Phant
     return PhantomBrain(
         channels={name: head.image(images[name]) for name in channels},
         tissue=head.image(labels),
+        fractions=np.stack([head.image(each) for each in (csf, grey, white)], axis=-1),
         regions=head.image(head.read_labels(stage.regions) * (grey + white >= 0.5)),
         volumes_ml={
             "csf_ml": _millilitres(csf, spacing),

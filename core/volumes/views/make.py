@@ -14,10 +14,10 @@ from core.errors import UserError
 from core.volumes.images.mirror import DIRECTIONS, RAS, world_axis
 from core.volumes.images.nifti import Affine
 from core.volumes.views.intensity import recolour
-from core.volumes.views.mirrored import quarter_turns
 from core.volumes.views.motion import move, move_maps, movement
 from core.volumes.views.settings import Sides, ViewSettings
 from core.volumes.views.streams import Subjects, choices_of, standard_normal, stream_of
+from core.volumes.views.turns import quarter_turns
 
 Choices = dict[str, npt.NDArray[np.float64]]
 

@@ -73,7 +73,7 @@ def corrupt(
 
     Args:
         volumes_bscxyz: (B, S, C, X, Y, Z), S = 1, or 2 for patches with their counterparts
-            (`mirrored_crops`). A mirror image has blocks of its own, and is left alone unless
+            (`mirror_image`). A mirror image has blocks of its own, and is left alone unless
             `settings.mirrors`.
         subjects: (B,) whole numbers that identify the subjects.
         epoch: number of the epoch.
