@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from core.report.answer.describe import describe, is_absent, number
+from core.report.answer.explained import explained_in_words, has_maps
 from core.report.answer.findings import (
     caveats,
     headline,
@@ -43,6 +44,7 @@ from core.report.answer.tables import (
     winner_beside_published,
 )
 from core.report.figures import classes as class_figures
+from core.report.figures import explained as explained_figure
 from core.report.figures import overlap as overlap_figures
 from core.report.figures import (
     population as population_figure,
@@ -115,6 +117,11 @@ OF_POPULATIONS: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
 }
 
 
+EXPLAINED_BY: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
+    "explained": ("Where the winner looks", explained_figure.where_it_looks),
+}
+"""If `explain` was run."""
+
 Record = TypeVar("Record")
 
 
@@ -169,6 +176,7 @@ def render(record: RunRecord) -> str:
         winner_cells=_winner_cells(record),
         failed=_rows(failed),
         drawings=draw_all(record),
+        explained=explained_in_words(record) if has_maps(record) else "",
         unassessed=unassessed_settings(record),
         importance=importance_note(record),
         cohort_facts=cohort_facts(record),
@@ -188,6 +196,7 @@ def draw_all(record: RunRecord) -> dict[str, Drawing]:
         FIGURES | figures_of_people(record) | (OF_SEVERAL_OBJECTIVES if len(record.objectives) > 1 else {})
     )
     drawn |= OF_POPULATIONS if has_population(record) else {}
+    drawn |= EXPLAINED_BY if has_maps(record) else {}
     return {name: draw(name, title, figure, record, words[name]) for name, (title, figure) in drawn.items()}
 
 

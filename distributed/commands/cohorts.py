@@ -72,7 +72,8 @@ def phantom(
         maps = "".join(f" --maps {name}" for name in MAPS[settings.kind])
         console.print(
             f"{settings.subjects} subjects in {out}\n\nNext:\n"
-            f"  brainsweep ingest {out} COHORT --channels {channels}{maps}",
+            f"  brainsweep ingest {out} COHORT --channels {channels}{maps}"
+            f"{' --intensity hu --dtype int16' if settings.kind == 'ct' else ''}",
             highlight=False,
         )
     else:

@@ -178,6 +178,41 @@ def predict(
                 write_table(found, table_file)
 
 
+@using.command(epilog="Example: brainsweep explain runs/demo cohorts/phantom")
+def explain(
+    run: RunArgument,
+    cohort: CohortFolder,
+    people: Annotated[
+        int, typer.Option(min=1, help="scans at most, of people whom the model does not know")
+    ] = 8,
+    cube: Annotated[float, typer.Option(min=1, metavar="MM", help="side of the cube that is hidden")] = 24.0,
+    trust: TrustsTask = False,
+) -> None:
+    """Show where the best model of a run looks: hide parts of volumes, and see what changes. The report draws it."""
+    from core.report.page import write_report
+    from core.run_names import SWEEP
+    from distributed.commands.explaining import explain_run
+    from distributed.run.folder import open_run
+    from distributed.run.quiet import quiet
+    from distributed.run.working_copy import bring_run
+
+    quiet()
+    bring_run(run, console)
+    with progress_bar("hiding parts of scans") as progress:
+        task = progress.add_task("", total=None)
+        found, place = explain_run(
+            run, cohort, people, cube, console=console, is_trusted=trust,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    console.print(
+        f"{found.what}, mean over {found.scans} scans, in {place}; correlation with the map of random weights "
+        f"{found.likeness:+.2f}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    page = write_report(run) if open_run(run).about.kind == SWEEP else None
+    console.print(f"\nNext:\n  open {page or place / 'trained.nii.gz'}", highlight=False, soft_wrap=True)
+
+
 @using.command(
     rich_help_panel="Cohorts", epilog="Example: brainsweep derive cohorts/study --from runs/tissue --volumes"
 )

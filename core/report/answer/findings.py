@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from core.report.answer.classes import confusion_in_words, reliability_in_words, roc_in_words
+from core.report.answer.explained import explained_in_words, has_maps
 from core.report.answer.front import front_in_words
 from core.report.answer.honesty import (
     access_line,
@@ -272,6 +273,7 @@ def in_words(record: RunRecord) -> dict[str, str]:
         "people": _people_in_words(record),
         "population": population_in_words(record) if has_population(record) else "",
         "steps": steps_in_words(record) if has_population(record) else "",
+        "explained": explained_in_words(record) if has_maps(record) else "",
     }
 
 
