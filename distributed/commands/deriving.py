@@ -135,7 +135,7 @@ def derive_volumes(
     group = np.where(seen, len(groups), group)
     groups.append([models.best])
     place = opened.folder.resolve() / DERIVED / f".{name}-unfinished"
-    _start_or_go_on(place, {
+    start_or_go_on(place, {
         "cohort": opened.description.hash, "ensemble": ensemble,
         "models": [str(model.folder.resolve()) for several in groups for model in several],
         "times": [(model.folder / "model.safetensors").stat().st_mtime_ns for several in groups for model in several],
@@ -205,7 +205,7 @@ def _classes_of(predictor: Predictor) -> LabelSets:
     return classes
 
 
-def _start_or_go_on(place: Path, request: dict[str, object]) -> None:
+def start_or_go_on(place: Path, request: dict[str, object]) -> None:
     """Keep what an interrupted call of the same request has done; remove that of another one."""
     digest = fingerprint(request)
     with writing_to(place):

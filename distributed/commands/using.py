@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +15,16 @@ from core.errors import UserError
 from distributed.commands.options import (
     Address,
     CohortFolder,
+    Ensemble,
     EnsembleOption,
     RunArgument,
     TrustsTask,
     console,
+    names,
     place,
     progress_bar,
     readable,
+    wrong_option,
 )
 
 using = typer.Typer()
@@ -219,8 +223,11 @@ def explain(
 def derive(
     cohort: CohortFolder,
     run: Annotated[
-        Path, typer.Option("--from", metavar="RUN", parser=place, help="run whose models compute it")
-    ],
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", parser=place, help="run whose models compute it, for --volumes"
+        ),
+    ] = None,
     volumes: Annotated[
         bool,
         typer.Option(
@@ -235,32 +242,57 @@ def derive(
     ] = "volumes",
     ensemble: EnsembleOption = "best",
     trust: TrustsTask = False,
+    constraint: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="maps of clusters of like contrast, which guide a pre-training"),
+    ] = None,
+    contrasts: Annotated[
+        str | None, typer.Option(help="channels that --constraint clusters, comma-separated; all if absent")
+    ] = None,
+    components: Annotated[
+        int, typer.Option(min=1, help="principal components of the contrasts, at most")
+    ] = 4,
+    clusters: Annotated[
+        str,
+        typer.Option(metavar="K[,K…]", help="clusters inside the brain; of several K the maps are NAME-K"),
+    ] = "20",
+    tv: Annotated[
+        float, typer.Option(help="weight of the total variation: the larger, the less is smoothed")
+    ] = 40.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the clusters")] = 0,
     address: Address = None,
 ) -> None:
-    """Add columns that a model computes to a cohort. Its files do not change; repeat the command after a stop."""
-    from core.volumes.cohort.reader import Cohort
-    from distributed.commands.deriving import (
-        derive_volumes,
-        measure_volumes,
-        one_after_another,
-    )
+    """Add what is computed once to a cohort: volumes of classes, or constraint maps. Its files do not change.
+
+    Repeat the command after a stop.
+    """
+    if volumes == (constraint is not None):
+        raise UserError("derive what? Give --volumes with --from RUN, or --constraint NAME")
+    if volumes and run is None:
+        raise UserError("--volumes needs --from RUN, the run whose models segment")
+    if constraint is not None and run is not None:
+        raise UserError("--from cannot act with --constraint, which needs no model")
     from distributed.run.quiet import quiet
+
+    quiet()
+    if run is not None:
+        _derive_volumes(cohort, run, name, ensemble, trust, address)
+    elif constraint is not None:
+        _derive_constraints(cohort, constraint, contrasts, components, clusters, tv, seed, address)
+
+
+def _derive_volumes(
+    cohort: str, run: Path, name: str, ensemble: Ensemble, trust: bool, address: str | None
+) -> None:
+    from distributed.commands.deriving import derive_volumes, measure_volumes, one_after_another
     from distributed.run.working_copy import bring_run
 
-    if not volumes:
-        raise UserError("derive what? Give --volumes")
-    quiet()
     bring_run(run, console)
-    is_large = address is not None or len(Cohort.open(cohort)) > MANY
-    with progress_bar("measuring volumes") as progress, _connected(address if is_large else None, is_large):
+    with (
+        progress_bar("measuring volumes") as progress,
+        _runner_for(cohort, address, measure_volumes, one_after_another) as runner,
+    ):
         task = progress.add_task("", total=None)
-        runner: Any = one_after_another
-        if is_large:
-            from distributed.commands.on_ray import PROCESS_BYTES, on_all_cores
-
-            def runner(tasks: Any, memory: int) -> Any:
-                return on_all_cores(measure_volumes, tasks, PROCESS_BYTES + memory)
-
         description, page = derive_volumes(
             run, Path(cohort), name, ensemble=ensemble, console=console, is_trusted=trust, runner=runner,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
@@ -274,10 +306,70 @@ def derive(
     console.print(f"\nNext:\n  open {page}\n  brainsweep {following}", highlight=False, soft_wrap=True)
 
 
-def _connected(address: str | None, is_large: bool) -> AbstractContextManager[None]:
-    """Ray, for a cohort so large that it pays."""
-    if not is_large:
-        return nullcontext()
+def _derive_constraints(
+    cohort: str, name: str, contrasts: str | None, components: int, clusters: str, tv: float, seed: int,
+    address: str | None,
+) -> None:  # fmt: skip
+    from pydantic import ValidationError
+
+    from core.volumes.derive.constraint import ConstraintSettings
+    from distributed.commands.constraining import derive_constraint, make_maps, one_after_another
+
+    try:
+        counts = [int(each) for each in names(clusters)]
+    except ValueError:
+        counts = []
+    if not counts or len(set(counts)) < len(counts):
+        raise UserError(f"--clusters must be whole numbers such as 20 or 10,20,30, got {clusters!r}")
+    pages = []
+    for count in counts:
+        try:
+            settings = ConstraintSettings(
+                contrasts=names(contrasts), components=components, clusters=count, tv=tv, seed=seed
+            )
+        except ValidationError as error:
+            raise wrong_option(error) from None
+        own = name if len(counts) == 1 else f"{name}-{count}"
+        with (
+            progress_bar(f"clustering {own}") as progress,
+            _runner_for(cohort, address, make_maps, one_after_another) as runner,
+        ):
+            task = progress.add_task("", total=None)
+
+            def show(done: int, total: int, task: Any = task, progress: Any = progress) -> None:
+                progress.update(task, completed=done, total=total)
+
+            description, page = derive_constraint(
+                Path(cohort), own, settings, runner=runner, on_progress=show
+            )
+        console.print(
+            f"map {own} in {cohort}, made by {description.made_by}", highlight=False, soft_wrap=True
+        )
+        pages.append(page)
+    if len(settings.contrasts) == 1:
+        console.print(
+            "note: with one contrast clusters are levels of its grey values, and nothing else guides"
+        )
+    last = name if len(counts) == 1 else f"{name}-{counts[-1]}"
+    console.print(
+        "\nNext:" + "".join(f"\n  open {page}" for page in pages)
+        + f"\n  brainsweep sweep {cohort} --space contrast_pretraining --set data.constraint={last}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@contextmanager
+def _runner_for(
+    cohort: str, address: str | None, function: Callable[[Any], str], here: Callable[..., Any]
+) -> Iterator[Any]:
+    """What runs tasks: this process, or all cores where a cohort is so large that Ray's seconds of start pay."""
+    from core.volumes.cohort.reader import Cohort
+
+    if address is None and len(Cohort.open(cohort)) <= MANY:
+        yield here
+        return
+    from distributed.commands.on_ray import PROCESS_BYTES, on_all_cores
     from distributed.slots.cluster import connect
 
-    return connect(address, console)
+    with connect(address, console):
+        yield lambda tasks, memory: on_all_cores(function, tasks, PROCESS_BYTES + memory)

@@ -42,7 +42,7 @@ def describe(cohort: Cohort) -> dict[str, object]:
         "dtype": description.dtype,
         "storage": description.storage,
         "compression": description.compression,
-        "maps": {name: int(cohort.has_map(name).sum()) for name in description.map_names},
+        "maps": {name: int(cohort.has_map(name).sum()) for name in cohort.map_names},
         "bytes_on_disk": cohort.size(),
         "preprocessing": description.preprocessing,
         "hash": description.hash,

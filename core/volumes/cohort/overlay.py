@@ -1,11 +1,12 @@
-"""Overlays: columns that were computed once from a cohort, beside its files, which never change.
+"""Overlays: columns and maps that were computed once from a cohort, beside its files, which never change.
 
     COHORT/derived/index.json              the names of the overlays
     COHORT/derived/NAME/overlay.json       what it is (`OverlayDescription`); written last
     COHORT/derived/NAME/columns.parquet    one row per scan: the columns, and `seen`
+    COHORT/derived/NAME/maps/              a cohort of its own whose volumes are the map NAME, row by row
 
-An opened cohort has the columns of its overlays as if they were its own. Its hash stays the same; a run records the
-overlays that it found.
+An opened cohort has the columns and maps of its overlays as if they were its own. Its hash stays the same; a run
+records the overlays that it found.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from core.files.places import beneath
 from core.files.writing import replacing, write_text, writing_to
 from core.volumes.cohort.description import read_file
 
-DERIVED, INDEX, OVERLAY, VALUES = "derived", "index.json", "overlay.json", "columns.parquet"
+DERIVED, INDEX, OVERLAY, VALUES, MAPS = "derived", "index.json", "overlay.json", "columns.parquet", "maps"
 SEEN = "seen"
 """The column that says whether what computed a row was trained on this scan."""
 
@@ -42,6 +43,7 @@ class OverlayDescription(BaseModel):
     cohort: str = Field(description="hash of the cohort that it belongs to")
     hash: str = Field(description="of the columns")
     made_by: str = Field(description="what computed it, in words")
+    maps: tuple[str, ...] = Field(default=(), description="the map that it adds, of its own name")
     command: str = Field(default="", description="as it was typed")
 
 
@@ -114,7 +116,8 @@ def check_new(cohort: Path, name: str, columns: Iterable[str], known: Iterable[s
 
 
 def describe_overlay(
-    name: str, values: pd.DataFrame, seen: npt.NDArray[np.bool_], cohort_hash: str, *, made_by: str, command: str = ""
+    name: str, values: pd.DataFrame, seen: npt.NDArray[np.bool_], cohort_hash: str, *, made_by: str, command: str = "",
+    maps: tuple[str, ...] = (),
 ) -> tuple[OverlayDescription, bytes]:  # fmt: skip
     """What overlay.json is to say, and the content of its columns: `values` of all rows of a cohort in their order."""
     buffer = io.BytesIO()
@@ -122,7 +125,7 @@ def describe_overlay(
     content = buffer.getvalue()
     description = OverlayDescription(
         name=name, columns=tuple(map(str, values.columns)), cohort=cohort_hash, hash=_hash(content),
-        made_by=made_by, command=command,
+        made_by=made_by, command=command, maps=maps,
     )  # fmt: skip
     return description, content
 
@@ -147,9 +150,13 @@ def write_overlay(cohort: Path, description: OverlayDescription, content: bytes)
 
 
 def used_overlays(overlays: Mapping[str, Overlay], settings: object) -> dict[str, Overlay]:
-    """The overlays of which a column is named anywhere in settings, as JSON values."""
+    """The overlays of which a column, or a map, is named anywhere in settings, as JSON values."""
     words = set(_words_of(settings))
-    return {name: each for name, each in overlays.items() if words & set(each.description.columns)}
+    return {
+        name: each
+        for name, each in overlays.items()
+        if words & {*each.description.columns, *each.description.maps}
+    }
 
 
 def _words_of(value: object) -> Iterator[str]:

@@ -38,7 +38,7 @@ from core.volumes.cohort.description import (
     read_file,
 )
 from core.volumes.cohort.formats import StoredType
-from core.volumes.cohort.overlay import Overlay, read_overlays
+from core.volumes.cohort.overlay import DERIVED, MAPS, Overlay, read_overlays
 from core.volumes.cohort.shards import (
     LABELS,
     VOLUMES,
@@ -178,6 +178,9 @@ class Cohort:
 
     def has_map(self, name: str) -> npt.NDArray[np.bool_]:
         """Which rows (N,) of the manifest have the map `name`; UserError if the cohort has none of this name."""
+        if name in self._derived:
+            checksums = self.manifest[f"{map_column(name)}_checksum"].fillna("")
+            return np.array([bool(each) for each in checksums], dtype=bool)
         return np.array([bool(each) for each in self._map(name).checksum], dtype=bool)
 
     def read_map(
@@ -194,6 +197,10 @@ class Cohort:
         Raises:
             UserError: the cohort has no such map, or one of the scans has none.
         """
+        if name in self._derived:
+            into = None if out is None else out[:, None]
+            of_overlay = self._derived[name].read_stored(rows, verify=verify, out=into, boxes=boxes)
+            return cast("npt.NDArray[np.int16]", of_overlay[:, 0])
         column, wanted = self._map(name), self._checked(rows)
         absent = [row for row in wanted if not column.checksum[row]]
         if absent:
@@ -237,8 +244,22 @@ class Cohort:
     def _volumes(self) -> _Column:
         return self._column(VOLUMES, self.volume_shape, self.description.dtype, "checksum", "offset")
 
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """The maps of classes that scans may have, also those of overlays."""
+        return (*self.description.map_names, *self._derived)
+
+    @cached_property
+    def _derived(self) -> dict[str, Cohort]:
+        """The maps of overlays by name: cohorts whose volumes they are."""
+        return {
+            name: Cohort.open(beneath(self.location, f"{DERIVED}/{overlay}/{MAPS}"))
+            for overlay, each in self.overlays.items()
+            for name in each.description.maps
+        }
+
     def _map(self, name: str) -> _Column:
-        known = self.description.map_names
+        known = self.map_names
         if name not in known:
             there = f"it has {', '.join(known)}" if known else "it has none; ingest it with --maps"
             raise UserError(f"{shown(self.location)} has no maps '{name}': {there}")

@@ -26,6 +26,7 @@ from core.volumes.cohort.description import DESCRIPTION
 from core.volumes.cohort.reader import Cohort
 from core.volumes.cohort.writer import CohortWriter
 from core.volumes.images.intensity import foreground, parse_intensity, scale
+from core.volumes.phantom.contrasts import with_contrasts
 from core.volumes.phantom.lesions import Diseased, with_disease
 from core.volumes.phantom.settings import SPACINGS, PhantomSettings
 from core.volumes.phantom.subject import PERSON, Person, PhantomBrain, make_brain, random_stream
@@ -35,9 +36,13 @@ from core.volumes.phantom.tomography import head_with_bleeding
 YOUNGEST, OLDEST = 18.0, 90.0  # years
 BIDS_FOLDER = {"stiffness": "mre", "ct": "ct"}
 """The others are in anat."""
-BIDS_SUFFIX = {"stiffness": "stiffness", "t1w": "T1w", "ct": "ct", "lesion": "lesion", "dseg": "dseg"}
-MAPS = {"ageing": (), "tissue": ("dseg",), "lesions": ("lesion",), "ct": ("lesion",)}
-"""The maps of every kind; in `dseg` of tissues CSF is 1, grey matter 2, white matter 3."""
+BIDS_SUFFIX = {
+    "stiffness": "stiffness", "t1w": "T1w", "t1gd": "T1Gd", "t2w": "T2w", "flair": "FLAIR", "ct": "ct",
+    "lesion": "lesion", "dseg": "dseg",
+}  # fmt: skip
+MAPS = {"ageing": (), "tissue": ("dseg",), "lesions": ("lesion",), "ct": ("lesion",), "contrasts": ("dseg",)}
+"""The maps of every kind; in `dseg` of tissues CSF is 1, grey matter 2, white matter 3; of tumours necrosis is 1, oedema
+2, enhancing tissue 4."""
 
 OnProgress = Callable[[int, int], None]
 """Called as on_progress(done, total) after each subject."""
@@ -91,7 +96,8 @@ def _site_shares(age: float, sites: int) -> npt.NDArray[np.float64]:
 def phantom_brain(settings: PhantomSettings, index: int) -> PhantomBrain:
     """The healthy brain of subject `index` (from 0, so 0 is "sub-0001"); the first call makes the anatomy (2 s)."""
     # What other channels show is made of the tissues.
-    own = [name for name in settings.channels if name in ("stiffness", "t1w")]
+    is_made = settings.kind in ("ct", "contrasts")
+    own = [] if is_made else settings.channels
     return make_brain(_person(settings, index), settings.spacing, own)
 
 
@@ -117,6 +123,9 @@ def phantom_subject(settings: PhantomSettings, index: int) -> Drawn:
         disease = phantom_disease(settings, index)
         return Drawn(disease.brain, {"lesion": disease.lesion}, disease.columns)
     brain = phantom_brain(settings, index)
+    if settings.kind == "contrasts":
+        seen = with_contrasts(_person(settings, index), brain, settings.spacing, settings.channels)
+        return Drawn(seen.brain, {"dseg": seen.tumour} if seen.is_labelled else {}, seen.columns)
     return Drawn(brain, {"dseg": brain.tissue} if settings.kind == "tissue" else {}, {})
 
 

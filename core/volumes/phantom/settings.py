@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -10,9 +11,10 @@ VERSION = 1  # increase it when the same settings give other brains
 SPACINGS = {2.0: (91, 109, 91), 4.0: (46, 55, 46), 8.0: (23, 28, 23)}
 """Voxel edge in mm, and the voxels of the MNI field of view."""
 
-Channel = Literal["stiffness", "t1w", "ct"]
+Channel = Literal["stiffness", "t1w", "ct", "t1gd", "t2w", "flair"]
 CHANNELS_OF_KIND: dict[str, tuple[Channel, ...]] = {
     "ageing": ("stiffness",), "tissue": ("t1w",), "lesions": ("t1w",), "ct": ("ct",),
+    "contrasts": ("t1w", "t1gd", "t2w", "flair"),
 }  # fmt: skip
 """What is made if no channels are asked for."""
 
@@ -22,11 +24,11 @@ class PhantomSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["ageing", "tissue", "lesions", "ct"] = Field(
+    kind: Literal["ageing", "tissue", "lesions", "ct", "contrasts"] = Field(
         default="ageing",
         description="ageing: healthy brains of all ages; tissue: the same T1-weighted, with a map of their tissues; "
         "lesions: half of them ill on one side, with a map of lesions; ct: heads with skull in Hounsfield units, half "
-        "of them with a bleeding",
+        "of them with a bleeding; contrasts: T1w, T1Gd, T2w and FLAIR, most with a tumour, of which few are labelled",
     )
     rung: int | None = Field(
         default=None,
@@ -72,8 +74,18 @@ class PhantomSettings(BaseModel):
         own = CHANNELS_OF_KIND[info.data.get("kind", "ageing")]
         if channels is None:
             return own
-        if own != ("stiffness",) and channels != own:
-            raise ValueError(f"channels must be {','.join(own)} with kind {info.data.get('kind')}")
+        # Of several contrasts some may do; kind ageing has both of its own.
+        may_be = ("stiffness", "t1w") if own == ("stiffness",) else own
+        named = (
+            (channels,)
+            if isinstance(channels, str)
+            else tuple(channels)
+            if isinstance(channels, Sequence)
+            else ()
+        )
+        if wrong := [name for name in named if name not in may_be]:
+            kind = info.data.get("kind")
+            raise ValueError(f"channels must be of {','.join(may_be)} with kind {kind}, got {wrong[0]}")
         return channels
 
     @field_validator("spacing")
@@ -86,10 +98,8 @@ class PhantomSettings(BaseModel):
     @field_validator("channels")
     @classmethod
     def _each_channel_once(cls, channels: tuple[Channel, ...]) -> tuple[Channel, ...]:
-        if "ct" in channels and channels != ("ct",):
-            raise ValueError("ct is the channel of kind ct alone")
         if not channels or len(set(channels)) < len(channels):
-            raise ValueError(f"channels must name stiffness, t1w or both once, got {channels}")
+            raise ValueError(f"channels must be named once each, got {channels}")
         return channels
 
     def identity(self) -> dict[str, object]:
