@@ -67,9 +67,10 @@ def check_settings(settings: RunSettings) -> None:
 
 
 def needed_maps(settings: RunSettings) -> tuple[str, ...]:
-    """The maps of classes that a training, with its first stage, reads beside the volumes."""
+    """The maps of classes that a training reads beside the volumes, with its first stage and its judgement."""
     stages = [settings] if settings.pretraining is None else [settings, settings.pretraining]
-    return tuple(dict.fromkeys(name for each in stages for name in find_task(each.task).needed_maps(each)))
+    of_training = [name for each in stages for name in find_task(each.task).needed_maps(each)]
+    return tuple(dict.fromkeys([*of_training, *find_task(settings.task).maps_to_judge(settings)]))
 
 
 def _first_stage(settings: object) -> RunSettings:
@@ -103,8 +104,9 @@ def _with_encoder(settings: RunSettings, stage: RunSettings) -> RunSettings:
     network, own = getattr(settings, "model", None), getattr(stage, "model", None)
     if network is None or own is None:
         return settings
-    # What segments has an encoder inside.
-    encoder = network if isinstance(own, type(network)) else encoder_of(network)
+    # What segments has an encoder inside, for a first stage that trains encoders.
+    taken = get_args(type(stage).model_fields["model"].annotation)
+    encoder = network if type(network) in taken else encoder_of(network)
     kept = {
         name: getattr(own, name) for name in OWN_OF_STAGE if hasattr(own, name) and hasattr(encoder, name)
     }

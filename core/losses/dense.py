@@ -42,8 +42,11 @@ class ConstrainedContrast(LossSettings):
         description="nearest patches an anchor is contrasted with, itself counted; counts or fractions of P",
     )
     anchors: int = Field(20, ge=1, description="foreground patches of each image drawn as anchors")
-    clusters: int = Field(20, ge=2, description="number of cluster ids in the map, 0 … clusters − 1")
-    patch: int = Field(1, ge=1, description="features are averaged over patches of this many voxels a side")
+    patch: int = Field(1, ge=1, description="a patch has this many voxels a side")
+    joined: Literal["averaged", "concatenated"] = Field(
+        "averaged",
+        description="what becomes of the features of its voxels; published: concatenated, for organs",
+    )
     reference: Literal["ccl"] | None = Field(
         None,
         description="ccl: as published, the anchor is its own positive and 1e-7 is added in the logarithm",
@@ -95,9 +98,10 @@ class ConstrainedContrastLoss(nn.Module):
         _check_shapes(features, clusters, foreground)
         with without_autocast(features):
             features = features if features.dtype == torch.float64 else features.float()
-            pooled = average_patches(features, settings.patch)
+            join = average_patches if settings.joined == "averaged" else concatenate_patches
+            pooled = join(features, settings.patch)
             grid = tuple(pooled.shape[2:])
-            cluster_bp = majority_vote(clusters, grid, settings.clusters).flatten(1)
+            cluster_bp = majority_vote(clusters, grid, 1 + int(clusters.max())).flatten(1)
             if anchors is None:
                 foreground_bp = majority_vote(foreground.long(), grid, 2).flatten(1) > 0
                 anchors = draw_anchors(foreground_bp, settings.anchors)
@@ -207,6 +211,20 @@ def average_patches(features: Tensor, patch: int) -> Tensor:
     if patch == 1:
         return features
     return (F.avg_pool2d if features.ndim == 4 else F.avg_pool3d)(features, patch)
+
+
+def concatenate_patches(features: Tensor, patch: int) -> Tensor:
+    """Features (B, D, …) of all voxels of a patch behind each other (B, D patch^n, …); as `average_patches` else."""
+    if patch == 1:
+        return features
+    sides = [side // patch for side in features.shape[2:]]
+    cut = features
+    for axis, side in enumerate(sides, start=2):
+        cut = cut.narrow(axis, 0, side * patch)
+    apart = cut.reshape(*features.shape[:2], *(size for side in sides for size in (side, patch)))
+    spatial = range(2, apart.ndim)
+    within, across = [axis for axis in spatial if axis % 2], [axis for axis in spatial if not axis % 2]
+    return apart.permute(0, 1, *within, *across).flatten(1, 1 + len(within))
 
 
 @torch.no_grad()

@@ -184,9 +184,21 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class _SameSize(nn.Conv2d):
+    """A convolution whose output is as large as its input; of an even kernel the far side has a zero more."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, X, Y) -> (B, C', X, Y)."""
+        near = [(side - 1) // 2 for side in self.kernel_size]
+        far = [side // 2 for side in self.kernel_size]
+        return super().forward(F.pad(x, (near[1], far[1], near[0], far[0])))
+
+
 def _convolution(before: int, after: int, kernel: int, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(before, after, kernel, padding="same", bias=bias),
+        _SameSize(before, after, kernel, bias=bias)
+        if kernel % 2 == 0
+        else nn.Conv2d(before, after, kernel, padding="same", bias=bias),
         nn.GroupNorm(max(1, after // 4), after),
         nn.ReLU(inplace=True),
     )

@@ -45,6 +45,7 @@ from core.report.answer.tables import (
 )
 from core.report.figures import classes as class_figures
 from core.report.figures import explained as explained_figure
+from core.report.figures import features as feature_figures
 from core.report.figures import overlap as overlap_figures
 from core.report.figures import (
     population as population_figure,
@@ -88,6 +89,7 @@ OF_PEOPLE: dict[str, tuple[str, Callable[[RunRecord], Figure]]] = {
     "volumes": ("Volumes and age", tissue_figures.volumes_against_age),
     "agreement": ("Do volumes agree?", overlap_figures.volume_agreement),
     "cases": ("The best, the median and the worst case", overlap_figures.cases_in_planes),
+    "features": ("Features before the head, as colours", feature_figures.features_as_colours),
 }
 """The figures of people and their predictions; a task names those that it has."""
 CAPTIONS = {
@@ -102,6 +104,8 @@ CAPTIONS = {
     "that is in neither map of a person is left out.",
     "cases": "Held-out people, by the winner's first refit: sagittal, coronal and axial slice through the largest part "
     "of the reference, which is the line; filled is what was predicted. Left is on the left.",
+    "features": "Held-out people, by the winner's first refit. Colours: three principal components of the features of "
+    "every voxel in the slice. Guided well, they change where clusters change. Left is on the left.",
     "volumes": "Marks: held-out people. Line: a cubic through what the winner predicts for them, volume by volume.",
     "agreement": "Each mark is a class of a held-out person. Lines: the mean difference of a class; dashed, 1.96 SDs "
     "around it (Bland and Altman).",

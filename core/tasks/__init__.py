@@ -11,6 +11,7 @@ from core.files.python import defined_in, file_of
 from core.lookup import look_up
 from core.tasks.brain_age import BrainAge
 from core.tasks.classification import Classification
+from core.tasks.contrast_pretraining import ContrastPretraining
 from core.tasks.masked_pretraining import MaskedPretraining
 from core.tasks.segmentation import Segmentation
 from core.tasks.symmetry_pretraining import SymmetryPretraining
@@ -20,6 +21,7 @@ from core.tasks.tissue_age import TissueAge
 TASKS: dict[str, Task[Any]] = {
     "brain_age": BrainAge(),
     "classification": Classification(),
+    "contrast_pretraining": ContrastPretraining(),
     "masked_pretraining": MaskedPretraining(),
     "segmentation": Segmentation(),
     "symmetry_pretraining": SymmetryPretraining(),

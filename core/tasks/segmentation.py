@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from monai.inferers.utils import sliding_window_inference
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 from torch import nn
 
 from core.errors import UserError
@@ -55,30 +55,38 @@ from core.volumes.views import ViewSettings, make_views_with_maps
 
 PREDICTED_MAP = "predicted_map"
 COUNTS, DISTANCES, PROBABILITIES = "counts", "distances", "probabilities"
+NETWORK_AXES = 5
+"""Of scores (B, K, X, Y, Z); those of several depths have one more."""
 WINDOWS_TOGETHER = 4
 """Windows of a sliding window in one call of the network."""
+
+
+def _by_name(classes: object) -> object:
+    """The classes of well-known maps have a name."""
+    known = REGIONS.get(classes) if isinstance(classes, str) else None
+    if isinstance(classes, str) and known is None:
+        raise ValueError(f"classes must be a list such as [csf=1,gm=2], or {' or '.join(REGIONS)}")
+    return known or classes
+
+
+ClassesOfMap = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*=\d+(\+\d+)*$")], ...],
+    BeforeValidator(_by_name),
+    Field(min_length=1),
+]
+"""NAME=NUMBER of every class, or the name of a well-known map."""
 
 
 class SegmentationData(DataSettings):
     """What is taken from the cohort: also which map, and what its numbers mean."""
 
     target: str = Field("dseg", description="map of the cohort with the class of every voxel")
-    classes: tuple[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*=\d+(\+\d+)*$")], ...] = Field(
+    classes: ClassesOfMap = Field(
         ("csf=1", "gm=2", "wm=3"),
-        min_length=1,
         description="NAME=NUMBER of every class in the map, or NAME=NUMBER+NUMBER; all else is background, and -1 is "
         "not known. With a number in two of them they are regions, found one by one, such as brats2021 or brats2023",
     )
     balanced: str = Field("site", description="column of the cohort in which folds are alike")
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _by_name(cls, classes: object) -> object:
-        """The classes of well-known maps have a name."""
-        known = REGIONS.get(classes) if isinstance(classes, str) else None
-        if isinstance(classes, str) and known is None:
-            raise ValueError(f"classes must be a list such as [csf=1,gm=2], or {' or '.join(REGIONS)}")
-        return known or classes
 
 
 class OverlapSettings(Frozen):
@@ -272,7 +280,7 @@ class Segmentation(Task[SegmentationSettings]):
         if beside.final:
             classes = classes_of(settings)
             places = [
-                _places(each, classes)
+                places_in(each, classes)
                 for each in (found.pop(PREDICTED_MAP), beside.maps[settings.data.target].cpu())
             ]
             found |= planes_of(volumes_bcxyz[:, 0].cpu(), *places)
@@ -464,14 +472,14 @@ def classes_in(facts: Facts) -> LabelSets:
 def target_map(map_bxyz: torch.Tensor, classes: LabelSets) -> torch.Tensor:
     """What a training takes of a map (B, X, Y, Z): places of classes, or numbers of regions; else 0, and -1."""
     if not classes.overlap:
-        return _places(map_bxyz, classes)
+        return places_in(map_bxyz, classes)
     inside = torch.isin(
         map_bxyz, _numbers([number for each in classes.sets.values() for number in each], map_bxyz)
     )
     return torch.where(inside | (map_bxyz == IGNORED), map_bxyz, 0).to(torch.int16)
 
 
-def _places(map_bxyz: torch.Tensor, classes: LabelSets) -> torch.Tensor:
+def places_in(map_bxyz: torch.Tensor, classes: LabelSets) -> torch.Tensor:
     """The place of every voxel's class, of regions that of the smallest one; 0 background, `IGNORED` not known."""
     places_bxyz = torch.zeros_like(map_bxyz)
     for place, name in enumerate(classes.sets, start=1):
@@ -495,7 +503,7 @@ def _over_depths(
     objective: nn.Module, scores: torch.Tensor, places: torch.Tensor, progress: float
 ) -> torch.Tensor:
     """The loss; of several depths (B, D, K, …) their mean with the weights 1, 1/2, 1/4, as in nnU-Net."""
-    if scores.ndim == places.ndim + 1:
+    if scores.ndim == NETWORK_AXES:
         loss: torch.Tensor = objective(scores, places, progress)
         return loss
     weights = [2.0**-depth for depth in range(scores.shape[1])]

@@ -182,8 +182,12 @@ class Task(ABC, Generic[S]):
         """
 
     def needed_maps(self, settings: S) -> tuple[str, ...]:
-        """The maps of classes that every scan with a label must have: `views_with_maps` and `Beside` give them."""
+        """The maps that every scan which is trained on must have, for `views_with_maps`."""
         return ()
+
+    def maps_to_judge(self, settings: S) -> tuple[str, ...]:
+        """The maps that `observe_with_maps` is given; every scan with a label must have them."""
+        return self.needed_maps(settings)
 
     def more_labels(self, settings: S, manifest: pd.DataFrame) -> dict[str, Labels]:
         """What else `judge` must know of every scan of a cohort, (N,) each by name: `Truth.more`."""

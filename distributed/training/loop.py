@@ -92,7 +92,7 @@ class CellData:
             every = rows_without_judged(self.labelled, cell)
             self.training_rows = every[~np.isin(people[every], people[self.inner_rows])]
         self.channels = _channel_indices(settings, subjects.channels)
-        self.maps = self.task.needed_maps(settings)
+        self.maps, self.maps_to_judge = self.task.needed_maps(settings), self.task.maps_to_judge(settings)
         self.statistics = self._fit_statistics()
 
     @property
@@ -404,7 +404,7 @@ class CellTraining(CellData):
         mine: dict[str, list[np.ndarray]] = {}
         mine_only = share(rows, self.place.rank, self.place.workers)
         parts = [Part(part) for part in chunks(mine_only, self.settings.training.batch_size)]
-        reading = read_ahead(self.subjects.volumes, parts, self.place.device, self.maps)
+        reading = read_ahead(self.subjects.volumes, parts, self.place.device, self.maps_to_judge)
         for part, read in zip(parts, reading, strict=True):
             volumes = self.prepare(part.rows, read.volumes)
             beside = self.subjects.beside(read.maps, part.rows, final=self.epoch == self.rounds)

@@ -8,6 +8,7 @@ import pandas as pd
 
 from core.report.answer.classes import confusion_in_words, reliability_in_words, roc_in_words
 from core.report.answer.explained import explained_in_words, has_maps
+from core.report.answer.features import features_in_words
 from core.report.answer.front import front_in_words
 from core.report.answer.honesty import (
     access_line,
@@ -333,6 +334,7 @@ OF_PEOPLE: dict[str, Callable[[RunRecord], str]] = {
     "reliability": reliability_in_words,
     "overlap": overlap_in_words,
     "cases": cases_in_words,
+    "features": features_in_words,
     "volumes": volumes_in_words,
     "agreement": agreement_in_words,
 }

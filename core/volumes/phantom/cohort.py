@@ -41,8 +41,8 @@ BIDS_SUFFIX = {
     "lesion": "lesion", "dseg": "dseg",
 }  # fmt: skip
 MAPS = {"ageing": (), "tissue": ("dseg",), "lesions": ("lesion",), "ct": ("lesion",), "contrasts": ("dseg",)}
-"""The maps of every kind; in `dseg` of tissues CSF is 1, grey matter 2, white matter 3; of tumours necrosis is 1, oedema
-2, enhancing tissue 4."""
+"""The maps of every kind; in `dseg` of tissues CSF is 1, grey matter 2, white matter 3; of tumours necrosis is 1,
+oedema 2, enhancing tissue 4."""
 
 OnProgress = Callable[[int, int], None]
 """Called as on_progress(done, total) after each subject."""
