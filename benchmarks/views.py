@@ -29,10 +29,11 @@ from monai.transforms import (
 from rich.console import Console
 from rich.table import Table
 
+from core.volumes.images.mirror import mirror_image
 from core.volumes.views import ViewSettings, make_views
 from core.volumes.views.patches import PatchSettings, drop_patches, swap_patches
 from core.volumes.views.slices import SliceViewSettings, partition_slices, slice_views
-from core.volumes.views.turns import mirrored_crops, quarter_turns
+from core.volumes.views.turns import quarter_turns
 
 GRID = (91, 109, 91)
 SUBJECTS = 4
@@ -93,7 +94,7 @@ def comparisons(volumes: torch.Tensor) -> list[tuple[str, Case, Case | None]]:
             volumes, RandFlip(0.5, 0), RandGaussianNoise(1, std=0.05, sample_std=False),
             RandCoarseDropout(1, 32, fill_value=0, prob=0.5),
             RandSpatialCrop([round(0.9 * side) for side in GRID], random_size=False), SpatialPad(GRID))),
-        ("mirrored crops of 64", lambda: mirrored_crops(volumes, rows, 0, 0, 64), None),
+        ("mirror images", lambda: mirror_image(volumes), None),
         ("quarter turns of 96", lambda: quarter_turns(cubes, rows, 0, 0), theirs(cubes, RandRotate90(1, 3, (1, 2)))),
         ("dropped blocks", lambda: drop_patches(volumes, rows, 0, 0, PatchSettings(noise="unit")),
          theirs(volumes, holes)),

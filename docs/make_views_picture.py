@@ -12,12 +12,13 @@ import matplotlib
 import numpy as np
 import torch
 
+from core.volumes.images.mirror import mirror_image
 from core.volumes.phantom.cohort import phantom_brain
 from core.volumes.phantom.settings import PhantomSettings
 from core.volumes.views import ViewSettings, make_views
 from core.volumes.views.patches import PatchSettings, corrupt, drop_patches, swap_patches
 from core.volumes.views.slices import SliceViewSettings, partition_slices, slice_views
-from core.volumes.views.turns import mirrored_crops, quarter_turns
+from core.volumes.views.turns import quarter_turns
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -104,7 +105,11 @@ def plane_of(volume_cxyz: torch.Tensor, axis: int) -> np.ndarray:
 
 def pretext_panels(brains: torch.Tensor) -> list[tuple[str, np.ndarray]]:
     """Mirrored crops, quarter turns, blocks of noise and of the other brain."""
-    pair = mirrored_crops(brains[:1], [SUBJECT], 0, 0, (44, 80, 80))
+    both = torch.cat([brains[:1], mirror_image(brains[:1])], dim=1)
+    crops = make_views(
+        both, [SUBJECT], 0, 0, ViewSettings(count=1, crop_size=(44, 80, 80), pad_to=(44, 80, 80))
+    )
+    pair = crops[:, 0].unflatten(1, (2, -1))
     panels = [
         (name, plane_of(side, AXIAL))
         for name, side in zip(("mirrored crop: the patch", "… and its counterpart"), pair[0], strict=True)

@@ -65,9 +65,7 @@ def test_corners_are_finite_and_counted(form, reference):
     foreground = torch.zeros_like(clusters).bool()
     foreground[0, 0, :3] = True
     for temperature in (1e-3, 0.1, 1e3):
-        loss = build(
-            "constrained_contrast", form=form, reference=reference, temperature=temperature, clusters=144
-        )
+        loss = build("constrained_contrast", form=form, reference=reference, temperature=temperature)
         for maps, mask in (
             (clusters, foreground),
             (one, foreground),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from core.errors import UserError
-from core.volumes.images.mirror import midline_offset, midline_voxel, mirror, world_axis
-from core.volumes.views.turns import mirrored_crops, quarter_turns
+from core.volumes.images.mirror import mirror_image, opposite_voxels, world_axis
+from core.volumes.views import ViewSettings, make_views
+from core.volumes.views.turns import quarter_turns
 
 GRID = (16, 13, 11)
 ORIENTATIONS = [
@@ -36,11 +37,6 @@ def volumes(count: int, channels: int = 2, grid: tuple[int, int, int] = GRID) ->
     return torch.arange(1, voxels + 1).reshape(count, channels, *grid)
 
 
-def place_of(volume: torch.Tensor, patch: torch.Tensor) -> list[int]:
-    """The voxel of `volume` (C, X, Y, Z) whose value stands first in `patch`."""
-    return [int(at) for at in (volume[0] == patch[0, 0, 0, 0]).nonzero()[0]]
-
-
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_each_direction_is_found_in_every_orientation(codes):
     affine = affine_for(codes)
@@ -53,104 +49,79 @@ def test_a_flat_affine_has_no_axis_for_a_direction():
         world_axis(np.diag([1.0, 1.0, 0.0, 1.0]), "up_down")
 
 
-@pytest.mark.parametrize("codes", ["RAS", "LAS", "PSR", "SPL"])
-def test_the_midline_is_where_the_world_is_zero(codes):
-    affine = affine_for(codes)
-    affine[:3, 3] = [-9.0, 4.0, 7.0]
-    axis = world_axis(affine, "left_right")
-    voxel = [(side - 1) / 2 for side in GRID]
-    voxel[axis] = midline_voxel(affine, GRID)
-    assert (affine @ [*voxel, 1])[0] == pytest.approx(0, abs=1e-12)
+def head(opposite: int, grid: tuple[int, int, int] = GRID, seed: int = 0) -> torch.Tensor:
+    """(1, 1, X, Y, Z): random voxels, the same on both sides of a plane, and zeros where there is no counterpart."""
+    draws = torch.rand(grid, generator=torch.Generator().manual_seed(seed)) + 1
+    volume = torch.zeros(grid)
+    for i in range(grid[0]):
+        j = opposite - i
+        if 0 <= j < grid[0]:
+            volume[i] = draws[min(i, j)]
+    return volume[None, None]
 
 
-def test_the_midline_of_a_centred_grid_is_its_middle():
-    affine = affine_for("RAS")
-    affine[0, 3] = -2.0 * (GRID[0] - 1) / 2
-    assert midline_offset(affine, GRID) == 0
-    assert midline_voxel(affine, GRID) == (GRID[0] - 1) / 2
-
-
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "PSR", "SRA"])
-def test_a_counterpart_is_the_same_patch_of_the_mirror_image(codes):
-    affine = affine_for(codes)
-    batch = volumes(5)
-    pairs = mirrored_crops(batch, range(5), 1, 0, (6, 5, 4), affine=affine)
-    assert pairs.shape == (5, 2, 2, 6, 5, 4)
-    for volume, (patch, counterpart) in zip(batch, pairs, strict=True):
-        x, y, z = place_of(volume, patch)
-        block = (slice(None), slice(x, x + 6), slice(y, y + 5), slice(z, z + 4))
-        assert torch.equal(patch, volume[block])
-        assert torch.equal(counterpart, mirror(volume, affine)[block])
-
-
-def test_the_counterpart_of_a_counterpart_is_the_patch():
-    batch = volumes(4)
-    pairs = mirrored_crops(batch, range(4), 1, 0, 5)
-    of_mirror = mirrored_crops(mirror(batch), range(4), 1, 0, 5)
-    assert torch.equal(pairs.flip(1), of_mirror)
-
-
-@pytest.mark.parametrize("midline", [5.0, 7.5, 8.0, 9.5, 9.3])
-def test_a_patch_and_its_counterpart_lie_opposite_about_the_midline(midline):
-    nearest = np.floor(2 * midline + 0.5) / 2
-    x_of = torch.arange(GRID[0])[:, None, None].expand(1, 1, *GRID).expand(200, -1, -1, -1, -1)
-    pairs = mirrored_crops(x_of, range(200), 0, 0, 4, midline=midline)
-    assert torch.equal(pairs[:, 0] + pairs[:, 1], torch.full_like(pairs[:, 0], int(2 * nearest)))
-    # every place with a counterpart is reached, and no other
-    starts = pairs[:, 0, 0, 0, 0, 0].unique().tolist()
-    possible = [
-        start
-        for start in range(GRID[0] - 3)
-        if 2 * nearest - start - 3 >= 0 and 2 * nearest - start < GRID[0]
+@pytest.mark.parametrize("opposite", [10, 13, 14, 15, 16, 19, 21])
+def test_the_middle_of_a_head_is_found_wherever_it_lies(opposite):
+    """Among all planes by brute force the one about which the head is most like its mirror image."""
+    volume = head(opposite)
+    line = volume[0, 0]
+    slowly = [
+        sum(float((line[i] * line[o - i]).sum()) for i in range(GRID[0]) if 0 <= o - i < GRID[0])
+        for o in range(2 * GRID[0] - 1)
     ]
-    assert starts == possible
+    assert opposite_voxels(volume) == [int(np.argmax(slowly))] == [opposite]
 
 
-def test_whole_volumes_are_their_own_patches():
-    batch = volumes(2)
-    pairs = mirrored_crops(batch, range(2), 0, 0, GRID)
-    assert torch.equal(pairs[:, 0], batch)
-    assert torch.equal(pairs[:, 1], mirror(batch))
+def test_heads_of_a_batch_have_their_own_middles_and_an_empty_one_that_of_the_grid():
+    batch = torch.cat([head(12), head(17, seed=1), torch.zeros(1, 1, *GRID)])
+    assert opposite_voxels(batch) == [12, 17, GRID[0] - 1]
+    assert opposite_voxels(-batch) == [12, 17, GRID[0] - 1]
 
 
-def test_label_maps_travel_with_their_images():
-    images, labels = volumes(3).float(), volumes(3, 1) % 7
-    crops = mirrored_crops(images, [5, 1, 8], 2, 3, 6)
-    of_labels = mirrored_crops(labels, [5, 1, 8], 2, 3, 6)
-    recovered = (crops[:, :, :1].long() - 1) % (2 * int(np.prod(GRID))) % int(np.prod(GRID))
-    for row in range(3):
-        expected = (volumes(3, 1)[row].flatten() % 7)[recovered[row].flatten()].reshape(2, 1, 6, 6, 6)
-        assert torch.equal(of_labels[row], expected)
-    assert of_labels.dtype == torch.int64
+def test_a_mirror_image_has_every_voxel_at_the_opposite_place():
+    batch = torch.rand(3, 2, *GRID)
+    for opposites in ([15, 15, 15], [12, 15, 19]):
+        mirrored = mirror_image(batch, opposites)
+        for row, opposite in enumerate(opposites):
+            for i in range(GRID[0]):
+                inside = 0 <= opposite - i < GRID[0]
+                expected = batch[row, :, opposite - i] if inside else torch.zeros(2, *GRID[1:])
+                assert torch.equal(mirrored[row, :, i], expected)
 
 
-def test_crops_and_turns_do_not_depend_on_the_batch():
-    batch = volumes(4)
-    together = mirrored_crops(batch, [7, 3, 11, 5], 2, 1, 6)
-    turned, turns = quarter_turns(together, [7, 3, 11, 5], 2, 1)
-    some = mirrored_crops(batch[[2, 0]], torch.tensor([11, 7]), 2, 1, 6)
-    some_turned, some_turns = quarter_turns(some, [11, 7], 2, 1)
-    assert torch.equal(some, together[[2, 0]])
+def test_a_symmetric_head_off_the_middle_is_its_own_mirror_image():
+    for opposite in (11, 18):
+        volume = head(opposite)
+        assert torch.equal(mirror_image(volume), volume)
+        assert not torch.equal(volume.flip(2), volume)
+
+
+def test_crops_of_a_head_and_of_its_mirror_image_lie_opposite():
+    """A crop of the mirror image at the same place is the counterpart of the crop."""
+    volume = torch.rand(4, 1, *GRID)
+    both = torch.cat([volume, mirror_image(volume, [15] * 4)], dim=1)
+    seen = make_views(both, range(4), 1, 0, ViewSettings(count=1, crop_size=6, pad_to=6))[:, 0]
+    for row in range(4):
+        at = (volume[row, 0] == seen[row, 0, 0, 0, 0]).nonzero()[0].tolist()
+        for i in range(6):
+            opposite = GRID[0] - 1 - (at[0] + i)
+            part = volume[row, 0, opposite, at[1] : at[1] + 6, at[2] : at[2] + 6]
+            assert torch.equal(seen[row, 1, i], part)
+
+
+def test_turns_do_not_depend_on_the_batch():
+    batch = volumes(4)[..., :11, :11]
+    turned, turns = quarter_turns(batch, [7, 3, 11, 5], 2, 1)
+    some_turned, some_turns = quarter_turns(batch[[2, 0]], [11, 7], 2, 1)
     assert torch.equal(some_turned, turned[[2, 0]])
     assert torch.equal(some_turns, turns[[2, 0]])
 
 
 @pytest.mark.parametrize("other", [{"subjects": range(50, 90)}, {"epoch": 3}, {"seed": 2}, {"view": 1}])
-def test_seed_epoch_view_and_subject_each_change_places_and_turns(other):
-    batch = volumes(1).expand(40, -1, -1, -1, -1)
+def test_seed_epoch_view_and_subject_each_change_turns(other):
+    cubes = volumes(1).expand(40, -1, -1, -1, -1)[..., :11, :11]
     settings = {"subjects": range(40), "epoch": 2, "seed": 1}
-    changed = settings | other
-    assert not torch.equal(
-        mirrored_crops(batch, size=6, **settings), mirrored_crops(batch, size=6, **changed)
-    )
-    cubes = batch[..., :11, :11]
-    assert not torch.equal(quarter_turns(cubes, **settings)[1], quarter_turns(cubes, **changed)[1])
-
-
-@pytest.mark.parametrize(("size", "midline"), [((17, 4, 4), None), ((4, 4, 12), None), ((5, 4, 4), 1.5)])
-def test_patches_that_do_not_fit_are_refused(size, midline):
-    with pytest.raises(UserError, match="does not fit into the"):
-        mirrored_crops(volumes(1), [0], 0, 0, size, midline=midline)
+    assert not torch.equal(quarter_turns(cubes, **settings)[1], quarter_turns(cubes, **(settings | other))[1])
 
 
 def test_labels_are_how_many_quarters_a_volume_was_turned():
@@ -166,10 +137,12 @@ def test_labels_are_how_many_quarters_a_volume_was_turned():
 
 
 def test_turns_keep_left_and_right_and_mirroring():
-    pairs = mirrored_crops(volumes(20), range(20), 0, 0, 8)
+    one = volumes(20)[:, :, :8, :8, :8]
+    pairs = torch.stack([one, one.flip(2)], dim=1)
     turned, turns = quarter_turns(pairs, range(20), 0, 0)
     apart = quarter_turns(pairs[:, 1], range(20), 0, 0)[0]
     assert torch.equal(apart, turned[:, 1])
+    assert torch.equal(turned[:, 1], turned[:, 0].flip(2))
     assert torch.equal(turned.sum((4, 5)), pairs.sum((4, 5)))  # what lies at one X stays there
     assert turns.unique().tolist() == [0, 1, 2, 3]
 

@@ -29,7 +29,9 @@ def test_hausdorff_is_the_percentile_of_all_pairs_of_surface_voxels() -> None:
 def agreement(
     predicted: np.ndarray, reference: np.ndarray, *classes: int, tolerance: float = 2.0
 ) -> Agreement:
-    return compare_maps(predicted, reference, classes, np.array([1.0, 2.0, 3.0]), tolerance=tolerance)
+    return compare_maps(
+        predicted, reference, [(each,) for each in classes], np.array([1.0, 2.0, 3.0]), tolerance=tolerance
+    )
 
 
 def test_agreement_of_each_class_of_a_case() -> None:

@@ -15,6 +15,7 @@ from small_cohort import write_small_cohort
 
 from core.config import check_settings, merge, needed_maps, resolve
 from core.errors import UserError
+from core.evaluation.label_sets import LabelSets
 from core.evaluation.segmentation import surface_dice
 from core.evaluation.splits import make_splits
 from core.losses.segmentation import IGNORED, CrossEntropy, Dice, DiceCrossEntropy, Focal, Tversky
@@ -29,7 +30,7 @@ from core.models.settings import (
 from core.own_grid import OwnGrid, image_like, place
 from core.report.answer.verdict import judged_interval, judged_value
 from core.tasks import find_task
-from core.tasks.segmentation import places_of
+from core.tasks.segmentation import classes_of, places_in
 from core.tasks.task import Beside, ClassProbabilities, Judging, Observed
 from core.volumes.cohort.description import stored_voxel_ml
 from distributed.batches.in_process import InMemory
@@ -284,7 +285,7 @@ def test_surface_dice_is_the_share_of_surfaces_within_a_tolerance():
 
 def test_numbers_of_a_map_become_places_and_unknown_voxels_stay_so():
     settings = settings_of(data__classes=["lesion=255", "other=4"])
-    found = places_of(torch.tensor([[[[0, 255, 4, 3, -1]]]], dtype=torch.int16), settings)
+    found = places_in(torch.tensor([[[[0, 255, 4, 3, -1]]]], dtype=torch.int16), classes_of(settings))
     assert found.flatten().tolist() == [0, 1, 2, 0, IGNORED]
 
 
@@ -340,7 +341,7 @@ def test_a_segmentation_lies_on_the_voxels_of_its_scan(tmp_path, code):
     coarse[:3, 3] = -40
     grid = np.stack(np.meshgrid(*[np.arange(20)] * 3, indexing="ij"), -1) * 4.0 - 40
     ball = 1 / (1 + np.exp(np.linalg.norm(grid - [0, 5, -5], axis=-1) - 12))
-    given = ClassProbabilities(np.stack([1 - ball, ball])[None], ("ball",), (7,))
+    given = ClassProbabilities(np.stack([1 - ball, ball])[None], LabelSets({"ball": (7,)}))
     found = place(given, coarse, OwnGrid.of_file(tmp_path / "scan.nii.gz"))
     written = image_like(tmp_path / "scan.nii.gz", found.classes_xyz)
     places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ own[:3, :3].T + own[:3, 3]

@@ -5,7 +5,7 @@ import torch
 
 from core.errors import UserError
 from core.models import MODELS, build
-from core.volumes.images.mirror import mirror
+from core.volumes.images.mirror import mirror_image
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -110,7 +110,7 @@ def test_symmetry_aware_swin_unetr_differs_from_the_plain_one_by_its_attention_o
     with torch.no_grad():
         logits, without = symmetric(volumes), plain(volumes)
         assert not torch.allclose(logits, without)
-        torch.testing.assert_close(symmetric(volumes, mirror(volumes)), logits)
+        torch.testing.assert_close(symmetric(volumes, mirror_image(volumes)), logits)
         assert not torch.allclose(symmetric(volumes, volumes), logits)
         symmetric.attention.forward = lambda features, mirrored: features  # type: ignore[method-assign]
         torch.testing.assert_close(symmetric(volumes), without, rtol=1e-4, atol=1e-5)

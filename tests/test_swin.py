@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +7,7 @@ from torch.nn import functional as F
 from core.errors import UserError
 from core.models import ProjectionHead, ReconstructionDecoder, build
 from core.models.swin import SymmetryAttention
-from core.volumes.images.mirror import left_right_axis, midline_offset, mirror
+from core.volumes.images.mirror import mirror_image
 
 PROJECTION = 768 * 512 + 512  # contrast and symmetry heads of spec.md C.2
 GRID = (23, 28, 23)
@@ -116,10 +115,10 @@ def test_symmetry_attention_follows_a_mirror_of_the_token_grid() -> None:
     """Exchanging left and right of what goes in exchanges them in what comes out, and nothing else."""
     block = SymmetryAttention(24, layers=2).eval()
     features, mirrored = torch.randn(2, 24, 4, 3, 2), torch.randn(2, 24, 4, 3, 2)
-    flipped = block(mirror(features), mirror(mirrored))
-    torch.testing.assert_close(flipped, mirror(block(features, mirrored)), rtol=1e-4, atol=1e-5)
+    flipped = block(features.flip(2), mirrored.flip(2))
+    torch.testing.assert_close(flipped, block(features, mirrored).flip(2), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        block(features, mirror(mirrored)), block(features, mirrored), rtol=1e-4, atol=1e-5
+        block(features, mirrored.flip(2)), block(features, mirrored), rtol=1e-4, atol=1e-5
     )
 
 
@@ -127,9 +126,9 @@ def test_a_mirrored_brain_with_its_mirror_image_is_the_pair_exchanged() -> None:
     encoder = build("swin_symmetry", width=0.25).eval()
     volumes = torch.randn(2, 1, *GRID)
     first, second = encoder.feature_maps(volumes)
-    of_mirror = encoder.feature_maps(mirror(volumes))
+    of_mirror = encoder.feature_maps(mirror_image(volumes), volumes)
     torch.testing.assert_close(of_mirror, (second, first), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(encoder(volumes), encoder(volumes, mirror(volumes)))
+    torch.testing.assert_close(encoder(volumes), encoder(volumes, mirror_image(volumes)))
     assert not torch.allclose(encoder(volumes), encoder(volumes, volumes))
 
 
@@ -169,22 +168,3 @@ def test_unknown_choices_are_answered() -> None:
         build("swin", width=0.25, merging="v1")
     with pytest.raises(ValueError, match="pooling must be 'mean' or 'corner', got 'max'"):
         build("swin", width=0.25, pooling="max")(torch.zeros(1, 1, 32, 32, 32))
-
-
-def test_mirror_finds_left_and_right_in_the_affine() -> None:
-    volume = torch.arange(24.0).reshape(1, 2, 3, 4)
-    assert torch.equal(mirror(volume), volume.flip(1))
-    psr = np.array(
-        [[0, 0, -2.0, 9], [-2.0, 0, 0, 9], [0, 2.0, 0, 9], [0, 0, 0, 1]]
-    )  # third axis runs to the left
-    assert left_right_axis(psr) == 2
-    assert torch.equal(mirror(volume, psr), volume.flip(3))
-    assert torch.equal(mirror(mirror(volume, psr), psr), volume)
-    with pytest.raises(UserError, match="no left-right axis"):
-        left_right_axis(np.zeros((4, 4)))
-
-
-def test_midline_offset_is_zero_for_the_icbm_grid() -> None:
-    affine = np.array([[2.0, 0, 0, -90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]])
-    assert midline_offset(affine, (91, 109, 91)) == 0
-    assert midline_offset(affine, (92, 109, 91)) == 1.0

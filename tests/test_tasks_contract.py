@@ -23,6 +23,8 @@ from search_spaces import SPACES, published
 
 OWN = f"{Path(__file__).parent / 'own_task.py'}:BrighterSide"
 SMALL = {"model.width": 0.0625, "training.epochs": 2, "training.batch_size": 8}
+CONTRAST = {"model.width": 0.25, "training.epochs": 2, "training.batch_size": 8, "data.constraint": "guide",
+            "features.dimension": 8}  # fmt: skip
 GIVEN: dict[str, list[dict[str, object]]] = {
     "brain_age": [SMALL, {**SMALL, "objective.name": "l1", "objective.kernel": None}],
     "classification": [
@@ -33,7 +35,46 @@ GIVEN: dict[str, list[dict[str, object]]] = {
         {**SMALL, "model.name": "resnet18", **probes}
         for probes in ({}, {PROBES: ["age"]}, {PROBES: ["kind", "age"]})
     ],
-    "segmentation": [{"model.width": 0.0625, "training.epochs": 2, "data.classes": ["one=1"]}],
+    "contrast_pretraining": [
+        {**CONTRAST, "evaluation.target": "dseg", "evaluation.classes": ["one=1"]},
+        {
+            **CONTRAST,
+            PROBES: ["age"],
+            "objective.joined": "concatenated",
+            "objective.patch": 2,
+            "features.levels": 5,
+        },
+        {
+            **CONTRAST,
+            "model.name": "dynunet",
+            "features.levels": 5,
+            "evaluation.target": "dseg",
+            "evaluation.classes": ["one=1"],
+        },
+    ],
+    "segmentation": [
+        {"model.width": 0.0625, "training.epochs": 2, "data.classes": ["one=1"]},
+        {
+            "model.width": 0.0625,
+            "training.epochs": 2,
+            "data.classes": ["one=1+2", "two=2"],
+            "objective.name": "dice",
+        },
+    ],
+    "symmetry_pretraining": [
+        {
+            **SMALL,
+            "model.name": "resnet18",
+            "decoder.kind": "transposed",
+            "data.diagnosis": "kind",
+            "data.healthy": ["control"],
+            **more,
+        }
+        for more in (
+            {},
+            {PROBES: ["age"], "objective.masked.name": "masked", "objective.contrast.name": None},
+        )
+    ],
     "tissue_age": [{}, {"regressor.name": "gradient_boosting"}],
     OWN: [{"training.epochs": 2}],
 }
@@ -73,6 +114,7 @@ def made(name, index):
     for column, mean in (("csf_ml", 250), ("gm_ml", 650), ("wm_ml", 550)):
         manifest[column] = mean + generator.normal(0, 40, SCANS)
     manifest["map_dseg_checksum"] = ["x"] * (SCANS - 4) + [""] * 4
+    manifest["map_guide_checksum"] = "x"
     volumes = torch.from_numpy(generator.normal(size=(SCANS, 1, SIDE, SIDE, SIDE)).astype(np.float32))
     return task, settings, manifest, volumes
 
@@ -84,12 +126,19 @@ def truth_at(rows, task, settings, manifest):
 
 def is_without_truth(name, index):
     """Whether this is a pre-training of which nothing is read."""
-    return name == "masked_pretraining" and PROBES not in GIVEN[name][index]
+    given = GIVEN[name][index]
+    return name.endswith("_pretraining") and PROBES not in given and "evaluation.target" not in given
+
+
+def reads_maps(name, index):
+    """Whether a pre-training is judged by a map, and by nothing else."""
+    given = GIVEN[name][index]
+    return "evaluation.target" in given and PROBES not in given
 
 
 def maps_of(task, settings, volumes):
     """The maps that the task needs: where a volume is bright."""
-    return {each: (volumes[:, 0] > 0.5).short() for each in task.needed_maps(settings)}
+    return {each: (volumes[:, 0] > 0.5).short() for each in task.maps_to_judge(settings)}
 
 
 def seen_of(task, settings, model, volumes):
@@ -165,13 +214,14 @@ def test_labels_say_what_is_unknown_and_folds_are_alike_in_a_column(name, index)
     task.check_cohort(settings, manifest, splits)
     facts = task.learn(settings, truth_at(np.arange(24), task, settings, manifest))
     assert json.loads(json.dumps(facts)) == facts
-    assert np.isfinite(task.targets(labels, facts)[: SCANS - 4].astype(float)).all()
+    everyone = truth_at(np.arange(SCANS), task, settings, manifest)
+    assert np.isfinite(task.targets(everyone, facts)[: SCANS - 4].astype(float)).all()
 
 
 @pytest.mark.parametrize(("name", "index"), NETWORKS)
 def test_a_step_moves_the_model_and_the_seed_alone_makes_it(name, index):
     task, settings, manifest, volumes = made(name, index)
-    labels = task.labels(settings, manifest)
+    everyone = truth_at(np.arange(SCANS), task, settings, manifest)
     facts = task.learn(settings, truth_at(np.arange(24), task, settings, manifest))
     losses = []
     for _ in range(2):
@@ -179,9 +229,9 @@ def test_a_step_moves_the_model_and_the_seed_alone_makes_it(name, index):
         model, rows = task.build(settings, 1, facts), np.arange(8)
         maps = maps_of(task, settings, volumes[rows])
         views = task.views_with_maps(settings, volumes[rows], maps, rows, 1, 0)
-        assert views.shape[0] == 8
-        assert views.ndim == 6
-        targets = torch.as_tensor(task.targets(labels, facts)[rows])
+        for seen in [views] if isinstance(views, torch.Tensor) else views.values():
+            assert seen.shape[0] == 8
+        targets = torch.as_tensor(task.targets(everyone, facts)[rows])
         step = task.step(model, task.objective(settings, facts), views, targets, 0.5)
         step.loss.backward()
         assert step.loss.ndim == 0
@@ -217,8 +267,12 @@ def test_what_is_judged_is_what_is_predicted(name, index):
     about = task.describe(settings)
     for objective in about.objectives:
         if not about.metrics[objective].needs_sites:
-            assert np.isfinite(outcome.metrics[objective]), objective
-    if is_without_truth(name, index) or name == "tissue_age":
+            # A class in one map only is infinitely far.
+            assert not np.isnan(outcome.metrics[objective]), objective
+    if name == "symmetry_pretraining" and is_without_truth(name, index):
+        assert task.predictions(settings, evaluation.outputs, None, facts).columns.tolist() == ["asymmetry"]
+        return
+    if is_without_truth(name, index) or name == "tissue_age" or reads_maps(name, index):
         with pytest.raises(UserError, match="predicts nothing"):
             task.predictions(settings, evaluation.outputs, outcome.fitted, facts)
         return
@@ -242,7 +296,7 @@ def test_the_truth_about_the_evaluation_moves_no_prediction(name, index):
     assert outcome.predictions["predicted"].tolist() == other.predictions["predicted"].tolist()
     is_alike = outcome.predictions["error"].tolist() == other.predictions["error"].tolist()
     # The truth of a segmentation is in its maps.
-    assert is_alike == (is_without_truth(name, index) or name == "segmentation")
+    assert is_alike == (is_without_truth(name, index) or reads_maps(name, index) or name == "segmentation")
 
 
 @pytest.mark.parametrize(("name", "index"), ALL)

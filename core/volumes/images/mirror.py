@@ -35,21 +35,6 @@ def world_axis(affine: Affine, direction: Direction) -> int:
     return axes[0]
 
 
-def left_right_axis(affine: Affine) -> int:
-    """The spatial axis (0, 1 or 2) that runs left-right in the world, from the voxel-to-world affine."""
-    return world_axis(affine, "left_right")
-
-
-def mirror(volume: torch.Tensor, affine: Affine = RAS) -> torch.Tensor:
-    """The volume with left and right exchanged.
-
-    Args:
-        volume: (..., X, Y, Z), any leading axes.
-        affine: 4x4 voxel-to-world; the default is this project's own orientation, RAS, where X is left-right.
-    """
-    return volume.flip(volume.ndim - 3 + left_right_axis(affine))
-
-
 def mirror_image(volumes_bcxyz: torch.Tensor, opposite_b: Sequence[int] | None = None) -> torch.Tensor:
     """The volumes with left and right exchanged about the middle of each head, which need not be that of the grid.
 
