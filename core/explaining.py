@@ -25,7 +25,7 @@ from core.evaluation import Floats
 from core.files.tables import PROBABILITY
 from core.inference import Predictor
 from core.tasks import find_task
-from core.volumes.images.mirror import mirror_image
+from core.volumes.images.mirror import mirror_image, opposite_voxels
 from core.volumes.images.preprocess import normalise
 
 OVERLAP = 0.5
@@ -67,7 +67,7 @@ class _Asked(nn.Module):
             seen = task.observe(settings, self.predictor.model, torch.as_tensor(volumes_bcxyz).float())
         outputs = {name: values.numpy() for name, values in seen.items()}
         table = task.predictions(settings, outputs, self.predictor.fitted, self.predictor.facts)
-        return torch.from_numpy(_answers(table).to_numpy(np.float32))
+        return torch.tensor(_answers(table).to_numpy(np.float32))
 
 
 def explain(
@@ -111,12 +111,19 @@ def explain(
             on_progress(done, len(volumes))
     brain, trained, random = (np.asarray(total / len(volumes), dtype=np.float32) for total in sums)
     inside = brain != 0
-    likeness = float(spearmanr(trained[inside], random[inside]).statistic)
-    across = torch.from_numpy(np.stack([brain, trained]))[None]
-    mirrored = mirror_image(across)[0, 1].numpy()
+    likeness = _likeness(trained[inside], random[inside])
+    middle = opposite_voxels(torch.from_numpy(brain)[None, None])
+    mirrored = mirror_image(torch.from_numpy(trained)[None, None], middle)[0, 0].numpy()
     return Explained(
         brain, trained * inside, random * inside, (trained - mirrored) * inside, words, likeness, len(volumes)
     )
+
+
+def _likeness(one_p: npt.NDArray[np.float32], other_p: npt.NDArray[np.float32]) -> float:
+    """Spearman's correlation; 0 where one of both is the same everywhere."""
+    if np.ptp(one_p) == 0 or np.ptp(other_p) == 0:
+        return 0.0
+    return float(spearmanr(one_p, other_p).statistic)
 
 
 def _changes(

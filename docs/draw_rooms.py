@@ -27,6 +27,7 @@ THICKNESSES = {6.0: (20, "20 or more"), 3.5: (5, "5 to 19"), 1.4: (1, "1 to 4 li
 # The files that lie loose in core are drawn with the folder to which they belong.
 DRAWN_WITH = {
     "core.inference": "core.tasks",
+    "core.explaining": "core.tasks",
     "core.own_grid": "core.tasks",
     "core.objectives": "core.evaluation",
     "core.run_settings": "core.config",
@@ -108,6 +109,7 @@ BOXES = {
     "core.volumes.phantom": Box(866, 520, 76, 40, ("phantom",)),
     "core.volumes.cohort": Box(972, 520, 76, 40, ("cohort",)),
     "core.volumes.views": Box(866, 600, 76, 40, ("views",)),
+    "core.volumes.derive": Box(972, 600, 76, 40, ("derive",)),
     "core.volumes.images": Box(1078, 500, 76, 80, ("images",)),
     EVERYWHERE: Box(40, 698, 1130, 42, ("files, errors.py, lookup.py, schedules.py",)),
 }

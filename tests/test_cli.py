@@ -20,7 +20,7 @@ from distributed.commands.using import using
 
 COHORTS = ["phantom", "ingest", "describe", "quality", "verify"]
 RUNS = ["train", "sweep", "demo", "resume", "report", "compare"]
-MODELS = ["evaluate", "predict", "derive"]
+MODELS = ["evaluate", "predict", "explain", "derive"]
 COMMANDS = COHORTS + RUNS + MODELS
 
 
@@ -98,7 +98,7 @@ def test_the_commands_are_these_and_no_others():
         (["phantom", "OUT", "--spacing", "3"], "spacing must be 2, 4 or 8 mm, got 3"),
         (
             ["phantom", "OUT", "--channels", "fmri"],
-            "--channels: Input should be 'stiffness' or 't1w', got 'fmri'",
+            "--channels: channels must be of stiffness,t1w with kind ageing, got fmri",
         ),
         (
             ["ingest", "COHORT", "OUT", "--shape", "4,b"],

@@ -112,7 +112,7 @@ def test_ageing_cohorts_are_what_they_were():
     ("given", "message"),
     [
         ({"rung": 2}, "rung cannot act with kind ageing"),
-        ({"kind": "lesions", "channels": ("stiffness",)}, "channels must be t1w with kind lesions"),
+        ({"kind": "lesions", "channels": ("stiffness",)}, "channels must be of t1w with kind lesions"),
         ({"kind": "lesions", "rung": 6}, "less than or equal to 5"),
     ],
 )

@@ -89,7 +89,7 @@ def test_settings_and_hash():
         ({"spacing": 0}, r"spacing\.constrained-float\n  Input should be greater than or equal to 0.5 "),
         ({"shape": (0, 5, 5)}, r"shape\.0\n  Input should be greater than or equal to 1 "),
         ({"shape": (5, 5)}, r"shape\.2\n  Field required "),
-        ({"intensity": "log"}, "unknown intensity 'log'; known: percentile, raw, window, zscore"),
+        ({"intensity": "log"}, "unknown intensity 'log'; known: hu, percentile, raw, window, zscore"),
         ({"spcing": 4}, "spcing\n  Extra inputs are not permitted "),
     ):
         with pytest.raises(ValidationError, match=message):

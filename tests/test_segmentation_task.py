@@ -292,13 +292,9 @@ def test_numbers_of_a_map_become_places_and_unknown_voxels_stay_so():
 @pytest.mark.parametrize(
     ("chosen", "says"),
     [
-        ({"data.classes": ["a=1", "b=1"]}, "a number of its own"),
+        ({"data.classes": ["a=1", "b=1"]}, "numbers of its own"),
         ({"data.classes": ["a=0"]}, "0 is the background"),
         ({"data.classes": ["a"]}, r"data\.classes"),
-        (
-            {"model.name": "swin_unetr_symmetry", "model.width": 0.25, "views.crop_size": 32},
-            "takes whole volumes",
-        ),
         ({"views.crop": 0.5}, r"views\.crop_size"),
     ],
 )

@@ -124,9 +124,11 @@ def _parts(network: nn.Module) -> dict[str, tuple[str, ...]]:
         SymmetrySwinUNETR: (("swinViT", "attention"), ("out",)),
         GroupNormUNet: (("encoder",), ("head",)),
         ResUNet: (("down",), ("out",)),
-        DynUNet: (("input_block", "downsamples", "bottleneck"), ("output_block",)),
+        DynUNet: (("input_block", "downsamples", "bottleneck"), ("output_block", "deep_supervision_heads")),
     }
     encoder, head = known[type(network)]
-    rest = [name for name, _ in network.named_children() if name not in (*encoder, *head)]
+    # MONAI's DynUNet has all its layers again in these.
+    rest = [name for name, _ in network.named_children() if name not in (*encoder, *head, "skip_layers")]
+    head = tuple(name for name in head if hasattr(network, name))
     parts = {"encoder": encoder, "decoder": rest, "head": head}
     return {part: tuple(f"network.{name}" for name in names) for part, names in parts.items()}

@@ -84,7 +84,10 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_weights(
-    model: nn.Module, weights: Mapping[str, torch.Tensor], rename: Sequence[str] = ()
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    rename: Sequence[str] = (),
+    within: Sequence[str] = (),
 ) -> LoadReport:
     """Load every weight whose name and shape fit, in place, and report the others.
 
@@ -96,11 +99,13 @@ def load_weights(
         model: loaded into.
         weights: a state dict.
         rename: THEIRS=OURS: what stands at the beginning of names in the file, and what is to stand there instead.
+        within: dotted names of the modules that are loaded; all if absent.
 
     Raises:
         UserError: nothing fits.
     """
-    wanted = model.state_dict()
+    beginnings = tuple(f"{name}." for name in within) or ("",)
+    wanted = {name: value for name, value in model.state_dict().items() if name.startswith(beginnings)}
     names = match_names(wanted, weights, rename)
     given = {own: weights[name] for own, name in names.items()}
     channels = _input_channels(wanted, given)
@@ -178,15 +183,13 @@ def load_part(
     Raises:
         UserError: the model has no such part, or most of the part or of the weights would not be used.
     """
-    part = model
-    if take != "all":
-        found = {name: part_of(model, name) for name in take.split("_and_")}
-        parts = {name: each for name, each in found.items() if each is not None}
-        absent = [name for name in found if name not in parts]
-        if absent:
-            raise UserError(f"begin.take={take} cannot act: this model has no {absent[0]}")
-        part = parts["encoder"] if take == "encoder" else nn.ModuleDict(parts)
-    report = load_weights(part, weights, rename)
+    within: list[str] = []
+    for part in [] if take == "all" else take.split("_and_"):
+        names = part_names(model, part)
+        if not names:
+            raise UserError(f"begin.take={take} cannot act: this model has no {part}")
+        within.extend(names)
+    report = load_weights(model, weights, rename, within)
     if min(report.of_model, report.of_file) < LEAST:
         which = (
             "of the part that it starts" if report.of_model < report.of_file else "of the weights in the file"

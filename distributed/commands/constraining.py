@@ -163,9 +163,10 @@ def _write_maps(cohort: Cohort, name: str, tasks: Sequence[ConstraintTask]) -> l
                 scan = cohort.manifest.iloc[row]
                 checksums.append(checksum(classes))
                 writer.add(
-                    classes[None].astype(np.float32), subject=str(scan["subject"]), age=float("nan"),
+                    classes[None].astype(np.float32),
+                    subject=str(scan["subject"]),
                     session=str(scan["session"]),
-                )  # fmt: skip
+                )
     return checksums
 
 

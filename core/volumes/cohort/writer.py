@@ -170,7 +170,7 @@ class CohortWriter:
         /,
         *,
         subject: str,
-        age: float,
+        age: float = math.nan,
         session: str = "",
         sex: str = "",
         site: str = "",
