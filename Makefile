@@ -21,7 +21,7 @@ ROOMS := $(patsubst %/__init__.py,%/*,$(sort $(wildcard core/*/__init__.py distr
 sweep: .venv/.installed
 	$(BIN)/brainsweep demo --cohort $(DEMO_COHORT) --out $(DEMO_RUN)
 
-# Another one, 5 to 8 minutes on 2 cores: learn the tissues of labelled synthetic brains, measure their volumes in other
+# Another one, 5 minutes on 2 cores: learn the tissues of labelled synthetic brains, measure their volumes in other
 # people, predict ages from these and from the images, and compare both on the same held-out people.
 sweep-tissue: .venv/.installed
 	$(BIN)/brainsweep phantom $(TISSUE_RUN)/labelled --kind tissue --channels t1w --subjects 48 --spacing 8
