@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from montage import montage
 
-from core.report.figures.montage import montage
 from core.volumes.phantom.cohort import phantom_brain, phantom_participants
 from core.volumes.phantom.settings import PhantomSettings
 from core.volumes.phantom.subject import PhantomBrain

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-from core.report.figures.montage import montage
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from montage import montage
 
 
 def block(value: float = 1.0) -> np.ndarray:

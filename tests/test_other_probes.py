@@ -6,7 +6,6 @@ from sklearn.linear_model import LogisticRegression
 
 from core.errors import UserError
 from core.evaluation.logistic import INVERSE_PENALTIES, fit_logistic_probe
-from core.evaluation.nearest import nearest_ages
 
 
 def classes_and_embeddings(subjects: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -41,19 +40,3 @@ def test_logistic_probe_tells_classes_of_unseen_subjects() -> None:
 def test_one_class_cannot_be_told_apart() -> None:
     with pytest.raises(UserError, match=r"two classes or more, got only \[2\]"):
         fit_logistic_probe(np.zeros((3, 2)), np.array([2, 2, 2]))
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_nearest_ages_are_means_over_sorted_distances(metric: str) -> None:
-    rng = np.random.default_rng(0)
-    training, evaluation = rng.normal(size=(20, 4)), rng.normal(size=(6, 4))
-    training /= np.linalg.norm(training, axis=1, keepdims=True)
-    evaluation /= np.linalg.norm(evaluation, axis=1, keepdims=True)
-    ages = rng.uniform(20, 80, 20)
-    expected = [ages[np.argsort(-(training @ row))[:3]].mean() for row in evaluation]
-    np.testing.assert_allclose(nearest_ages(training, ages, evaluation, 3, metric), expected)
-
-
-def test_fewer_training_subjects_than_neighbours_are_all_averaged() -> None:
-    ages = np.array([20.0, 40.0])
-    assert nearest_ages(np.eye(2), ages, np.ones((1, 2))).tolist() == [30.0]

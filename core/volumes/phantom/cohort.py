@@ -213,8 +213,9 @@ def write_phantom_bids(
             images: dict[str, Any] = {**drawn.brain.channels, **drawn.maps}
             for name, image in images.items():
                 _write_nifti(out, participant["subject"], name, image, drawn.brain.affine)
-            rows.append({**participant, **drawn.columns})
-        table = pd.DataFrame(rows).rename(columns={"subject": "participant_id"})
+            rows.append(drawn.columns)
+        people = phantom_participants(settings).rename(columns={"subject": "participant_id"})
+        table = pd.concat([people, pd.DataFrame(rows, index=people.index)], axis=1)
         table.to_csv(out / "participants.tsv", sep="\t", index=False, lineterminator="\n")
         description = {
             "Name": "brainsweep phantom",
