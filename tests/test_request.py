@@ -166,3 +166,48 @@ def test_a_cohort_that_can_teach_nothing_is_refused_at_start(place, tmp_path, su
         opened.undo()
     # Refused before anything was written.
     assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_may_be_chosen_among_values_that_the_user_names():
+    """A space that has the setting takes the chosen value, and does not offer its own."""
+    from core.config import resolve
+    from distributed.sweeps.resolve import choices_of, maps_of
+    from search_spaces import published
+
+    request = SweepRequest(
+        space="contrast_pretraining", choose=("data.constraint=a-10,a-20", "features.levels=2,3")
+    )
+    assert choices_of(request) == {"data.constraint": ["a-10", "a-20"], "features.levels": [2, 3]}
+    base = resolve(published("contrast_pretraining")).model_dump(mode="json")
+    assert maps_of(request, base) == ("a-10", "a-20")
+    for wrong, words in (
+        ("data.constraint=a", "two values"),
+        ("nothing=1,2", "unknown setting"),
+        ("x", "two values"),
+    ):
+        with pytest.raises(UserError, match=words):
+            choices_of(SweepRequest(choose=(wrong,)))
+    twice = SweepRequest(choose=("features.levels=1,2",), changes={"features.levels": 3})
+    with pytest.raises(UserError, match="given twice"):
+        choices_of(twice)
+
+
+def test_what_is_chosen_is_searched_and_begins_with_the_first_value(tmp_path):
+    cohort = write_small_cohort(tmp_path / "small")
+    request = SweepRequest(folds=2, choose=("model.readout=encoder,projection", "training.batch_size=8,12"))
+    search = resolve_search(request, cohort)
+    assert search.settings.model.readout == "encoder"
+    assert search.settings.training.batch_size == 8
+    assert {"model.readout", "training.batch_size"} <= set(search.profile.settings)
+    drawn = {tuple(search.space(drawn_trial(search, seed))[name] for name in ("model.readout", "training.batch_size"))
+             for seed in range(12)}  # fmt: skip
+    assert drawn <= {(one, other) for one in ("encoder", "projection") for other in (8, 12)}
+    assert len(drawn) == 4
+
+
+def drawn_trial(search, seed):
+    """A trial that draws at random."""
+    import optuna
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return study.ask()

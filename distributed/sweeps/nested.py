@@ -25,7 +25,6 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
-from core.config import needed_maps, resolve
 from core.errors import UserError
 from core.files.places import exists, shown
 from core.report.curve import print_curve, write_curve
@@ -50,7 +49,7 @@ from distributed.sweeps.launch import (
     with_whole_grid,
 )
 from distributed.sweeps.request import LABELLED, Part, ResumeRequest, SweepRequest
-from distributed.sweeps.resolve import resolve_search
+from distributed.sweeps.resolve import maps_of, resolve_search
 from distributed.sweeps.resume import NO_CHANGES, as_request, resume_sweep
 from distributed.sweeps.starts import (
     check_leaks,
@@ -124,7 +123,7 @@ class NestedSearch:
                 with connect(self.address, self.console):
                     # Once for all of them.
                     held = hold(
-                        self.cohort, self.request.data_mode, needed_maps(resolve(self.folder.about.settings))
+                        self.cohort, self.request.data_mode, maps_of(self.request, self.folder.about.settings)
                     )
                     shared = Shared(held, self.folder.about.first, starts_of(self.folder), len(left))
                     for part in left:

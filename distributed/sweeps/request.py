@@ -116,6 +116,11 @@ class SweepRequest(_Divided):
     space: str | None = Field(
         None, description="NAME of a space, or FILE.py:FUNCTION; that of the task if absent"
     )
+    choose: tuple[str, ...] = Field(
+        (),
+        json_schema_extra={REPEATED: True},
+        description="NAME=A,B,…: let the search choose a setting among these values, such as several derived maps",
+    )
     stages: int = Field(
         1,
         ge=1,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import optuna
 import pandas as pd
+from pydantic import JsonValue
 
-from core.config import FIRST, TASK, Settings, merge, resolve
+from core.config import FIRST, TASK, Settings, merge, needed_maps, parse_changes, resolve
 from core.errors import UserError
 from core.evaluation.splits import (
     Splits,
@@ -103,11 +106,13 @@ def resolve_search(request: SweepRequest, cohort: Cohort, base: Settings | None 
         UserError: the first choice, or combination of choices, that cannot work, and why.
     """
     space, published = load_space(request.space_name)
-    space, is_new = pin(_with_starts(space, request), request.changes), base is None
+    choices = choices_of(request)
+    space = _with_choices(pin(_with_starts(space, request), request.changes), choices)
+    is_new, first = base is None, {name: values[0] for name, values in choices.items()}
     if base is None:
         # The published configuration starts from scratch, if that is one of the choices.
         begun = {WEIGHTS: None if None in request.starts else request.starts[0]} if request.start else {}
-        asked = chosen_task(request.task) | request.changes | begun
+        asked = chosen_task(request.task) | request.changes | first | begun
         base = resolve(merge(with_first_stage(published, asked), asked)).model_dump(mode="json")
     profile = check_space(space, base)
     settings = resolve(base)
@@ -181,6 +186,47 @@ def _with_starts(space: Space, request: SweepRequest) -> Space:
         return {**space(trial), WEIGHTS: start, "begin.rate": rate, "begin.freeze": frozen, **thawed}
 
     return among
+
+
+def _with_choices(space: Space, choices: Mapping[str, Sequence[JsonValue]]) -> Space:
+    """The space in which these settings are chosen among values, whatever it offers itself."""
+    if not choices:
+        return space
+
+    def among(trial: optuna.Trial) -> Settings:
+        given: Settings = {
+            name: trial.suggest_categorical(name, list(cast(Any, values))) for name, values in choices.items()
+        }
+        return {**pin(space, given)(trial), **given}
+
+    return among
+
+
+def choices_of(request: SweepRequest) -> dict[str, list[JsonValue]]:
+    """The settings that --choose lets the search choose, and their values.
+
+    Raises:
+        UserError: no such setting, fewer than two values, or one that is given, too.
+    """
+    found: dict[str, list[JsonValue]] = {}
+    for text in request.choose:
+        name, _, values = text.partition("=")
+        several = [value.strip() for value in values.split(",") if value.strip()]
+        if len(set(several)) < 2:
+            raise UserError(
+                f"--choose {text}: two values or more are needed, as in --choose {name or 'NAME'}=A,B"
+            )
+        if name in request.changes or name in found:
+            raise UserError(f"--choose {text}: {name} is given twice; let it be chosen, or set it")
+        found[name] = [cast(JsonValue, parse_changes([f"{name}={value}"])[name]) for value in several]
+    return found
+
+
+def maps_of(request: SweepRequest, base: Settings) -> tuple[str, ...]:
+    """The maps that trials of a sweep read: those of its settings, with every value that --choose names."""
+    choices = choices_of(request)
+    combined = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    return tuple(dict.fromkeys(name for each in combined for name in needed_maps(resolve(merge(base, each)))))
 
 
 def with_first_stage(settings: Settings, changes: Settings) -> Settings:

@@ -15,7 +15,6 @@ from ray import tune
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
-from core.config import needed_maps
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.files.writing import writing_to
@@ -77,7 +76,7 @@ from distributed.sweeps.launch import (
 )
 from distributed.sweeps.refits import after_search
 from distributed.sweeps.request import SweepRequest
-from distributed.sweeps.resolve import ResolvedSearch, judgement, resolve_search, with_hash
+from distributed.sweeps.resolve import ResolvedSearch, judgement, maps_of, resolve_search, with_hash
 from distributed.sweeps.starts import (
     check_leaks,
     keep_starts,
@@ -309,7 +308,8 @@ class Sweep:
     def _slot(self, workers: Workers) -> type[tune.Trainable]:
         """The class `Slot` with the subjects of this sweep for its workers."""
         held_already = None if self.shared is None else self.shared.volumes
-        volumes = held_already or hold(self.cohort, self.request.data_mode, needed_maps(self.search.settings))
+        maps = maps_of(self.request, self.search.base)
+        volumes = held_already or hold(self.cohort, self.request.data_mode, maps)
         access, starts = AccessRecord(self.folder.access), starts_of(self.folder)
         subjects = Subjects.of(self.cohort, self.splits, volumes, access, starts)
         slot: type[tune.Trainable] = tune.with_parameters(
