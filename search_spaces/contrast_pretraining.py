@@ -2,7 +2,7 @@
 
 Every parameter is named like the setting it sets. The map that guides is a choice of the user: `derive --clusters
 10,20,30 --constraint NAME` makes three, and `--choose data.constraint=NAME-10,NAME-20,NAME-30` searches them. Compare
-trials by a probe (`--set evaluation.target=dseg`): a loss of other neighbours, temperatures or clusters is another loss.
+trials by a probe (`--set evaluation.target=dseg`): a loss of other neighbours or temperatures is another loss.
 """
 
 from __future__ import annotations
