@@ -13,7 +13,7 @@ import optuna
 def space(trial: optuna.Trial) -> dict[str, object]:
     """One configuration as {dotted name of a setting: value}."""
     trial.suggest_float("optimiser.learning_rate", 1e-4, 3e-3, log=True)
-    trial.suggest_int("features.dimension", 16, 128, log=True)
+    trial.suggest_categorical("features.dimension", [16, 32, 64, 128])
     trial.suggest_int("features.levels", 1, 5)
     trial.suggest_float("objective.temperature", 0.03, 1.0, log=True)
     trial.suggest_categorical("objective.form", ["pairwise", "setwise"])

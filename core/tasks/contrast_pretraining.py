@@ -71,7 +71,7 @@ class SliceSettings(Frozen):
 class FeatureSettings(Frozen):
     """The features of a voxel that are contrasted."""
 
-    dimension: int = Field(64, ge=2, le=1024, description="their number")
+    dimension: int = Field(64, ge=4, le=1024, multiple_of=4, description="their number, a multiple of 4")
     levels: int = Field(
         5,
         ge=1,
