@@ -90,11 +90,12 @@ def _first_stage(settings: object) -> RunSettings:
             f"a first stage has no first stage, and starts where the trial starts: remove {FIRST}.{FIRST} and "
             f"{FIRST}.begin, and set begin.weights"
         )
-    probes = getattr(getattr(stage, "evaluation", None), "probes", None)
-    if stage.training.keep != "last" or stage.data.labelled is not None or probes:
+    evaluation = getattr(stage, "evaluation", None)
+    judged = [name for name in ("probes", "target", "disease") if getattr(evaluation, name, None)]
+    if stage.training.keep != "last" or stage.data.labelled is not None or judged:
         raise UserError(
             f"a first stage is not judged and has all labels of its cell: remove {FIRST}.training.keep, "
-            f"{FIRST}.data.labelled and {FIRST}.evaluation.probes"
+            f"{FIRST}.data.labelled and {FIRST}.evaluation.{judged[0] if judged else 'probes'}"
         )
     return stage
 
@@ -107,6 +108,12 @@ def _with_encoder(settings: RunSettings, stage: RunSettings) -> RunSettings:
     # What segments has an encoder inside, for a first stage that trains encoders.
     taken = get_args(type(stage).model_fields["model"].annotation)
     encoder = network if type(network) in taken else encoder_of(network)
+    if taken and type(encoder) not in taken:
+        raise UserError(
+            f"{FIRST}.{TASK}={stage.task} cannot come before model.name={getattr(network, 'name', '')}, which has no "
+            "encoder of its kind; use another model, such as "
+            f"{', '.join(each.model_fields['name'].default for each in taken if 'name' in each.model_fields)}"
+        )
     kept = {
         name: getattr(own, name) for name in OWN_OF_STAGE if hasattr(own, name) and hasattr(encoder, name)
     }

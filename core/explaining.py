@@ -132,9 +132,10 @@ def _changes(
     """What hiding a cube around every voxel changes (X, Y, Z), and in words what it is."""
     asked = _Asked(predictor).eval()
     whole = asked(ready_1cxyz)[0]
-    # Hidden voxels have the mean of the brain, 0 after the z-score.
+    # Hidden voxels have the mean of the brain: whatever the scale is, it is no hole and no lesion.
+    mean = float(ready_1cxyz[ready_1cxyz != 0].mean()) if ready_1cxyz.any() else 0.0
     method = OcclusionSensitivity(
-        asked, mask_size=side, n_batch=TOGETHER, verbose=False, mode=0.0, overlap=OVERLAP, activate=False
+        asked, mask_size=side, n_batch=TOGETHER, verbose=False, mode=mean, overlap=OVERLAP, activate=False
     )
     with warnings.catch_warnings():
         # Of torch about MONAI's way of indexing, several for every cube.

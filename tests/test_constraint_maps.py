@@ -110,8 +110,10 @@ def test_a_derived_map_is_read_like_any_other_and_the_cohort_stays_the_same(coho
     held = InMemory.of(opened, ("guide",))
     assert np.array_equal(held.read_map("guide", np.array(rows)), expected)
     assert "Clusters explain" in page.read_text()
-    with pytest.raises(UserError, match="is there already"):
-        derive_constraint(cohort.folder, "guide", settings)
+    # The same again is done already; another one under this name is refused.
+    assert derive_constraint(cohort.folder, "guide", settings) == (description, page)
+    with pytest.raises(UserError, match="give --constraint another name"):
+        derive_constraint(cohort.folder, "guide", settings.model_copy(update={"tv": 1.0}))
     with pytest.raises(UserError, match="no channel 't1'"):
         derive_constraint(cohort.folder, "other", ConstraintSettings(contrasts=("t1",)))
     with pytest.raises(UserError, match="has a map dseg already"):

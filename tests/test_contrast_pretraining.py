@@ -10,8 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from core.config import check_settings, merge, needed_maps, resolve
 from core.errors import UserError
 from core.evaluation.dense_probe import fit_dense_probe, sample_voxels
+from core.evaluation.label_sets import LabelSets
 from core.evaluation.splits import make_splits
-from core.losses.dense import concatenate_patches
+from core.losses.dense import ConstrainedContrast, concatenate_patches, majority_vote
 from core.models.segmenter import build_segmenter
 from core.models.settings import DynUNetSettings, GroupNormUNetSettings, SwinUNETRSettings
 from core.models.weights import load_part, weights_of
@@ -79,6 +80,7 @@ def test_the_global_contrast_comes_first_for_its_share_of_the_training():
         ({"objective.name": "anatomical", "slices.count": 1}, "2 or more partitions"),
         ({"objective.name": "anatomical", "model.name": "dynunet", "features.levels": 5}, "is of slices"),
         ({"model.name": "dynunet"}, "features.levels acts with"),
+        ({"warm_start.share": 0.2}, "is less than one"),
         ({"evaluation.target": "dseg", "evaluation.classes": ["a=1", "b=1"]}, "numbers of its own"),
     ],
 )
@@ -117,14 +119,21 @@ def test_counts_of_the_probe_are_weighted_and_its_model_is_logistic_regression()
     other = LogisticRegression(max_iter=300).fit((voxels[:3][known] - mean) / sd, classes[:3][known])
     said = other.predict((voxels[3] - mean) / sd)
     weights = draws.random((1, 50))
-    counts = probe.counts(voxels[3:], classes[3:], weights, 2)[0]
+    sets = LabelSets({"one": (1,), "two": (2,)})
+    counts = probe.counts(voxels[3:], classes[3:], weights, sets)[0]
     for place in (1, 2):
         both = weights[0][(said == place) & (classes[3] == place)].sum()
         assert counts[place - 1] == pytest.approx(
             [both, weights[0][said == place].sum(), weights[0][classes[3] == place].sum()]
         )
     alike = fit_dense_probe(voxels[:1], np.zeros((1, 50)))
-    assert alike.counts(voxels[3:], classes[3:], weights, 2)[0][:, 1].tolist() == [0, 0]
+    assert alike.counts(voxels[3:], classes[3:], weights, sets)[0][:, 1].tolist() == [0, 0]
+    # A region holds what is of the smaller one in it.
+    nested = LabelSets({"whole": (1, 2), "core": (2,)})
+    of_regions = probe.counts(voxels[3:], classes[3:], weights, nested)[0]
+    inside, true = said > 0, classes[3] > 0
+    assert of_regions[0] == pytest.approx([weights[0][mask].sum() for mask in (inside & true, inside, true)])
+    assert of_regions[1] == pytest.approx(counts[1])
 
 
 @pytest.mark.parametrize(
@@ -181,3 +190,18 @@ def test_it_learns_features_that_tell_clusters(cohort):
     for _ in range(12):
         training.run_epoch()
     assert training.judge(sites=False).metrics["validation_loss"] < 0.8 * before
+
+
+def test_a_vote_is_over_the_voxels_of_its_patch_where_sides_are_no_multiples():
+    """A patch of features of 8 voxels a side is voted on by these voxels, though 46 / (46 // 8) is 9."""
+    clusters = torch.zeros(1, 46, 16, 16, dtype=torch.long)
+    clusters[:, 32:40] = 1
+    grid = (5, 2, 2)
+    found = majority_vote(clusters, grid, 2, 8)
+    assert found[0, :, 0, 0].tolist() == [0, 0, 0, 0, 1]
+    loss = ConstrainedContrast(patch=8, neighbours={"start": 1.0, "end": 1.0, "shape": "linear"}).build()
+    features = torch.rand(1, 4, 46, 16, 16)
+    anchors = torch.tensor([[16, 17]])  # two patches of cluster 1
+    value = loss(features, clusters, clusters >= 0, 0.5, anchors)
+    assert torch.isfinite(value)
+    assert loss.diagnostics["anchors_used"] == 2

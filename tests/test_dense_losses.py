@@ -106,7 +106,7 @@ def test_anchors_come_from_the_foreground_without_repeats():
 
 def test_majority_vote_and_its_ties():
     fine = torch.tensor([[[2, 2, 1, 0], [2, 0, 0, 1], [5, 5, 3, 3], [1, 1, 3, 3]]])
-    assert majority_vote(fine, (2, 2), 6).tolist() == [[[2, 0], [1, 3]]]
+    assert majority_vote(fine, (2, 2), 6, fine.shape[1] // 2).tolist() == [[[2, 0], [1, 3]]]
 
 
 def test_patches_are_averaged_and_maps_put_to_the_vote():
@@ -116,7 +116,7 @@ def test_patches_are_averaged_and_maps_put_to_the_vote():
     anchors = torch.tensor([[0, 5], [15, 3]])
     value = build("constrained_contrast", patch=2)(features, clusters, clusters >= 0, 0.5, anchors)
     pooled = features.view(2, 4, 4, 2, 4, 2).mean((3, 5))
-    voted = majority_vote(clusters, (4, 4), 3)
+    voted = majority_vote(clusters, (4, 4), 3, clusters.shape[1] // 4)
     expected = build("constrained_contrast")(pooled, voted, voted >= 0, 0.5, anchors)
     assert value.item() == pytest.approx(expected.item())
 

@@ -57,18 +57,25 @@ def predictor(monkeypatch):
 
 def test_the_map_is_what_hiding_takes_away(predictor):
     """At every voxel the mean, over the cubes that hide it, of what a cube shares with the one that matters."""
+    # Hidden voxels have the mean, 1: what is taken away is what the cube has above it.
     volume = np.ones((1, 12, 12, 12), np.float32)
+    volume[:, 2:6, 2:6, 2:6] += 1
+    volume[:, 8:12, 8:12, 8:12] -= 0.999
+    volume *= 1 / volume.mean()
     found = explain(predictor, [volume], 4)
+    above = float(volume[0, 3, 3, 3] - 1)
     assert found.scans == 1
     assert found.what == "absolute change of what is predicted"
     line = [[max(0, min(start + 4, 6) - max(start, 2)) for start in range(0, 9, 2) if start <= at < start + 4]
             for at in range(12)]  # fmt: skip
     mean = np.array([np.mean(each) for each in line])
-    np.testing.assert_allclose(found.trained, np.einsum("i,j,k->ijk", mean, mean, mean), atol=1e-3)
+    np.testing.assert_allclose(
+        found.trained, above * np.einsum("i,j,k->ijk", mean, mean, mean), rtol=1e-3, atol=1e-3
+    )
     assert (found.random == 0).all()
     # Its side matters more than the opposite one.
-    assert found.difference[3, 3, 3] == pytest.approx(27, abs=1e-3)
-    assert found.difference[8, 3, 3] == pytest.approx(-27, abs=1e-3)
+    assert found.difference[3, 3, 3] == pytest.approx(27 * above, rel=1e-3)
+    assert found.difference[8, 3, 3] == pytest.approx(-27 * above, rel=1e-3)
 
 
 def test_a_cube_larger_than_the_volume_is_refused(predictor):

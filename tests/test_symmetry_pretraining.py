@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
+from small_cohort import write_small_cohort
 
 from core.config import check_settings, merge, resolve
 from core.errors import UserError
+from core.evaluation.splits import make_splits
 from core.tasks import find_task
-from core.tasks.symmetry_pretraining import ASYMMETRY, HEALTHY, SymmetryModel, healthy_of
+from core.tasks.symmetry_pretraining import ASYMMETRY, JUDGED, SymmetryModel, healthy_of
 from core.tasks.task import Judging, Observed
+from distributed.batches.in_process import InMemory
+from distributed.run.assignment import Cell
+from distributed.sweeps.resolve import with_first_stage
+from distributed.training.first_stage import FirstStage
+from distributed.training.loop import CellTraining
+from distributed.training.subjects import Place, Subjects
 from search_spaces import published
 
 TASK = find_task("symmetry_pretraining")
@@ -183,13 +193,13 @@ def test_a_symmetric_head_has_no_asymmetry_and_a_lopsided_one_has(heads):
 
 
 def test_the_area_of_the_asymmetry_counts_people_and_leaves_the_unknown_out():
-    settings = settings_of(data__diagnosis="group")
+    settings = settings_of(evaluation__disease="group")
     asymmetry = np.array([0.1, 0.3, 0.4, 0.2, 0.9])
     healthy = np.array([1.0, 0.0, 0.0, 1.0, np.nan])
     subjects = np.array(["a", "b", "b", "c", "d"])
     outputs = {"loss": np.ones(5), ASYMMETRY: asymmetry}
     seen = Observed(
-        np.full(5, "x", object), np.full(5, "s"), subjects, np.zeros((5, 2)), outputs, more={HEALTHY: healthy}
+        np.full(5, "x", object), np.full(5, "s"), subjects, np.zeros((5, 2)), outputs, more={JUDGED: healthy}
     )
     found = TASK.judge(settings, seen, seen, Judging(sites=False))
     assert found.metrics["asymmetry_auc"] == roc_auc_score([0, 1, 0], [0.1, 0.35, 0.2])
@@ -201,13 +211,13 @@ def test_the_area_of_the_asymmetry_counts_people_and_leaves_the_unknown_out():
 def test_who_is_healthy_is_read_from_a_column():
     manifest = pd.DataFrame({"group": ["control", "adhd", "", "1"], "site": "x"})
     settings = settings_of(data__diagnosis="group", data__healthy=["control", "1"])
-    assert healthy_of(settings, manifest)[[0, 1, 3]].tolist() == [1, 0, 1]
-    assert np.isnan(healthy_of(settings, manifest)[2])
-    assert healthy_of(settings_of(), manifest).tolist() == [1, 1, 1, 1]
+    assert healthy_of(settings, manifest, "group")[[0, 1, 3]].tolist() == [1, 0, 1]
+    assert np.isnan(healthy_of(settings, manifest, "group")[2])
+    assert healthy_of(settings_of(), manifest, "").tolist() == [1, 1, 1, 1]
     with pytest.raises(UserError, match="no column 'grup'"):
-        healthy_of(settings_of(data__diagnosis="grup"), manifest)
+        healthy_of(settings_of(), manifest, "grup")
     with pytest.raises(UserError, match="nobody has this in group, which has 1, adhd, control"):
-        healthy_of(settings_of(data__diagnosis="group", data__healthy=["well"]), manifest)
+        healthy_of(settings_of(data__healthy=["well"]), manifest, "group")
 
 
 @pytest.mark.parametrize(
@@ -249,3 +259,55 @@ def test_the_validation_loss_is_the_same_at_every_call_and_in_any_company(heads)
         again = torch.cat([TASK.losses(settings, model, heads[row : row + 1]) for row in range(4)])
     torch.testing.assert_close(together, again, rtol=1e-4, atol=1e-5)
     assert len(set(together.tolist())) == 4
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
+    cohort = write_small_cohort(tmp_path_factory.mktemp("cohort") / "small")
+    manifest = cohort.manifest.assign(group=["control", "case"] * 12)
+    return Subjects(
+        InMemory.of(cohort), manifest, make_splits(manifest, folds=2, holdout=0.25), ("stiffness",)
+    )
+
+
+TINY = {"model.name": "resnet18", "model.width": 0.0625, "training.epochs": 1, "training.batch_size": 8,
+        "decoder.kind": "transposed", "data.diagnosis": "group", "data.healthy": ["control"]}  # fmt: skip
+
+
+def test_a_diagnosis_beyond_the_budget_of_labels_is_not_used(subjects):
+    """Neither in a pre-training by itself nor in a first stage; whose scan it is it still trains on."""
+    settings = resolve(
+        merge(published("symmetry_pretraining"), TINY | {"evaluation.probes": ["age"], "data.labelled": 4})
+    )
+    alone = CellTraining(settings, subjects, Cell(0, 0), Place())
+    known = subjects.splits.training(0)
+    told = known[~np.isnan(alone.targets[known])]
+    assert len(alone.labelled_rows) == 4
+    assert set(told.tolist()) == set(alone.labelled_rows.tolist())
+    assert set(known.tolist()) <= set(alone.training_rows.tolist())
+    stage = {f"pretraining.{name}": value for name, value in TINY.items() if not name.startswith("model.")}
+    small = {"model.width": 0.0625, "training.epochs": 1, "training.batch_size": 8, "data.labelled": 4}
+    whole = resolve(merge(with_first_stage(published("brain_age"), {"pretraining.task": "symmetry_pretraining"}),
+                          {"pretraining.task": "symmetry_pretraining", **stage, **small}))  # fmt: skip
+    first = FirstStage(whole, subjects, Cell(0, 0), Place(), Path("nowhere"), 0)
+    of_trial = CellTraining(whole.model_copy(update={"pretraining": None}), subjects, Cell(0, 0), Place())
+    training = CellTraining(first.settings, subjects, first.cell, Place(), rows=first.rows,
+                            without_label=first.without_label)  # fmt: skip
+    told = known[~np.isnan(training.targets[known])]
+    assert set(told.tolist()) == set(of_trial.labelled_rows.tolist())
+    more = resolve(merge(whole.model_dump(mode="json"), {"data.labelled": 6}))
+    other = FirstStage(more, subjects, Cell(0, 0), Place(), Path("nowhere"), 0)
+    assert other.folder != first.folder
+
+
+@pytest.mark.parametrize(
+    ("space", "changes", "words"),
+    [
+        ("tissue", {"pretraining.task": "symmetry_pretraining"}, "cannot come before model.name=res_unet"),
+        ("symmetry_classification", {"pretraining.task": "symmetry_pretraining", "data.target": "x",
+                                     "pretraining.evaluation.disease": "x"}, "pretraining.evaluation.disease"),
+    ],
+)  # fmt: skip
+def test_first_stages_that_cannot_be_are_refused(space, changes, words):
+    with pytest.raises(UserError, match=words):
+        resolve(merge(with_first_stage(published(space), changes), changes))

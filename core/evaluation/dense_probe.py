@@ -17,6 +17,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from core.evaluation import Floats
+from core.evaluation.label_sets import LabelSets
 
 MOST_VOXELS = 60_000
 """On which a probe is fitted."""
@@ -88,17 +89,23 @@ class DenseProbe:
     only: int
     """The class of every voxel, if the training scans have no other."""
 
-    def counts(self, voxels_nsd: Floats, classes_ns: Floats, weights_ns: Floats, kinds: int) -> Floats:
-        """Voxels in both, in the predicted, in the true class: (N, K, 3), weighted; see `segmentation.Agreement`."""
-        found = np.zeros((len(voxels_nsd), kinds, 3))
-        for scan, (voxels, classes, weights) in enumerate(
+    def counts(
+        self, voxels_nsd: Floats, classes_ns: Floats, weights_ns: Floats, classes: LabelSets
+    ) -> Floats:
+        """Voxels in both, in the predicted, in the true class: (N, K, 3), weighted; see `segmentation.Agreement`.
+
+        A region holds the voxels of the smaller ones in it.
+        """
+        numbers = np.array([0, *(classes.numbers[name] for name in classes.sets)])
+        found = np.zeros((len(voxels_nsd), len(classes.sets), 3))
+        for scan, (voxels, places, weights) in enumerate(
             zip(voxels_nsd, classes_ns, weights_ns, strict=True)
         ):
-            known = classes >= 0
-            truth, weight = classes[known].astype(int), weights[known]
+            known = places >= 0
+            truth, weight = places[known].astype(int), weights[known]
             said = np.full(len(truth), self.only) if self.model is None else self.model.predict(voxels[known])
-            for place in range(kinds):
-                predicted, true = said == place + 1, truth == place + 1
+            pairs = zip(classes.masks(numbers[said]), classes.masks(numbers[truth]), strict=True)
+            for place, (predicted, true) in enumerate(pairs):
                 found[scan, place] = [
                     weight[predicted & true].sum(), weight[predicted].sum(), weight[true].sum(),
                 ]  # fmt: skip

@@ -101,9 +101,11 @@ class ConstrainedContrastLoss(nn.Module):
             join = average_patches if settings.joined == "averaged" else concatenate_patches
             pooled = join(features, settings.patch)
             grid = tuple(pooled.shape[2:])
-            cluster_bp = majority_vote(clusters, grid, 1 + int(clusters.max())).flatten(1)
+            # The map may be finer than the features, and a patch of them takes whole voxels of it.
+            factor = settings.patch * max(1, clusters.shape[1] // features.shape[2])
+            cluster_bp = majority_vote(clusters, grid, 1 + int(clusters.max()), factor).flatten(1)
             if anchors is None:
-                foreground_bp = majority_vote(foreground.long(), grid, 2).flatten(1) > 0
+                foreground_bp = majority_vote(foreground.long(), grid, 2, factor).flatten(1) > 0
                 anchors = draw_anchors(foreground_bp, settings.anchors)
             nearest = settings.neighbours.count(cluster_bp.shape[1], progress)
             loss_ba, used_ba = patch_loss(
@@ -228,17 +230,21 @@ def concatenate_patches(features: Tensor, patch: int) -> Tensor:
 
 
 @torch.no_grad()
-def majority_vote(ids: Tensor, grid: tuple[int, ...], classes: int) -> Tensor:
-    """Ids (B, …) on a coarser grid: the most frequent id of each patch, the smaller one in a tie."""
+def majority_vote(ids: Tensor, grid: tuple[int, ...], classes: int, factor: int) -> Tensor:
+    """Ids (B, …) on a grid that is coarser by `factor`: the most frequent id of each patch, the smaller one in a tie.
+
+    A remainder at the far side is left out, as of the features.
+    """
     fine = tuple(ids.shape[1:])
-    if fine == grid:
-        return ids
-    factor = fine[0] // grid[0]
-    if factor < 1 or tuple(size // factor for size in fine) != grid:
+    if tuple(size // factor for size in fine) != grid:
         raise UserError(
             f"constrained_contrast: maps must be on the grid of the features {grid} or finer by one whole "
             f"factor, got {fine}"
         )
+    if factor == 1:
+        return ids
+    for axis, side in enumerate(grid, start=1):
+        ids = ids.narrow(axis, 0, side * factor)
     pool = F.avg_pool2d if len(grid) == 2 else F.avg_pool3d
     votes = [pool((ids == each).float()[:, None], factor)[:, 0] for each in range(classes)]
     # argmax gives the first of equals.

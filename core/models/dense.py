@@ -43,10 +43,22 @@ class DenseModel(nn.Module):
             }
         self.vector = ProjectionHead(width, VECTOR) if is_global else None
 
-    def forward(self, images: torch.Tensor, kind: Literal["dense", "global"]) -> torch.Tensor:
-        """Images (N, C, H, W) or volumes (N, C, X, Y, Z) -> features (N, D, …), or unit vectors (N, 128)."""
+    def forward(self, images: torch.Tensor, kind: Literal["dense", "global", "encoder"]) -> torch.Tensor:
+        """Images (N, C, H, W) or volumes (N, C, X, Y, Z) -> features (N, D, …), or unit vectors (N, 128).
+
+        encoder: the deepest features of the encoder in 2D; of volumes the same as dense.
+        """
+        found = self._forward(images, kind)
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Parallel training wants a gradient of every parameter in every step.
+            return found + 0 * torch.stack([each.sum() for each in self.parameters()]).sum()
+        return found
+
+    def _forward(self, images: torch.Tensor, kind: str) -> torch.Tensor:
         if self.in_slices:
             maps = self.encoder(_padded(images))
+            if kind == "encoder":
+                return _cut(maps[-1], images)
             if kind == "global":
                 assert self.vector is not None
                 vector: torch.Tensor = self.vector(maps[-1].flatten(2).mean(dim=2))
@@ -58,7 +70,7 @@ class DenseModel(nn.Module):
         if dense.ndim == images.ndim + 1:
             # With deep supervision in training: the last depth alone.
             dense = dense[:, 0]
-        if kind == "dense":
+        if kind != "global":
             return dense
         assert self.vector is not None
         of_volume: torch.Tensor = self.vector(dense.flatten(2).mean(dim=2))

@@ -12,7 +12,7 @@ Y, Z, D features, S sampled voxels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ from core.run_settings import DataSettings, Frozen
 from core.task_description import TaskDescription
 from core.tasks.pretraining import (
     LOSS,
+    PROBES,
     Pretraining,
     PretrainingSettings,
     ProbesSettings,
@@ -44,9 +45,8 @@ from core.tasks.pretraining import (
     probes_of,
 )
 from core.tasks.segmentation import ClassesOfMap, SegmentationData, places_in
-from core.tasks.task import Beside, Facts, Judging, Labels, Observed, Outcome, Step, Truth
+from core.tasks.task import Beside, Facts, Judging, Labels, Observed, Outcome, Step, Truth, is_known
 from core.volumes.cohort.description import has_map
-from core.volumes.images.mirror import Direction
 from core.volumes.ingest.prepare import MOST_CLASSES
 from core.volumes.views import ViewSettings, make_views_with_maps
 from core.volumes.views.slices import SliceViewSettings, partition_slices, slice_views
@@ -64,8 +64,9 @@ class ContrastData(DataSettings):
 class SliceSettings(Frozen):
     """Which slices of a volume are images, for networks in 2D."""
 
-    count: int = Field(4, ge=1, description="slices of every volume in a batch, one of each of as many parts")
-    along: Direction = Field("up_down", description="direction across the slices")
+    count: int = Field(
+        4, ge=1, description="axial slices of every volume in a batch, one of each of as many parts"
+    )
 
 
 class FeatureSettings(Frozen):
@@ -195,6 +196,11 @@ class ContrastPretraining(Pretraining[ContrastSettings]):
             raise UserError(
                 f"warm_start cannot act with objective.name={objective.name}, which contrasts whole images itself"
             )
+        warm, training = settings.warm_start, settings.training
+        if warm is not None and training.steps is None and warm.share * training.epochs < 1:
+            raise UserError(
+                f"warm_start.share={warm.share:g} of {training.epochs} epochs is less than one; use a larger share"
+            )
         kinds = [objective.name] + (
             [] if settings.warm_start is None else [settings.warm_start.objective.name]
         )
@@ -235,11 +241,27 @@ class ContrastPretraining(Pretraining[ContrastSettings]):
     def check_cohort(self, settings: ContrastSettings, manifest: pd.DataFrame, splits: Splits) -> None:
         """Refuse a cohort without the maps."""
         super().check_cohort(settings, manifest, splits)
-        for name in self.maps_to_judge(settings):
-            having = has_map(manifest, name)
-            if name == settings.data.constraint and not having.all():
-                subject = manifest["subject"].to_numpy(str)[~having][0]
-                raise UserError(f"{subject} has no map {name}; `brainsweep derive` makes it for every scan")
+        target, probes = settings.evaluation.target, probes_of(settings)
+        if settings.objective.name != CONSTRAINED and not target and not probes:
+            raise UserError(
+                f"the contrast of whole images has no loss of one scan to judge by: name a map (evaluation.target) or "
+                f"columns ({PROBES}) that are read from the features"
+            )
+        subject = manifest["subject"].to_numpy(str)
+        if settings.objective.name == CONSTRAINED:
+            having = has_map(manifest, settings.data.constraint)
+            if not having.all():
+                raise UserError(
+                    f"{subject[~having][0]} has no map {settings.data.constraint}; `brainsweep derive` makes it for "
+                    "every scan"
+                )
+        if target and probes:
+            lacking = is_known(self.labels(settings, manifest)) & ~has_map(manifest, target)
+            if lacking.any():
+                raise UserError(
+                    f"{int(lacking.sum())} scans that {probes[0].column} is read from have no map {target}, such as "
+                    f"{subject[lacking][0]}: judge by one of both"
+                )
 
     def learn(self, settings: ContrastSettings, training: Truth) -> Facts:
         """What the probes must know."""
@@ -283,7 +305,7 @@ class ContrastPretraining(Pretraining[ContrastSettings]):
                 "partitions": torch.zeros(len(rows), 1, dtype=torch.int64, device=volumes_bcxyz.device),
             }  # fmt: skip
         both = torch.cat([volumes_bcxyz, clusters[:, None].to(volumes_bcxyz.dtype)], dim=1)
-        found = partition_slices(both, rows, epoch, seed, settings.slices.count, along=settings.slices.along)
+        found = partition_slices(both, rows, epoch, seed, settings.slices.count)
         h, w = found.slices_bpchw.shape[-2:]
         # The network halves both sides five times, and patches of features lie over whole voxels of the map.
         padded = torch.nn.functional.pad(found.slices_bpchw, (0, -w % 32, 0, -h % 32))
@@ -320,16 +342,17 @@ class ContrastPretraining(Pretraining[ContrastSettings]):
         self, settings: ContrastSettings, model: nn.Module, volumes_bcxyz: torch.Tensor
     ) -> torch.Tensor:
         """The mean features (B, D) of the brain."""
-        features = _dense(cast(DenseModel, model), volumes_bcxyz)
-        return features.float().flatten(2).mean(dim=2)
+        return _mean_inside(
+            _dense(cast(DenseModel, model), volumes_bcxyz, _trained(settings)).float(), volumes_bcxyz
+        )
 
     def observe_with_maps(
         self, settings: ContrastSettings, model: nn.Module, volumes_bcxyz: torch.Tensor, beside: Beside
     ) -> dict[str, torch.Tensor]:
         """The embedding, the loss with fixed slices and anchors, and what the probe of voxels reads."""
-        features = _dense(cast(DenseModel, model), volumes_bcxyz).float()
+        features = _dense(cast(DenseModel, model), volumes_bcxyz, _trained(settings)).float()
         found = {
-            "embedding": features.flatten(2).mean(dim=2),
+            "embedding": _mean_inside(features, volumes_bcxyz),
             LOSS: self._validation_loss(settings, model, volumes_bcxyz, beside.maps),
         }
         target = settings.evaluation.target
@@ -373,10 +396,11 @@ class ContrastPretraining(Pretraining[ContrastSettings]):
         )
         if not settings.evaluation.target:
             return found
-        names = list(classes_of(settings).sets)
+        classes = classes_of(settings)
+        names = list(classes.sets)
         probe = fit_dense_probe(training.outputs[VOXELS], training.outputs[CLASSES])
         counts_nk3 = probe.counts(
-            evaluation.outputs[VOXELS], evaluation.outputs[CLASSES], evaluation.outputs[WEIGHTS], len(names)
+            evaluation.outputs[VOXELS], evaluation.outputs[CLASSES], evaluation.outputs[WEIGHTS], classes
         )
         of_cases = case_table(
             names, counts_nk3, np.full((*counts_nk3.shape[:2], 2), np.nan), np.ones(len(counts_nk3))
@@ -417,15 +441,30 @@ def _loss(
     return value, {key: torch.as_tensor(each).float() for key, each in module.diagnostics.items()}
 
 
-def _dense(model: DenseModel, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+def _trained(settings: ContrastSettings) -> Literal["dense", "encoder"]:
+    """Whose features a probe reads: those of the decoder, or of the encoder where nothing else is trained."""
+    return "dense" if settings.objective.name == CONSTRAINED else "encoder"
+
+
+def _dense(model: DenseModel, volumes_bcxyz: torch.Tensor, kind: Literal["dense", "encoder"]) -> torch.Tensor:
     """The features (B, D, x, y, Z) of whole volumes, for a network in 2D slice by slice across Z."""
     if not model.in_slices:
-        features: torch.Tensor = model(volumes_bcxyz, "dense")
+        features: torch.Tensor = model(volumes_bcxyz, kind)
         return features
     slices_ncxy = volumes_bcxyz.movedim(-1, 1).flatten(0, 1)
-    found = torch.cat([model(part, "dense") for part in slices_ncxy.split(SLICES_TOGETHER)])
+    found = torch.cat([model(part, kind) for part in slices_ncxy.split(SLICES_TOGETHER)])
     whole: torch.Tensor = found.unflatten(0, (len(volumes_bcxyz), -1)).movedim(1, -1)
     return whole
+
+
+def _mean_inside(features_bdxyz: torch.Tensor, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+    """The mean features (B, D) of the brain."""
+    inside_b1xyz = (volumes_bcxyz != 0).any(dim=1, keepdim=True).float()
+    coarse_b1xyz = torch.nn.functional.interpolate(
+        inside_b1xyz, size=features_bdxyz.shape[2:], mode="nearest"
+    )
+    total_bd = (features_bdxyz * coarse_b1xyz).flatten(2).sum(dim=2)
+    return total_bd / coarse_b1xyz.flatten(1).sum(dim=1).clamp(min=1)[:, None]
 
 
 def _pictures(

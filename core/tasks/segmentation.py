@@ -254,7 +254,7 @@ class Segmentation(Task[SegmentationSettings]):
         losses = cast(LossOfClasses, objective)
         loss = _over_depths(losses.loss, scores, losses.target(seen["map"].flatten(0, 1)), progress)
         noted = cast(dict[str, torch.Tensor], losses.loss.diagnostics)
-        absent = torch.tensor(math.nan)
+        absent = loss.detach().new_full((), math.nan)
         return Step(loss, {name: noted.get(name, absent) for name in self.about.course})
 
     def observe(

@@ -26,7 +26,7 @@ from torch import nn
 from core.errors import UserError
 from core.evaluation import Floats
 from core.evaluation.by_subject import subject_means
-from core.evaluation.splits import Rows
+from core.evaluation.splits import Rows, Splits
 from core.lookup import did_you_mean
 from core.losses.members import SimCLR
 from core.losses.pretext import Inpainting, Rotation, Symmetry
@@ -41,7 +41,14 @@ from core.schedules import Constant, Schedule, with_epochs
 from core.task_description import TaskDescription
 from core.tasks.classification import class_name
 from core.tasks.masked_pretraining import DecoderSettings, ReconstructionError, ReconstructionSettings
-from core.tasks.pretraining import Pretraining, PretrainingSettings, describe_loss, probes_of
+from core.tasks.pretraining import (
+    PROBES,
+    Pretraining,
+    PretrainingSettings,
+    ProbesSettings,
+    describe_loss,
+    probes_of,
+)
 from core.tasks.task import Facts, Judging, Labels, Observed, Outcome, Prediction, Step, Truth
 from core.volumes.images.mirror import mirror_image
 from core.volumes.views import ViewSettings, make_views
@@ -49,7 +56,7 @@ from core.volumes.views.masks import MaskSettings, hide_blocks
 from core.volumes.views.patches import PatchSettings, corrupt
 from core.volumes.views.turns import quarter_turns
 
-HEALTHY, ASYMMETRY, ASYMMETRY_AUC = "healthy", "asymmetry", "asymmetry_auc"
+HEALTHY, JUDGED, ASYMMETRY, ASYMMETRY_AUC = "healthy", "healthy to judge", "asymmetry", "asymmetry_auc"
 OWN, MIRROR = range(2)
 """The two sides."""
 ROTATION, CONTRAST, INPAINTING, SYMMETRY, MASKED = "rotation", "contrast", "inpainting", "symmetry", "masked"
@@ -66,6 +73,16 @@ class SymmetryData(DataSettings):
     )
     healthy: tuple[str, ...] = Field(
         ("healthy",), min_length=1, description="the values of it that mean healthy"
+    )
+
+
+class AsymmetrySettings(ProbesSettings):
+    """How the features are judged: also by the asymmetry of people who are ill."""
+
+    disease: str = Field(
+        "",
+        description="column that says who is healthy (data.healthy), for the AUC of the asymmetry alone: nothing is "
+        "trained on it",
     )
 
 
@@ -89,11 +106,9 @@ class InpaintingPart(Inpainting):
 
 
 class SymmetryPart(Symmetry):
-    """How alike a head and its mirror image are."""
+    """How alike a head and its mirror image are: the mean over views, the published 0.5 times the sum over two."""
 
-    weight: Schedule = Field(
-        Constant(value=0.5), description="factor of this loss in the sum; 0 is off, and costs nothing"
-    )
+    weight: Schedule = Weight
 
 
 class MaskedPart(ReconstructionSettings):
@@ -135,6 +150,7 @@ class SymmetrySettings(PretrainingSettings):
     model: ModelSettings = SymmetrySwinSettings()
     decoder: DecoderSettings = DecoderSettings(kind="interpolated")
     objective: MixtureSettings = MixtureSettings()
+    evaluation: AsymmetrySettings = AsymmetrySettings()
 
 
 class SymmetryModel(nn.Module):
@@ -257,15 +273,15 @@ class SymmetryPretraining(Pretraining[SymmetrySettings]):
 
     def describe(self, settings: SymmetrySettings) -> TaskDescription:
         """With the area under the ROC curve of the asymmetry, where someone is known to be ill."""
-        about = super().describe(settings)
-        if not settings.data.diagnosis:
-            caveat = (
-                ("No column says who is healthy (data.diagnosis): the symmetry loss took everyone to be.",)
-                if settings.objective.symmetry is not None
-                else ()
-            )
-            return about.model_copy(update={"caveats": (*about.caveats, *caveat)})
-        metric = Metric(title="AUC of the asymmetry for disease", better="high")
+        about, diagnosis = super().describe(settings), settings.data.diagnosis
+        if not diagnosis and settings.objective.symmetry is not None:
+            caveat = "No column says who is healthy (data.diagnosis): the symmetry loss took everyone to be."
+            about = about.model_copy(update={"caveats": (*about.caveats, caveat)})
+        if not (settings.evaluation.disease or diagnosis):
+            return about
+        supervised = diagnosis and settings.objective.symmetry is not None
+        title = "AUC of the asymmetry for disease" + (", on which it was trained" if supervised else "")
+        metric = Metric(title=title, better="high")
         return about.model_copy(
             update={
                 "metrics": about.metrics | {ASYMMETRY_AUC: metric},
@@ -330,8 +346,22 @@ class SymmetryPretraining(Pretraining[SymmetrySettings]):
         return notes
 
     def more_labels(self, settings: SymmetrySettings, manifest: pd.DataFrame) -> dict[str, Labels]:
-        """Also who is healthy (1), ill (0) or not known (NaN)."""
-        return {**super().more_labels(settings, manifest), HEALTHY: healthy_of(settings, manifest)}
+        """Also who is healthy (1), ill (0) or not known (NaN), for the loss and for the AUC of the asymmetry."""
+        diagnosis = settings.data.diagnosis
+        return {
+            **super().more_labels(settings, manifest),
+            HEALTHY: healthy_of(settings, manifest, diagnosis),
+            JUDGED: healthy_of(settings, manifest, settings.evaluation.disease or diagnosis),
+        }
+
+    def check_cohort(self, settings: SymmetrySettings, manifest: pd.DataFrame, splits: Splits) -> None:
+        """Refuse a training by itself of which nothing can be judged."""
+        super().check_cohort(settings, manifest, splits)
+        if set(settings.objective.parts) == {CONTRAST} and not probes_of(settings):
+            raise UserError(
+                "the contrast of one scan by itself has no loss to judge by: name what is read from the features "
+                f"({PROBES}), or add another loss"
+            )
 
     def targets(self, truth: Truth, facts: Facts) -> npt.NDArray[np.generic]:
         """Who is healthy (N,): 1, 0, or NaN where it is not known."""
@@ -396,7 +426,7 @@ class SymmetryPretraining(Pretraining[SymmetrySettings]):
         losses = self._losses(model, cast(Mixture, objective), seen, targets_b, progress)
         weights = cast(Mixture, objective).on(progress)
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
-        off = torch.tensor(math.nan)
+        off = total.detach().new_full((), math.nan)
         return Step(
             total, {name: losses[name].detach() if name in losses else off for name in self.about.course}
         )
@@ -485,7 +515,7 @@ class SymmetryPretraining(Pretraining[SymmetrySettings]):
         """The probes, and how well the asymmetry by itself tells who is ill."""
         found = super().judge(settings, training, evaluation, judging)
         scores = np.asarray(evaluation.outputs[ASYMMETRY], dtype=np.float64)
-        if settings.data.diagnosis:
+        if settings.evaluation.disease or settings.data.diagnosis:
             found.metrics[ASYMMETRY_AUC] = _area(scores, evaluation)
         found.predictions[ASYMMETRY] = scores
         return found
@@ -515,19 +545,27 @@ class SymmetryPretraining(Pretraining[SymmetrySettings]):
             of_probe.lacks,
         )
 
+    def measure(
+        self, presented: pd.DataFrame, truth: Truth, internal: Mapping[str, float]
+    ) -> dict[str, float | str]:
+        """How well the first probe predicts; without one how asymmetric people are."""
+        if "predicted" in presented:
+            return super().measure(presented, truth, internal)
+        values = subject_means(presented[ASYMMETRY].to_numpy(float), truth.subjects)
+        return {f"mean {ASYMMETRY}": float(values.mean())}
 
-def healthy_of(settings: SymmetrySettings, manifest: pd.DataFrame) -> Labels:
-    """Who is healthy (N,): 1, 0, or NaN where nobody knows; 1 for all without a column.
+
+def healthy_of(settings: SymmetrySettings, manifest: pd.DataFrame, column: str) -> Labels:
+    """Who is healthy (N,) by a column: 1, 0, or NaN where nobody knows; 1 for all without a column.
 
     Raises:
         UserError: there is no such column, or it has none of the values that mean healthy.
     """
-    column = settings.data.diagnosis
     if not column:
         return np.ones(len(manifest))
     if column not in manifest:
         known = did_you_mean(column, map(str, manifest.columns))
-        raise UserError(f"data.diagnosis: the cohort has no column '{column}'; {known}")
+        raise UserError(f"data.diagnosis, evaluation.disease: the cohort has no column '{column}'; {known}")
     names = [class_name(value) for value in manifest[column]]
     found = sorted({name for name in names if name is not None})
     if not set(settings.data.healthy) & set(found):
@@ -571,7 +609,7 @@ def _with_equal_sides(pairs: torch.Tensor) -> torch.Tensor:
 
 def _area(scores: Floats, evaluation: Observed) -> float:
     """The area under the ROC curve of the asymmetry for disease, over people; NaN if all are alike."""
-    healthy = evaluation.more[HEALTHY].astype(np.float64)
+    healthy = evaluation.more[JUDGED].astype(np.float64)
     known = ~np.isnan(healthy)
     people = evaluation.subjects[known]
     ill = 1 - np.asarray(subject_means(healthy[known], people))

@@ -110,6 +110,19 @@ def derive_constraint(
     if name in opened.description.map_names:
         raise UserError(f"the cohort has a map {name} already; give --constraint another name")
     column = f"{map_column(name)}_checksum"
+    made_by = (
+        f"total variation ({settings.tv:g}) and k-means ({settings.clusters} clusters, seed {settings.seed}) of "
+        f"{min(settings.components, len(settings.contrasts))} principal components of {', '.join(settings.contrasts)}"
+    )
+    there = opened.overlays.get(name)
+    if there is not None and there.description.made_by == made_by:
+        # Several maps of one command are made one after another, and a stop may lie between them.
+        return there.description, opened.folder / DERIVED / name / "quality.html"
+    if there is not None:
+        raise UserError(
+            f"{opened.folder / DERIVED / name} is there already, made by {there.description.made_by}; give "
+            "--constraint another name, or delete it"
+        )
     check_new(opened.folder, name, [column], map(str, opened.manifest.columns))
     place = opened.folder.resolve() / DERIVED / f".{name}-unfinished"
     start_or_go_on(place, {"cohort": opened.description.hash, "settings": settings.model_dump(mode="json")})
@@ -131,10 +144,6 @@ def derive_constraint(
             on_progress(done, len(rows))
     checksums = _write_maps(opened, name, tasks)
     page = opened.folder / DERIVED / name / "quality.html"
-    made_by = (
-        f"total variation ({settings.tv:g}) and k-means ({settings.clusters} clusters, seed {settings.seed}) of "
-        f"{min(settings.components, len(settings.contrasts))} principal components of {', '.join(settings.contrasts)}"
-    )
     description, content = describe_overlay(
         name, pd.DataFrame({column: checksums}), np.zeros(len(rows), dtype=bool), opened.description.hash,
         made_by=made_by, command=" ".join(["brainsweep", *sys.argv[1:]]), maps=(name,),

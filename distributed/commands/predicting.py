@@ -300,6 +300,10 @@ def _write_embeddings(found: Sequence[OneScan], files: Sequence[Path], wanted: W
     """Write embedding_0, embedding_1, … of every file, if they are asked for."""
     if wanted.embeddings is None:
         return
+    if found[0].placed:
+        raise UserError(
+            "--embeddings cannot act with a task that segments: it says something of voxels, not of scans"
+        )
     known = [each.embedding for each in found if each.embedding is not None]
     if len(known) < len(found):
         raise UserError(

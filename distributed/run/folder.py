@@ -224,7 +224,9 @@ def _describe(
             channels=description.channels,
             preprocessing=description.preprocessing,
             overlays={
-                name: each.description.hash for name, each in used_overlays(cohort.overlays, settings).items()
+                # Also those that a search chooses among.
+                name: each.description.hash
+                for name, each in used_overlays(cohort.overlays, [settings, dict(request)]).items()
             },
         ),
         settings=settings,

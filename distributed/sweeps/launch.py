@@ -9,13 +9,14 @@ from pathlib import Path
 from pydantic import JsonValue
 from rich.console import Console
 
-from core.config import merge, resolve
+from core.config import FIRST, merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import Splits
 from core.run_names import ENQUEUED, PUBLISHED, WEIGHTS
 from core.run_settings import RunSettings
 from core.tasks import find_task
 from core.tasks.task import check_parts
+from core.volumes.cohort.description import has_map
 from core.volumes.cohort.reader import Cohort
 from distributed.run.working_copy import address_of
 from distributed.search.population_methods import POPULATIONS, members_of
@@ -64,12 +65,30 @@ def tell_of_grid(settings: RunSettings, cohort: Cohort, console: Console) -> Non
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
+def check_first_stage(settings: RunSettings, cohort: Cohort) -> None:
+    """UserError if a first stage asks for a column, or a map, that the cohort does not have."""
+    if settings.pretraining is None:
+        return
+    stage, task = settings.pretraining, find_task(settings.pretraining.task)
+    try:
+        task.labels(stage, cohort.manifest)
+        task.more_labels(stage, cohort.manifest)
+        for name in task.needed_maps(stage):
+            having = has_map(cohort.manifest, name)
+            if not task.needs_truth(stage) and not having.all():
+                subject = cohort.manifest["subject"].to_numpy(str)[~having][0]
+                raise UserError(f"it trains on every scan, and {subject} has no map {name}")
+    except UserError as error:
+        raise UserError(f"in '{FIRST}': {error}") from None
+
+
 def check_subjects(request: SweepRequest, search: ResolvedSearch, cohort: Cohort) -> Splits:
     """The splits of a request; UserError if the subjects cannot be split so, or can teach nothing."""
     task, settings, manifest = search.task, search.settings, cohort.manifest
     labels = task.labels(settings, manifest)
     splits = splits_of(request, manifest, task.balanced_by(settings))
     task.check_cohort(settings, manifest, splits)
+    check_first_stage(settings, cohort)
     check_parts(labels, splits, search.about.truth)
     check_budget(settings, manifest, labels, splits)
     return splits

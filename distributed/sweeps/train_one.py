@@ -31,7 +31,7 @@ from distributed.run.quiet import quiet
 from distributed.run.trust import check_trusted
 from distributed.slots.cluster import connect, fit_slots
 from distributed.slots.slot import WorkerGroup, pack
-from distributed.sweeps.launch import tell_of_grid
+from distributed.sweeps.launch import check_first_stage, tell_of_grid
 from distributed.sweeps.request import TrainRequest
 from distributed.sweeps.resolve import chosen_task, splits_of, with_first_stage, with_hash
 from distributed.sweeps.resume import same_splits
@@ -79,6 +79,7 @@ def train_one(
             f"--fold {request.fold} does not exist; with --folds {request.folds} it is 0 to {request.folds - 1}"
         )
     task.check_cohort(settings, opened.manifest, splits)
+    check_first_stage(settings, opened)
     tell_of_grid(settings, opened, console)
     check_parts(labels, splits, task.describe(settings).truth)
     judged = splits.folds[request.fold]

@@ -4,10 +4,11 @@
                       checkpoint.pt  weights and history after every epoch, in one file
                       history.json, model.safetensors   once it is done, and nothing of them before
 
-KEY says what the weights depend on: the settings of the stage, the cell, its rows, the cohort, what the weights start
-from, the number of workers, and the code. The first trial that needs a stage trains it; others wait, and begin with its
-weights. If the trial is stopped or its process dies, the next one continues from the last epoch. Every trial is charged
-all epochs of the stage, as if it had trained them, so that configurations are compared by what they cost.
+KEY says what the weights depend on: the settings of the stage, the cell, its rows, the cohort, its maps, what the
+weights start from, the number of workers, and the code. The first trial that needs a stage trains it; others wait, and
+begin with its weights. If the trial is stopped or its process dies, the next one continues from the last epoch. Every
+trial is charged all epochs of the stage, as if it had trained them, so that configurations are compared by what they
+cost.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import distributed as dist
@@ -31,11 +33,13 @@ from core.models.weights import weights_of
 from core.run_names import CHECKPOINT
 from core.run_settings import RunSettings
 from core.starts import MODEL
+from core.tasks import find_task
+from core.volumes.cohort.shards import map_column
 from distributed.run.assignment import Cell, EpochRow, are_rows
 from distributed.run.code import code_version
 from distributed.training.lease import Lease
 from distributed.training.loop import CellTraining, TrainingState
-from distributed.training.subjects import Place, Subjects, rows_of_first_stage
+from distributed.training.subjects import Place, Subjects, beyond_budget, rows_of_first_stage
 
 HISTORY, LEASE = "history.json", "lease"
 LOOK_S = 0.2
@@ -66,6 +70,7 @@ class FirstStage:
         self.subjects, self.place = subjects, place
         self.cell = replace(cell, trial=f"{cell.trial}-{STAGE}")
         self.rows = rows_of_first_stage(settings, subjects, cell)
+        self.without_label = beyond_budget(settings, subjects, cell)
         self.folder = folder / self._key()
         self.lease = Lease(self.folder / LEASE)
         self.known = known
@@ -168,7 +173,14 @@ class FirstStage:
         if self.training is not None and is_mine[0]:
             return self.training
         self._drop()
-        self.training = CellTraining(self.settings, self.subjects, self.cell, self.place, rows=self.rows)
+        self.training = CellTraining(
+            self.settings,
+            self.subjects,
+            self.cell,
+            self.place,
+            rows=self.rows,
+            without_label=self.without_label,
+        )
         saved = self._saved()
         self.history = []
         if saved is not None:
@@ -216,12 +228,18 @@ class FirstStage:
             path.write_bytes(buffer.getvalue())
 
     def _key(self) -> str:
-        people = self.subjects.manifest[["subject", "checksum"]].iloc[self.rows]
+        maps = [
+            f"{map_column(name)}_checksum"
+            for name in find_task(self.settings.task).needed_maps(self.settings)
+        ]
+        columns = ["subject", "checksum", *(name for name in maps if name in self.subjects.manifest)]
+        people = self.subjects.manifest[columns].iloc[self.rows]
         return fingerprint(
             {
                 "settings": self.settings.model_dump(mode="json"),
                 "cell": [self.cell.fold, self.cell.seed],
                 "rows": self.rows.tolist(),
+                "without label": np.intersect1d(self.rows, self.without_label).tolist(),
                 "people": people.to_numpy(str).tolist(),
                 "workers": self.place.workers,
                 "code": _sources(),

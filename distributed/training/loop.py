@@ -41,6 +41,7 @@ from distributed.training.subjects import (
     Subjects,
     rows_of_first_stage,
     rows_without_judged,
+    without_labels,
 )
 
 
@@ -84,6 +85,8 @@ class CellData:
             known, self.evaluation_rows = rows, rows[:0]
         else:
             known = self.labelled.within_budget(settings, known, cell)
+        self.without_label = self._beyond_budget(rows)
+        """Rows whose label is known, and is not to be used: the budget of labels is smaller."""
         self.labelled_rows, self.inner_rows = self._without_inner(known)
         self.training_rows = self.labelled_rows
         """What is trained on; `labelled_rows` are those of them on which what judges is fitted."""
@@ -108,6 +111,13 @@ class CellData:
             scales = torch.as_tensor(self.subjects.scales[rows][:, self.channels], device=self.place.device)
             volumes = volumes * scales[:, :, None, None, None]
         return normalise(volumes, self.settings.data.normalise, self.statistics)
+
+    def _beyond_budget(self, rows: Rows | None) -> Rows:
+        """The rows of the cell that are in no budget of labels."""
+        if rows is not None:
+            return rows[:0]
+        known = self.labelled.rows_of(self.cell.fold)[0]
+        return np.setdiff1d(known, self.labelled.within_budget(self.settings, known, self.cell))
 
     def _without_inner(self, rows: Rows) -> tuple[Rows, Rows]:
         """The rows to train on, and those of the inner split: whole subjects, chosen by the seed of the cell."""
@@ -152,6 +162,7 @@ class CellTraining(CellData):
         place: where this worker runs.
         rows: what is trained on instead of the rows of the cell; then nobody is judged.
         earlier: weights of a first stage to start from; those that the settings name if None.
+        without_label: rows of a first stage whose labels are beyond the budget of the trial.
     """
 
     def __init__(
@@ -162,12 +173,16 @@ class CellTraining(CellData):
         place: Place,
         rows: Rows | None = None,
         earlier: Mapping[str, torch.Tensor] | None = None,
+        without_label: Rows | None = None,
     ) -> None:
         super().__init__(settings, subjects, cell, place, rows)
+        if without_label is not None:
+            self.without_label = without_label
         _check_shares(settings, len(self.training_rows), place)
         torch.manual_seed(_derive_seed(cell, "initialisation"))
         self.facts = self.task.learn(settings, self.labelled.truth(self.labelled_rows))
-        self.targets = self.task.targets(self.labelled.truth(np.arange(len(subjects.manifest))), self.facts)
+        everyone = self.labelled.truth(np.arange(len(subjects.manifest)))
+        self.targets = self.task.targets(without_labels(everyone, self.without_label), self.facts)
         self.model: nn.Module = self.task.build(settings, len(self.channels), self.facts).to(place.device)
         self._begin(earlier)
         if place.workers > 1:
@@ -263,7 +278,7 @@ class CellTraining(CellData):
         row: dict[str, float] = {
             "fold": self.cell.fold, "seed": self.cell.seed, "epoch": self.epoch, "progress": progress, "loss": loss,
             "learning_rate": rate, **self.task.course(self.settings, self.objective, progress),
-            **{name: float(torch.stack(numbers).mean()) for name, numbers in noted.items()},
+            **{name: float(torch.stack(numbers).nanmean()) for name, numbers in noted.items()},
             "first_step_at": started, "seconds": time.time() - started,
         }  # fmt: skip
         return cast(EpochRow, row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +193,28 @@ def rows_of_first_stage(settings: RunSettings, subjects: Subjects, cell: Cell) -
         kept = of_trial.within_budget(settings, labelled, cell)
         rows = np.setdiff1d(rows, np.setdiff1d(labelled, kept))
     return rows
+
+
+def beyond_budget(settings: RunSettings, subjects: Subjects, cell: Cell) -> Rows:
+    """The rows that a cell trains on whose label the budget of the trial leaves out."""
+    of_trial = Labelled.of(subjects, settings)
+    known = of_trial.rows_of(cell.fold)[0]
+    return np.setdiff1d(known, of_trial.within_budget(settings, known, cell))
+
+
+def without_labels(truth: Truth, rows: Rows) -> Truth:
+    """The truth in which nothing is known of these rows."""
+    if not len(rows):
+        return truth
+
+    def hidden(labels: Labels) -> Labels:
+        is_kept = ~np.isin(np.arange(len(labels)), rows)
+        unknown = np.array(None, dtype=object) if labels.dtype == object else np.array(np.nan)
+        return np.where(is_kept, labels, unknown)
+
+    return replace(
+        truth, labels=hidden(truth.labels), more={name: hidden(each) for name, each in truth.more.items()}
+    )
 
 
 def rows_without_judged(labelled: Labelled, cell: Cell) -> Rows:

@@ -162,6 +162,8 @@ def used_overlays(overlays: Mapping[str, Overlay], settings: object) -> dict[str
 def _words_of(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
+        # --choose NAME=A,B
+        yield from value.partition("=")[2].split(",")
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from _words_of(each)

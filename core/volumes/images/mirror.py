@@ -57,18 +57,19 @@ def mirror_image(volumes_bcxyz: torch.Tensor, opposite_b: Sequence[int] | None =
 
 
 def opposite_voxels(volumes_bcxyz: torch.Tensor) -> list[int]:
-    """For every volume the o (B,) for which it is most like its mirror image, in which voxel o - i of X is voxel i.
+    """For every volume the o (B,) for which its head fits its mirror image best, in which voxel o - i of X is voxel i.
 
-    The largest sum over voxels of v[i] v[o - i], for all o at once by a Fourier transform along X: the middle of the
-    head to half a voxel, where the head is upright. `ingest --midline` turns heads that are not.
+    The most voxels that lie in the head and opposite to a voxel of it, for all o at once by a Fourier transform along
+    X: the middle of the head to half a voxel, where the head is upright. `ingest --midline` turns heads that are not.
+    What is bright has no part in it: a lesion on one side must not move the middle.
 
     Args:
         volumes_bcxyz: (B, C, X, Y, Z) in RAS order, 0 outside the head; of a volume of zeros it is the grid's middle.
     """
     last = volumes_bcxyz.shape[2] - 1
-    # What is alike is looked for, and not what is bright: intensities may be of any sign.
-    spectrum = torch.fft.rfft(volumes_bcxyz.detach().float(), n=2 * (last + 1), dim=2)
-    alike_bo = torch.fft.irfft(spectrum * spectrum, n=2 * (last + 1), dim=2).sum(dim=(1, 3, 4))[
+    inside_bxyz = (volumes_bcxyz.detach() != 0).any(dim=1).float()
+    spectrum = torch.fft.rfft(inside_bxyz, n=2 * (last + 1), dim=1)
+    alike_bo = torch.fft.irfft(spectrum * spectrum, n=2 * (last + 1), dim=1).sum(dim=(2, 3))[
         :, : 2 * last + 1
     ]
     highest_b1 = alike_bo.amax(dim=1, keepdim=True)
