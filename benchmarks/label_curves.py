@@ -19,14 +19,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 
 from core.report.curve import curve_table, read_curve
+from core.report.figures.curve import label_curve
 from core.run_names import RUN_JSON, WINNER
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 SCRATCH = "from scratch"
 OFF = ("pretraining.objective.symmetry.name=null",)
@@ -109,7 +106,8 @@ def show(system: str, out: Path) -> None:
     """The table of all methods, and their curves in one picture."""
     parts = []
     for method in METHODS[system]:
-        table = curve_table(read_curve(out / method.replace(" ", "-")))
+        curve = read_curve(out / method.replace(" ", "-"))
+        table = curve_table(curve)
         own = table[table["method"] == WINNER].assign(method=method)
         parts.append(own)
         if method == SCRATCH:
@@ -121,16 +119,9 @@ def show(system: str, out: Path) -> None:
         .round(3)
         .to_string(index=False)
     )
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for place, (method, rows) in enumerate(whole.groupby("method", sort=False)):
-        shift = 1.03 ** (place - 1.5)
-        axes.errorbar(
-            rows["labelled"] * shift, rows["value"],
-            [rows["value"] - rows["low"], rows["high"] - rows["value"]], marker="o", capsize=2, label=str(method),
-        )  # fmt: skip
-    axes.set(xscale="log", xlabel="labelled people", ylabel="held-out people, 95 % interval")
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out / "curves.png", dpi=120)
+    label_curve(whole, list(METHODS[system]), curve.task.judged_by.heading).savefig(
+        out / "curves.png", dpi=120
+    )
     print(f"{out}/curves.csv and {out}/curves.png")
 
 
