@@ -16,7 +16,7 @@ from nibabel.affines import apply_affine
 
 from core.errors import UserError
 from core.volumes.images.nifti import Affine, Volume
-from core.volumes.images.registration import as_affine, as_itk, simplified
+from core.volumes.images.registration import as_affine, as_itk, descend, simplified
 from core.volumes.images.resample import Mask, resample
 
 SHRINKING = (4, 2)
@@ -112,7 +112,6 @@ def _plane_of(head: Volume, place: Affine, middle: npt.NDArray[np.float64]) -> t
     start.SetCenter((np.array([-1.0, -1.0, 1.0]) * middle).tolist())
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsCorrelation()
-    method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=1.0,
         minStep=1e-4,
@@ -120,17 +119,8 @@ def _plane_of(head: Volume, place: Affine, middle: npt.NDArray[np.float64]) -> t
         relaxationFactor=0.6,
         gradientMagnitudeTolerance=1e-8,
     )
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel(SHRINKING)
-    method.SetSmoothingSigmasPerLevel(BLUR_MM)
-    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     transform = sitk.Euler3DTransform(start)
-    method.SetInitialTransform(transform, inPlace=True)
-    try:
-        method.Execute(fixed, moving)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"the midline was not found: {reason}") from None
+    descend(method, fixed, moving, transform, SHRINKING, BLUR_MM, "the midline was not found")
     # A point of the head, and where what lies opposite to it is.
     opposite = across @ as_affine(transform)
     values, vectors = np.linalg.eigh((opposite[:3, :3] + opposite[:3, :3].T) / 2)

@@ -178,7 +178,6 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
     method.SetMetricFixedMask(as_itk(around.astype(np.uint8), template.affine))
-    method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=2.0,
         minStep=1e-3,
@@ -186,17 +185,46 @@ def _optimise(voxels: Volume, affine: Affine) -> tuple[Affine, float]:
         relaxationFactor=0.6,
         gradientMagnitudeTolerance=1e-6,
     )
+    descend(method, fixed, moving, transform, SHRINKING, BLUR_MM, "registration to MNI152 failed")
+    return as_affine(transform), -float(method.GetMetricValue())
+
+
+def descend(
+    method: SimpleITK.ImageRegistrationMethod,
+    fixed: SimpleITK.Image,
+    moving: SimpleITK.Image,
+    transform: SimpleITK.Transform,
+    shrinking: tuple[int, ...],
+    blur_mm: tuple[float, ...],
+    failed: str,
+) -> None:
+    """Improve `transform` in place, from coarse to fine, by the metric and optimiser that `method` has.
+
+    Args:
+        method: with its metric and its optimiser.
+        fixed: the image whose points are mapped.
+        moving: the image that they are mapped into.
+        transform: from where to start; changed.
+        shrinking: factor of the voxels at every level.
+        blur_mm: Gaussian sigma at every level, mm.
+        failed: what is told if the images cease to overlap.
+
+    Raises:
+        UserError: the overlap is too small to continue.
+    """
+    import SimpleITK as sitk
+
+    method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel(SHRINKING)
-    method.SetSmoothingSigmasPerLevel(BLUR_MM)
+    method.SetShrinkFactorsPerLevel(shrinking)
+    method.SetSmoothingSigmasPerLevel(blur_mm)
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetInitialTransform(transform, inPlace=True)
     try:
         method.Execute(fixed, moving)
-    except RuntimeError as error:  # the overlap is too small to continue
+    except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"registration to MNI152 failed: {reason}") from None
-    return as_affine(transform), -float(method.GetMetricValue())
+        raise UserError(f"{failed}: {reason}") from None
 
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's mm run to the left and to the back
