@@ -12,7 +12,7 @@ def quiet() -> None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Optuna has called most of its samplers experimental for years.
+    # Most samplers of Optuna are called experimental.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     # Batches are views of shared memory, and nothing writes to them.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
