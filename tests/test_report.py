@@ -587,6 +587,20 @@ def test_learning_curves_mark_every_pruned_trial_where_it_stopped(finished: Path
     assert ends == sorted(record.trials.loc[record.trials["state"] == "PRUNED", "epochs"])
 
 
+def test_an_extreme_first_value_does_not_stretch_the_learning_curves_to_either_side(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = read_run(finished)
+    assert record.study is not None
+    trials = [trial for trial in record.study.get_trials() if trial.intermediate_values]
+    ordinary = [value for trial in trials for value in trial.intermediate_values.values()]
+    trials[0].intermediate_values[min(trials[0].intermediate_values)] = 1e4
+    monkeypatch.setattr(record.study, "get_trials", lambda **_: trials)
+    bottom, top = figures.learning_curves(record).axes[0].get_ylim()
+    assert top < 1000
+    assert min(ordinary) - 0.1 * (top - bottom) < bottom <= min(ordinary)
+
+
 def test_fold_spread_has_a_dot_for_every_cell_of_the_trials_shown(finished: Path) -> None:
     record = read_run(finished)
     axes = figures.fold_spread(record, top=2).axes[0]

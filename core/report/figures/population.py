@@ -19,7 +19,16 @@ from core.report.answer.population import (
     members,
 )
 from core.report.answer.record import NothingToShow, RunRecord, reported
-from core.report.figures.style import ACCENT, MUTED, SECOND, legend_above, new_figure, new_grid, styled
+from core.report.figures.style import (
+    ACCENT,
+    MUTED,
+    SECOND,
+    cut_above,
+    legend_above,
+    new_figure,
+    new_grid,
+    styled,
+)
 from core.run_names import EXCHANGED
 
 UNITS = {"objective.width": " (years)", "objective.neighbours.end": " (share or count)"}
@@ -128,7 +137,7 @@ def _keep_scale(axes: Axes, values: Values, first_exchange: float) -> None:
     later = [value for own in values.values() for epoch, value in own.items() if epoch >= first_exchange]
     limit = min(1.1 * max(later), 2 * np.percentile(later, 90)) if later else np.inf
     if max(every) > limit:
-        axes.set_ylim(top=limit)
+        cut_above(axes, min(every), limit)
 
 
 def _name_ends(axes: Axes, values: Values) -> None:

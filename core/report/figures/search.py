@@ -25,6 +25,7 @@ from core.report.figures.style import (
     PAPER,
     SECOND,
     SERIES,
+    cut_above,
     legend_above,
     new_figure,
     styled,
@@ -295,8 +296,8 @@ def _clip_curves(axes: Axes, trials: list[FrozenTrial]) -> None:
     """Values of first epochs can be extreme: show up to twice the 90th percentile of all reported values."""
     values = np.array([value for trial in trials for value in reported(trial).values()])
     values = values[np.isfinite(values)]
-    if len(values) and values.max() > 2 * np.percentile(values, 90):
-        axes.set_ylim(top=2 * np.percentile(values, 90))
+    if len(values) and values.max() > (limit := 2 * np.percentile(values, 90)):
+        cut_above(axes, values.min(), limit)
 
 
 @styled

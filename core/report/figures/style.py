@@ -82,6 +82,14 @@ def new_grid(height: float, rows: int, columns: int, *, shared: bool = False) ->
     return figure, list(figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False).flat)
 
 
+def cut_above(axes: Axes, lowest: float, limit: float) -> None:
+    """Show values from the lowest one to a limit that some exceed.
+
+    The lower end is set too: matplotlib's own margin is a share of the values that are cut, and may reach far below 0.
+    """
+    axes.set_ylim(lowest - 0.05 * (limit - lowest), limit)
+
+
 def legend_above(axes: Axes, columns: int = 3) -> None:
     """A legend above the axes, where it hides no data."""
     axes.legend(
