@@ -7,10 +7,10 @@ Steps: the same network, loss, optimiser and patch size on the same volumes in m
 loop has MONAI's dictionary transforms for crops and flips. They take turns; what is printed are medians, and the median
 of ratios.
 
-Patches: bytes per second of boxes and of whole volumes out of resident memory, in turns.
+Patches: bytes per second of boxes and of whole volumes, in turns: copied out of resident memory, and as the batches of
+float32 that a training step gets.
 
-Trials: two sweeps of `tissue_age` that differ in their number of trials only; what a trial more takes, beside the fits
-of its cells alone.
+Trials: a sweep of `tissue_age`; the time from one trial's end to the next one's, beside the fits of its cells alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,19 @@ from rich.console import Console
 
 from core.config import merge, resolve
 from core.models.segmenter import build_segmenter
+from core.report.answer.record import read_run
+from core.run_settings import RunSettings
 from core.tasks import find_task
 from core.tasks.tissue_age import regressor_of
 from core.volumes.cohort.reader import Cohort
 from core.volumes.phantom.cohort import write_phantom_cohort
 from core.volumes.phantom.settings import PhantomSettings
+from distributed.batches.hold import read_ahead
 from distributed.batches.in_process import InMemory
+from distributed.batches.plan import Part
 from distributed.batches.resident import Resident
 from distributed.run.assignment import Cell
+from distributed.search.study import recorded_settings
 from distributed.slots.cluster import connect
 from distributed.sweeps.launch import Launch
 from distributed.sweeps.request import SweepRequest
@@ -53,6 +59,8 @@ from search_spaces import load_space, published
 SUBJECTS, PATCH, BATCH = 16, 32, 2
 CUT = 64
 """Side of the patches whose bytes are counted."""
+FEW, FOLDS = 5, 5
+"""Trials of a sweep of tables before those that are timed, and its folds."""
 SETTINGS = {
     "model.name": "dynunet", "model.width": 0.25, "model.depths": 1, "objective.name": "dice_cross_entropy",
     "views.crop_size": PATCH, "views.pad_to": PATCH, "views.flip": 0.5, "data.balanced": "site",
@@ -66,9 +74,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=9, help="turns of every contender")
-    parser.add_argument(
-        "--trials", type=int, default=60, help="trials that the longer sweep of tables has more"
-    )
+    parser.add_argument("--trials", type=int, default=60, help="timed trials of the sweep of tables")
     options = parser.parse_args()
     console = Console(width=120)
     torch.set_num_threads(1)
@@ -141,7 +147,7 @@ def _plain_loop(brains: Cohort, rows: np.ndarray) -> Callable[[], object]:
 
 
 def patches(brains: Cohort, rounds: int, console: Console) -> None:
-    """Bytes per second of boxes and of whole volumes, out of resident memory."""
+    """Bytes per second of boxes and of whole volumes: copied, and as batches on their way to a training step."""
     resident = Resident.of(brains, ("dseg",))
     draws, rows = np.random.default_rng(0), np.arange(len(brains))
     grid = brains.volume_shape[1:]
@@ -150,30 +156,31 @@ def patches(brains: Cohort, rounds: int, console: Console) -> None:
         x, y, z = (int(draws.integers(side - CUT + 1)) for side in grid)
         return slice(x, x + CUT), slice(y, y + CUT), slice(z, z + CUT)
 
-    def whole() -> int:
-        return sum(resident.read(rows[part : part + 4]).nbytes for part in range(0, len(rows), 4))
+    def parts(boxed: bool) -> Iterator[Part]:
+        for begin in range(0, len(rows), 4):
+            part = rows[begin : begin + 4]
+            yield part, [box() for _ in part] if boxed else None
 
-    def boxes() -> int:
-        return sum(
-            resident.read(rows[part : part + 4], boxes=[box() for _ in rows[part : part + 4]]).nbytes
-            for part in range(0, len(rows), 4)
+    def copied(boxed: bool) -> int:
+        return sum(resident.read(part, boxes=boxes).nbytes for part, boxes in parts(boxed))
+
+    def ready(boxed: bool) -> int:
+        batches = read_ahead(resident, parts(boxed), torch.device("cpu"))
+        return sum(batch.volumes.float().nbytes for batch in batches)
+
+    for what, read in (("copied out of resident memory", copied), ("ready for a step, as float32", ready)):
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(rounds):
+            for boxed, of_turns in rates.items():
+                began, read_bytes = time.perf_counter(), 0
+                while time.perf_counter() - began < 0.2:
+                    read_bytes += read(boxed)
+                of_turns.append(read_bytes / (time.perf_counter() - began) / 1e9)
+        ratio = statistics.median(cut / whole for whole, cut in zip(*rates.values(), strict=True))
+        console.print(
+            f"{what}: patches of {CUT}^3 at {statistics.median(rates[True]):.2f} GB/s, whole volumes of "
+            f"{'x'.join(map(str, grid))} at {statistics.median(rates[False]):.2f} GB/s, ratio {ratio:.2f}"
         )
-
-    rates: dict[str, list[float]] = {"whole": [], "boxes": []}
-    for _ in range(rounds):
-        for name, read in (("whole", whole), ("boxes", boxes)):
-            began, read_bytes = time.perf_counter(), 0
-            while time.perf_counter() - began < 0.2:
-                read_bytes += read()
-            rates[name].append(read_bytes / (time.perf_counter() - began))
-    ratio = statistics.median(
-        cut / everything for cut, everything in zip(rates["boxes"], rates["whole"], strict=True)
-    )
-    console.print(
-        f"out of resident memory by bytes: patches of {CUT}^3 at {statistics.median(rates['boxes']) / 1e9:.2f} GB/s, "
-        f"whole volumes of {'x'.join(map(str, grid))} at {statistics.median(rates['whole']) / 1e9:.2f} GB/s, "
-        f"ratio {ratio:.2f}"
-    )
 
 
 def tables(place: Path, more: int, console: Console) -> None:
@@ -181,32 +188,41 @@ def tables(place: Path, more: int, console: Console) -> None:
     brains = write_phantom_cohort(
         place / "people", PhantomSettings(subjects=160, spacing=8.0, kind="tissue", channels=("t1w",))
     )
-    took = {}
-    for trials in (5, 5 + more):
-        request = SweepRequest(task="tissue_age", trials=trials, folds=5, slots=1, sampler="random")
-        folder = run_sweep(
-            Launch(brains.address, request, place / f"run-{trials}", None, Console(quiet=True))
+    _, base = load_space("tissue_age")
+    ages = brains.manifest["age"].to_numpy(float)
+    for slots in (1, 2):
+        request = SweepRequest(
+            task="tissue_age", trials=FEW + more, folds=FOLDS, slots=slots, sampler="random"
         )
-        took[trials] = folder.about.seconds or 0.0
-    of_trial = (took[5 + more] - took[5]) / more
-    space, base = load_space("tissue_age")
-    del space
-    settings = resolve(base)
+        folder = run_sweep(Launch(brains.address, request, place / f"run-{slots}", None, Console(quiet=True)))
+        study = read_run(folder.path).study
+        assert study is not None
+        # From one end to another, so that everything between two trials counts, and what Ray takes to start does not.
+        trials = sorted(
+            study.get_trials(deepcopy=False), key=lambda trial: trial.datetime_complete or datetime.max
+        )
+        last, first = trials[-1].datetime_complete, trials[FEW - 1].datetime_complete
+        assert first is not None
+        assert last is not None
+        took = (last - first).total_seconds() / more
+        fits = [_fit_alone(resolve(recorded_settings(trial, base)), brains, ages) for trial in trials[FEW:]]
+        alone = statistics.mean(fits) / slots
+        console.print(
+            f"a trial of tissue_age on {FOLDS} folds in each of {slots} slots: one more every {1000 * took:.0f} ms; "
+            f"its fits alone take {1000 * alone:.0f} of them, all else {1000 * (took - alone):.0f} ({more} trials)"
+        )
+
+
+def _fit_alone(settings: RunSettings, brains: Cohort, ages: np.ndarray) -> float:
+    """The seconds that the fits and predictions of a trial take."""
     features = find_task("tissue_age").features(settings, brains.manifest)
     assert features is not None
-    ages = brains.manifest["age"].to_numpy(float)
-    fits = []
-    for _ in range(more):
-        began = time.perf_counter()
-        for fold in range(5):
-            chosen = np.arange(len(ages)) % 5 != fold
-            regressor = regressor_of(settings.regressor).fit(features[chosen], ages[chosen])  # type: ignore[attr-defined]
-            regressor.predict(features[~chosen])
-        fits.append(time.perf_counter() - began)
-    console.print(
-        f"a trial of tissue_age on 5 folds takes {1000 * of_trial:.0f} ms, least squares on these folds alone "
-        f"{1000 * statistics.median(fits):.0f} ms ({more} trials more in a sweep of random search)"
-    )
+    began = time.perf_counter()
+    for fold in range(FOLDS):
+        chosen = np.arange(len(ages)) % FOLDS != fold
+        regressor = regressor_of(settings.regressor).fit(features[chosen], ages[chosen])  # type: ignore[attr-defined]
+        regressor.predict(features[~chosen])
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

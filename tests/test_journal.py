@@ -1,5 +1,6 @@
 """The journal of a study: whatever byte of it is lost, the copy beside it has it."""
 
+import contextlib
 import json
 import multiprocessing
 import random
@@ -13,6 +14,7 @@ from core.errors import StorageError, UserError
 from core.run_names import JOURNAL_COPY
 from distributed.run.journal import Journal, copy_of, mend_journal
 from distributed.run.working_copy import DAMAGED
+from distributed.search.study import together
 
 
 def study_in(journal):
@@ -156,10 +158,10 @@ def test_after_mending_the_study_goes_on_and_is_copied(written):
 def test_a_journal_that_cannot_be_written_is_the_storages_fault(written, monkeypatch):
     study = study_in(written)
 
-    def full(self, logs):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
         study.ask()
 
@@ -172,3 +174,55 @@ def test_no_link_is_made_because_some_storage_has_none(tmp_path, monkeypatch):
     study = study_in(tmp_path / "study.journal")
     study.tell(study.ask(), 1.0)
     assert values_in(tmp_path / "study.journal") == [1.0]
+
+
+def told(study, value):
+    trial = study.ask()
+    trial.set_user_attr("told", value)
+    trial.suggest_float("x", 0, 1)
+    study.tell(trial, value)
+
+
+def test_what_is_told_together_is_one_write_and_is_read_before_and_after(written, monkeypatch):
+    study, plain = study_in(written), study_in(written)
+    syncs = []
+    monkeypatch.setattr("os.fsync", syncs.append)
+    before = written.read_bytes()
+    with together(study):
+        told(study, 5.0)
+        told(study, 6.0)
+        assert [trial.value for trial in study.trials][-2:] == [5.0, 6.0]
+        assert written.read_bytes() == before  # a process that ends here has told nothing
+    assert len(syncs) == 1
+    told(study, 7.0)
+    assert values_in(written)[-3:] == [5.0, 6.0, 7.0] == [trial.value for trial in plain.trials][-3:]
+    assert mend_journal(written) == []
+    with contextlib.suppress(KeyError), together(study):
+        told(study, 8.0)
+        raise KeyError
+    assert values_in(written)[-1] == 8.0 == study.trials[-1].value  # the study in memory knows it
+
+
+def test_what_others_have_written_stands_before_what_is_told_together(written):
+    study, dashboard = study_in(written), study_in(written)
+    told(dashboard, 5.0)
+    with together(study):
+        told(study, 6.0)
+    told(dashboard, 7.0)
+    assert [trial.value for trial in study.trials][-3:] == values_in(written)[-3:] == [5.0, 6.0, 7.0]
+    numbers = [trial.number for trial in study.trials]
+    assert numbers == list(range(len(numbers)))
+
+
+def test_others_wait_while_something_is_told_together(written):
+    study = study_in(written)
+    with together(study):
+        told(study, 5.0)
+        other = multiprocessing.get_context("spawn").Process(target=ask_once, args=(written,))
+        other.start()
+        other.join(timeout=1)
+        assert other.is_alive() or other.exitcode is None
+        told(study, 6.0)
+    other.join(timeout=60)
+    assert other.exitcode == 0
+    assert [trial.value for trial in study.trials][-3:] == [5.0, 6.0, None]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pandas as pd
 
 from core.errors import UserError
@@ -93,13 +94,16 @@ def _parse(text: str, *, everything_is_text: bool) -> pd.DataFrame:
 
 def _changed(table: pd.DataFrame, change: Callable[[object], object]) -> pd.DataFrame:
     """`table` with `change` applied to every piece of text, also to the names of columns."""
-    columns = [
-        column.astype(object).map(change)
-        if column.dtype == object or isinstance(column.dtype, pd.StringDtype | pd.CategoricalDtype)
-        else column
-        for _, column in table.items()
-    ]
-    return (pd.concat(columns, axis=1) if columns else table).rename(columns=change)
+    changed = table
+    if any(change(name) != name for name in table.columns):
+        changed = table.rename(columns=change)
+    for place, (_, column) in enumerate(table.items()):
+        if column.dtype == object or isinstance(column.dtype, pd.StringDtype | pd.CategoricalDtype):
+            values = [change(value) for value in column]
+            if any(value is not was and value != was for value, was in zip(values, column, strict=True)):
+                changed = changed.copy(deep=False) if changed is table else changed
+                changed.isetitem(place, np.array(values, dtype=object))
+    return changed
 
 
 def _guarded(value: object) -> object:

@@ -230,18 +230,21 @@ def volumes_of(settings: TissueAgeSettings, manifest: pd.DataFrame) -> Floats:
             known = did_you_mean(name, map(str, manifest.columns))
             raise UserError(f"data.volumes: the cohort has no column '{name}'; {known}")
         column = pd.to_numeric(manifest[name], errors="coerce")
-        wrong = manifest.loc[
-            column.isna() & manifest[name].notna() & (manifest[name] != ""), ["subject", name]
-        ]
-        if len(wrong):
-            raise UserError(
-                f"data.volumes: {name} of {wrong['subject'].iloc[0]} is no number: {wrong[name].iloc[0]!r}"
-            )
-        negative = manifest.loc[column < 0, "subject"]
+        volumes = column.to_numpy(float)
+        given = manifest[name].to_numpy(dtype=object)
+        wrong = [row for row in np.flatnonzero(np.isnan(volumes)) if not _is_absent(given[row])]
+        if wrong:
+            whose = manifest["subject"].iloc[wrong[0]]
+            raise UserError(f"data.volumes: {name} of {whose} is no number: {given[wrong[0]]!r}")
+        negative = np.flatnonzero(volumes < 0)
         if len(negative):
-            raise UserError(f"data.volumes: {name} of {negative.iloc[0]} is below 0")
-        columns.append(column.to_numpy(float))
+            raise UserError(f"data.volumes: {name} of {manifest['subject'].iloc[negative[0]]} is below 0")
+        columns.append(volumes)
     return np.stack(columns, axis=1)
+
+
+def _is_absent(value: object) -> bool:
+    return bool(pd.isna(value)) or value == ""  # type: ignore[call-overload]
 
 
 def _is_whole(volumes_nk: Floats) -> npt.NDArray[np.bool_]:

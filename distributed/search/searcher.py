@@ -44,6 +44,7 @@ from distributed.search.study import (
     report_cells,
     report_value,
     settings_of,
+    together,
     trials_begun,
 )
 from search_spaces.points import Space
@@ -144,7 +145,7 @@ class StudySearch(tune.search.Searcher):
         """Record the intermediate value, at the number of epochs done in all cells."""
         # If the storage has failed, the journal may end with half a line.
         if self.broken is None:
-            with self._storage():
+            with self._storage(), together(self.proposals.study):
                 self._keep(trial_id, cast(Answer, result))
 
     def _keep(self, trial_id: str, answer: Answer) -> None:
@@ -183,13 +184,17 @@ class StudySearch(tune.search.Searcher):
             failed = self._undefined(answer)
         elif failed is None and (self.budget.interrupted or trial_id in self.budget.cut):
             return
-        self._describe(trial, trial_id, answer)
-        if failed is not None:
-            self._tell_failed(trial, failed)
-        elif answer.get("finished"):
-            self._tell_completed(trial, answer)
-        else:
-            self._tell_pruned(trial, trial_id, answer)
+        with together(self.proposals.study):
+            self._describe(trial, trial_id, answer)
+            if failed is not None:
+                self._tell_failed(trial, failed)
+            elif answer.get("finished"):
+                self._tell_completed(trial, answer)
+            else:
+                self._tell_pruned(trial, trial_id, answer)
+        is_complete = failed is None and answer.get("finished")
+        if is_complete and judge_improvement(self.judgement.terminator, self.proposals.study):
+            self.budget.unlikely = True
         self._name_owed()
         self.proposals.secure()
         self._forget_checkpoint(trial)
@@ -271,7 +276,8 @@ class StudySearch(tune.search.Searcher):
 
         Its resolved settings are recorded before anything runs.
         """
-        settings = settings_of(trial, self.proposals.space, self.proposals.base)
+        with together(self.proposals.study):
+            settings = settings_of(trial, self.proposals.space, self.proposals.base)
         if settings is None:
             reason = trial.user_attrs[REASON]
             self.proposals.tell(f"trial {trial_name(trial.number)} did not begin: {reason}")
@@ -351,8 +357,6 @@ class StudySearch(tune.search.Searcher):
             trial.set_user_attr(PENALTY, answer["penalty"])
         report_cells(trial, [measure(self.first, cell) for cell in answer["cells"]])
         self.proposals.study.tell(trial, values)
-        if judge_improvement(self.judgement.terminator, self.proposals.study):
-            self.budget.unlikely = True
 
     def _tell_pruned(self, trial: optuna.Trial, trial_id: str, answer: Answer) -> None:
         if math.isfinite(answer["value"]):

@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,12 @@ def open_study(
     if study.metric_names is None:
         study.set_metric_names([metric.label for metric in objectives.values()])
     return study
+
+
+def together(study: optuna.Study) -> AbstractContextManager[None]:
+    """What is told to the study inside is written at once; see `Journal.together`."""
+    backend = getattr(study._storage, "_backend", None)
+    return backend.together() if isinstance(backend, Journal) else nullcontext()
 
 
 def ranks(study: optuna.Study, values: Sequence[float]) -> tuple[float, ...]:

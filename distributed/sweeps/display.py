@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from core.config import flatten
 from core.objectives import Metric
@@ -218,7 +219,11 @@ class TensorBoard(tune.Callback):
         if values:
             best = min(values, key=lambda value: self.sign * value)
             metrics = {"final_value": values[-1], "best_value": best}
-            writer.add_hparams(shown, metrics, run_name=".")
+            # `add_hparams` would open a second file, which takes longer than all else here.
+            for summary in hparams(shown, metrics):
+                writer._get_file_writer().add_summary(summary)
+            for name, number in metrics.items():
+                writer.add_scalar(name, number)
         writer.close()
         self.writers.pop(trial.trial_id, None)
 

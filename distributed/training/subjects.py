@@ -173,8 +173,11 @@ def check_budget(settings: RunSettings, manifest: pd.DataFrame, labels: Labels, 
 
 def with_truth(manifest: pd.DataFrame, labels: Labels, rows: Rows, predictions: pd.DataFrame) -> pd.DataFrame:
     """The `predictions` for these rows of a cohort, behind subject, site and truth."""
-    of_scan = manifest.iloc[rows][["subject", "site"]].assign(truth=labels[rows]).reset_index(drop=True)
-    return pd.concat([of_scan, predictions.reset_index(drop=True)], axis=1)
+    table = predictions.reset_index(drop=True)
+    known = {name: manifest[name].to_numpy()[rows] for name in ("subject", "site")} | {"truth": labels[rows]}
+    for place, (name, values) in enumerate(known.items()):
+        table.insert(place, name, values, allow_duplicates=True)
+    return table
 
 
 def rows_of_first_stage(settings: RunSettings, subjects: Subjects, cell: Cell) -> Rows:
