@@ -25,6 +25,7 @@ from distributed.commands.options import (
     place,
 )
 from distributed.commands.using import using
+from distributed.run.allocator import keep_freed_memory
 from distributed.sweeps.request import ResumeRequest, SweepRequest, TrainRequest
 
 app = typer.Typer(
@@ -199,6 +200,7 @@ def compare(
 
 def main() -> None:
     """Run the command line. An error that the user can solve is one line and exit code 2."""
+    keep_freed_memory()
     try:
         app()
     except UserError as error:

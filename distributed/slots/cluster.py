@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from core.errors import UserError
+from distributed.run.allocator import keep_freed_memory
 from distributed.run.quiet import quiet
 from distributed.run.working_copy import address_of, own_folder
 from distributed.slots.slot import Workers
@@ -50,6 +51,7 @@ PATIENCE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 def connect(address: str | None, console: Console) -> Iterator[None]:
     """Ray during a command: the cluster at `address` or in RAY_ADDRESS, or this machine if both are absent."""
     quiet()
+    keep_freed_memory()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
