@@ -1,14 +1,14 @@
 """What does a pre-training bring, at every number of labels? Curves of several methods on phantoms, in one command.
 
-    python -m benchmarks.label_curves symmetry OUT [--labelled 8,32,all] [--subjects 120] [--spacing 4] [--quick]
-    python -m benchmarks.label_curves contrasts OUT [--labelled 2,4,8,all] [--subjects 64] [--spacing 4] [--quick]
+    python -m benchmarks.label_curves symmetry OUT [--labelled 8,32,all] [--subjects 120] [--spacing 4] [--epochs 20 30]
+    python -m benchmarks.label_curves contrasts OUT [--labelled 2,4,8,all] [--subjects 64] [--epochs 30 60]
 
 `symmetry` (system C): half of the people are ill on one side of the brain; classes from scratch, after a plain
 pre-training (rotation, contrast, inpainting), a symmetric one, and masked autoencoding. `contrasts` (system D): tumours
 in four contrasts, of which few are labelled; regions from scratch, after SimCLR of slices, and after contrast guided by
 clusters. Every method is a `sweep --labelled …` of one configuration with three refit seeds on the same held-out
 people, pre-trained in every cell on the people of that cell. Repeat the command after a stop: what is finished is kept.
-The table and the picture are written to OUT; `--quick` is a demonstration with few epochs.
+The table and the picture are written to OUT.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ OF_PRETRAINING = {
 SPACE = {"symmetry": "symmetry_classification", "contrasts": "contrast_segmentation"}
 PHANTOM = {"symmetry": ("lesions", "8,32,all", 120), "contrasts": ("contrasts", "2,4,8,all", 64)}
 EPOCHS = {"symmetry": (20, 30), "contrasts": (30, 60)}
-QUICK = {"symmetry": (4, 8), "contrasts": (8, 20)}
 """Epochs of the pre-training, and of what follows."""
 
 
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, help="synthetic people")
     parser.add_argument("--spacing", type=float, default=4.0, help="edge of a voxel in mm")
     parser.add_argument("--slots", type=int, default=2, help="trainings at a time")
-    parser.add_argument("--quick", action="store_true", help="few epochs")
+    parser.add_argument("--epochs", type=int, nargs=2, metavar=("BEFORE", "AFTER"), help="of the two stages")
     options = parser.parse_args()
     kind, labelled, subjects = PHANTOM[options.system]
     cohort = options.out / "cohort"
@@ -76,7 +75,7 @@ def main() -> None:
                f"{options.spacing:g}")  # fmt: skip
     if options.system == "contrasts" and not (cohort / "derived" / "tissue" / "overlay.json").exists():
         brainsweep("derive", str(cohort), "--constraint", "tissue")
-    before, after = (QUICK if options.quick else EPOCHS)[options.system]
+    before, after = options.epochs or EPOCHS[options.system]
     for method, changes in METHODS[options.system].items():
         folder = options.out / method.replace(" ", "-")
         if (folder / RUN_JSON).exists():

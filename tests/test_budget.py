@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -215,6 +216,23 @@ def test_what_is_left_is_shown_live_in_a_terminal_and_in_a_line_per_trial_elsewh
             "trial 0000 finished after 2 epochs, MAE 4.25 years  best 4.25 years (trial 0000)  left: 60 s, "
         )
         assert console.file.getvalue().splitlines() == [f"{expected}1 GPU-hours"]
+
+
+def test_a_long_training_is_told_of_where_nobody_sees_the_live_display(monkeypatch):
+    console = Console(file=io.StringIO(), width=120)
+    display = Display(console, 5, 20, Budget(), MAE["mae"])
+    trial = SimpleNamespace(
+        trial_id="a",
+        config={"assignment": {"name": "0000", "settings": {}, "cells": [{"fold": 0, "seed": 0}]}},
+    )
+    answer = {"value": 4.25, "epochs": 2, "epoch": 2, "fold": 1, "seed": 0, "finished": False}
+    now = time.monotonic()
+    for seconds, lines in ((29, 0), (31, 1), (59, 1), (62, 2)):
+        monkeypatch.setattr("distributed.sweeps.display.time.monotonic", lambda at=now + seconds: at)
+        display.on_trial_result(0, [], trial, answer)
+        assert len(console.file.getvalue().splitlines()) == lines
+    assert "0000" in console.file.getvalue()
+    assert "fold 1, seed 0, epoch 2/20  MAE 4.25 years" in console.file.getvalue()
 
 
 def test_the_end_of_a_slots_workers_does_not_end_the_sweep_with_them(tmp_path):

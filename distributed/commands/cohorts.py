@@ -26,6 +26,7 @@ from distributed.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from core.volumes.cohort.reader import Cohort
     from core.volumes.ingest.cohort import IngestReport, Runner
     from core.volumes.sources import Listing
 
@@ -226,10 +227,30 @@ def _show_ingest(report: IngestReport, out: Path, said: Sequence[str]) -> None:
         console.print(f"… and {len(report.rejects) - 10} more in {out}/rejects.csv", style="yellow")
     console.print(f"{len(report.cohort)} scans in {out}, {len(report.rejects)} left out")
     following = [f"quality {out}", f"describe {out}"]
-    # Only a cohort with ages can be searched as it is.
-    if report.cohort.manifest["age"].notna().any():
-        following.append(f"sweep {out}")
+    following += [f"sweep {out}{options}" for options in _searches_of(report.cohort)]
     console.print("\nNext:" + "".join(f"\n  brainsweep {each}" for each in following), highlight=False)
+
+
+def _searches_of(cohort: Cohort) -> Iterator[str]:
+    """The options of `sweep` for what is known of the scans of a cohort: ages, maps, classes."""
+    from core.volumes.cohort.describe import columns_of_classes
+    from core.volumes.cohort.description import numbers_in_maps
+
+    manifest = cohort.manifest
+    if manifest["age"].notna().any():
+        yield ""
+    for name in cohort.map_names:
+        numbers = sorted((numbers_in_maps(manifest, name) or set()) - {0, -1})
+        if (name, numbers) == ("dseg", [1, 2, 3]):
+            yield " --task segmentation"
+        elif numbers:
+            classes = (
+                [f"{name}={numbers[0]}"] if len(numbers) == 1 else [f"class{each}={each}" for each in numbers]
+            )
+            yield f" --task segmentation --set data.target={name} --set 'data.classes=[{','.join(classes)}]'"
+    of_all = ["sex"] if manifest["sex"].replace("", None).nunique() > 1 else []
+    for column in [*columns_of_classes(manifest), *of_all]:
+        yield f" --task classification --set data.target={column}"
 
 
 @data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep describe cohorts/phantom")

@@ -154,7 +154,8 @@ class StudySearch(tune.search.Searcher):
         if trial is not None and math.isfinite(answer["value"]) and "stage" not in answer:
             report_value(trial, answer["value"], answer.get("judged_epochs", answer["epochs"]))
         before = answer.get("previous_end_at")
-        if trial is not None and answer["epochs"] == 1 and before:
+        # Of a trial without a network the first answer is the last one, too.
+        if trial is not None and before and IDLE_SECONDS not in trial.user_attrs:
             trial.set_user_attr(IDLE_SECONDS, answer["started_at"] - before)
 
     def on_trial_complete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from distributed.search.budget import Budget
 from distributed.sweeps.resolve import ResolvedSearch
 
 CUT = "cut by the budget, unfinished,"
+SILENCE_S = 30.0
+"""Where nobody sees the live display, what runs is told when nothing has been said for so long."""
 SCALARS = ("value", "loss", "learning_rate")
 """What the history of every task has; a task adds its own."""
 
@@ -58,6 +61,7 @@ class Display(tune.Callback):
         self.done = 0
         self.best: tuple[float, str] | None = None
         self.slots: dict[str, _Busy] = {}
+        self.said_at = time.monotonic()
         self.overall = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[best]}"), console=console,
@@ -94,6 +98,9 @@ class Display(tune.Callback):
         if note := result.get("note"):
             self.console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
         self.slots[trial.trial_id] = _Busy(trial.config["assignment"], cast(Answer, result))
+        if not self.console.is_terminal and time.monotonic() - self.said_at > SILENCE_S:
+            for slot in list(self.slots.values()):
+                self._say(self._slot_line(slot))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """A trial has finished or was stopped early."""
@@ -123,9 +130,12 @@ class Display(tune.Callback):
         if not self.console.is_terminal:
             shown = "trial" if is_trial else "refit" if is_refit(assignment) else "repeated"
             ended = f"{shown} {name} {how} after {answer.get('epochs', 0)} epochs, {self._value(value)}"
-            self.console.print(
-                "  ".join(filter(None, [ended, self._best(), self._left()])), highlight=False, soft_wrap=True
-            )
+            self._say("  ".join(filter(None, [ended, self._best(), self._left()])))
+
+    def _say(self, line: str) -> None:
+        """A line where nobody sees the live display."""
+        self.console.print(line, highlight=False, soft_wrap=True)
+        self.said_at = time.monotonic()
 
     def _is_best(self, value: float) -> bool:
         sign = self.objective.sign

@@ -50,7 +50,7 @@ def describe(cohort: Cohort) -> dict[str, object]:
         **(_ages(age) if len(age) else {}),
         "sexes": _counts(manifest["sex"]),
         "sites": _counts(manifest["site"]),
-        **_classes(manifest),
+        **{f"classes of {column}": _counts(manifest[column]) for column in columns_of_classes(manifest)},
         **_voxel_facts(cohort, manifest["age"].to_numpy(dtype=float)),
     }
 
@@ -66,9 +66,9 @@ def _ages(age: npt.NDArray[np.float64]) -> dict[str, object]:
     }
 
 
-def _classes(manifest: pd.DataFrame) -> dict[str, object]:
+def columns_of_classes(manifest: pd.DataFrame) -> list[str]:
     """Columns of the source with few different words or whole numbers, by which scans could be classified."""
-    found: dict[str, object] = {}
+    found = []
     for column in map(str, manifest.columns):
         if column in (*COLUMNS, "sex", "site", "split", "list", "fold") or column.startswith(
             ("source_", "map_", "offset")
@@ -79,7 +79,7 @@ def _classes(manifest: pd.DataFrame) -> dict[str, object]:
             continue
         values = manifest[column].replace("", pd.NA).dropna()
         if 2 <= values.nunique() <= MOST_CLASSES:
-            found[f"classes of {column}"] = _counts(manifest[column])
+            found.append(column)
     return found
 
 
