@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from core.config import Settings, merge, resolve
 from core.run_names import LABEL, PENALTY, PUBLISHED, WEIGHTS
-from distributed.run.assignment import Assignment, assign
+from distributed.run.assignment import Assignment, assign, read_progress
 from distributed.run.folder import RunFolder
-from distributed.run.working_copy import bring, set_aside
+from distributed.run.working_copy import bring, send, set_aside
 from distributed.search.study import best_trial, recorded_settings
 from distributed.sweeps.baseline import best_baseline
 from distributed.sweeps.looks import looks_of, record_look
@@ -34,7 +36,7 @@ def repetitions(
         return []
     _set_aside_former_winner(folder, best.number)
     chosen = {"winner": recorded_settings(best, search.base)}
-    if best.user_attrs.get(LABEL) != PUBLISHED:
+    if not _is_published(best):
         chosen["published"] = folder.about.settings
     made = []
     for method, settings in chosen.items():
@@ -86,6 +88,9 @@ def refits(
         else:
             # It is the winner itself by now, or has no trial.
             _set_aside(folder.refit(rival.folder), f"{rival.folder}-was")
+    if _is_published(best):
+        # It would be trained twice, to the same last digit; see `share_refit`.
+        del chosen[PUBLISHED]
     made = [
         assign(
             folder.refit(method),
@@ -104,6 +109,21 @@ def refits(
             place, cells = folder.refit(baseline.folder), request.refit_cells[:seeds]
             made.append({**assign(place, base, cells, metric=of_task.objectives[0]), "on_voxels": True})
     return made
+
+
+def share_refit(folder: RunFolder, study: optuna.Study) -> None:
+    """The refit of the winner as that of the published configuration, where they are one."""
+    best, winner, published = best_trial(study), folder.refit("winner"), folder.refit(PUBLISHED)
+    if best is None or not _is_published(best) or published.exists():
+        return
+    if read_progress(winner)["answer"] is not None:
+        # The models are the winner's.
+        shutil.copytree(winner, published, ignore=shutil.ignore_patterns("model-*"))
+        send(published)
+
+
+def _is_published(trial: FrozenTrial) -> bool:
+    return trial.user_attrs.get(LABEL) == PUBLISHED
 
 
 def _set_aside_former_winner(folder: RunFolder, number: int) -> None:

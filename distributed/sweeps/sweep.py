@@ -74,7 +74,7 @@ from distributed.sweeps.launch import (
     tell_of_grid,
     with_whole_grid,
 )
-from distributed.sweeps.refits import after_search
+from distributed.sweeps.refits import after_search, share_refit
 from distributed.sweeps.request import SweepRequest
 from distributed.sweeps.resolve import ResolvedSearch, judgement, maps_of, resolve_search, with_hash
 from distributed.sweeps.starts import (
@@ -182,6 +182,7 @@ class Sweep:
         folder, study = self.folder, self.study
         with writing_to(folder.path):
             bring_results(folder.path)
+            share_refit(folder, study)
             tables.write_tables(folder, study, self.progress)
             if self.request.baseline_trials:
                 of_baseline = baseline_progress(folder, self.request, self.search)
