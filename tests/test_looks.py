@@ -1,6 +1,8 @@
 """What is recorded of the uses of subjects, and of the looks at the hold-out."""
 
 import io
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
@@ -18,13 +20,13 @@ from core.report.answer.honesty import looks_in_words
 from core.report.answer.record import read_run
 from core.run_access import EVALUATION, read_access
 from core.run_description import Look
-from core.run_names import LABEL, OUTSIDE, PUBLISHED, SETTINGS
+from core.run_names import LABEL, OUTSIDE, PROGRESS, PUBLISHED, SETTINGS
 from core.volumes.cohort.reader import Cohort
 from distributed.run.access import AccessRecord
-from distributed.run.assignment import HOLDOUT, Cell
+from distributed.run.assignment import HOLDOUT, Cell, read_progress
 from distributed.run.folder import create_run, open_run
 from distributed.sweeps.looks import count_looks, looks_beside, looks_of, tell_looks
-from distributed.sweeps.refits import after_search
+from distributed.sweeps.refits import after_search, share_refit
 from distributed.sweeps.request import SweepRequest
 
 
@@ -111,6 +113,30 @@ def test_a_search_that_went_on_without_finishing_a_trial_has_looked_again(run):
     study.ask()
     after_search(run, SweepRequest(), SEARCH, study)
     assert [(look.trials, look.begun) for look in run.about.looks] == [(1, 1), (1, 2)]
+
+
+def test_the_published_configuration_is_refitted_once_if_it_wins(run):
+    study = study_of([5.0, 4.0])
+    first = [Path(each["folder"]).name for each in after_search(run, SweepRequest(), SEARCH, study)]
+    assert "winner" in first
+    assert "published" not in first
+    share_refit(run, study)
+    assert not run.refit(PUBLISHED).exists()  # nothing is known yet
+    write_progress(run.refit("winner"), answer={"value": 4.0})
+    (run.refit("winner") / "model-1").mkdir()
+    share_refit(run, study)
+    assert read_progress(run.refit(PUBLISHED)) == read_progress(run.refit("winner"))
+    assert not (run.refit(PUBLISHED) / "model-1").exists()
+    study.add_trial(study_of([3.0], label="enqueued").trials[0])  # another winner
+    again = [Path(each["folder"]).name for each in after_search(run, SweepRequest(), SEARCH, study)]
+    assert {"winner", "published"} <= set(again)
+    assert read_progress(run.refit(PUBLISHED))["answer"] == {"value": 4.0}  # so it is not trained again
+
+
+def write_progress(folder, answer):
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {"of": "x", "history": [], "cells": [], "answer": answer}
+    (folder / PROGRESS).write_text(json.dumps(kept))
 
 
 def test_resume_says_that_the_hold_out_was_seen_before_it_goes_on(run):

@@ -299,6 +299,11 @@ def test_a_nested_search_that_is_killed_goes_on_and_everyone_is_held_out_once(tm
         used = pd.read_csv(run / f"outer-{number + 1}" / "access.csv", dtype={"subject": str})
         assert set(used.loc[used["subject"].isin(held_out), "fold"]) == {-1}
         seen += held_out
+        # The only configuration is the published one, and it was refitted once.
+        parts = run / f"outer-{number + 1}"
+        found = pd.read_csv(parts / "predictions.csv").groupby("method")["predicted"].apply(list)
+        assert found[WINNER] == found["published"]
+        assert not list((parts / "refits" / "published").glob("model-*"))
     assert sorted(seen) == sorted(cohort.manifest["subject"])
     table = outer_table(read_nested(run))
     assert table[[WINNER, MEDIAN]].notna().all().all()
