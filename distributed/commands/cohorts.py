@@ -39,6 +39,8 @@ NEXT_OF_KIND = {
     "contrasts": " --space contrast_segmentation",
 }
 """What a sweep of phantoms of each kind is asked for."""
+ENOUGH = 5
+"""Scans of each class from which folds and a hold-out can be made."""
 
 
 @data.command(
@@ -232,12 +234,12 @@ def _show_ingest(report: IngestReport, out: Path, said: Sequence[str]) -> None:
 
 
 def _searches_of(cohort: Cohort) -> Iterator[str]:
-    """The options of `sweep` for what is known of the scans of a cohort: ages, maps, classes."""
+    """The options of `sweep` for what is known of enough scans of a cohort: ages, maps, classes."""
     from core.volumes.cohort.describe import columns_of_classes
     from core.volumes.cohort.description import numbers_in_maps
 
     manifest = cohort.manifest
-    if manifest["age"].notna().any():
+    if manifest["age"].notna().sum() >= 2 * ENOUGH:
         yield ""
     for name in cohort.map_names:
         numbers = sorted((numbers_in_maps(manifest, name) or set()) - {0, -1})
@@ -248,9 +250,10 @@ def _searches_of(cohort: Cohort) -> Iterator[str]:
                 [f"{name}={numbers[0]}"] if len(numbers) == 1 else [f"class{each}={each}" for each in numbers]
             )
             yield f" --task segmentation --set data.target={name} --set 'data.classes=[{','.join(classes)}]'"
-    of_all = ["sex"] if manifest["sex"].replace("", None).nunique() > 1 else []
-    for column in [*columns_of_classes(manifest), *of_all]:
-        yield f" --task classification --set data.target={column}"
+    for column in [*columns_of_classes(manifest), "sex"]:
+        members = manifest[column].replace("", None).value_counts()
+        if len(members) > 1 and members.min() >= ENOUGH:
+            yield f" --task classification --set data.target={column}"
 
 
 @data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep describe cohorts/phantom")
