@@ -75,11 +75,16 @@ NonNegativePieces = Annotated[Piecewise, _all_above(0, itself=True), Pieces]
 
 
 class PlateauSettings(Frozen):
-    """When the learning rate falls because the training loss does not; as `torch.optim.lr_scheduler.ReduceLROnPlateau`.
+    """When the learning rate falls because a loss does not; as `torch.optim.lr_scheduler.ReduceLROnPlateau`.
 
-    The loss is that of the training subjects. A loss of the subjects that a cell is judged on would choose for them.
+    A loss of the subjects that a cell is judged on would choose for them: that of an inner split of the training
+    subjects takes its place.
     """
 
+    watches: Literal["training", "inner"] = Field(
+        "training",
+        description="the loss of the training, or that of an inner split (training.inner), drawn alike in every epoch",
+    )
     factor: float = Field(0.1, gt=0, lt=1, description="of the learning rate, every time")
     patience: int = Field(10, ge=0, description="epochs without improvement before it falls")
     threshold: float = Field(1e-4, ge=0, description="relative improvement that counts")
@@ -112,7 +117,7 @@ class _EveryOptimiser(Frozen):
         "none", description="parameters without weight decay: a group of their own"
     )
     plateau: PlateauSettings | None = Field(
-        None, description="lower the learning rate when the training loss has stopped falling; off if absent"
+        None, description="lower the learning rate when a loss has stopped falling; off if absent"
     )
 
     @model_validator(mode="after")
@@ -175,7 +180,11 @@ class TrainingSettings(Frozen):
         "inner split of its training subjects",
     )
     inner: float = Field(
-        0.15, gt=0, lt=1, description="share of the training subjects in the inner split, for keep best"
+        0.15,
+        gt=0,
+        lt=1,
+        description="share of the training subjects in the inner split, for keep=best and "
+        "optimiser.plateau.watches=inner",
     )
 
     @model_validator(mode="after")

@@ -44,6 +44,47 @@ def constrained_contrast(
     return sum(terms) / len(terms)
 
 
+def kinship_of(image: Tensor, clusters: Tensor, bandwidth: float) -> list[list[float]]:
+    """The Gaussian kernel between the mean intensities of clusters, in SDs of the image (C, H, W)."""
+    values = image.flatten(1).double()
+    scaled = (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True, unbiased=False)
+    flat = clusters.flatten()
+    centres = [scaled[:, flat == each].mean(1) for each in range(int(clusters.max()) + 1)]
+    return [
+        [math.exp(-float(((one - other) ** 2).mean()) / (2 * bandwidth**2)) for other in centres]
+        for one in centres
+    ]
+
+
+def weighted_contrast(
+    features: Tensor,
+    clusters: Tensor,
+    anchors: list[list[int]],
+    temperature: float,
+    nearest: int,
+    form: str,
+    kinship: list[list[list[float]]],
+) -> Tensor:
+    """`constrained_contrast` where a pair attracts by the kinship of its clusters, and repels by the rest."""
+    terms = []
+    for image in range(features.shape[0]):
+        bank = features[image].flatten(1).T
+        cluster = clusters[image].flatten().tolist()
+        for anchor in anchors[image]:
+            s = [cosine(bank[anchor], bank[j]) / temperature for j in range(len(bank))]
+            others = [j for j in range(len(bank)) if j != anchor]
+            top = sorted(others, key=lambda j: -float(s[j].detach()))[: nearest - 1]
+            w = {j: kinship[image][cluster[anchor]][cluster[j]] for j in top}
+            negative = sum((1 - w[j]) * s[j].exp() for j in top)
+            if form == "pairwise":
+                each = sum(-w[j] * torch.log(s[j].exp() / (s[j].exp() + negative)) for j in top)
+                terms.append(each / sum(w.values()))
+            else:
+                positive = sum(w[j] * s[j].exp() for j in top)
+                terms.append(-torch.log(positive / (positive + negative)))
+    return sum(terms) / len(terms)
+
+
 def anatomical(embeddings: Tensor, partitions: list[int], temperature: float) -> Tensor:
     """The mean over ordered pairs of views of −log(e^p / (e^p + Σ e^n)), n from other partitions."""
     subjects, views, _ = embeddings.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference_dense import constrained_contrast
+from reference_dense import constrained_contrast, kinship_of, weighted_contrast
 
 from core.errors import UserError
 from core.losses import build
@@ -38,6 +38,37 @@ def test_constrained_contrast_follows_its_formula(form, reference, nearest):
     assert value.item() == pytest.approx(expected.item(), rel=1e-9)
     gradient, right = (torch.autograd.grad(each, features)[0] for each in (value, expected))
     torch.testing.assert_close(gradient, right, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["pairwise", "setwise"])
+@pytest.mark.parametrize("nearest", [8, 29])
+def test_clusters_that_look_alike_attract_by_their_kernel(form, nearest):
+    features, clusters, anchors = images()
+    generator = torch.Generator().manual_seed(1)
+    contrasts = (
+        torch.randn(2, 3, 5, 6, generator=generator)
+        + clusters[:, None] * torch.tensor([1.0, 0.0, -2.0])[:, None, None]
+    )
+    neighbours = {"start": nearest, "end": nearest, "shape": "linear"}
+    given = {"form": form, "temperature": 0.2, "neighbours": neighbours}
+    everywhere = torch.ones_like(clusters).bool()
+    for bandwidth in (0.4, 1.5):
+        loss = build("constrained_contrast", bandwidth=bandwidth, **given)
+        value = loss(features, clusters, everywhere, 0.5, anchors, contrasts)
+        kinship = [kinship_of(contrasts[image], clusters[image], bandwidth) for image in range(2)]
+        expected = weighted_contrast(features, clusters, anchors.tolist(), 0.2, nearest, form, kinship)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+        gradient, right = (torch.autograd.grad(each, features)[0] for each in (value, expected))
+        torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-6)
+    # A kernel that is narrower than every distance is equality.
+    narrow = build("constrained_contrast", bandwidth=1e-3, **given)
+    same = build("constrained_contrast", **given)
+    values = [loss(features, clusters, everywhere, 0.5, anchors, contrasts) for loss in (narrow, same)]
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-9)
+    gradient, right = (torch.autograd.grad(each, features)[0] for each in values)
+    torch.testing.assert_close(gradient, right, rtol=1e-7, atol=1e-10)
+    with pytest.raises(UserError, match="bandwidth needs the images"):
+        narrow(features, clusters, everywhere, 0.5, anchors)
 
 
 def test_nearest_patches_follow_a_schedule_and_volumes_work_like_images():

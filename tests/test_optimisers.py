@@ -93,6 +93,26 @@ def test_a_plateau_lowers_the_rate_and_survives_an_interruption(cohort):
         training.close()
 
 
+def test_a_plateau_may_watch_people_who_are_not_trained_on_and_luck_moves_nothing(cohort):
+    chosen = settings(
+        training__epochs=4, training__inner=0.3, optimiser__decay=1.0, optimiser__learning_rate=1e-12,
+        views__noise=0.5, optimiser__plateau={"factor": 0.5, "patience": 0, "threshold": 0.0, "watches": "inner"},
+    )  # fmt: skip
+    training = cell_of(cohort, chosen)
+    assert training.inner_rows.size
+    assert not np.intersect1d(training.inner_rows, training.training_rows).size
+    rows = [training.run_epoch() for _ in range(3)]
+    watched = [row["inner_loss"] for row in rows]
+    assert training.losses == watched
+    again = cell_of(cohort, chosen)
+    again.load_state_dict(training.state_dict())
+    assert again.losses == watched
+    # The same weights have the same loss, whenever they are asked: noise is drawn as before.
+    assert {again._inner_loss(0.75) for _ in range(3)} == {watched[-1]}
+    for each in (training, again):
+        each.close()
+
+
 def test_adamw_takes_the_decay_off_the_weights_and_not_into_the_gradient():
     model = nn.Linear(2, 1, bias=False)
     chosen = settings(optimiser__name="adamw", optimiser__learning_rate=0.1, optimiser__weight_decay=0.5)
@@ -206,7 +226,7 @@ def test_the_best_epoch_is_chosen_by_people_who_are_neither_trained_on_nor_judge
     assert not (inner | trained) & judged
     assert len(inner) == round(0.25 * len(everyone))
     with pytest.raises(
-        UserError, match=r"training.keep=best cannot act: .* inner split of 12 of 12 training scans"
+        UserError, match=r"training.inner=0.99 makes an inner split of 12 of 12 training scans"
     ):
         cell_of(cohort, settings(training__keep="best", training__inner=0.99))
     kept, values = {}, []

@@ -27,6 +27,8 @@ from core.losses.pairwise import NOTHING, log_sum_exp, without_autocast
 from core.schedules import Constant, Schedule, with_epochs
 
 PUBLISHED_EPSILON = 1e-7
+SMALLEST_KINSHIP = 1e-4
+"""The sum of weights below which an anchor has nobody to attract."""
 
 
 class ConstrainedContrast(LossSettings):
@@ -47,6 +49,11 @@ class ConstrainedContrast(LossSettings):
         "averaged",
         description="what becomes of the features of its voxels; published: concatenated, for organs",
     )
+    bandwidth: Schedule | None = Field(
+        None,
+        description="width of a Gaussian kernel between the mean intensities of clusters, in SDs of the image: "
+        "clusters that look alike attract, too; above 0; none: only the own cluster, as published",
+    )
     reference: Literal["ccl"] | None = Field(
         None,
         description="ccl: as published, the anchor is its own positive and 1e-7 is added in the logarithm",
@@ -58,6 +65,8 @@ class ConstrainedContrast(LossSettings):
             raise ValueError(
                 f"nearest patches are by cosine similarity, got metric '{self.neighbours.metric}'"
             )
+        if self.bandwidth is not None and self.reference is not None:
+            raise ValueError("the published loss has no kernel between clusters: give bandwidth or reference")
         return self
 
     def build(self, epochs: int | None = None) -> nn.Module:
@@ -67,6 +76,7 @@ class ConstrainedContrast(LossSettings):
         known = {
             "temperature": with_epochs(self.temperature, epochs),
             "neighbours": self.neighbours.with_epochs(epochs),
+            "bandwidth": None if self.bandwidth is None else with_epochs(self.bandwidth, epochs),
         }
         return ConstrainedContrastLoss(self.model_copy(update=known))
 
@@ -86,12 +96,14 @@ class ConstrainedContrastLoss(nn.Module):
         foreground: Tensor,
         progress: float,
         anchors: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> Tensor:
         """The mean over anchors of all images.
 
         features (B, D, H, W) or (B, D, X, Y, Z); clusters, whole numbers, and foreground, boolean, of shape
         (B, …) on the grid of the features, or on one finer by a whole factor, reduced by majority vote.
         anchors (B, A) are flat patch indices, negative for no anchor; by default they are drawn from the foreground.
+        images (B, C, …) on the grid of the clusters are needed for a kernel between these.
         Under torch.distributed every rank must call. Raises UserError for shapes that do not fit.
         """
         settings = self.settings
@@ -108,8 +120,21 @@ class ConstrainedContrastLoss(nn.Module):
                 foreground_bp = majority_vote(foreground.long(), grid, 2, factor).flatten(1) > 0
                 anchors = draw_anchors(foreground_bp, settings.anchors)
             nearest = settings.neighbours.count(cluster_bp.shape[1], progress)
+            kinship_bkk = None
+            if settings.bandwidth is not None:
+                if images is None:
+                    raise UserError(
+                        "constrained_contrast: bandwidth needs the images, of which clusters have means"
+                    )
+                kinship_bkk = cluster_kernel(images, clusters, foreground, settings.bandwidth(progress))
             loss_ba, used_ba = patch_loss(
-                pooled.flatten(2), cluster_bp, anchors, settings, nearest, settings.temperature(progress)
+                pooled.flatten(2),
+                cluster_bp,
+                anchors,
+                settings,
+                nearest,
+                settings.temperature(progress),
+                kinship_bkk,
             )
             total, used = loss_ba.sum(), used_ba.sum()
         self.diagnostics = {
@@ -132,8 +157,14 @@ def patch_loss(
     settings: ConstrainedContrast,
     nearest: int,
     temperature: float,
+    kinship_bkk: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss (B, A) of every anchor and whether it is used: it has a positive among its nearest patches."""
+    """Loss (B, A) of every anchor and whether it is used: it has a positive among its nearest patches.
+
+    With w the kinship of two clusters (`cluster_kernel`; without it 1 for equal ones and 0 for others), anchor a and
+    its nearest patches N have the loss Σ_{p∈N} w_ap ℓ_ap / Σ_{p∈N} w_ap, ℓ_ap = −log e^{s_ap} / (e^{s_ap} +
+    Σ_{k∈N} (1 − w_ak) e^{s_ak}); set-wise −log Σ_p w_ap e^{s_ap} / Σ_p e^{s_ap}.
+    """
     drawn_ba = anchor_ba >= 0
     anchor_ba = anchor_ba.clamp(min=0)
     s_bap = anchor_similarity(features_bdp, anchor_ba) / temperature
@@ -144,7 +175,12 @@ def patch_loss(
     s_bak, near_bak = s_bap.topk(count, dim=2, sorted=False)
     anchors_cluster_ba = cluster_bp.gather(1, anchor_ba)
     near_cluster_bak = cluster_bp.gather(1, near_bak.flatten(1)).view_as(near_bak)
-    positive_bak = (near_cluster_bak == anchors_cluster_ba[..., None]) & (s_bak > NOTHING / 2)
+    is_patch_bak = s_bak > NOTHING / 2
+    if kinship_bkk is not None:
+        image_b11 = torch.arange(len(kinship_bkk), device=s_bak.device)[:, None, None]
+        weight_bak = kinship_bkk[image_b11, anchors_cluster_ba[..., None], near_cluster_bak] * is_patch_bak
+        return _weighted_loss(s_bak, weight_bak, is_patch_bak, drawn_ba, settings.form)
+    positive_bak = (near_cluster_bak == anchors_cluster_ba[..., None]) & is_patch_bak
     repulsion_ba = log_sum_exp(s_bak.masked_fill(positive_bak, NOTHING), 2)
     used_ba = drawn_ba & positive_bak.any(2)
     if published and features_bdp.shape[2] <= nearest:
@@ -157,6 +193,59 @@ def patch_loss(
         loss_bak = _minus_log_share(s_bak, repulsion_ba[..., None], epsilon)
         loss_ba = loss_bak.masked_fill(~positive_bak, 0.0).sum(2) / positive_bak.sum(2).clamp(min=1)
     return loss_ba.masked_fill(~used_ba, 0.0), used_ba
+
+
+def _weighted_loss(
+    s_bak: Tensor, weight_bak: Tensor, is_patch_bak: Tensor, drawn_ba: Tensor, form: str
+) -> tuple[Tensor, Tensor]:
+    """`patch_loss` with a weight in [0, 1] for every pair."""
+    against_bak = (1 - weight_bak) * is_patch_bak
+    repulsion_ba = log_sum_exp((s_bak + against_bak.log()).clamp(min=NOTHING), 2)
+    total_ba = weight_bak.sum(2)
+    # Weights that are nothing but rounding would choose one patch at random.
+    used_ba = drawn_ba & (total_ba > SMALLEST_KINSHIP)
+    if form == "setwise":
+        attraction_ba = log_sum_exp((s_bak + weight_bak.log()).clamp(min=NOTHING), 2)
+        loss_ba = _minus_log_share(attraction_ba, repulsion_ba, 0.0)
+    else:
+        loss_bak = _minus_log_share(s_bak, repulsion_ba[..., None], 0.0)
+        loss_ba = (weight_bak * loss_bak).masked_fill(weight_bak == 0, 0.0).sum(2)
+        loss_ba = loss_ba / total_ba.clamp(min=SMALLEST_KINSHIP)
+    return loss_ba.masked_fill(~used_ba, 0.0), used_ba
+
+
+@torch.no_grad()
+def cluster_kernel(images: Tensor, clusters: Tensor, foreground: Tensor, bandwidth: float) -> Tensor:
+    """exp(−d² / 2h²) (B, K, K) of the clusters 0 to K − 1 of every image, 1 of each with itself.
+
+    d is the root mean square over channels of the difference of their mean intensities, in SDs of the image's
+    foreground, and h the `bandwidth` in the same unit.
+
+    Raises:
+        UserError: the bandwidth is not above 0, or images (B, C, …) and clusters (B, …) differ in their grid.
+    """
+    if bandwidth <= 0:
+        raise UserError(f"constrained_contrast: bandwidth must be above 0, got {bandwidth:g}")
+    if images.shape[2:] != clusters.shape[1:]:
+        raise UserError(
+            f"constrained_contrast: images {tuple(images.shape)} and clusters {tuple(clusters.shape)} must have one "
+            "grid"
+        )
+    values_bcn, cluster_bn = images.flatten(2).float(), clusters.flatten(1)
+    inside_b1n = foreground.flatten(1)[:, None].float()
+    voxels_b11 = inside_b1n.sum(2, keepdim=True).clamp(min=1)
+    mean_bc1 = (values_bcn * inside_b1n).sum(2, keepdim=True) / voxels_b11
+    variance_bc1 = ((values_bcn - mean_bc1) ** 2 * inside_b1n).sum(2, keepdim=True) / voxels_b11
+    scaled_bcn = (values_bcn - mean_bc1) / variance_bc1.sqrt().clamp(min=1e-6)
+    count = 1 + int(clusters.max())
+    index_bcn = cluster_bn[:, None].expand_as(scaled_bcn)
+    sums_bck = scaled_bcn.new_zeros(*scaled_bcn.shape[:2], count).scatter_add_(2, index_bcn, scaled_bcn)
+    members_b1k = scaled_bcn.new_zeros(len(scaled_bcn), 1, count).scatter_add_(
+        2, cluster_bn[:, None], torch.ones_like(scaled_bcn[:, :1])
+    )
+    centre_bkc = (sums_bck / members_b1k.clamp(min=1)).transpose(1, 2)
+    squared_bkk = ((centre_bkc[:, :, None] - centre_bkc[:, None]) ** 2).mean(3)
+    return torch.exp(-squared_bkk / (2 * bandwidth**2))
 
 
 class _AnchorSimilarity(torch.autograd.Function):

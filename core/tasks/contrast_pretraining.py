@@ -430,7 +430,8 @@ def _loss(
         images = seen["images"].flatten(0, 1)
         features = model(images, "dense")
         foreground = (images != 0).any(dim=1)
-        value = module(features, seen["clusters"].flatten(0, 1).long(), foreground, within)
+        clusters = seen["clusters"].flatten(0, 1).long()
+        value = module(features, clusters, foreground, within, images=images)
     else:
         # Slices of a volume are images of their own; a volume in 3D has its views in one place.
         views_bpvc = seen["views"]

@@ -27,7 +27,7 @@ from core.models.weights import freeze, load_part, train_unfrozen
 from core.run_settings import RunSettings
 from core.starts import TRAINED_ON, scans_of
 from core.tasks import find_task
-from core.tasks.task import Judging, Observed, Outcome, Step
+from core.tasks.task import Judging, Observed, Outcome, Seen, Step
 from core.volumes.cohort.moments import pooled_statistics
 from core.volumes.images.preprocess import IntensityStatistics, normalise
 from distributed.batches.hold import Batch, Batches, batches, read_ahead
@@ -65,7 +65,7 @@ class TrainingState(TypedDict):
     model: dict[str, torch.Tensor]
     optimiser: dict[str, object]
     losses: NotRequired[list[float]]
-    """The training loss of every epoch."""
+    """The loss of every epoch that a plateau watches."""
     scaler: NotRequired[dict[str, object]]
     """Of the loss, in float16."""
     best: NotRequired[BestEpoch | None]
@@ -87,13 +87,18 @@ class CellData:
             known = self.labelled.within_budget(settings, known, cell)
         self.without_label = self._beyond_budget(rows)
         """Rows whose label is known, and is not to be used: the budget of labels is smaller."""
-        self.labelled_rows, self.inner_rows = self._without_inner(known)
+        self.labelled_rows, self.inner_rows = known, known[:0]
+        """Those of the training rows on which what judges is fitted; those of an inner split of them."""
+        needs_truth = self.task.needs_truth(settings)
+        if settings.training.keep == "best" or (needs_truth and self._watches_inner):
+            self.labelled_rows, self.inner_rows = self._without_inner(known)
         self.training_rows = self.labelled_rows
-        """What is trained on; `labelled_rows` are those of them on which what judges is fitted."""
-        if rows is None and not self.task.needs_truth(settings):
+        if rows is None and not needs_truth:
             people = subjects.manifest["subject"].to_numpy(str)
             every = rows_without_judged(self.labelled, cell)
             self.training_rows = every[~np.isin(people[every], people[self.inner_rows])]
+        if self._watches_inner and not self.inner_rows.size:
+            self.training_rows, self.inner_rows = self._without_inner(self.training_rows, by_truth=False)
         self.channels = _channel_indices(settings, subjects.channels)
         self.maps, self.maps_to_judge = self.task.needed_maps(settings), self.task.maps_to_judge(settings)
         self.statistics = self._fit_statistics()
@@ -119,11 +124,15 @@ class CellData:
         known = self.labelled.rows_of(self.cell.fold)[0]
         return np.setdiff1d(known, self.labelled.within_budget(self.settings, known, self.cell))
 
-    def _without_inner(self, rows: Rows) -> tuple[Rows, Rows]:
+    @property
+    def _watches_inner(self) -> bool:
+        """Whether a plateau of the learning rate follows the loss of an inner split."""
+        plateau = self.settings.optimiser.plateau
+        return plateau is not None and plateau.watches == "inner"
+
+    def _without_inner(self, rows: Rows, *, by_truth: bool = True) -> tuple[Rows, Rows]:
         """The rows to train on, and those of the inner split: whole subjects, chosen by the seed of the cell."""
         training = self.settings.training
-        if training.keep == "last":
-            return rows, rows[:0]
         seed = _derive_seed(self.cell, "inner split")
         manifest = self.subjects.manifest.iloc[rows].reset_index(drop=True)
         by = self.task.balanced_by(self.settings)
@@ -135,12 +144,13 @@ class CellData:
             inner = rows
         rest = np.setdiff1d(rows, inner)
         labels = self.labelled.labels
-        is_whole = labels.dtype != object or len(set(labels[inner])) == len(set(labels[rest]))
-        if min(len(inner), len(rest)) < 2 or not is_whole:
+        is_whole = not by_truth or labels.dtype != object or len(set(labels[inner])) == len(set(labels[rest]))
+        # A loss has a value for a single scan, a metric has none.
+        if min(len(inner), len(rest)) < (2 if by_truth else 1) or not is_whole:
             raise UserError(
-                f"training.keep=best cannot act: training.inner={training.inner:g} makes an inner split of "
-                f"{len(inner)} of {len(rows)} training scans{'' if is_whole else ', and a class is on one side only'}; "
-                "use another share, or training.keep=last"
+                f"training.inner={training.inner:g} makes an inner split of {len(inner)} of {len(rows)} training scans"
+                f"{'' if is_whole else ', and a class is on one side only'}; use another share, or training.keep=last "
+                "and optimiser.plateau.watches=training, which need none"
             )
         return rest, inner
 
@@ -273,12 +283,14 @@ class CellTraining(CellData):
             raise DivergedError(
                 f"loss became {loss} in epoch {self.epoch} of fold {self.cell.fold}, seed {self.cell.seed}"
             )
-        self.losses.append(loss)
+        watched = self._inner_loss(progress)
+        self.losses.append(loss if watched is None else watched)
         self._keep_best()
         row: dict[str, float] = {
             "fold": self.cell.fold, "seed": self.cell.seed, "epoch": self.epoch, "progress": progress, "loss": loss,
             "learning_rate": rate, **self.task.course(self.settings, self.objective, progress),
             **{name: float(torch.stack(numbers).nanmean()) for name, numbers in noted.items()},
+            **({} if watched is None else {"inner_loss": watched}),
             "first_step_at": started, "seconds": time.time() - started,
         }  # fmt: skip
         return cast(EpochRow, row)
@@ -375,9 +387,7 @@ class CellTraining(CellData):
     def _gradients(self, rows: Rows, read: Batch, passed: int, progress: float, of_step: int) -> Step:
         """Add the gradients of this worker's part of a batch, of which a step has `of_step`; its numbers stay on the
         device."""
-        volumes, seed = self.prepare(rows, read.volumes), self.cell.seed
-        views = self.task.views_with_maps(self.settings, volumes, read.maps, rows, passed, seed)
-        targets = torch.as_tensor(self.targets[rows], device=self.place.device)
+        views, targets = self._seen(rows, read, passed)
         with autocast(self.settings, self.place.device):
             step = self.task.step(self.trained, self.objective, views, targets, progress)
         self.scaler.scale(step.loss / of_step if of_step > 1 else step.loss).backward()
@@ -392,9 +402,36 @@ class CellTraining(CellData):
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
+    @torch.no_grad()
+    def _inner_loss(self, progress: float) -> float | None:
+        """The loss of the inner split, if a plateau watches it: views, anchors and all else are drawn as ever.
+
+        Otherwise luck in drawing would count as an epoch without improvement.
+        """
+        if not self._watches_inner:
+            return None
+        self.trained.eval()
+        torch.manual_seed(_derive_seed(self.cell, "inner loss"))
+        # Every worker computes all of it: losses that gather over workers are called equally often.
+        parts = [Part(part) for part in chunks(self.inner_rows, self.settings.training.batch_size)]
+        reading = read_ahead(self.subjects.volumes, parts, self.place.device, self.maps)
+        losses = []
+        for part, read in zip(parts, reading, strict=True):
+            views, targets = self._seen(part.rows, read, passed=0)
+            with autocast(self.settings, self.place.device):
+                step = self.task.step(self.trained, self.objective, views, targets, progress)
+            losses += [step.loss.detach().float()] * len(part.rows)
+        return _mean_over_workers(torch.stack(losses).nanmean(), self.place)
+
+    def _seen(self, rows: Rows, read: Batch, passed: int) -> tuple[Seen, torch.Tensor]:
+        """The views of a batch in one pass over the scans, and the targets."""
+        volumes, seed = self.prepare(rows, read.volumes), self.cell.seed
+        views = self.task.views_with_maps(self.settings, volumes, read.maps, rows, passed, seed)
+        return views, torch.as_tensor(self.targets[rows], device=self.place.device)
+
     def _keep_best(self) -> None:
         """Keep the weights of this epoch if it is the best one on the inner split so far."""
-        if not self.inner_rows.size:
+        if self.settings.training.keep == "last":
             return
         of_task = self.task.describe(self.settings)
         metric = of_task.objectives[0]
