@@ -125,6 +125,14 @@ def ingest(
         Path | None,
         typer.Option(help="folder at which the relative paths of a list or table begin; its own if absent"),
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split-4d",
+            metavar="NAME",
+            help="channels NAME-1, NAME-2, … from the volumes of 4-D images, e.g. echo",
+        ),
+    ] = None,
     spacing: Annotated[
         str, typer.Option(metavar="MM|X,Y,Z", help="edge of a voxel in mm, or its edges along three axes")
     ] = "4",
@@ -187,7 +195,7 @@ def ingest(
     listing = list_scans(
         source, kind=layout, channels=names(channels) or None, maps=names(maps), mask=mask,
         age_column=None if age_column and age_column.lower() == "none" else age_column or "age",
-        is_age_asked=age_column is not None, root=root,
+        is_age_asked=age_column is not None, root=root, split=split or None,
     )  # fmt: skip
     for note in listing.notes:
         console.print(f"note: {note}", highlight=False)

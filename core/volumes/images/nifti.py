@@ -64,28 +64,38 @@ class _Stored(NamedTuple):
     is_packed: bool
     claimed: int
     """Bytes up to the last voxel, uncompressed."""
+    frame: int | None
+    """The volume that is read of a 4-D file."""
 
 
-def read_volume(path: str | Path, *, may_be_constant: bool = False) -> tuple[Volume, Affine]:
+def read_volume(
+    path: str | Path, *, may_be_constant: bool = False, frame: int | None = None
+) -> tuple[Volume, Affine]:
     """Voxels (X, Y, Z) float32, slope and intercept applied, and the affine (4, 4) from voxel to mm.
 
     The axes are flipped and swapped, never interpolated, so that X runs as nearly as possible from left
     to right, Y to the front and Z up (canonical RAS); an oblique affine stays oblique. Raises UserError,
     naming the file, for anything that is not one finite 3D volume with a usable affine, nor constant unless
-    it `may_be_constant`: the label map of a healthy brain is all 0.
+    it `may_be_constant`: the label map of a healthy brain is all 0. Of a 4D file the volume number `frame`, from 0.
     """
     path = Path(path)
-    stored = _open(path)
+    stored = _open(path, frame)
     voxels = _voxels(path, stored)
     check_values(str(path), voxels, may_be_constant)
     canonical = nib.as_closest_canonical(nib.Nifti1Image(voxels, stored.affine))
     return np.ascontiguousarray(canonical.dataobj, dtype=np.float32), np.asarray(canonical.affine, np.float64)
 
 
-def read_geometry(path: str | Path) -> tuple[tuple[int, int, int], Affine]:
+def read_geometry(path: str | Path, frame: int | None = None) -> tuple[tuple[int, int, int], Affine]:
     """Shape and affine as stored, from the header alone; the same UserErrors for them as `read_volume`."""
-    stored = _open(Path(path))
+    stored = _open(Path(path), frame)
     return stored.shape, stored.affine
+
+
+def frames_of(path: str | Path) -> int:
+    """How many volumes a file has: the length of its fourth axis. The same UserErrors as `read_volume`."""
+    shape = read_header(path).get_data_shape()
+    return int(shape[3]) if len(shape) == 4 else 1
 
 
 def read_header(path: str | Path) -> nib.Nifti1Header:
@@ -108,7 +118,7 @@ def _beginning(path: Path) -> tuple[bytes, bool]:
     return beginning, is_packed
 
 
-def _open(path: Path) -> _Stored:
+def _open(path: Path, frame: int | None) -> _Stored:
     """What the header says, read and checked; the voxels are still on disk."""
     size = _size(path)
     try:
@@ -120,16 +130,17 @@ def _open(path: Path) -> _Stored:
         raise _unreadable(path, error) from error
     if offset < header.single_vox_offset:
         raise UserError(f"{path} places its voxels at byte {offset}, inside its header; correct vox_offset")
-    sides = _checked_shape(path, tuple(int(side) for side in shape), dtype)
-    claimed = offset + math.prod(sides) * dtype.itemsize
+    sides = _checked_shape(path, tuple(int(side) for side in shape), dtype, frame)
+    claimed = offset + math.prod(shape) * dtype.itemsize
     if claimed > (size * _DEFLATE_LIMIT if is_packed else size):
         raise UserError(
-            f"{path} claims {claimed:,} bytes (shape {sides}, {dtype}, from byte {offset:,}), but has only "
+            f"{path} claims {claimed:,} bytes (shape {sides if frame is None else shape}, {dtype}, from byte "
+            f"{offset:,}), but has only "
             f"{size:,}; it is truncated or its header is damaged"
         )
     _check_ratio(path, size, 4 * math.prod(sides))
     _check_affine(path, affine)
-    return _Stored(header, sides, affine, is_packed, claimed)
+    return _Stored(header, sides, affine, is_packed, claimed, frame)
 
 
 def _size(path: Path) -> int:
@@ -162,11 +173,16 @@ def _header(path: Path, beginning: bytes) -> nib.Nifti1Header:
 
 
 def _checked_shape(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic[object]]
+    path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic[object]], frame: int | None
 ) -> tuple[int, int, int]:
     """The three spatial sizes, if there are no more and no fewer, of voxels that are numbers."""
-    if len(shape) > 3 and any(size != 1 for size in shape[3:]):
-        raise UserError(f"{path} is {len(shape)}D with shape {shape}; one 3D volume is needed: extract one")
+    if frame is not None and not (len(shape) == 4 and 0 <= frame < shape[3]):
+        raise UserError(f"{path} has shape {shape}, and volume {frame} (from 0) of a 4D image is asked for")
+    if frame is None and len(shape) > 3 and any(size != 1 for size in shape[3:]):
+        hint = "; --split-4d NAME makes channels of its volumes" if len(shape) == 4 else ""
+        raise UserError(
+            f"{path} is {len(shape)}D with shape {shape}; one 3D volume is needed: extract one{hint}"
+        )
     if len(shape) < 3 or min(shape[:3]) < 2:
         raise UserError(f"{path} has shape {shape}; a 3D volume of at least 2 voxels a side is needed")
     if dtype.kind not in "iuf":
@@ -212,7 +228,9 @@ def _voxels(path: Path, stored: _Stored) -> Volume:
     try:
         with path.open("rb") as file, np.errstate(over="ignore"):  # beyond float32: infinite, and rejected
             source = _unpacked(path, stored.claimed) if stored.is_packed else file
-            return np.asarray(ArrayProxy(source, stored.header, mmap=False), np.float32).reshape(stored.shape)
+            proxy = ArrayProxy(source, stored.header, mmap=False)
+            voxels = proxy if stored.frame is None else proxy[..., stored.frame]
+            return np.asarray(voxels, np.float32).reshape(stored.shape)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
 

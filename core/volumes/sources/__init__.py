@@ -14,6 +14,7 @@ from core.volumes.sources.bids import list_bids
 from core.volumes.sources.cases import list_cases
 from core.volumes.sources.decathlon import list_decathlon
 from core.volumes.sources.files import name_in
+from core.volumes.sources.frames import split_frames
 from core.volumes.sources.images import read_image, read_image_geometry
 from core.volumes.sources.labels import Wanted
 from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
@@ -46,6 +47,7 @@ def list_scans(
     age_column: str | None = "age",
     is_age_asked: bool = False,
     root: Path | None = None,
+    split: str | None = None,
 ) -> Listing:
     """The scans that `source` holds, in order of (subject, session), and the subjects that are left out.
 
@@ -53,7 +55,7 @@ def list_scans(
     scan, needed wherever there are several kinds; `maps` and `mask` what goes with them. Whatever a scan lacks beside
     its images, an age, a class or a map, is unknown, and the scan is kept. `root` is where relative paths of a list
     begin. The layout decides what the names mean: a suffix (bids, cases), a column (table), a quantity (mre, openbhb),
-    a key (decathlon).
+    a key (decathlon). With `split` the volumes of a 4-D image are channels of this name; see `split_frames`.
 
     No voxel is read; `read_image` checks the content of a file. Raises UserError where the source as a whole
     cannot be used.
@@ -72,6 +74,8 @@ def list_scans(
     if wanted.channels and (twice := [name for name, n in Counter(wanted.channels).items() if n > 1]):
         raise UserError(f"channel '{twice[0]}' is asked for twice; each is needed once")
     listing = look_up(SOURCES, kind or recognised(source), "layout")(source, wanted)
+    if split is not None:
+        listing = split_frames(listing, split)
     return replace(
         listing,
         scans=_with_same_columns(sorted(listing.scans, key=lambda scan: (scan.subject, scan.session))),

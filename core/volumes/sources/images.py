@@ -29,7 +29,7 @@ def read_image(file: ImageFile, *, may_be_constant: bool = False) -> tuple[Volum
     nor constant unless it `may_be_constant`. See `core.volumes.images.nifti.read_volume`.
     """
     if file.path.suffix != ".npy":
-        return read_volume(checked_file(file.path), may_be_constant=may_be_constant)
+        return read_volume(checked_file(file.path), may_be_constant=may_be_constant, frame=file.row)
     shape, affine = read_image_geometry(file)
     array = map_array(file.path)
     stored = array if file.row is None else array[file.row]
@@ -43,7 +43,7 @@ def read_image(file: ImageFile, *, may_be_constant: bool = False) -> tuple[Volum
 def read_image_geometry(file: ImageFile) -> tuple[tuple[int, int, int], Affine]:
     """Shape and affine as stored, from the header alone; the same UserErrors for them as `read_image`."""
     if file.path.suffix != ".npy":
-        return read_geometry(checked_file(file.path))
+        return read_geometry(checked_file(file.path), file.row)
     shape = read_header(file.path).shape
     if file.row is not None:
         if not 0 <= file.row < shape[0]:
@@ -58,7 +58,9 @@ def read_image_geometry(file: ImageFile) -> tuple[tuple[int, int, int], Affine]:
 
 def trailing_axes(file: ImageFile) -> tuple[int, ...]:
     """The axes behind the third, each of length 1, that some NIfTI files have."""
-    return () if file.path.suffix == ".npy" else tuple(nifti.read_header(file.path).get_data_shape()[3:])
+    if file.path.suffix == ".npy" or file.row is not None:
+        return ()
+    return tuple(nifti.read_header(file.path).get_data_shape()[3:])
 
 
 def _checked_affine(file: ImageFile) -> Affine:

@@ -13,7 +13,7 @@ class ImageFile:
 
     path: Path
     row: int | None = None
-    """Index along the first axis of a `.npy` array; None for a NIfTI file."""
+    """Index along the first axis of a `.npy` array, or along the fourth of a NIfTI file; None for a 3-D one."""
     affine: tuple[tuple[float, ...], ...] | None = None
     """4 x 4, voxel to RAS mm, where the file itself carries no geometry (`.npy`); None for NIfTI."""
 
