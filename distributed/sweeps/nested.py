@@ -30,7 +30,7 @@ from core.files.places import exists, shown
 from core.report.curve import print_curve, write_curve
 from core.report.nested import print_nested, write_nested
 from core.report.page import write_report
-from core.run_names import CURVE, NESTED, RUN_JSON, SWEEP, TRAIN
+from core.run_names import CURVE, NESTED, RUN_JSON, STAGES, SWEEP, TRAIN
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.hold import hold
 from distributed.run.code import describe_code
@@ -139,6 +139,7 @@ class NestedSearch:
             kind = KINDS[self.folder.about.kind]
             page = kind.write(self.folder.path)
             self.folder.update(finished=now())
+            shutil.rmtree(self.folder.path / STAGES, ignore_errors=True)
         kind.show(self.console, self.folder.path)
         self.console.print(f"\nNext:\n  open {page}", highlight=False)
         return self.folder

@@ -211,7 +211,7 @@ class Sweep:
         if not budget.interrupted:
             folder.update(concluded=True)
             if not running_trials(study):
-                # Whoever goes on with this search trains them anew.
+                # Whoever goes on with this search trains them anew. Those of sweeps that belong together end with them.
                 shutil.rmtree(folder.path / STAGES, ignore_errors=True)
         print_leaderboard(self.console, read_run(folder.path))
         self._say_next(page, budget)
@@ -313,8 +313,10 @@ class Sweep:
         volumes = held_already or hold(self.cohort, self.request.data_mode, maps)
         access, starts = AccessRecord(self.folder.access), starts_of(self.folder)
         subjects = Subjects.of(self.cohort, self.splits, volumes, access, starts)
+        # Sweeps that belong together share first stages: with more labels the pre-training is often the same.
+        runner = pack(make_runner, subjects=subjects, stages=self.to_continue / STAGES)
         slot: type[tune.Trainable] = tune.with_parameters(
-            Slot, workers=workers, runner=pack(make_runner, subjects=subjects), storage=str(self.folder.tune)
+            Slot, workers=workers, runner=runner, storage=str(self.folder.tune)
         )
         return slot
 

@@ -39,7 +39,14 @@ from distributed.run.assignment import Cell, EpochRow, are_rows
 from distributed.run.code import code_version
 from distributed.training.lease import Lease
 from distributed.training.loop import CellTraining, TrainingState
-from distributed.training.subjects import Place, Subjects, beyond_budget, rows_of_first_stage
+from distributed.training.subjects import (
+    Labelled,
+    Place,
+    Subjects,
+    beyond_budget,
+    rows_of_first_stage,
+    without_labels,
+)
 
 HISTORY, LEASE = "history.json", "lease"
 LOOK_S = 0.2
@@ -90,6 +97,8 @@ class FirstStage:
             self._drop()
             self.is_done = True
             self.history = self._finished_history()
+            # The weights know them, whoever has trained.
+            self.subjects.note(self.rows, self.cell)
             return self._fresh()
         try:
             training = self._newest()
@@ -227,6 +236,25 @@ class FirstStage:
         with replacing(self.folder / CHECKPOINT) as path:
             path.write_bytes(buffer.getvalue())
 
+    def _hidden(self) -> list[int]:
+        """The rows on which the stage would train otherwise if the budget of the trial had left their label.
+
+        Most stages train on no label, and then theirs are the weights of every budget.
+        """
+        hidden = np.intersect1d(self.rows, self.without_label)
+        if not hidden.size:
+            return []
+        task = find_task(self.settings.task)
+        truth = Labelled.of(self.subjects, self.settings).truth(hidden)
+        facts = task.learn(self.settings, truth)
+        known, left = (
+            task.targets(each, facts) for each in (truth, without_labels(truth, np.arange(len(hidden))))
+        )
+        differs = [
+            not np.array_equal(one, other, equal_nan=True) for one, other in zip(known, left, strict=True)
+        ]
+        return [int(row) for row in hidden[differs]]
+
     def _key(self) -> str:
         maps = [
             f"{map_column(name)}_checksum"
@@ -239,7 +267,7 @@ class FirstStage:
                 "settings": self.settings.model_dump(mode="json"),
                 "cell": [self.cell.fold, self.cell.seed],
                 "rows": self.rows.tolist(),
-                "without label": np.intersect1d(self.rows, self.without_label).tolist(),
+                "without label": self._hidden(),
                 "people": people.to_numpy(str).tolist(),
                 "workers": self.place.workers,
                 "code": _sources(),

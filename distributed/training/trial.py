@@ -91,9 +91,11 @@ class Saved(TypedDict):
 class Runner:
     """Runs one epoch of the trial that it is assigned; it lives as long as its worker."""
 
-    def __init__(self, subjects: Subjects, place: Place | None = None) -> None:
+    def __init__(self, subjects: Subjects, place: Place | None = None, stages: Path | None = None) -> None:
         self.subjects = subjects
         self.place = place or Place()
+        self.stages = stages
+        """Where first stages lie; in the run of the trial if None."""
         self.trial: Trial | None = None
 
     def __call__(self, assignment: Assignment) -> Answer:
@@ -102,7 +104,7 @@ class Runner:
             if self.trial is None or self.trial.assignment != assignment:
                 # Free the memory of the last trial first.
                 self._drop_trial()
-                self.trial = Trial(assignment, self.subjects, self.place)
+                self.trial = Trial(assignment, self.subjects, self.place, self.stages)
             return self.trial.run_epoch()
         except (DivergedError, UserError) as failure:
             answer = self._give_up(str(failure))
@@ -127,23 +129,27 @@ class Runner:
         self.trial = None
 
 
-def make_runner(subjects: Subjects) -> Runner:
+def make_runner(subjects: Subjects, stages: Path | None = None) -> Runner:
     """The runner of a worker of a slot, on the device that Ray Train gave the worker."""
     quiet()
     context = train.get_context()
-    return Runner(subjects, Place(get_device(), context.get_world_rank(), context.get_world_size()))
+    place = Place(get_device(), context.get_world_rank(), context.get_world_size())
+    return Runner(subjects, place, stages)
 
 
 class Trial:
     """One configuration on its cells, continued from the checkpoint in its folder if there is one."""
 
-    def __init__(self, assignment: Assignment, subjects: Subjects, place: Place) -> None:
+    def __init__(
+        self, assignment: Assignment, subjects: Subjects, place: Place, stages: Path | None = None
+    ) -> None:
         self.assignment, self.subjects, self.place = assignment, subjects, place
         self.settings = resolve(assignment["settings"])
         self.task = find_task(self.settings.task)
         self.labelled = Labelled.of(subjects, self.settings)
         self.cells = [Cell(**cell, trial=assignment["name"]) for cell in assignment["cells"]]
         self.folder = Path(assignment["folder"])
+        self.stages = stages or self.folder.parent.parent / STAGES
         self.history: list[EpochRow] = []
         self.finished: list[CellRow] = []
         self.judged: list[KeptCell] = []
@@ -216,9 +222,7 @@ class Trial:
         if self.stage is None:
             cell = self.cells[len(self.finished)]
             known = sum(row.get("stage") == STAGE and _is_of(row, cell) for row in self.history)
-            self.stage = FirstStage(
-                self.settings, self.subjects, cell, self.place, self.folder.parent.parent / STAGES, known
-            )
+            self.stage = FirstStage(self.settings, self.subjects, cell, self.place, self.stages, known)
         return self.stage
 
     def _advance(self, stage: FirstStage) -> Answer:
