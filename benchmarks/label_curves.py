@@ -47,7 +47,11 @@ OF_ALL = {
     "contrasts": ("training.batch_size=4",),
 }  # fmt: skip
 OF_PRETRAINING = {
-    "symmetry": ("pretraining.training.batch_size=8", "pretraining.optimiser.learning_rate=0.001"),
+    "symmetry": (
+        "pretraining.training.batch_size=8",
+        "pretraining.optimiser.learning_rate=0.001",
+        "pretraining.views.crop_size=40",
+    ),
     "contrasts": ("pretraining.training.batch_size=8",),
 }
 SPACE = {"symmetry": "symmetry_classification", "contrasts": "contrast_segmentation"}

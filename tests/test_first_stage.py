@@ -339,3 +339,39 @@ def test_a_sweep_of_two_stages_whose_driver_is_killed_in_one_goes_on_and_trains_
     # No weights are left behind.
     assert not (folder / "stages").exists()
     assert json.loads((folder / "run.json").read_text())["concluded"]
+
+
+def test_budgets_of_labels_share_a_stage_that_trains_on_none(cohort, tmp_path, monkeypatch):
+    """The runs of a curve have one folder for stages; whoever comes second has noted the people, too."""
+    masked = {
+        "pretraining": {"task": "masked_pretraining"}, "pretraining.training.epochs": 2,
+        "pretraining.training.batch_size": 8,
+    }  # fmt: skip
+    base = {name: value for name, value in published("brain_age").items() if name != "pretraining"}
+    trained = []
+    real = CellTraining.run_epoch
+
+    def counted(training):
+        if training.cell.trial.endswith(STAGE):
+            trained.append(training.cell.trial)
+        return real(training)
+
+    monkeypatch.setattr(CellTraining, "run_epoch", counted)
+    keys = []
+    for name, changes in (("few", {"data.labelled": 4}), ("all", {})):
+        part = tmp_path / name
+        settings = resolve(merge(base, SMALL | masked | changes)).model_dump(mode="json")
+        runner = Runner(subjects_of(cohort, part), stages=tmp_path / "stages")
+        run_to_the_end(runner, assign(part / "trials" / "0000", settings, CELLS[:1]))
+        assert [row.get("stage") for row in history(part, "0000")] == [STAGE] * 2 + [None] * 2
+        noted = pd.concat([pd.read_csv(path, header=None) for path in (part / "access").iterdir()])
+        assert noted[1].str.endswith(STAGE).any()
+        keys.append(sorted(path.name for path in (tmp_path / "stages").iterdir()))
+        assert not (part / "stages").exists()
+    assert keys[0] == keys[1]
+    assert len(trained) == 2
+    # A stage that trains on labels is another one in every budget.
+    for changes in ({"data__labelled": 4}, {}):
+        runner = Runner(subjects_of(cohort, tmp_path), stages=tmp_path / "supervised")
+        runner(assign(tmp_path / "trials" / str(len(changes)), settings_of(**changes), CELLS[:1]))
+    assert len(list((tmp_path / "supervised").iterdir())) == 2

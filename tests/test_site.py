@@ -81,3 +81,16 @@ def test_one_training_subject_a_site_is_enough() -> None:
 def test_openbhb_score_of_the_leaderboard() -> None:
     assert openbhb_score(0.051, 3.761) == pytest.approx(1.540, abs=5e-4)  # spec.md A.5
     assert openbhb_score(None, 3.0) is None
+
+
+@pytest.mark.parametrize("rare", [1, 2])
+def test_a_site_of_a_single_person_does_not_end_the_probe(rare: int) -> None:
+    """Few labels: folds inside the training people would have one site only."""
+    generator = np.random.default_rng(0)
+    sites = np.array(["a"] * 5 + ["b"] * rare)
+    embeddings = generator.normal(size=(len(sites), 3)) + 9 * (sites == "b")[:, None]
+    others = np.array(["a", "b", "a", "b"])
+    score = site_balanced_accuracy(
+        embeddings, sites, 9.0 * (others == "b")[:, None] + np.zeros((4, 3)), others
+    )
+    assert score == 1.0

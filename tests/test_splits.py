@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.evaluation.splits import Splits, make_splits, nested_splits
+from core.evaluation.splits import Splits, labelled_order, make_splits, nested_splits
 
 
 def manifest_of(count: int, sites: int = 1, seed: int = 0) -> pd.DataFrame:
@@ -175,3 +175,14 @@ def test_nested_hold_outs_are_disjoint_and_hold_everybody_out_once(
         assert abs(ages[splits.holdout].mean() - ages.mean()) < 6  # each hold-out is like the cohort
     again = nested_splits(manifest, outer, folds, seed=3)
     assert all((one.holdout == other.holdout).all() for one, other in zip(made, again, strict=True))
+
+
+def test_a_cohort_whose_sites_nobody_knows_is_of_one_site():
+    manifest = pd.DataFrame({"subject": [f"s{row:02d}" for row in range(20)], "site": ["", "n/a"] * 10})
+    splits = make_splits(manifest, folds=3, holdout=0.2, by="site")
+    everyone = np.concatenate([splits.holdout, *splits.folds])
+    assert sorted(everyone) == list(range(20))
+    assert len(splits.holdout) == 4
+    assert sorted(labelled_order(manifest, np.arange(20), "site", 0)) == sorted(manifest["subject"])
+    for part in nested_splits(manifest, outer=4, folds=2, by="site"):
+        assert len(part.holdout) == 5

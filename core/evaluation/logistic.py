@@ -63,8 +63,9 @@ def fit_logistic_probe(
 ) -> LogisticProbe:
     """Logistic regression whose penalty is chosen by stratified cross-validation inside these subjects.
 
-    The score is balanced accuracy, over up to five folds, fewer where the rarest class has fewer subjects. All scans
-    of a subject are in one fold, and a subject counts once.
+    The score is balanced accuracy, over up to five folds, fewer where the rarest class has fewer subjects; the
+    penalty is 1 where a fold would have one class only. All scans of a subject are in one fold, and a subject counts
+    once.
 
     Args:
         embeddings_nd: training subjects' embeddings (N, D).
@@ -85,7 +86,8 @@ def fit_logistic_probe(
     scale_d: Floats = np.ones(embeddings_nd.shape[1])
     if not reference:
         mean_d, scale_d = standardisation(embeddings_nd)
-    classifier = _classifier(people, seed, reference, grouped=weights_n is not None)
+    groups_n = None if weights_n is None else subjects_n
+    classifier = _classifier(classes_n, people, seed, reference, groups_n)
     options: dict[str, Floats | Names] = {} if weights_n is None else {"sample_weight": weights_n}
     if isinstance(classifier, GridSearchCV) and weights_n is not None:
         options["groups"] = subjects_n
@@ -98,13 +100,19 @@ def fit_logistic_probe(
 
 
 def _classifier(
-    people: npt.NDArray[np.intp], seed: int, reference: bool, *, grouped: bool
+    classes_n: Classes, people: npt.NDArray[np.intp], seed: int, reference: bool, groups_n: Names | None
 ) -> GridSearchCV | LogisticRegression:
     solver, iterations = ("saga", 150) if reference else ("lbfgs", 1000)
     regression = LogisticRegression(solver=solver, max_iter=iterations, random_state=seed)
     # With one subject in every class, no subject can be left out.
     if people.max() < 2:
         return regression
-    kind = StratifiedGroupKFold if grouped else StratifiedKFold
+    kind = StratifiedKFold if groups_n is None else StratifiedGroupKFold
     folds = kind(int(np.clip(people.min(), 2, 5)), shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)
+        parts = [classes_n[training] for training, _ in folds.split(classes_n, classes_n, groups_n)]
+    # Where one of two classes is a single subject, the folds without it have nothing to tell apart.
+    if min(len(np.unique(part)) for part in parts) < 2:
+        return regression
     return GridSearchCV(regression, {"C": INVERSE_PENALTIES}, scoring="balanced_accuracy", cv=folds)

@@ -90,6 +90,10 @@ def make_splits(
         value=("value", "mean" if is_number else "first"), site=("site", "first")
     )
     known = subjects["value"].notna()
+    if by == "site" and not known.any():
+        # Then all of them are of one.
+        subjects["site"], subjects["value"] = "", ""
+        known[:] = True
     if len(subjects) and not known.any():
         raise UserError(f"the {by} of no scan is known; ingest a source with a column '{by}'")
     held_out, fold_of = _divide(subjects[known], folds, holdout, [seed])
