@@ -58,7 +58,7 @@ class Journal(JournalFileBackend):
         try:
             with get_lock_file(self._lock):
                 # The lines of other processes, a dashboard's, stand before these.
-                for _ in super().read_logs(max(self._log_number_offset)):
+                for _ in super().read_logs(self._lines_known):
                     pass
                 self._pending = []
                 try:
@@ -77,11 +77,16 @@ class Journal(JournalFileBackend):
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """The lines from this one on, also those that are not on disk yet."""
-        on_disk = max(self._log_number_offset)
+        on_disk = self._lines_known
         if self._pending is None or log_number_from < on_disk:
             yield from super().read_logs(log_number_from)
         for line in (self._pending or [])[max(0, log_number_from - on_disk) :]:
             yield json.loads(line)
+
+    @property
+    def _lines_known(self) -> int:
+        """How many lines of the file this process has seen; Optuna notes where each ends, in order."""
+        return next(reversed(self._log_number_offset))
 
     def _write(self, lines: list[bytes]) -> None:
         if not lines:
@@ -91,7 +96,7 @@ class Journal(JournalFileBackend):
             file.flush()
             os.fsync(file.fileno())
         # Otherwise Optuna would look for the next line from the first one on.
-        number = max(self._log_number_offset)
+        number = self._lines_known
         for line in lines:
             self._log_number_offset[number + 1] = self._log_number_offset[number] + len(line)
             number += 1

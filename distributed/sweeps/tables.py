@@ -152,7 +152,8 @@ def write_holdout(folder: RunFolder, cohort: Cohort, splits: Splits) -> None:
         shown_as = seed if settings.data.labelled is not None else 0
         measured = {name: found.metrics[name] for name in shown if name in found.metrics}
         rows.append({"method": floor.method, "seed": shown_as, **measured, **sizes(seed)})
-        table = with_truth(manifest, labels, held_out, found.predictions)
+        scans = {name: manifest[name].to_numpy(str)[held_out] for name in ("subject", "site")}
+        table = with_truth(scans, labels[held_out], found.predictions)
         predictions.append(table.assign(method=floor.method, seed=shown_as))
     for name, cells in made.items():
         method = about.refitted[name]

@@ -6,6 +6,8 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
+
 from core.evaluation.splits import Rows
 from core.tasks.task import Outcome
 from distributed.run.assignment import Cell, EpochRow
@@ -26,7 +28,7 @@ class FittedCell:
     @property
     def evaluation_subjects(self) -> int:
         """How many people the cell is judged on."""
-        return int(self.subjects.manifest["subject"].iloc[self.evaluation_rows].nunique())
+        return len(np.unique(self.subjects.names[self.evaluation_rows]))
 
     def fit(self) -> None:
         """Fit on the training subjects what `judge` needs."""

@@ -94,7 +94,7 @@ class CellData:
             self.labelled_rows, self.inner_rows = self._without_inner(known)
         self.training_rows = self.labelled_rows
         if rows is None and not needs_truth:
-            people = subjects.manifest["subject"].to_numpy(str)
+            people = subjects.names
             every = rows_without_judged(self.labelled, cell)
             self.training_rows = every[~np.isin(people[every], people[self.inner_rows])]
         if self._watches_inner and not self.inner_rows.size:
@@ -106,7 +106,7 @@ class CellData:
     @property
     def evaluation_subjects(self) -> int:
         """How many people the cell is judged on."""
-        return int(self.subjects.manifest["subject"].iloc[self.evaluation_rows].nunique())
+        return len(np.unique(self.subjects.names[self.evaluation_rows]))
 
     def prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
         """Normalised volumes (n, C, X, Y, Z), float32, on the device, from the `stored` volumes with all channels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from core.files.tables import write_table
 from core.run_settings import RunSettings
 from core.starts import Start, data_set_of
 from core.tasks import find_task
-from core.tasks.task import Beside, Labels, Truth, is_known, truth_of
+from core.tasks.task import Beside, Labels, Truth, is_known
 from core.volumes.cohort.description import stored_voxel_ml
 from core.volumes.cohort.reader import Cohort
 from distributed.batches.in_process import Volumes
@@ -46,6 +47,16 @@ class Subjects:
     """Which data set the cohort was made from; see `core.starts.data_set_of`."""
     starts: Mapping[str, Start] = field(default_factory=dict)
     """The weights that a training can start from, by name."""
+
+    @cached_property
+    def names(self) -> npt.NDArray[np.str_]:
+        """Whose every scan is (rows,). Text is taken out of the table once, for all cells of all trials."""
+        return self.manifest["subject"].to_numpy(str)
+
+    @cached_property
+    def sites(self) -> npt.NDArray[np.str_]:
+        """Where every scan was made (rows,)."""
+        return self.manifest["site"].to_numpy(str)
 
     @classmethod
     def of(
@@ -117,13 +128,15 @@ class Labelled:
 
     def truth(self, rows: Rows) -> Truth:
         """What is known of these scans."""
-        return truth_of(self.subjects.manifest, self.labels, rows, self.more)
+        more = {name: values[rows] for name, values in self.more.items()}
+        return Truth(self.labels[rows], self.subjects.sites[rows], self.subjects.names[rows], more=more)
 
     def write_predictions(self, fold: int, predictions: pd.DataFrame, path: Path) -> None:
         """Write a table with one line per evaluation scan of `fold`: subject, site, truth, and the `predictions`."""
         rows = self.rows_of(fold)[1]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_table(with_truth(self.subjects.manifest, self.labels, rows, predictions), path)
+        known = {"subject": self.subjects.names[rows], "site": self.subjects.sites[rows]}
+        write_table(with_truth(known, self.labels[rows], predictions), path)
 
 
 def within_budget(settings: RunSettings, manifest: pd.DataFrame, rows: Rows, cell: Cell) -> Rows:
@@ -171,13 +184,13 @@ def check_budget(settings: RunSettings, manifest: pd.DataFrame, labels: Labels, 
             )
 
 
-def with_truth(manifest: pd.DataFrame, labels: Labels, rows: Rows, predictions: pd.DataFrame) -> pd.DataFrame:
-    """The `predictions` for these rows of a cohort, behind subject, site and truth."""
-    table = predictions.reset_index(drop=True)
-    known = {name: manifest[name].to_numpy()[rows] for name in ("subject", "site")} | {"truth": labels[rows]}
-    for place, (name, values) in enumerate(known.items()):
-        table.insert(place, name, values, allow_duplicates=True)
-    return table
+def with_truth(
+    known: Mapping[str, npt.NDArray[np.str_]], labels: Labels, predictions: pd.DataFrame
+) -> pd.DataFrame:
+    """The `predictions` behind what is `known` of their scans, and the truth about them."""
+    return pd.DataFrame(
+        {**known, "truth": labels} | {name: predictions[name].to_numpy() for name in predictions}
+    )
 
 
 def rows_of_first_stage(settings: RunSettings, subjects: Subjects, cell: Cell) -> Rows:
@@ -227,7 +240,7 @@ def rows_without_judged(labelled: Labelled, cell: Cell) -> Rows:
     """
     subjects = labelled.subjects
     training, evaluation = subjects.rows_of(cell.fold)
-    people = subjects.manifest["subject"].to_numpy(str)
+    people = subjects.names
     judged = np.unique(people[is_known(labelled.labels)])
     more = evaluation[~np.isin(people[evaluation], judged)] if cell.fold != HOLDOUT else evaluation[:0]
     return np.sort(np.concatenate([training, more]))
