@@ -130,7 +130,16 @@ def test_the_published_configuration_is_refitted_once_if_it_wins(run):
     study.add_trial(study_of([3.0], label="enqueued").trials[0])  # another winner
     again = [Path(each["folder"]).name for each in after_search(run, SweepRequest(), SEARCH, study)]
     assert {"winner", "published"} <= set(again)
-    assert read_progress(run.refit(PUBLISHED))["answer"] == {"value": 4.0}  # so it is not trained again
+    assert read_progress(run.refit(PUBLISHED))["answer"] == {"value": 4.0}
+
+
+def test_half_a_shared_refit_is_made_again(run):
+    study = study_of([4.0])
+    write_progress(run.refit("winner"), answer={"value": 4.0})
+    (run.refit("winner") / "predictions-1.csv").write_text("predicted\n")
+    run.refit(PUBLISHED).mkdir(parents=True)  # a kill, or a run that was stopped while it refitted this one
+    share_refit(run, study)
+    assert (run.refit(PUBLISHED) / "predictions-1.csv").exists()
 
 
 def write_progress(folder, answer):

@@ -34,7 +34,7 @@ def test_every_volume_is_a_channel_and_who_has_another_number_is_left_out(tree):
     assert [scan.subject for scan in listing.scans] == ["sub-01", "sub-02", "sub-03"]
     (left,) = listing.rejects
     assert left.subject == "sub-04"
-    assert left.reason.endswith("sub-04_MEGRE.nii.gz has 2 volumes, and most scans have 3")
+    assert left.reason.endswith("sub-04_MEGRE.nii.gz has 2 volumes, and most 4-D images have 3")
     for scan in listing.scans:
         whole = nib.as_closest_canonical(nib.load(scan.images[1].path)).get_fdata()
         for echo, image in enumerate(scan.images[1:]):

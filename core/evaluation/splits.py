@@ -91,7 +91,7 @@ def make_splits(
     )
     known = subjects["value"].notna()
     if by == "site" and not known.any():
-        # Then all of them are of one.
+        # Then everybody counts as of one site.
         subjects["site"], subjects["value"] = "", ""
         known[:] = True
     if len(subjects) and not known.any():

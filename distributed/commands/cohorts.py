@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -238,16 +239,20 @@ def _show_ingest(report: IngestReport, out: Path, said: Sequence[str]) -> None:
     console.print(f"{len(report.cohort)} scans in {out}, {len(report.rejects)} left out")
     following = [f"quality {out}", f"describe {out}"]
     following += [f"sweep {out}{options}" for options in _searches_of(report.cohort)]
-    console.print("\nNext:" + "".join(f"\n  brainsweep {each}" for each in following), highlight=False)
+    console.print(
+        "\nNext:" + "".join(f"\n  brainsweep {each}" for each in following), highlight=False, soft_wrap=True
+    )
 
 
 def _searches_of(cohort: Cohort) -> Iterator[str]:
     """The options of `sweep` for what is known of enough scans of a cohort: ages, maps, classes."""
+    from core.evaluation.splits import known_name
     from core.volumes.cohort.describe import columns_of_classes
     from core.volumes.cohort.description import numbers_in_maps
 
     manifest = cohort.manifest
-    if manifest["age"].notna().sum() >= 2 * ENOUGH:
+    people = manifest.drop_duplicates("subject")
+    if people["age"].notna().sum() >= 2 * ENOUGH:
         yield ""
     for name in cohort.map_names:
         numbers = sorted((numbers_in_maps(manifest, name) or set()) - {0, -1})
@@ -259,9 +264,9 @@ def _searches_of(cohort: Cohort) -> Iterator[str]:
             )
             yield f" --task segmentation --set data.target={name} --set 'data.classes=[{','.join(classes)}]'"
     for column in [*columns_of_classes(manifest), "sex"]:
-        members = manifest[column].replace("", None).value_counts()
+        members = people[column].map(known_name).value_counts()
         if len(members) > 1 and members.min() >= ENOUGH:
-            yield f" --task classification --set data.target={column}"
+            yield f" --task classification --set {quote(f'data.target={column}')}"
 
 
 @data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep describe cohorts/phantom")

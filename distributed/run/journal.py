@@ -7,6 +7,7 @@ make all that follow it unreadable, and a lost end would give a number to anothe
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -44,7 +45,7 @@ class Journal(JournalFileBackend):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What is appended inside is one write at its end, so that a kill loses all of it or nothing.
+        """What is appended inside is one write at its end.
 
         A trial that ends leaves two dozen lines, and each would be locked, flushed to the disk and read again by
         itself. No other process writes meanwhile: Optuna counts lines. So nothing in it may take long.
@@ -68,6 +69,11 @@ class Journal(JournalFileBackend):
                     self._write(lines)
         except OSError as error:
             raise StorageError(error.errno, error.strerror or str(error)) from error
+        # The lock was taken by another process, because it was held for long.
+        except RuntimeError as error:
+            raise StorageError(
+                errno.EBUSY, f"another process has taken the lock of {self._path.name}"
+            ) from error
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write `logs`, one line each; StorageError if the storage of the run fails."""
@@ -91,8 +97,11 @@ class Journal(JournalFileBackend):
     def _write(self, lines: list[bytes]) -> None:
         if not lines:
             return
+        if self._path.stat().st_size != self._log_number_offset[self._lines_known]:
+            # Its lines would have the numbers of these.
+            raise OSError(errno.EBUSY, f"another process has written to {self._path.name}")
         with self._path.open("ab") as file:
-            file.writelines(lines)
+            file.write(b"".join(lines))
             file.flush()
             os.fsync(file.fileno())
         # Otherwise Optuna would look for the next line from the first one on.

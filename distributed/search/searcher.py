@@ -109,6 +109,8 @@ class StudySearch(tune.search.Searcher):
         """Why the storage of the run or of the cohort failed. Then everything stops, and the run can be resumed."""
         self.refits: list[Assignment] | None = None
         self.started: dict[str, float] = {}
+        self.heard: set[str] = set()
+        """The trials that have answered; the first answer of one without a network is its last, too."""
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, object], **spec: object
@@ -145,7 +147,7 @@ class StudySearch(tune.search.Searcher):
         """Record the intermediate value, at the number of epochs done in all cells."""
         # If the storage has failed, the journal may end with half a line.
         if self.broken is None:
-            with self._storage(), together(self.proposals.study):
+            with self._storage():
                 self._keep(trial_id, cast(Answer, result))
 
     def _keep(self, trial_id: str, answer: Answer) -> None:
@@ -154,8 +156,8 @@ class StudySearch(tune.search.Searcher):
         if trial is not None and math.isfinite(answer["value"]) and "stage" not in answer:
             report_value(trial, answer["value"], answer.get("judged_epochs", answer["epochs"]))
         before = answer.get("previous_end_at")
-        # Of a trial without a network the first answer is the last one, too.
-        if trial is not None and before and IDLE_SECONDS not in trial.user_attrs:
+        is_first, self.heard = trial_id not in self.heard, self.heard | {trial_id}
+        if trial is not None and before and is_first:
             trial.set_user_attr(IDLE_SECONDS, answer["started_at"] - before)
 
     def on_trial_complete(
@@ -169,6 +171,7 @@ class StudySearch(tune.search.Searcher):
     def _end(self, trial_id: str, answer: Answer, error: bool) -> None:
         trial = self.running.pop(trial_id, None)
         refit = self.refitting.pop(trial_id, None)
+        self.heard.discard(trial_id)
         if answer.get("storage"):
             self._stop_for(answer["failed"])
         if self.budget.interrupted and (error or "storage" in answer):
@@ -277,8 +280,8 @@ class StudySearch(tune.search.Searcher):
 
         Its resolved settings are recorded before anything runs.
         """
-        with together(self.proposals.study):
-            settings = settings_of(trial, self.proposals.space, self.proposals.base)
+        # Not told together: the sampler and the space of a user may take long, and nobody else could write meanwhile.
+        settings = settings_of(trial, self.proposals.space, self.proposals.base)
         if settings is None:
             reason = trial.user_attrs[REASON]
             self.proposals.tell(f"trial {trial_name(trial.number)} did not begin: {reason}")

@@ -134,7 +134,8 @@ class Display(tune.Callback):
 
     def _say(self, line: str) -> None:
         """A line where nobody sees the live display."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        plain = line.replace("[dim]", "").replace("[/dim]", "")
+        self.console.print(plain, highlight=False, soft_wrap=True, markup=False)
         self.said_at = time.monotonic()
 
     def _is_best(self, value: float) -> bool:

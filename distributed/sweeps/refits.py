@@ -114,12 +114,16 @@ def refits(
 def share_refit(folder: RunFolder, study: optuna.Study) -> None:
     """The refit of the winner as that of the published configuration, where they are one."""
     best, winner, published = best_trial(study), folder.refit("winner"), folder.refit(PUBLISHED)
-    if best is None or not _is_published(best) or published.exists():
+    is_there = read_progress(published)["answer"] is not None
+    if best is None or not _is_published(best) or is_there or read_progress(winner)["answer"] is None:
         return
-    if read_progress(winner)["answer"] is not None:
-        # The models are the winner's.
-        shutil.copytree(winner, published, ignore=shutil.ignore_patterns("model-*"))
-        send(published)
+    # In one step: a kill must not leave half of it. The models are the winner's.
+    fresh = published.with_name(f"{PUBLISHED}.new")
+    for left in (fresh, published):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(winner, fresh, ignore=shutil.ignore_patterns("model-*"))
+    fresh.rename(published)
+    send(published)
 
 
 def _is_published(trial: FrozenTrial) -> bool:

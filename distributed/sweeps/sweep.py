@@ -211,7 +211,7 @@ class Sweep:
         if not budget.interrupted:
             folder.update(concluded=True)
             if not running_trials(study):
-                # Whoever goes on with this search trains them anew. Those of sweeps that belong together end with them.
+                # Whoever goes on with this search trains them anew. Shared ones go when the last sweep has ended.
                 shutil.rmtree(folder.path / STAGES, ignore_errors=True)
         print_leaderboard(self.console, read_run(folder.path))
         self._say_next(page, budget)
@@ -226,6 +226,11 @@ class Sweep:
     def to_continue(self) -> Path:
         """The run that a user continues: the nested search, if it has begun this sweep in this session."""
         return self.folder.path if self.shared is None else self.folder.path.parent
+
+    @property
+    def shares_stages(self) -> bool:
+        """Whether this is one of the sweeps with more and more labels; hold-outs have people of their own."""
+        return self.shared is not None and not self.request.outer
 
     @property
     def evolves(self) -> bool:
@@ -314,7 +319,11 @@ class Sweep:
         access, starts = AccessRecord(self.folder.access), starts_of(self.folder)
         subjects = Subjects.of(self.cohort, self.splits, volumes, access, starts)
         # Sweeps that belong together share first stages: with more labels the pre-training is often the same.
-        runner = pack(make_runner, subjects=subjects, stages=self.to_continue / STAGES)
+        runner = pack(
+            make_runner,
+            subjects=subjects,
+            stages=(self.to_continue if self.shares_stages else self.folder.path) / STAGES,
+        )
         slot: type[tune.Trainable] = tune.with_parameters(
             Slot, workers=workers, runner=runner, storage=str(self.folder.tune)
         )

@@ -404,7 +404,7 @@ class CellTraining(CellData):
 
     @torch.no_grad()
     def _inner_loss(self, progress: float) -> float | None:
-        """The loss of the inner split, if a plateau watches it: views, anchors and all else are drawn as ever.
+        """The loss of the inner split, if a plateau watches it: views and anchors are drawn alike in every epoch.
 
         Otherwise luck in drawing would count as an epoch without improvement.
         """

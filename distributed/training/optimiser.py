@@ -67,7 +67,7 @@ def set_rates(
 
 
 def plateau_factor(settings: PlateauSettings | None, losses: Sequence[float]) -> float:
-    """The factor on the learning rate after the training losses so far; see `PlateauSettings`."""
+    """The factor on the learning rate after the losses that it watches so far; see `PlateauSettings`."""
     if settings is None:
         return 1.0
     factor, best, bad = 1.0, math.inf, 0

@@ -34,12 +34,12 @@ def split_frames(listing: Listing, name: str) -> Listing:
             f"{f'{those} have several volumes; choose with --channels' if several else 'every image is 3-D'}"
         )
     (place,) = several
-    frames = Counter(found[place] for _, found in counts).most_common(1)[0][0]
+    frames = Counter(found[place] for _, found in counts if found[place] > 1).most_common(1)[0][0]
     scans = []
     for scan, found in counts:
         image = scan.images[place]
         if found[place] != frames:
-            reason = f"{image.path} has {found[place]} volumes, and most scans have {frames}"
+            reason = f"{image.path} has {found[place]} volumes, and most 4-D images have {frames}"
             rejects.append(Reject(scan.subject, str(image.path), reason))
             continue
         parts = tuple(replace(image, row=number) for number in range(frames))
