@@ -28,6 +28,7 @@ THICKNESSES = {6.0: (20, "20 or more"), 3.5: (5, "5 to 19"), 1.4: (1, "1 to 4 li
 DRAWN_WITH = {
     "core.inference": "core.tasks",
     "core.explaining": "core.tasks",
+    "core.proposals": "core.tasks",
     "core.own_grid": "core.tasks",
     "core.objectives": "core.evaluation",
     "core.run_settings": "core.config",

@@ -20,8 +20,12 @@ def constrained_contrast(
     nearest: int,
     form: str,
     published: bool,
+    kinship: list[list[list[float]]] | None = None,
 ) -> Tensor:
-    """features (B, D, H, W), clusters (B, H, W), anchors as flat indices; the mean over anchors with a positive."""
+    """features (B, D, H, W), clusters (B, H, W), anchors as flat indices; the mean over anchors with a positive.
+
+    A pair attracts by the kinship of its clusters, and repels by the rest; without kinship, by their equality.
+    """
     terms = []
     for image in range(features.shape[0]):
         bank = features[image].flatten(1).T
@@ -30,16 +34,17 @@ def constrained_contrast(
             s = [cosine(bank[anchor], bank[j]) / temperature for j in range(len(bank))]
             candidates = [j for j in range(len(bank)) if published or j != anchor]
             top = sorted(candidates, key=lambda j: -float(s[j].detach()))[: nearest - (not published)]
-            positives = [j for j in top if cluster[j] == cluster[anchor]]
-            negative = sum((s[j].exp() for j in top if cluster[j] != cluster[anchor]), start=s[0] * 0)
+            known = kinship[image] if kinship else [[float(a == b) for a in range(99)] for b in range(99)]
+            w = {j: known[cluster[anchor]][cluster[j]] for j in top}
+            negative = sum((1 - w[j]) * s[j].exp() for j in top)
             epsilon = 1e-7 if published else 0.0
-            if not positives:
+            if not sum(w.values()):
                 continue
             if form == "pairwise":
-                each = [-torch.log(s[j].exp() / (s[j].exp() + negative) + epsilon) for j in positives]
-                terms.append(sum(each) / len(each))
+                each = sum(-w[j] * torch.log(s[j].exp() / (s[j].exp() + negative) + epsilon) for j in top)
+                terms.append(each / sum(w.values()))
             else:
-                positive = sum(s[j].exp() for j in positives)
+                positive = sum(w[j] * s[j].exp() for j in top)
                 terms.append(-torch.log(positive / (positive + negative) + epsilon))
     return sum(terms) / len(terms)
 
@@ -54,35 +59,6 @@ def kinship_of(image: Tensor, clusters: Tensor, bandwidth: float) -> list[list[f
         [math.exp(-float(((one - other) ** 2).mean()) / (2 * bandwidth**2)) for other in centres]
         for one in centres
     ]
-
-
-def weighted_contrast(
-    features: Tensor,
-    clusters: Tensor,
-    anchors: list[list[int]],
-    temperature: float,
-    nearest: int,
-    form: str,
-    kinship: list[list[list[float]]],
-) -> Tensor:
-    """`constrained_contrast` where a pair attracts by the kinship of its clusters, and repels by the rest."""
-    terms = []
-    for image in range(features.shape[0]):
-        bank = features[image].flatten(1).T
-        cluster = clusters[image].flatten().tolist()
-        for anchor in anchors[image]:
-            s = [cosine(bank[anchor], bank[j]) / temperature for j in range(len(bank))]
-            others = [j for j in range(len(bank)) if j != anchor]
-            top = sorted(others, key=lambda j: -float(s[j].detach()))[: nearest - 1]
-            w = {j: kinship[image][cluster[anchor]][cluster[j]] for j in top}
-            negative = sum((1 - w[j]) * s[j].exp() for j in top)
-            if form == "pairwise":
-                each = sum(-w[j] * torch.log(s[j].exp() / (s[j].exp() + negative)) for j in top)
-                terms.append(each / sum(w.values()))
-            else:
-                positive = sum(w[j] * s[j].exp() for j in top)
-                terms.append(-torch.log(positive / (positive + negative)))
-    return sum(terms) / len(terms)
 
 
 def anatomical(embeddings: Tensor, partitions: list[int], temperature: float) -> Tensor:

@@ -282,7 +282,7 @@ def test_from_nifti_files_to_predictions(brainsweep, tmp_path):
     assert "corrected gap" not in out
     assert list(pd.read_csv(table)) == columns.split()
     for ages, refused in (
-        ([30], "4 volumes need as many --truth (--age), got 1"),
+        ([30], "4 volumes need as many --truth, got 1"),
         ([30, 40, 50, 1950], "in years"),
     ):
         code, _, error = brainsweep(

@@ -65,6 +65,8 @@ class ConstrainedContrast(LossSettings):
             raise ValueError(
                 f"nearest patches are by cosine similarity, got metric '{self.neighbours.metric}'"
             )
+        if self.bandwidth is not None and min(self.bandwidth(0.0), self.bandwidth(1.0)) <= 0:
+            raise ValueError("bandwidth must be above 0 from the beginning of the training to its end")
         if self.bandwidth is not None and self.reference is not None:
             raise ValueError("the published loss has no kernel between clusters: give bandwidth or reference")
         return self

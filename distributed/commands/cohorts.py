@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,7 +26,6 @@ from distributed.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from core.volumes.cohort.reader import Cohort
     from core.volumes.ingest.cohort import IngestReport, Runner
     from core.volumes.sources import Listing
 
@@ -40,8 +38,6 @@ NEXT_OF_KIND = {
     "contrasts": " --space contrast_segmentation",
 }
 """What a sweep of phantoms of each kind is asked for."""
-ENOUGH = 5
-"""Scans of each class from which folds and a hold-out can be made."""
 
 
 @data.command(
@@ -225,6 +221,8 @@ def _runner(listing: Listing, address: str | None) -> Iterator[Runner]:
 
 
 def _show_ingest(report: IngestReport, out: Path, said: Sequence[str]) -> None:
+    from core.proposals import searches_of
+
     if report.already_there:
         console.print(f"{out} already holds this cohort; nothing to do")
     for note in report.notes:
@@ -238,35 +236,10 @@ def _show_ingest(report: IngestReport, out: Path, said: Sequence[str]) -> None:
         console.print(f"… and {len(report.rejects) - 10} more in {out}/rejects.csv", style="yellow")
     console.print(f"{len(report.cohort)} scans in {out}, {len(report.rejects)} left out")
     following = [f"quality {out}", f"describe {out}"]
-    following += [f"sweep {out}{options}" for options in _searches_of(report.cohort)]
+    following += [f"sweep {out}{options}" for options in searches_of(report.cohort)]
     console.print(
         "\nNext:" + "".join(f"\n  brainsweep {each}" for each in following), highlight=False, soft_wrap=True
     )
-
-
-def _searches_of(cohort: Cohort) -> Iterator[str]:
-    """The options of `sweep` for what is known of enough scans of a cohort: ages, maps, classes."""
-    from core.evaluation.splits import known_name
-    from core.volumes.cohort.describe import columns_of_classes
-    from core.volumes.cohort.description import numbers_in_maps
-
-    manifest = cohort.manifest
-    people = manifest.drop_duplicates("subject")
-    if people["age"].notna().sum() >= 2 * ENOUGH:
-        yield ""
-    for name in cohort.map_names:
-        numbers = sorted((numbers_in_maps(manifest, name) or set()) - {0, -1})
-        if (name, numbers) == ("dseg", [1, 2, 3]):
-            yield " --task segmentation"
-        elif numbers:
-            classes = (
-                [f"{name}={numbers[0]}"] if len(numbers) == 1 else [f"class{each}={each}" for each in numbers]
-            )
-            yield f" --task segmentation --set data.target={name} --set 'data.classes=[{','.join(classes)}]'"
-    for column in [*columns_of_classes(manifest), "sex"]:
-        members = people[column].map(known_name).value_counts()
-        if len(members) > 1 and members.min() >= ENOUGH:
-            yield f" --task classification --set {quote(f'data.target={column}')}"
 
 
 @data.command(rich_help_panel="Cohorts", epilog="Example: brainsweep describe cohorts/phantom")

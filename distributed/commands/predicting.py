@@ -142,7 +142,7 @@ def predict_files(
             task does not understand, or a model of several channels.
     """
     if truth is not None and len(truth) != len(files):
-        raise UserError(f"{len(files)} volumes need as many --truth (--age), got {len(truth)}")
+        raise UserError(f"{len(files)} volumes need as many --truth, got {len(truth)}")
     if masks is not None and len(masks) != len(files):
         raise UserError(f"{len(files)} volumes need as many brain masks, got {len(masks)}")
     wanted = wanted or Wanted()

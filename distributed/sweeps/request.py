@@ -153,7 +153,7 @@ class SweepRequest(_Divided):
     objectives: tuple[str, ...] = Field(
         (),
         description="what to optimise; the first one stops trials and chooses the winner, by default that of the "
-        "task: for brain_age mae, site_balanced_accuracy, openbhb_score; for all accelerator_seconds; comma-separated",
+        "task; accelerator_seconds is one of every task; comma-separated",
     )
     scheduler: str = Field(
         "asha",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -19,28 +19,23 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError
-from core.evaluation.splits import make_splits
 from core.files.tables import write_table
 from core.inference import Predictor, save_predictor
 from core.lookup import look_up
 from core.models.weights import freeze, load_part, train_unfrozen
 from core.run_settings import RunSettings
 from core.starts import TRAINED_ON, scans_of
-from core.tasks import find_task
 from core.tasks.task import Judging, Observed, Outcome, Seen, Step
-from core.volumes.cohort.moments import pooled_statistics
-from core.volumes.images.preprocess import IntensityStatistics, normalise
 from distributed.batches.hold import Batch, Batches, batches, read_ahead
 from distributed.batches.plan import Part, Plan, Rows, chunks, share
 from distributed.run.assignment import Cell, EpochRow
 from distributed.training.batch_norm import synchronise_batch_norm
+from distributed.training.cell_data import CellData, derive_seed
 from distributed.training.optimiser import build_optimiser, plateau_factor, set_rates, warm_up
 from distributed.training.subjects import (
-    Labelled,
     Place,
     Subjects,
     rows_of_first_stage,
-    rows_without_judged,
     without_labels,
 )
 
@@ -71,97 +66,6 @@ class TrainingState(TypedDict):
     best: NotRequired[BestEpoch | None]
 
 
-class CellData:
-    """The scans of one cell, as every method on it gets them: whose they are, and on which scale."""
-
-    def __init__(
-        self, settings: RunSettings, subjects: Subjects, cell: Cell, place: Place, rows: Rows | None = None
-    ) -> None:
-        self.settings, self.subjects, self.cell, self.place = settings, subjects, cell, place
-        self.task = find_task(settings.task)
-        self.labelled = Labelled.of(subjects, settings)
-        known, self.evaluation_rows = self.labelled.rows_of(cell.fold)
-        if rows is not None:
-            known, self.evaluation_rows = rows, rows[:0]
-        else:
-            known = self.labelled.within_budget(settings, known, cell)
-        self.without_label = self._beyond_budget(rows)
-        """Rows whose label is known, and is not to be used: the budget of labels is smaller."""
-        self.labelled_rows, self.inner_rows = known, known[:0]
-        """Those of the training rows on which what judges is fitted; those of an inner split of them."""
-        needs_truth = self.task.needs_truth(settings)
-        if settings.training.keep == "best" or (needs_truth and self._watches_inner):
-            self.labelled_rows, self.inner_rows = self._without_inner(known)
-        self.training_rows = self.labelled_rows
-        if rows is None and not needs_truth:
-            people = subjects.names
-            every = rows_without_judged(self.labelled, cell)
-            self.training_rows = every[~np.isin(people[every], people[self.inner_rows])]
-        if self._watches_inner and not self.inner_rows.size:
-            self.training_rows, self.inner_rows = self._without_inner(self.training_rows, by_truth=False)
-        self.channels = _channel_indices(settings, subjects.channels)
-        self.maps, self.maps_to_judge = self.task.needed_maps(settings), self.task.maps_to_judge(settings)
-        self.statistics = self._fit_statistics()
-
-    @property
-    def evaluation_subjects(self) -> int:
-        """How many people the cell is judged on."""
-        return len(np.unique(self.subjects.names[self.evaluation_rows]))
-
-    def prepare(self, rows: Rows, stored: torch.Tensor) -> torch.Tensor:
-        """Normalised volumes (n, C, X, Y, Z), float32, on the device, from the `stored` volumes with all channels."""
-        self.subjects.note(rows, self.cell)
-        volumes = stored[:, self.channels].to(self.place.device).float()
-        if self.subjects.scales is not None:
-            scales = torch.as_tensor(self.subjects.scales[rows][:, self.channels], device=self.place.device)
-            volumes = volumes * scales[:, :, None, None, None]
-        return normalise(volumes, self.settings.data.normalise, self.statistics)
-
-    def _beyond_budget(self, rows: Rows | None) -> Rows:
-        """The rows of the cell that are in no budget of labels."""
-        if rows is not None:
-            return rows[:0]
-        known = self.labelled.rows_of(self.cell.fold)[0]
-        return np.setdiff1d(known, self.labelled.within_budget(self.settings, known, self.cell))
-
-    @property
-    def _watches_inner(self) -> bool:
-        """Whether a plateau of the learning rate follows the loss of an inner split."""
-        plateau = self.settings.optimiser.plateau
-        return plateau is not None and plateau.watches == "inner"
-
-    def _without_inner(self, rows: Rows, *, by_truth: bool = True) -> tuple[Rows, Rows]:
-        """The rows to train on, and those of the inner split: whole subjects, chosen by the seed of the cell."""
-        training = self.settings.training
-        seed = _derive_seed(self.cell, "inner split")
-        manifest = self.subjects.manifest.iloc[rows].reset_index(drop=True)
-        by = self.task.balanced_by(self.settings)
-        # Alike in what the folds are alike in, so that a rare class is on both sides.
-        try:
-            inner = rows[make_splits(manifest, 2, training.inner, seed, by).holdout]
-        except UserError:
-            # Too few are left.
-            inner = rows
-        rest = np.setdiff1d(rows, inner)
-        labels = self.labelled.labels
-        is_whole = not by_truth or labels.dtype != object or len(set(labels[inner])) == len(set(labels[rest]))
-        # A loss has a value for a single scan, a metric has none.
-        if min(len(inner), len(rest)) < (2 if by_truth else 1) or not is_whole:
-            raise UserError(
-                f"training.inner={training.inner:g} makes an inner split of {len(inner)} of {len(rows)} training scans"
-                f"{'' if is_whole else ', and a class is on one side only'}; use another share, or training.keep=last "
-                "and optimiser.plateau.watches=training, which need none"
-            )
-        return rest, inner
-
-    def _fit_statistics(self) -> IntensityStatistics | None:
-        """Intensity statistics of this cell's training subjects."""
-        if self.settings.data.normalise != "training":
-            return None
-        self.subjects.note(self.training_rows, self.cell)
-        return pooled_statistics(self.subjects.volumes.moments(self.training_rows)[:, self.channels])
-
-
 class CellTraining(CellData):
     """The training of one model on one cell.
 
@@ -189,7 +93,7 @@ class CellTraining(CellData):
         if without_label is not None:
             self.without_label = without_label
         _check_shares(settings, len(self.training_rows), place)
-        torch.manual_seed(_derive_seed(cell, "initialisation"))
+        torch.manual_seed(derive_seed(cell, "initialisation"))
         self.facts = self.task.learn(settings, self.labelled.truth(self.labelled_rows))
         everyone = self.labelled.truth(np.arange(len(subjects.manifest)))
         self.targets = self.task.targets(without_labels(everyone, self.without_label), self.facts)
@@ -245,7 +149,7 @@ class CellTraining(CellData):
         rate = set_rates(self.settings, self.optimiser, self.epoch, lowered)
         # For dropout alone: views have seeds of their own, and no objective draws anything.
         own = f" of worker {self.place.rank}" if self.place.rank else ""
-        torch.manual_seed(_derive_seed(self.cell, f"epoch {self.epoch}{own}"))
+        torch.manual_seed(derive_seed(self.cell, f"epoch {self.epoch}{own}"))
         self._thaw(progress)
         train_unfrozen(self.trained)
         # One stream of batches for all epochs that are left.
@@ -371,7 +275,7 @@ class CellTraining(CellData):
         return Plan(
             self.training_rows,
             self.settings.training.batch_size,
-            _derive_seed(self.cell, "order"),
+            derive_seed(self.cell, "order"),
             range(self.epoch, self.settings.training.rounds + 1),
             self.place.rank,
             self.place.workers,
@@ -408,12 +312,11 @@ class CellTraining(CellData):
 
         Otherwise luck in drawing would count as an epoch without improvement.
         """
-        if not self._watches_inner:
+        if not self.watches_inner:
             return None
         self.trained.eval()
-        torch.manual_seed(_derive_seed(self.cell, "inner loss"))
-        # Every worker computes all of it: losses that gather over workers are called equally often.
-        parts = [Part(part) for part in chunks(self.inner_rows, self.settings.training.batch_size)]
+        torch.manual_seed(derive_seed(self.cell, "inner loss"))
+        parts = [Part(part) for part in self._inner_parts()]
         reading = read_ahead(self.subjects.volumes, parts, self.place.device, self.maps)
         losses = []
         for part, read in zip(parts, reading, strict=True):
@@ -422,6 +325,15 @@ class CellTraining(CellData):
                 step = self.task.step(self.trained, self.objective, views, targets, progress)
             losses += [step.loss.detach().float()] * len(part.rows)
         return _mean_over_workers(torch.stack(losses).nanmean(), self.place)
+
+    def _inner_parts(self) -> Iterator[Rows]:
+        """This worker's part of every batch of the inner split, all of it where there are more workers than scans.
+
+        Losses that gather over workers would take a scan that two workers have for two people.
+        """
+        for batch in chunks(self.inner_rows, self.settings.training.batch_size):
+            is_shared = len(batch) >= self.place.workers
+            yield share(batch, self.place.rank, self.place.workers) if is_shared else batch
 
     def _seen(self, rows: Rows, read: Batch, passed: int) -> tuple[Seen, torch.Tensor]:
         """The views of a batch in one pass over the scans, and the targets."""
@@ -497,20 +409,6 @@ def _check_shares(settings: RunSettings, training_subjects: int, place: Place) -
             f"{place.workers} workers cannot share a batch of {smallest} subjects; use fewer workers, or a larger "
             "training.batch_size"
         )
-
-
-def _channel_indices(settings: RunSettings, available: tuple[str, ...]) -> list[int]:
-    wanted = settings.data.channels or available
-    for channel in wanted:
-        if channel not in available:
-            raise UserError(f"data.channels asks for '{channel}', but the cohort has {', '.join(available)}")
-    return [available.index(channel) for channel in wanted]
-
-
-def _derive_seed(cell: Cell, purpose: str) -> int:
-    """A seed for one purpose in one cell; different purposes have independent streams."""
-    words = (cell.seed, cell.fold + 1, *purpose.encode())
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def _mean_over_workers(value: torch.Tensor, place: Place) -> float:

@@ -16,8 +16,8 @@ from core.run_settings import RunSettings
 from core.tasks.task import Judging, Observed, Outcome
 from distributed.batches.plan import Rows, chunks
 from distributed.run.assignment import Cell
+from distributed.training.cell_data import CellData
 from distributed.training.fitted import FittedCell
-from distributed.training.loop import CellData
 from distributed.training.subjects import Place, Subjects
 
 COARSEST = 8.0
