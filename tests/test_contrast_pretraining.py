@@ -30,9 +30,11 @@ from search_spaces import published
 
 TASK = find_task("contrast_pretraining")
 SMALL = {
+    "model.width": 0.25, "training.epochs": 4, "training.batch_size": 4, "features.dimension": 8,
+    "data.constraint": "guide", "slices.count": 2,
     # Too few people for an inner split.
-    "optimiser.plateau.watches": "training","model.width": 0.25, "training.epochs": 4, "training.batch_size": 4, "features.dimension": 8,
-         "data.constraint": "guide", "slices.count": 2}  # fmt: skip
+    "optimiser.plateau.watches": "training",
+}  # fmt: skip
 
 
 def settings_of(**chosen):
