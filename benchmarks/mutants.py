@@ -66,7 +66,7 @@ MUTANTS = (
     ),
     Mutant(
         "intensity statistics are fitted with the evaluation subjects",
-        "distributed/training/loop.py",
+        "distributed/training/cell_data.py",
         "moments(self.training_rows)",
         "moments(np.concatenate([self.training_rows, self.evaluation_rows]))",
         ("tests/test_leaks.py::test_the_intensity_statistics_are_those_of_the_training_voxels",),
