@@ -158,6 +158,20 @@ def test_decoders_return_to_the_encoders_grid(kind: str) -> None:
         decoder(torch.zeros(1, 192, 2, 1, 1), (65, 32, 32))
 
 
+def test_a_decoder_cuts_what_lies_outside_the_volume_as_soon_as_it_can() -> None:
+    features, grid = torch.randn(1, 192, 2, 2, 1), (40, 33, 32)
+    local = ReconstructionDecoder(192, kind="transposed")  # each of its voxels depends on one feature alone
+    torch.testing.assert_close(local(features, grid), local.layers(features)[:, :, :40, :33, :32])
+    whole = ReconstructionDecoder(192, kind="interpolated")
+    torch.testing.assert_close(whole(features, (64, 64, 32)), whole.layers(features))
+    normed: list[tuple[int, ...]] = []
+    for module in whole.modules():
+        if isinstance(module, torch.nn.InstanceNorm3d):
+            module.register_forward_hook(lambda _, given, __: normed.append(tuple(given[0].shape[2:])))
+    whole(features, grid)
+    assert normed == [(2, 2, 1), (3, 3, 2), (5, 5, 4), (10, 9, 8), (20, 17, 16)]
+
+
 def test_width_must_suit_the_heads() -> None:
     with pytest.raises(UserError, match=r"width 0\.3 must be a multiple of 1/4"):
         build("swin", width=0.3)
