@@ -5,9 +5,10 @@
 
 `symmetry` (system C): half of the people are ill on one side of the brain; classes from scratch, after a plain
 pre-training (rotation, contrast, inpainting), a symmetric one, and masked autoencoding. `contrasts` (system D): tumours
-in four contrasts, of which few are labelled; regions from scratch, after SimCLR of slices, and after contrast guided by
-clusters. Every method is a `sweep --labelled …` of one configuration with three refit seeds on the same held-out
-people, pre-trained in every cell on the people of that cell. Repeat the command after a stop: what is finished is kept.
+in four contrasts, of which few are labelled; regions from scratch, after SimCLR of slices, after contrast guided by
+clusters, and after masked autoencoding. Every method is a `sweep --labelled …` of one configuration with three refit
+seeds on the same held-out people, pre-trained in every cell on the people of that cell. Repeat the command after a
+stop: what is finished is kept.
 The table and the picture are written to OUT.
 """
 
@@ -38,6 +39,7 @@ METHODS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         SCRATCH: (),
         "SimCLR of slices": ("pretraining.task=contrast_pretraining", "pretraining.objective.name=simclr"),
         "guided by clusters": ("pretraining.task=contrast_pretraining", "pretraining.data.constraint=tissue"),
+        "masked": ("pretraining.task=masked_pretraining",),
     },
 }
 """What is set beside the published configuration, by method."""

@@ -16,5 +16,5 @@ def space(trial: optuna.Trial) -> dict[str, object]:
     trial.suggest_categorical("begin.freeze", ["none", "encoder"])
     trial.suggest_categorical("views.rotate", [0.0, 15.0])
     trial.suggest_categorical("views.zoom", [0.0, 0.05])
-    trial.suggest_categorical("views.flip", [0.0, 0.5])
+    trial.suggest_categorical("views.flip", [0.0, 1.0])
     return dict(trial.params)

@@ -15,6 +15,8 @@ from core.config import check_settings, merge, resolve
 from core.errors import UserError
 from core.evaluation.splits import make_splits
 from core.files.tables import PROBABILITY
+from core.models.segmenter import build_segmenter
+from core.models.weights import load_part, weights_of
 from core.report.answer.record import read_run
 from core.tasks import find_task
 from core.tasks.masked_pretraining import ReconstructionError, ReconstructionSettings
@@ -186,6 +188,40 @@ def test_every_probe_is_judged_on_the_people_who_have_its_value(cohort):
 def test_what_cannot_act_is_refused(chosen, says):
     with pytest.raises(UserError, match=says):
         check_settings(resolve(merge(published("masked_pretraining"), chosen)))
+
+
+@pytest.mark.parametrize("name", ["groupnorm_unet", "res_unet", "dynunet"])
+def test_a_u_net_paints_by_its_own_decoder_and_a_segmentation_begins_with_it(name):
+    task, chosen = find_task("masked_pretraining"), {"model": {"name": name, "width": 0.25}, "masks.block": 2}
+    settings = resolve(merge(published("masked_pretraining"), chosen))
+    check_settings(settings)
+    torch.manual_seed(0)
+    model, volumes = task.build(settings, 2, {}).train(), torch.rand(2, 2, 20, 24, 16) + 1
+    seen = task.views(settings, volumes, [0, 1], 0, 0)
+    objective, optimiser = task.objective(settings, {}), torch.optim.Adam(model.parameters(), 1e-3)
+    losses = []
+    for _ in range(12):
+        optimiser.zero_grad()
+        loss = task.step(model, objective, seen, torch.zeros(2), 0.5).loss
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert model(volumes).shape == volumes.shape
+    embedding = model.eval().embed(volumes)
+    assert embedding.shape[0] == 2
+    assert embedding.ndim == 2
+    segmenter = build_segmenter(settings.model, 2, 4)
+    load_part(segmenter, weights_of(model), "encoder_and_decoder")
+    own, theirs = dict(segmenter.named_parameters()), dict(model.named_parameters())
+    begun = [each for part in ("encoder", "decoder") for each in segmenter.parts[part]]
+    for place in (each for each in own if each.startswith(tuple(f"{module}." for module in begun))):
+        [same] = [each for each in theirs if each.endswith("." + place.removeprefix("network."))]
+        assert torch.equal(own[place], theirs[same]), place
+    with pytest.raises(UserError, match=f"interpolated cannot act: {name} paints by its own decoder"):
+        check_settings(
+            resolve(merge(published("masked_pretraining"), chosen | {"decoder.kind": "interpolated"}))
+        )
 
 
 def test_a_first_stage_is_checked_and_has_no_probes():

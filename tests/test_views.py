@@ -176,7 +176,8 @@ ONE_BY_ONE = {
     "flip": {"flip": 0.5}, "flip_front_back": {"flip_front_back": 0.5}, "flip_up_down": {"flip_up_down": 0.5},
     "rotate": {"rotate": 15}, "zoom": {"zoom": 0.1}, "translate": {"translate": 0.1}, "scale": {"scale": 0.1},
     "shift": {"shift": 0.1}, "contrast": {"contrast": 0.3}, "gamma": {"gamma": 0.3}, "pad_to": {"pad_to": 16},
-    "crop_place": {"crop": 0.8, "crop_place": "centre"},
+    "crop_place": {"crop": 0.8, "crop_place": "centre"}, "eighth_turns": {"eighth_turns": "left_right"},
+    "rotate_about": {"rotate": 15, "rotate_about": "front_back"}, "one_of": {"zoom": 0.1, "rotate": 15, "one_of": True},
 }  # fmt: skip
 
 
@@ -233,7 +234,7 @@ def test_another_process_makes_the_same_views(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [name for name in ONE_BY_ONE if name not in ("pad_to", "crop_place", "flip")]
+    "other", [name for name in ONE_BY_ONE if name not in ("pad_to", "crop_place", "flip", "one_of")]
 )
 def test_switching_a_view_on_leaves_left_right_flips_where_they_were(other):
     """Left of the middle the volume is negative, right of it positive, whatever else is done to it."""
@@ -325,6 +326,54 @@ def test_a_quarter_turn_is_a_permutation_of_voxels():
     batch = brains(1, (11, 11, 11))
     moved = move(batch, movement(np.array([0.0, 0.0, 90.0]), 1.0, np.zeros(3))[None])
     torch.testing.assert_close(moved, torch.rot90(batch, 1, (2, 3)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("direction", "axis", "order"),
+    [("up_down", 2, (0, 1, 2)), ("left_right", 0, (0, 1, 2)), ("up_down", 0, (2, 0, 1))],
+)
+def test_eighth_turns_are_multiples_of_45_degrees_about_one_axis(direction, axis, order):
+    plane = [1 + each for each in range(3) if each != axis]
+    ball = (
+        torch.stack(torch.meshgrid(*[torch.arange(-5.0, 6.0)] * 3, indexing="ij")).norm(dim=0) < 4.5
+    ).float()
+    batch = (brains(1, (11, 11, 11), 1) * ball).expand(64, -1, -1, -1, -1)
+    affine = np.eye(4)[:, [*order, 3]]
+    views = make_views(batch, range(64), 0, 0, ViewSettings(count=1, eighth_turns=direction), affine)[:, 0]
+    quarters = torch.stack([torch.rot90(batch[0], turn, plane) for turn in range(4)])
+    nearest = (views[:, None] - quarters).abs().flatten(2).amax(2).amin(1) < 1e-4
+    assert 20 < nearest.sum() < 44  # half of all multiples are quarters
+    between = views[~nearest]
+    again = move(between, np.stack([movement(45.0 * np.eye(3)[axis], 1.0, np.zeros(3))] * len(between)))
+    # Two interpolations blur; of all quarters, one is far nearer than the others.
+    gaps = (again[:, None] - quarters).square().flatten(2).mean(2).sort(dim=1).values
+    assert (gaps[:, 0] < 0.5 * gaps[:, 1]).all()
+
+
+def test_rotations_about_one_direction_leave_what_lies_along_it():
+    batch = torch.ones(4, 1, 9, 9, 7) * torch.arange(1.0, 8.0)
+    views = make_views(batch, range(4), 0, 0, ViewSettings(count=1, rotate=30, rotate_about="up_down"))[:, 0]
+    torch.testing.assert_close(views[:, 0, 4, 4], batch[:, 0, 4, 4])
+    assert (views[:, 0, 0, 0] == 0).any()  # corners come from beyond the grid
+
+
+def test_with_one_of_a_view_has_one_change_at_most_and_all_are_equally_frequent():
+    """Told apart by what each leaves of a volume: its mean along X, its sum, and which side is the larger one."""
+    batch = torch.zeros(400, 1, 9, 9, 9)
+    batch[:, :, 1:4, 3:6, 3:6] = 1.0
+    settings = ViewSettings(count=1, translate=0.4, flip=1.0, zoom=0.5, one_of=True)
+    views = make_views(batch, range(400), 0, 0, settings)[:, 0]
+    same = (views == batch).flatten(1).all(1)
+    flipped = (views == batch.flip(2)).flatten(1).all(1)
+    zoomed, moved = (
+        (views == make_views(batch, range(400), 0, 0, ViewSettings(count=1, **alone))[:, 0]).flatten(1).all(1)
+        for alone in ({"zoom": 0.5}, {"translate": 0.4})
+    )
+    kinds = torch.stack([same, flipped, zoomed, moved]).int()
+    assert (kinds.sum(0) == 1).all()
+    assert scipy.stats.chisquare(kinds.sum(1).numpy()).pvalue > 1e-3
+    with pytest.raises(ValidationError, match="one_of acts only with one of rotate, zoom"):
+        ViewSettings(one_of=True, noise=0.1)
 
 
 def test_zoom_shows_the_brain_larger():

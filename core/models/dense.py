@@ -14,6 +14,8 @@ from core.models.unet import GroupNormUNet, groupnorm_unet
 
 VECTOR = 128
 """Length of the vector of a whole image."""
+SLICES_TOGETHER = 32
+"""Slices of whole volumes in one call of a network in 2D, where nothing is trained."""
 
 
 class DenseModel(nn.Module):
@@ -54,6 +56,18 @@ class DenseModel(nn.Module):
             return found + 0 * torch.stack([each.sum() for each in self.parameters()]).sum()
         return found
 
+    def of_volumes(
+        self, volumes_bcxyz: torch.Tensor, kind: Literal["dense", "encoder"], together: int = SLICES_TOGETHER
+    ) -> torch.Tensor:
+        """The features (B, D, x, y, Z) of whole volumes, in 2D of slices across Z, `together` in one call."""
+        if not self.in_slices:
+            features: torch.Tensor = self(volumes_bcxyz, kind)
+            return features
+        slices_ncxy = volumes_bcxyz.movedim(-1, 1).flatten(0, 1)
+        found = torch.cat([self(part, kind) for part in slices_ncxy.split(together)])
+        whole: torch.Tensor = found.unflatten(0, (len(volumes_bcxyz), -1)).movedim(1, -1)
+        return whole
+
     def _forward(self, images: torch.Tensor, kind: str) -> torch.Tensor:
         if self.in_slices:
             maps = self.encoder(_padded(images))
@@ -87,6 +101,14 @@ def build_dense_model(
         )
         return DenseModel(network, network.encoder.embedding_dim, is_global=is_global)
     return DenseModel(build_segmenter(settings, in_channels, dimension), dimension, is_global=is_global)
+
+
+def mean_inside(features_bdxyz: torch.Tensor, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+    """The mean features (B, D) of the brain; the features may be coarser than the volumes (B, C, X, Y, Z)."""
+    inside_b1xyz = (volumes_bcxyz != 0).any(dim=1, keepdim=True).float()
+    coarse_b1xyz = nn.functional.interpolate(inside_b1xyz, size=features_bdxyz.shape[2:], mode="nearest")
+    total_bd = (features_bdxyz * coarse_b1xyz).flatten(2).sum(dim=2)
+    return total_bd / coarse_b1xyz.flatten(1).sum(dim=1).clamp(min=1)[:, None]
 
 
 def _padded(images_nchw: torch.Tensor) -> torch.Tensor:

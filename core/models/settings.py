@@ -185,6 +185,14 @@ SegmenterSettings = Annotated[
 ]
 
 
+UNetSettings = ResUNetSettings | GroupNormUNetSettings | DynUNetSettings
+"""Networks that segment, and have no encoder that another task knows."""
+EncoderOrUNetSettings = Annotated[
+    ResNetSettings | ResNeXtSettings | SFCNSettings | SwinSettings | SymmetrySwinSettings | UNetSettings,
+    Field(discriminator="name"),
+]
+
+
 def encoder_of(settings: BaseModel) -> BaseModel:
     """The settings of the encoder alone: of Swin UNETR its Swin; others are encoders, or have one of their own kind."""
     plain = {"width", "merging", "checkpointing"}

@@ -30,7 +30,7 @@ from core.evaluation.splits import Rows, Splits
 from core.losses.dense import ConstrainedContrast
 from core.losses.members import SimCLR
 from core.losses.pretext import Anatomical
-from core.models.dense import DenseModel, build_dense_model
+from core.models.dense import DenseModel, build_dense_model, mean_inside
 from core.models.settings import GroupNormUNetSettings, SegmenterSettings
 from core.objectives import Metric
 from core.run_settings import DataSettings, Frozen
@@ -51,7 +51,7 @@ from core.volumes.ingest.prepare import MOST_CLASSES
 from core.volumes.views import ViewSettings, make_views_with_maps
 from core.volumes.views.slices import SliceViewSettings, partition_slices, slice_views
 
-CONSTRAINED, SLICES_TOGETHER, MOST_PICTURES = "constrained_contrast", 32, 3
+CONSTRAINED, MOST_PICTURES = "constrained_contrast", 3
 VOXELS, CLASSES, WEIGHTS, NAMES = "voxels", "classes", "weights", ("image", "clusters", "colours")
 
 
@@ -342,17 +342,17 @@ class ContrastPretraining(Pretraining[ContrastSettings]):
         self, settings: ContrastSettings, model: nn.Module, volumes_bcxyz: torch.Tensor
     ) -> torch.Tensor:
         """The mean features (B, D) of the brain."""
-        return _mean_inside(
-            _dense(cast(DenseModel, model), volumes_bcxyz, _trained(settings)).float(), volumes_bcxyz
+        return mean_inside(
+            cast(DenseModel, model).of_volumes(volumes_bcxyz, _trained(settings)).float(), volumes_bcxyz
         )
 
     def observe_with_maps(
         self, settings: ContrastSettings, model: nn.Module, volumes_bcxyz: torch.Tensor, beside: Beside
     ) -> dict[str, torch.Tensor]:
         """The embedding, the loss with fixed slices and anchors, and what the probe of voxels reads."""
-        features = _dense(cast(DenseModel, model), volumes_bcxyz, _trained(settings)).float()
+        features = cast(DenseModel, model).of_volumes(volumes_bcxyz, _trained(settings)).float()
         found = {
-            "embedding": _mean_inside(features, volumes_bcxyz),
+            "embedding": mean_inside(features, volumes_bcxyz),
             LOSS: self._validation_loss(settings, model, volumes_bcxyz, beside.maps),
         }
         target = settings.evaluation.target
@@ -445,27 +445,6 @@ def _loss(
 def _trained(settings: ContrastSettings) -> Literal["dense", "encoder"]:
     """Whose features a probe reads: those of the decoder, or of the encoder where nothing else is trained."""
     return "dense" if settings.objective.name == CONSTRAINED else "encoder"
-
-
-def _dense(model: DenseModel, volumes_bcxyz: torch.Tensor, kind: Literal["dense", "encoder"]) -> torch.Tensor:
-    """The features (B, D, x, y, Z) of whole volumes, for a network in 2D slice by slice across Z."""
-    if not model.in_slices:
-        features: torch.Tensor = model(volumes_bcxyz, kind)
-        return features
-    slices_ncxy = volumes_bcxyz.movedim(-1, 1).flatten(0, 1)
-    found = torch.cat([model(part, kind) for part in slices_ncxy.split(SLICES_TOGETHER)])
-    whole: torch.Tensor = found.unflatten(0, (len(volumes_bcxyz), -1)).movedim(1, -1)
-    return whole
-
-
-def _mean_inside(features_bdxyz: torch.Tensor, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
-    """The mean features (B, D) of the brain."""
-    inside_b1xyz = (volumes_bcxyz != 0).any(dim=1, keepdim=True).float()
-    coarse_b1xyz = torch.nn.functional.interpolate(
-        inside_b1xyz, size=features_bdxyz.shape[2:], mode="nearest"
-    )
-    total_bd = (features_bdxyz * coarse_b1xyz).flatten(2).sum(dim=2)
-    return total_bd / coarse_b1xyz.flatten(1).sum(dim=1).clamp(min=1)[:, None]
 
 
 def _pictures(

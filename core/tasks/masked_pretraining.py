@@ -1,8 +1,8 @@
 """Masked autoencoding: blocks of a brain are hidden, and the network paints them back.
 
 After He et al. 2022 (arXiv 2111.06377). For convolutions hidden voxels are 0, as in SparK (Tian et al. 2023, arXiv
-2301.03580) without its sparse arithmetic; 0 is the mean of normalised brains. The decoder is light, so that what is
-learnt is in the encoder.
+2301.03580) without its sparse arithmetic; 0 is the mean of normalised brains. After an encoder the decoder is light, so
+that what is learnt is in the encoder; a U-Net paints by its own decoder, which a segmentation can begin with, too.
 
 Shape suffixes: B subjects, V views, C channels, X, Y, Z, E embedding.
 """
@@ -20,13 +20,17 @@ from torch import nn
 from core.errors import UserError
 from core.evaluation.splits import Rows
 from core.models import Encoder, build_encoder
+from core.models.dense import DenseModel, build_dense_model, mean_inside
 from core.models.reconstruction import ReconstructionDecoder, ReconstructionKind, check_doublings
-from core.models.settings import ModelSettings, SwinSettings
+from core.models.settings import EncoderOrUNetSettings, SwinSettings, UNetSettings
 from core.run_settings import Frozen
 from core.tasks.pretraining import Pretraining, PretrainingSettings, describe_loss
 from core.tasks.task import Facts, Step
 from core.volumes.views import ViewSettings, make_views
 from core.volumes.views.masks import MaskSettings, hide_blocks
+
+FEATURES, LEVELS = 64, 5
+"""Features of a voxel from which a U-Net paints it, and steps of its decoder: all."""
 
 
 class DecoderSettings(Frozen):
@@ -55,7 +59,7 @@ class MaskedSettings(PretrainingSettings):
     task: str = "masked_pretraining"
     views: ViewSettings = ViewSettings(count=1)
     masks: MaskSettings = MaskSettings()
-    model: ModelSettings = SwinSettings()
+    model: EncoderOrUNetSettings = SwinSettings()
     decoder: DecoderSettings = DecoderSettings()
     objective: ReconstructionSettings = ReconstructionSettings()
 
@@ -72,6 +76,32 @@ class MaskedModel(nn.Module):
         x, y, z = volumes_bcxyz.shape[2:]
         painted_bcxyz: torch.Tensor = self.decoder(self.encoder.feature_map(volumes_bcxyz), (x, y, z))
         return painted_bcxyz
+
+    def embed(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """The embedding (B, E) of the encoder."""
+        embedding_be: torch.Tensor = self.encoder(volumes_bcxyz)
+        return embedding_be
+
+
+class MaskedUNet(nn.Module):
+    """A U-Net that paints from the features of every voxel."""
+
+    def __init__(self, dense: DenseModel, channels: int) -> None:
+        super().__init__()
+        self.dense = dense
+        self.paint = nn.Conv3d(FEATURES, channels, kernel_size=1)
+        self.parts = {part: tuple(f"dense.{name}" for name in names) for part, names in dense.parts.items()}
+
+    def forward(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """(B, C, X, Y, Z) -> the painted volumes (B, C, X, Y, Z)."""
+        # In one call, which parallel training counts.
+        together = volumes_bcxyz.shape[0] * volumes_bcxyz.shape[-1]
+        painted_bcxyz: torch.Tensor = self.paint(self.dense.of_volumes(volumes_bcxyz, "dense", together))
+        return painted_bcxyz
+
+    def embed(self, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
+        """The mean deepest features of the brain (B, E)."""
+        return mean_inside(self.dense.of_volumes(volumes_bcxyz, "encoder").float(), volumes_bcxyz)
 
 
 class ReconstructionError(nn.Module):
@@ -103,15 +133,24 @@ class MaskedPretraining(Pretraining[MaskedSettings]):
     def check(self, settings: MaskedSettings) -> None:
         """Refuse encoders whose features are not 32 times coarser than the volume."""
         super().check(settings)
-        check_doublings(settings.model, self.about.name)
+        if not isinstance(settings.model, UNetSettings):
+            check_doublings(settings.model, self.about.name)
+        elif settings.decoder != DecoderSettings():
+            raise UserError(
+                f"decoder.kind={settings.decoder.kind} cannot act: {settings.model.name} paints by its own decoder; "
+                "remove it, or use an encoder such as swin"
+            )
         if settings.views.count != 1:
             raise UserError(
                 f"views.count={settings.views.count} cannot act: masked_pretraining hides one view of every scan; set "
                 "views.count=1"
             )
 
-    def build(self, settings: MaskedSettings, in_channels: int, facts: Facts) -> MaskedModel:
+    def build(self, settings: MaskedSettings, in_channels: int, facts: Facts) -> MaskedModel | MaskedUNet:
         """The model of `settings`, on the CPU, with PyTorch's current random state."""
+        if isinstance(settings.model, UNetSettings):
+            dense = build_dense_model(settings.model, in_channels, FEATURES, LEVELS, is_global=False)
+            return MaskedUNet(dense, in_channels)
         encoder = build_encoder(settings.model, in_channels)
         return MaskedModel(
             encoder, ReconstructionDecoder(encoder.embedding_dim, in_channels, settings.decoder.kind)
@@ -153,5 +192,4 @@ class MaskedPretraining(Pretraining[MaskedSettings]):
 
     def embed(self, settings: MaskedSettings, model: nn.Module, volumes_bcxyz: torch.Tensor) -> torch.Tensor:
         """The embedding (B, E) of the encoder, of which nothing is hidden."""
-        embedding_be: torch.Tensor = cast(MaskedModel, model).encoder(volumes_bcxyz)
-        return embedding_be
+        return cast(MaskedModel | MaskedUNet, model).embed(volumes_bcxyz)

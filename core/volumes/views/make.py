@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from core.errors import UserError
-from core.volumes.images.mirror import DIRECTIONS, RAS, world_axis
+from core.volumes.images.mirror import DIRECTIONS, RAS, Direction, world_axis
 from core.volumes.images.nifti import Affine
 from core.volumes.views.intensity import recolour
 from core.volumes.views.motion import move, move_maps, movement
@@ -23,7 +23,7 @@ Choices = dict[str, npt.NDArray[np.float64]]
 
 CHOICES = {
     "corner": 3, "cut_corner": 3, "cut": 1, "flip": 3, "rotate": 3, "zoom": 1, "translate": 3, "scale": 1,
-    "shift": 1, "contrast": 1, "gamma": 1, "happens": 4, "on_class": 2,
+    "shift": 1, "contrast": 1, "gamma": 1, "happens": 4, "on_class": 2, "one_of": 1, "eighths": 1,
 }  # fmt: skip
 """How many uniform numbers a view draws for each choice, in the order of drawing.
 
@@ -43,6 +43,8 @@ class _View(NamedTuple):
     number: int
     stream: np.random.SeedSequence
     choices: Choices
+    settings: ViewSettings
+    """Those of all views, or with `one_of` those of one change alone."""
 
 
 class Views(NamedTuple):
@@ -109,20 +111,27 @@ def make_views_with_maps(
     out_bvcxyz = allocate((subjects_count, settings.count, channels, *grid_of_views))
     out_bvmxyz = maps_bmxyz.new_zeros((subjects_count, settings.count, maps_bmxyz.shape[1], *grid_of_views))
     views = [
-        _View(row, number, stream, _draw(stream))
+        _View(row, number, stream, choices, settings.with_one_of(choices["one_of"][0]))
         for row, subject in enumerate(subjects)
         for number in range(settings.count)
         for stream in [stream_of(seed, subject, epoch, number)]
+        for choices in [_draw(stream)]
     ]
-    axes = [world_axis(affine, direction) for direction in DIRECTIONS] if any(settings.flips) else [0, 1, 2]
+    is_placed = any(settings.flips) or settings.rotate_about is not None or settings.eighth_turns is not None
+    axes = {
+        direction: world_axis(affine, direction) if is_placed else axis
+        for axis, direction in enumerate(DIRECTIONS)
+    }
     for part in _parts(views, volumes_bcxyz.device):
-        sources = [_flipped(volumes_bcxyz[view.row], view.choices, settings, axes) for view in part]
-        maps = [_flipped(maps_bmxyz[view.row], view.choices, settings, axes) for view in part]
+        sources = [_flipped(volumes_bcxyz[view.row], view.choices, view.settings, axes) for view in part]
+        maps = [_flipped(maps_bmxyz[view.row], view.choices, view.settings, axes) for view in part]
         if settings.moves:
-            moved = [place for place, view in enumerate(part) if _happens(view.choices, "move", settings)]
-            movements = [
-                _movement(sources[place].shape[1:], part[place].choices, settings) for place in moved
+            moved = [
+                place
+                for place, view in enumerate(part)
+                if view.settings.moves and _happens(view.choices, "move", settings)
             ]
+            movements = [_movement(sources[place].shape[1:], part[place], axes) for place in moved]
             if moved:
                 made = move(torch.stack([sources[place] for place in moved]), np.stack(movements))
                 for place, source in zip(moved, made, strict=True):
@@ -176,18 +185,25 @@ def _parts(views: Sequence[_View], device: torch.device) -> Iterator[Sequence[_V
 
 
 def _flipped(
-    volume_cxyz: torch.Tensor, choices: Choices, settings: ViewSettings, axes: Sequence[int]
+    volume_cxyz: torch.Tensor, choices: Choices, settings: ViewSettings, axes: Mapping[Direction, int]
 ) -> torch.Tensor:
     """The volume with those of its left-right, front-back and up-down `axes` exchanged that were drawn."""
-    flips = zip(axes, choices["flip"], settings.flips, strict=True)
+    flips = zip(axes.values(), choices["flip"], settings.flips, strict=True)
     chosen = [1 + axis for axis, chance, probability in flips if chance < probability]
     return volume_cxyz.flip(chosen) if chosen else volume_cxyz
 
 
-def _movement(grid: Sequence[int], choices: Choices, settings: ViewSettings) -> npt.NDArray[np.float64]:
+def _movement(grid: Sequence[int], view: _View, axes: Mapping[Direction, int]) -> npt.NDArray[np.float64]:
     """The affine (3, 4) of one view's movement; sizes are uniform in their logarithm, as 1.1 undoes 1 / 1.1."""
+    settings, choices = view.settings, view.choices
+    degrees = settings.rotate * _signed(choices["rotate"])
+    if settings.rotate_about is not None:
+        only = axes[settings.rotate_about]
+        degrees = np.where(np.arange(3) == only, degrees, 0.0)
+    if settings.eighth_turns is not None:
+        degrees[axes[settings.eighth_turns]] += 45 * int(8 * choices["eighths"][0])
     return movement(
-        settings.rotate * _signed(choices["rotate"]),
+        degrees,
         (1 + settings.zoom) ** _signed(choices["zoom"])[0],
         settings.translate * min(grid) * _signed(choices["translate"]),
     )

@@ -6,8 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from core.volumes.images.mirror import Direction
+
 Side = Annotated[int, Field(ge=1, le=1024)]
 Sides = Side | tuple[Side, Side, Side]
+
+
+ALTERNATIVES = (
+    ("rotate",), ("zoom",), ("translate",), ("flip", "flip_front_back", "flip_up_down"), ("eighth_turns",),
+)  # fmt: skip
+"""The settings of each change of which `one_of` takes one."""
 
 
 class ViewSettings(BaseModel):
@@ -73,6 +81,15 @@ class ViewSettings(BaseModel):
         le=180,
         description="largest rotation about each of three axes, in degrees; system D 15",
     )
+    rotate_about: Direction | None = Field(
+        default=None,
+        description="rotate about this direction alone: up_down turns axial slices in their plane, as system D does; "
+        "none: about all three",
+    )
+    eighth_turns: Direction | None = Field(
+        default=None,
+        description="turn every view by 0 to 7 times 45 degrees about this direction; system D about up_down",
+    )
     zoom: float = Field(
         default=0.0,
         ge=0,
@@ -122,12 +139,21 @@ class ViewSettings(BaseModel):
         description="turn every view by 0 to 3 quarters about this direction, across which it must have equal sides; "
         "system C turns about left_right",
     )
+    one_of: bool = Field(
+        default=False,
+        description="a view has only one of the changes rotation, size, translation, flips and eighth turns that are "
+        "on, or none of them, all equally likely; system D",
+    )
 
     @model_validator(mode="after")
     def _settings_act(self) -> ViewSettings:
         if self.crop is not None and self.crop_size is not None:
             raise ValueError(
                 f"crop={self.crop:g} and crop_size={self.crop_size} exclude each other; give one"
+            )
+        if self.one_of and not self.alternatives:
+            raise ValueError(
+                f"one_of acts only with one of {', '.join(n for each in ALTERNATIVES for n in each)}"
             )
         if self.crop_place == "centre" and self.crop is None and self.crop_size is None:
             raise ValueError("crop_place acts only with crop or crop_size, got neither")
@@ -136,7 +162,21 @@ class ViewSettings(BaseModel):
     @property
     def moves(self) -> bool:
         """Whether voxels are interpolated at new places."""
-        return max(self.rotate, self.zoom, self.translate) > 0
+        return max(self.rotate, self.zoom, self.translate) > 0 or self.eighth_turns is not None
+
+    @property
+    def alternatives(self) -> tuple[tuple[str, ...], ...]:
+        """The changes that are on of which `one_of` takes one, each with the names of its settings."""
+        return tuple(names for names in ALTERNATIVES if any(getattr(self, name) for name in names))
+
+    def with_one_of(self, chance: float) -> ViewSettings:
+        """The settings of a view that drew `chance` in [0, 1): of the alternatives at most one is on."""
+        if not self.one_of:
+            return self
+        known = self.alternatives
+        chosen = int(chance * (len(known) + 1))
+        off = [name for place, names in enumerate(known) if place != chosen for name in names]
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in off})
 
     @property
     def flips(self) -> tuple[float, float, float]:
