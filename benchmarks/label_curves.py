@@ -45,7 +45,7 @@ METHODS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """What is set beside the published configuration, by method."""
 OF_ALL = {
     "symmetry": ("data.target=disease", "model.width=0.25", "model.window=3", "optimiser.learning_rate=0.001",
-                 "training.batch_size=8"),
+                 "training.batch_size=8", "views.crop_size=40", "views.crop_place=centre"),
     "contrasts": ("training.batch_size=4",),
 }  # fmt: skip
 OF_PRETRAINING = {
