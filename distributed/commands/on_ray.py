@@ -13,7 +13,7 @@ import ray.data
 from ray.data import DataContext, TaskPoolStrategy
 
 from core.errors import UserError
-from core.volumes.ingest.cohort import volume_bytes
+from core.volumes.cohort.writer import volume_bytes
 from core.volumes.ingest.shards import ShardRecord, ShardTask, write_shard_of
 from core.volumes.sources import Listing, Scan, read_image_geometry
 

@@ -43,6 +43,8 @@ from core.volumes.images.nifti import Volume
 
 UNFINISHED = "unfinished"
 """Folder with the state of an unfinished ingest; removed when the cohort is complete."""
+SHARD_BYTES, MOST_IN_MEMORY = 64 * 10**6, 64
+"""How large a shard becomes, about, and how many volumes a writer keeps in memory for one, at most."""
 OWN_FILES = {DESCRIPTION, MANIFEST, SHARDS, REJECTS, UNFINISHED, "quality.html"}
 RESERVED = {"row", *COLUMNS, "offset", "label_offset", "label_checksum"}
 """Columns that a source must not have; those of `scale_column` and `map_column` neither."""
@@ -86,6 +88,15 @@ def describe_cohort(
         provenance=dict(provenance or {}),
         format=FORMAT,
     )
+
+
+def volume_bytes(description: CohortDescription) -> int:
+    """Bytes of one stored volume and its maps."""
+    voxels = math.prod(description.shape)
+    per_voxel = len(description.channels) * np.dtype(description.dtype).itemsize + 2 * len(
+        description.map_names
+    )
+    return voxels * per_voxel
 
 
 class ShardInMemory:
@@ -152,10 +163,13 @@ class CohortWriter:
     of `describe_cohort`.
     """
 
-    def __init__(self, folder: str | Path, *, volumes_per_shard: int = 64, **description: Any) -> None:
+    def __init__(
+        self, folder: str | Path, *, volumes_per_shard: int | None = None, **description: Any
+    ) -> None:
         self.folder = Path(folder)
         self.description = describe_cohort(**description)
-        self._volumes_per_shard = volumes_per_shard
+        fitting = min(max(SHARD_BYTES // volume_bytes(self.description), 1), MOST_IN_MEMORY)
+        self._volumes_per_shard = fitting if volumes_per_shard is None else volumes_per_shard
         self._waiting = ShardInMemory(self.description)
         self._written: list[Written] = []
         self._scans: set[tuple[str, str]] = set()

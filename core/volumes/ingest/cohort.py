@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from core.errors import UserError
@@ -28,11 +27,13 @@ from core.volumes.cohort.description import DESCRIPTION, REJECTS, SHARDS, Cohort
 from core.volumes.cohort.formats import Compression, Storage, StoredType
 from core.volumes.cohort.reader import Cohort
 from core.volumes.cohort.writer import (
+    SHARD_BYTES,
     UNFINISHED,
     claim_folder,
     describe_cohort,
     discard_shards,
     finish_cohort,
+    volume_bytes,
 )
 from core.volumes.images.preprocess import Preprocessing, covers_template_field
 from core.volumes.ingest.request import newest_file, request_of, times_of
@@ -41,7 +42,6 @@ from core.volumes.sources import Listing, Reject, Scan, read_image_geometry
 
 REQUEST = "request.json"
 LOW_COVERAGE = 0.95
-SHARD_BYTES = 64 * 10**6
 MOST_VOLUMES, FEWEST_VOLUMES, ENOUGH_SHARDS = 256, 4, 32
 
 OnProgress = Callable[[int, int, str], None]
@@ -290,15 +290,6 @@ def _check_room(out: Path, scans: int, description: CohortDescription) -> None:
         raise UserError(
             f"{out} needs {needed / 1e6:,.1f} MB for {scans} volumes, but {free / 1e6:,.1f} MB are free"
         )
-
-
-def volume_bytes(description: CohortDescription) -> int:
-    """Bytes of one stored volume and its maps."""
-    voxels = math.prod(description.shape)
-    per_voxel = len(description.channels) * np.dtype(description.dtype).itemsize + 2 * len(
-        description.map_names
-    )
-    return voxels * per_voxel
 
 
 def _notes(cohort: Cohort) -> tuple[str, ...]:
