@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -143,11 +142,17 @@ def _large_cohort(folder: Path, count: int) -> Cohort:
 
 def _derive(folder: Path) -> tuple[float, float]:
     """MiB at most beyond what the process had before, and seconds."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _most_memory()
     began = time.perf_counter()
     derive_constraint(folder, "tissue", ConstraintSettings())
     took = time.perf_counter() - began
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, took
+    return (_most_memory() - before) / 1024, took
+
+
+def _most_memory() -> int:
+    """KiB that this process ever had; `getrusage` would count the process that it was started from."""
+    text = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM")))
 
 
 def _plain_script(volume_cxyz: np.ndarray) -> np.ndarray:

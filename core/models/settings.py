@@ -148,6 +148,7 @@ class DynUNetSettings(_SegmenterFields):
 
 
 class _SwinUNETRFields(_SegmenterFields):
+    window: int = Field(default=7, ge=2, le=14, description="side of an attention window, in patches")
     merging: Literal["v2", "legacy"] = Field(
         default="v2",
         description="patch merging; legacy repeats two of eight sub-lattices, as published weights do",
@@ -195,7 +196,7 @@ EncoderOrUNetSettings = Annotated[
 
 def encoder_of(settings: BaseModel) -> BaseModel:
     """The settings of the encoder alone: of Swin UNETR its Swin; others are encoders, or have one of their own kind."""
-    plain = {"width", "merging", "checkpointing"}
+    plain = {"width", "window", "merging", "checkpointing"}
     if isinstance(settings, SymmetrySwinUNETRSettings):
         return SymmetrySwinSettings(**settings.model_dump(include=plain | {"layers", "dropout", "pre_norm"}))
     if isinstance(settings, SwinUNETRSettings):

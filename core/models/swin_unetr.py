@@ -18,6 +18,7 @@ class _Settings(TypedDict):
     in_channels: int
     out_channels: int
     feature_size: int
+    window_size: int
     # A class, which MONAI annotates as a module.
     downsample: Any
     use_checkpoint: bool
@@ -57,9 +58,10 @@ def swin_unetr(
     width: float = 1.0,
     merging: Merging = "v2",
     checkpointing: bool = False,
+    window: int = 7,
 ) -> SwinUNETR:
     """MONAI's Swin UNETR, 62,191,941 parameters as published: four contrasts, three tumour regions."""
-    return SwinUNETR(**_settings(in_channels, out_channels, width, merging, checkpointing))
+    return SwinUNETR(**_settings(in_channels, out_channels, width, merging, checkpointing, window))
 
 
 def swin_unetr_symmetry(
@@ -71,19 +73,23 @@ def swin_unetr_symmetry(
     layers: int = 1,
     dropout: float = 0.1,
     pre_norm: bool = False,
+    window: int = 7,
 ) -> SymmetrySwinUNETR:
     """Symmetry-aware Swin UNETR of sa-swin, 71,643,717 parameters as published."""
     attention = SymmetryAttention(16 * feature_size(width), layers, dropout=dropout, pre_norm=pre_norm)
-    return SymmetrySwinUNETR(attention, **_settings(in_channels, out_channels, width, merging, checkpointing))
+    return SymmetrySwinUNETR(
+        attention, **_settings(in_channels, out_channels, width, merging, checkpointing, window)
+    )
 
 
 def _settings(
-    in_channels: int, out_channels: int, width: float, merging: Merging, checkpointing: bool
+    in_channels: int, out_channels: int, width: float, merging: Merging, checkpointing: bool, window: int
 ) -> _Settings:
     return {
         "in_channels": in_channels,
         "out_channels": out_channels,
         "feature_size": feature_size(width),
+        "window_size": window,
         "downsample": look_up(MERGING, merging, "merging"),
         "use_checkpoint": checkpointing,
     }
