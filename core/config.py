@@ -21,6 +21,7 @@ from core.errors import UserError
 from core.lookup import did_you_mean
 from core.models.settings import encoder_of
 from core.run_settings import BeginSettings, RunSettings
+from core.settings_list import similar_settings
 from core.task_description import BRAIN_AGE
 from core.tasks import TASKS, find_task
 
@@ -194,7 +195,7 @@ def parse_changes(assignments: list[str], task: str | None = None) -> Settings:
             raise UserError(f"--set {assignment!r} has no '='; write --set optimiser.learning_rate=1e-3")
         path = path.strip()
         if path not in known:
-            raise UserError(f"unknown setting '{path}'; {did_you_mean(path, known)}")
+            raise UserError(_unknown(path, known))
         changes[path] = _parse_value(text.strip())
     return changes
 
@@ -289,13 +290,21 @@ def _explain(error: ValidationError, task: str) -> str:
         others = [name for name, each in TASKS.items() if path in _names_of(each.settings)]
         if others:
             return f"the task {task} has no setting '{path}' (it belongs to {', '.join(others)}); remove it"
-        return f"unknown setting '{path}'; {did_you_mean(path, known)}"
+        return _unknown(path, known)
     if first["type"] == "union_tag_invalid":
         key = str(first["ctx"]["discriminator"]).strip("'")
         choices = [tag.strip(" '") for tag in str(first["ctx"]["expected_tags"]).split(",")]
         return f"setting '{path}.{key}': unknown '{first['ctx']['tag']}'; {did_you_mean(first['ctx']['tag'], choices)}"
     message = first["msg"].removeprefix("Value error, ")
     return f"setting '{path}': {message[:1].lower()}{message[1:]}, got {first['input']!r}"
+
+
+def _unknown(path: str, known: frozenset[str]) -> str:
+    """What to say of a name that no setting has."""
+    similar = similar_settings(path, known)
+    if not similar:
+        return f"unknown setting '{path}'; `brainsweep settings WORD` finds what there is"
+    return f"unknown setting '{path}'; did you mean {' or '.join(repr(each) for each in similar)}?"
 
 
 def _setting_name(location: list[str], known: frozenset[str]) -> str:

@@ -143,7 +143,7 @@ class SgdSettings(_EveryOptimiser):
     """Stochastic gradient descent with momentum."""
 
     name: Literal["sgd"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="share of the last step that the next one keeps")
 
 
 OptimiserSettings = Annotated[AdamSettings | AdamWSettings | SgdSettings, Field(discriminator="name")]
@@ -152,7 +152,7 @@ OptimiserSettings = Annotated[AdamSettings | AdamWSettings | SgdSettings, Field(
 class TrainingSettings(Frozen):
     """The length of a run and the arithmetic of its steps."""
 
-    epochs: int = Field(50, ge=1)
+    epochs: int = Field(50, ge=1, description="passes over the training subjects of a cell")
     steps: int | None = Field(
         None,
         ge=1,

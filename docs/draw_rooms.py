@@ -32,6 +32,7 @@ DRAWN_WITH = {
     "core.own_grid": "core.tasks",
     "core.objectives": "core.evaluation",
     "core.run_settings": "core.config",
+    "core.settings_list": "core.config",
     "core.starts": "core.tasks",
     "core.task_description": "core.run_description",
     "core.run_access": "core.run_description",

@@ -19,7 +19,7 @@ from distributed.commands.cohorts import data
 from distributed.commands.using import using
 
 COHORTS = ["phantom", "ingest", "describe", "quality", "verify"]
-RUNS = ["train", "sweep", "demo", "resume", "report", "compare"]
+RUNS = ["train", "sweep", "demo", "resume", "report", "compare", "settings"]
 MODELS = ["evaluate", "predict", "explain", "derive"]
 COMMANDS = COHORTS + RUNS + MODELS
 

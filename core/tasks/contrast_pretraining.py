@@ -115,7 +115,9 @@ class ContrastSettings(PretrainingSettings):
     objective: Annotated[ConstrainedContrast | SimCLR | Anatomical, Field(discriminator="name")] = (
         ConstrainedContrast()
     )
-    warm_start: WarmStartSettings | None = None
+    warm_start: WarmStartSettings | None = Field(
+        None, description="a contrast of whole images before the constrained one; none: without"
+    )
     evaluation: DenseProbesSettings = DenseProbesSettings()
 
 

@@ -198,6 +198,20 @@ def compare(
     console.print(f"\nNext:\n  open {page}", highlight=False)
 
 
+@app.command(epilog="Example: brainsweep settings temperature")
+def settings(
+    word: Annotated[
+        str, typer.Argument(metavar="[WORD]", help="in the name or the meaning; all if absent")
+    ] = "",
+    task: Annotated[str | None, typer.Option(help="settings of this task only")] = None,
+) -> None:
+    """List what can be set: names, defaults, ranges, meanings, and which spaces search them."""
+    from distributed.commands.settings import in_words, settings_about
+
+    for line in in_words(settings_about(word, task)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line. An error that the user can solve is one line and exit code 2."""
     keep_freed_memory()
