@@ -10,7 +10,7 @@ TISSUE_RUN := runs/tissue-$(shell date +%Y%m%d-%H%M%S)
 ROOMS := $(patsubst %/__init__.py,%/*,$(sort $(wildcard core/*/__init__.py distributed/*/__init__.py))) \
 	core/*.py distributed/*.py search_spaces/*
 
-.PHONY: sweep sweep-tissue test one coverage campaign lint fix types bench
+.PHONY: sweep sweep-tissue test one coverage campaign docs lint fix types bench
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -58,6 +58,11 @@ coverage: .venv/.installed
 # Survival and populations for real: drivers, workers, nodes and disks that fail. Minutes each, on a quiet machine.
 campaign: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'campaign and not gpu'
+
+# The manual as a site, build/site/index.html, readable from the disk.
+docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

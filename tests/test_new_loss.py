@@ -1,4 +1,4 @@
-"""The example of the README: a loss in a file of the user is a full member of the family, without any other change."""
+"""The example of the manual: a loss in a file of the user is a full member of the family, without any other change."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from small_cohort import SMALL, write_small_cohort
 from core.files.python import defined_in
 from core.losses import LOSSES, build
 
-README = Path(__file__).parents[1] / "README.md"
+MANUAL = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
 @pytest.fixture
 def example(tmp_path):
-    """The README's code block, as the file that it says it is."""
-    text = README.read_text() if README.exists() else ""
+    """The code block of the manual, as the file that it says it is."""
+    text = MANUAL.read_text() if MANUAL.exists() else ""
     block = re.search(r"```python\n(# decoupled\.py.*?)```", text, re.DOTALL)
     if block is None:
-        pytest.skip("README.md has no example decoupled.py")
+        pytest.skip("the manual has no example decoupled.py")
     path = tmp_path / "decoupled.py"
     path.write_text(block[1])
     return path
@@ -49,7 +49,7 @@ def test_train_takes_it_from_the_file(example, brainsweep):
     assert "objective.bin_width" in err
 
 
-def test_the_example_of_the_readme(decoupled):
+def test_the_example_of_the_manual(decoupled):
     embeddings = torch.randn(5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     z = torch.nn.functional.normalize(embeddings, dim=-1)
     terms = []
