@@ -14,7 +14,7 @@ from distributed.run.quiet import quiet
 from search_spaces import SPACES, published
 from search_spaces.points import propose
 
-COLUMNS = ("name", "meaning", "default", "values", "of", "tasks", "searched by")
+COLUMNS = ("name", "default", "values", "meaning")
 DRAWS = 64
 """Random points of a space that show what it searches."""
 
@@ -68,14 +68,19 @@ def in_words(settings: Iterable[Setting]) -> Iterator[str]:
     spaces = searched_by()
     for setting in settings:
         yield f"{setting.name} = {setting.default}    ({setting.values})"
-        yield f"    {setting.meaning}" if setting.meaning else "    (its name says it)"
-        beside = [f"of {', '.join(setting.choices)}"] if setting.choices else []
-        if len(setting.tasks) < len(TASKS):
-            beside.append(f"tasks {', '.join(setting.tasks)}")
-        if searching := _spaces_of(setting, spaces):
-            beside.append(f"searched by {searching}")
-        if beside:
-            yield f"    {'; '.join(beside)}"
+        yield f"    {setting.meaning}"
+        if beside := _beside(setting, spaces):
+            yield f"    {beside}"
+
+
+def _beside(setting: Setting, spaces: Mapping[str, Sequence[str]]) -> str:
+    """With which choices and tasks a setting exists, and which spaces search it; empty if there is nothing to say."""
+    parts = [f"of {', '.join(setting.choices)}"] if setting.choices else []
+    if len(setting.tasks) < len(TASKS):
+        parts.append(f"{'task' if len(setting.tasks) == 1 else 'tasks'} {', '.join(setting.tasks)}")
+    if searching := _spaces_of(setting, spaces):
+        parts.append(f"searched by {searching}")
+    return "; ".join(parts)
 
 
 def as_page() -> str:
@@ -100,10 +105,9 @@ def as_page() -> str:
                 "| name | meaning | default | values | of | tasks | searched by |",
                 "|" + "---|" * 7,
             ]
+        beside = _beside(setting, spaces)
         cells = [
-            f"`{setting.name}`", setting.meaning, setting.default, setting.values, ", ".join(setting.choices),
-            "all" if len(setting.tasks) == len(TASKS) else ", ".join(setting.tasks),
-            _spaces_of(setting, spaces),
+            f"`{setting.name}`", setting.default, setting.values, setting.meaning + (f" *({beside})*" if beside else ""),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
