@@ -107,7 +107,8 @@ def as_page() -> str:
             ]
         beside = _beside(setting, spaces)
         cells = [
-            f"`{setting.name}`", setting.default, setting.values, setting.meaning + (f" *({beside})*" if beside else ""),
+            f"`{setting.name}`", setting.default, setting.values,
+            setting.meaning + (f" *({beside})*" if beside else ""),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
