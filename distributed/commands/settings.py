@@ -14,7 +14,6 @@ from distributed.run.quiet import quiet
 from search_spaces import SPACES, published
 from search_spaces.points import propose
 
-COLUMNS = ("name", "default", "values", "meaning")
 DRAWS = 64
 """Random points of a space that show what it searches."""
 
@@ -98,13 +97,7 @@ def as_page() -> str:
     for setting in list_settings():
         if setting.name.split(".")[0] != block:
             block = setting.name.split(".")[0]
-            lines += [
-                "",
-                f"## {block}",
-                "",
-                "| name | meaning | default | values | of | tasks | searched by |",
-                "|" + "---|" * 7,
-            ]
+            lines += ["", f"## {block}", "", "| name | default | values | meaning |", "|---|---|---|---|"]
         beside = _beside(setting, spaces)
         cells = [
             f"`{setting.name}`", setting.default, setting.values,
