@@ -111,11 +111,16 @@ def test_a_bad_line_costs_itself_only(tmp_path, reason):
     assert all("\n" not in reject.reason for reject in listing.rejects)
 
 
+def leaks_in(listing):
+    """The notes, without those about columns."""
+    return tuple(note for note in listing.notes if "looked for" not in note)
+
+
 def test_one_image_under_two_names_is_pointed_out(tmp_path):
     image(tmp_path / "a.nii")
     listing = list_scans(text(tmp_path / "list.csv", "subject,path,age", "x,a.nii,30", "y,a.nii,31"))
     assert len(listing.scans) == 2
-    assert listing.notes == ("LEAK: 1 images belong to more than one subject, such as a.nii (x, y)",)
+    assert leaks_in(listing) == ("LEAK: 1 images belong to more than one subject, such as a.nii (x, y)",)
 
 
 def test_a_subject_in_two_folds_is_pointed_out(tmp_path):
@@ -123,7 +128,7 @@ def test_a_subject_in_two_folds_is_pointed_out(tmp_path):
         image(tmp_path / f"{name}.nii", ord(name))
     lines = ["x,1,a.nii,30,0", "x,2,b.nii,31,1", "y,1,c.nii,30,2", "y,2,d.nii,31,2"]
     listing = list_scans(text(tmp_path / "list.csv", "subject,session,path,age,fold", *lines))
-    assert listing.notes == ("LEAK: 1 subjects are in more than one fold or list: x (fold 0, fold 1)",)
+    assert leaks_in(listing) == ("LEAK: 1 subjects are in more than one fold or list: x (fold 0, fold 1)",)
     assert [scan.extra["fold"] for scan in listing.scans] == [0, 1, 2, 2]
 
 

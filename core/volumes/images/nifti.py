@@ -30,6 +30,10 @@ Affine = npt.NDArray[np.float64]
 
 MAX_VOXELS = 2**29  # 2 GB of float32; a whole head at 0.4 mm has a tenth of it
 VOXEL_EDGES = (0.05, 50.0)  # mm: outside, the unit is wrong or the header damaged
+DECLARED_EDGES = (0.001, 50.0)
+"""The same where the header itself declares metres or micrometres."""
+MILLIMETRES = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
+"""What a header's unit of length is in mm; most tools that write none mean mm."""
 # nibabel's own logger would print small faults of headers without naming the file
 _LOGGER = logging.getLogger(__name__)
 _LOGGER.addHandler(logging.NullHandler())
@@ -73,6 +77,8 @@ def read_volume(
 ) -> tuple[Volume, Affine]:
     """Voxels (X, Y, Z) float32, slope and intercept applied, and the affine (4, 4) from voxel to mm.
 
+    A header may declare metres or micrometres; without a unit its numbers are mm.
+
     The axes are flipped and swapped, never interpolated, so that X runs as nearly as possible from left
     to right, Y to the front and Z up (canonical RAS); an oblique affine stays oblique. Raises UserError,
     naming the file, for anything that is not one finite 3D volume with a usable affine, nor constant unless
@@ -87,7 +93,7 @@ def read_volume(
 
 
 def read_geometry(path: str | Path, frame: int | None = None) -> tuple[tuple[int, int, int], Affine]:
-    """Shape and affine as stored, from the header alone; the same UserErrors for them as `read_volume`."""
+    """Shape as stored and the affine in mm, from the header alone; the same UserErrors as `read_volume`."""
     stored = _open(Path(path), frame)
     return stored.shape, stored.affine
 
@@ -126,8 +132,10 @@ def _open(path: Path, frame: int | None) -> _Stored:
         header = _header(path, beginning)
         shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
         affine = np.asarray(header.get_best_affine(), np.float64)
+        unit = _unit_of(header)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+    affine[:3] *= MILLIMETRES[unit]
     if offset < header.single_vox_offset:
         raise UserError(f"{path} places its voxels at byte {offset}, inside its header; correct vox_offset")
     sides = _checked_shape(path, tuple(int(side) for side in shape), dtype, frame)
@@ -139,7 +147,7 @@ def _open(path: Path, frame: int | None) -> _Stored:
             f"{size:,}; it is truncated or its header is damaged"
         )
     _check_ratio(path, size, 4 * math.prod(sides))
-    _check_affine(path, affine)
+    _check_affine(path, affine, unit)
     return _Stored(header, sides, affine, is_packed, claimed, frame)
 
 
@@ -209,17 +217,29 @@ def _check_ratio(path: Path, size: int, unpacked: int) -> None:
         )
 
 
-def _check_affine(path: Path, affine: Affine) -> None:
+def _unit_of(header: nib.Nifti1Header) -> str:
+    """The unit of length that a header declares: unknown if its code is none of the format's."""
+    try:
+        unit = str(header.get_xyzt_units()[0])
+    except KeyError:
+        return "unknown"
+    return unit if unit in MILLIMETRES else "unknown"
+
+
+def _check_affine(path: Path, affine: Affine, unit: str) -> None:
     if not np.isfinite(affine).all():
         raise UserError(f"{path} has an affine with values that are not numbers; correct its header")
     edges = np.linalg.norm(affine[:3, :3], axis=0)
     # volume of the voxel over that of a box with its edges: 1 for right angles, 0 for a flat voxel
     if edges.min() == 0 or abs(np.linalg.det(affine[:3, :3] / edges)) < 1e-3:
         raise UserError(f"{path} has a singular affine {affine[:3].tolist()}; its axes must span space")
-    if edges.min() < VOXEL_EDGES[0] or edges.max() > VOXEL_EDGES[1]:
+    is_declared = MILLIMETRES[unit] != 1
+    least, most = DECLARED_EDGES if is_declared else VOXEL_EDGES
+    if edges.min() < least or edges.max() > most:
+        why = f"its header says {unit}; is that wrong?" if is_declared else "is the unit of length wrong?"
         raise UserError(
             f"{path} has voxels of {' x '.join(f'{edge:g}' for edge in edges)} mm; edges must be "
-            f"{VOXEL_EDGES[0]:g} to {VOXEL_EDGES[1]:g} mm (is the unit of length wrong?)"
+            f"{least:g} to {most:g} mm ({why})"
         )
 
 

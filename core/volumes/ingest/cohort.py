@@ -42,6 +42,8 @@ from core.volumes.sources import Listing, Reject, Scan, read_image_geometry
 
 REQUEST = "request.json"
 LOW_COVERAGE = 0.95
+PLAUSIBLE_LITRES = (0.2, 8.0)
+"""Of what is not background: from the brain of a newborn to a head with its neck."""
 MOST_VOLUMES, FEWEST_VOLUMES, ENOUGH_SHARDS = 256, 4, 32
 
 OnProgress = Callable[[int, int, str], None]
@@ -293,11 +295,18 @@ def _check_room(out: Path, scans: int, description: CohortDescription) -> None:
 
 
 def _notes(cohort: Cohort) -> tuple[str, ...]:
-    cut = cohort.manifest[cohort.manifest["coverage"] < LOW_COVERAGE]
-    if cut.empty:
-        return ()
-    worst = cut.sort_values("coverage").iloc[0]
-    return (
-        f"{len(cut)} of {len(cohort)} brains reach out of the grid, most of all {worst['subject']} "
-        f"({worst['coverage']:.0%} inside); are the images brain-extracted, and is the grid large enough?",
-    )
+    manifest, notes = cohort.manifest, []
+    cut = manifest[manifest["coverage"] < LOW_COVERAGE]
+    if not cut.empty:
+        worst = cut.sort_values("coverage").iloc[0]
+        notes.append(
+            f"{len(cut)} of {len(cohort)} brains reach out of the grid, most of all {worst['subject']} "
+            f"({worst['coverage']:.0%} inside); are the images brain-extracted, and is the grid large enough?"
+        )
+    litres = float(manifest["brain_ml"].median()) / 1000
+    if not PLAUSIBLE_LITRES[0] <= litres <= PLAUSIBLE_LITRES[1]:
+        notes.append(
+            f"half of the brains have {litres:.3g} litres or more; a human one has 1 to 2, a whole head 4 to 6: is the "
+            "unit of length, or the mask, right?"
+        )
+    return tuple(notes)

@@ -28,6 +28,8 @@ SAME_GRID = (
     0.1  # of a voxel: largest distance between the corners of two maps of one grid; tools round affines
 )
 MOST_CLASSES = np.iinfo(np.int16).max
+FULL, OVERSHOOT = 255, 0.2
+"""The largest number of a mask in whole numbers; by how much of it an interpolated one may go beyond 0 and it."""
 UNKNOWN = -1
 """In a map of classes: nobody knows. A training ignores it, and nothing is compared there."""
 
@@ -136,9 +138,10 @@ def _first_image(scan: Scan, preprocessing: Preprocessing) -> tuple[Image, Mask]
             )
         stored = Image(*read_image(scan.mask, may_be_constant=True))
         _check_grid(scan.mask, "mask", stored, scan.images[0], image)
-        mask = stored.voxels != 0
-        if not mask.any():
-            raise UserError(f"{_name(scan.mask)} is empty: every voxel is 0")
+        try:
+            mask = mask_of(stored.voxels)
+        except UserError as error:
+            raise UserError(f"{_name(scan.mask)} {error}") from None
         if not image.voxels[mask].any():
             raise UserError(
                 f"{_name(scan.mask)}: the image is 0 everywhere inside this mask; do they belong together?"
@@ -148,6 +151,34 @@ def _first_image(scan: Scan, preprocessing: Preprocessing) -> tuple[Image, Mask]
             f"{_name(scan.images[0])}: no voxel is above the lower end of {preprocessing.intensity}"
         )
     return image, mask
+
+
+def mask_of(voxels: Volume) -> Mask:
+    """Where a mask (X, Y, Z) is brain: a binary one, or one of probabilities up to 1 or 255, at half of that.
+
+    A mask that was interpolated is one of probabilities: its rim is wide, far from the brain it may hold traces, and a
+    spline overshoots 0 and 1. Numbers up to 255 may as well be labels: of a mask most lie above the half.
+
+    Raises:
+        UserError: it is empty, or no mask; the message has no name.
+    """
+    values = np.unique(voxels)
+    low, high = float(values[0]) + 0.0, float(values[-1]) + 0.0
+    if low == high == 0:
+        raise UserError("is empty: every voxel is 0")
+    if low == 0 and len(values) == 2:
+        return np.asarray(voxels != 0)
+    if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        return np.asarray(voxels >= 0.5)
+    if low >= -OVERSHOOT * FULL and high <= (1 + OVERSHOOT) * FULL:
+        is_whole = bool((values == np.rint(values)).all())
+        within = voxels >= FULL / 2
+        if 2 * np.count_nonzero(within) > np.count_nonzero(voxels >= (1 if is_whole else FULL / 10)):
+            return np.asarray(within)
+    raise UserError(
+        f"is no mask: it has {len(values)} values from {low:g} to {high:g}, and a mask has 0 and one other, or 0 to 1 "
+        "or 0 to 255 with brain from half of that; of labels make one, such as labels > 0"
+    )
 
 
 def _place(

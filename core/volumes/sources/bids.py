@@ -200,8 +200,9 @@ def _notes(
 ) -> Iterator[str]:
     if not people.files:
         yield f"there is no {PARTICIPANTS}: ages, sexes and sites are unknown"
-    elif wanted.age_column and people.age_column is None:
+    elif wanted.age_column and people.columns.age is None:
         yield f"{people.files[0].name} has no column '{wanted.age_column}': ages are unknown"
+    yield from people.columns.notes
     if unused := {kind: count for kind, count in kinds.items() if kind in MAPS and kind not in needed}:
         yield f"maps that are there but were not asked for: {listed(unused)}"
     sessions: dict[str, set[str]] = defaultdict(set)
@@ -209,7 +210,7 @@ def _notes(
         if scan.subject not in people.visits:
             sessions[scan.subject].add(scan.session.split("_run-")[0])
     same_age = [subject for subject, visits in sessions.items() if len(visits) > 1]
-    if same_age and people.age_column:
+    if same_age and people.columns.age:
         yield (
             f"{len(same_age)} subjects have one age for several sessions, such as {same_age[0]}; "
             "sessions.tsv can hold the age at each visit"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from core.errors import UserError
 from core.volumes.sources.labels import (
+    Columns,
     Labels,
     Wanted,
-    age_column_of,
+    columns_of,
     known_text,
     labels_of,
     need_columns,
@@ -35,7 +36,7 @@ class People:
     """Rows of participants.tsv by subject; None where there is no such table."""
     visits: dict[str, dict[str, dict[str, str]]]
     """Rows of sessions.tsv by subject and session."""
-    age_column: str | None
+    columns: Columns
     numeric: frozenset[str]
     files: tuple[Path, ...]
     faults: dict[str, str]
@@ -56,12 +57,11 @@ class People:
             raise UserError(fault)
         row = {**self._person(subject, session)}
         visits = self.visits.get(subject, {})
-        if self.age_column and any(known_text(visit.get(self.age_column, "")) for visit in visits.values()):
-            row[self.age_column] = ""  # the age at another visit would be wrong for this one
+        age = self.columns.age
+        if age and any(known_text(visit.get(age, "")) for visit in visits.values()):
+            row[age] = ""  # the age at another visit would be wrong for this one
         row |= {name: value for name, value in visits.get(session, {}).items() if known_text(value)}
-        return labels_of(
-            row, age_column=self.age_column, numeric=self.numeric, own=OWN, prefix="participants_"
-        )
+        return labels_of(row, columns=self.columns, numeric=self.numeric, own=OWN, prefix="participants_")
 
     def _person(self, subject: str, session: str) -> dict[str, str]:
         if self.participants is None:
@@ -79,7 +79,7 @@ def read_people(source: Path, folders: Iterable[Path], wanted: Wanted) -> People
     """The tables of `source` and of its subjects' `folders`.
 
     UserError where a table about all subjects cannot be used; the fault of a table about one subject is kept
-    for that subject. Where no table has ages, `age_column` of the result is None.
+    for that subject. Where no table has ages, `columns.age` of the result is None.
     """
     files = []
     participants: Rows | None = None
@@ -99,13 +99,14 @@ def read_people(source: Path, folders: Iterable[Path], wanted: Wanted) -> People
             faults[subject] = str(error)
     rows = [row for group in (participants or {}).values() for row in group]
     sessions = [row for group in visits.values() for row in group.values()]
-    age_column = wanted.age_column
-    if files and not any(age_column in row for row in sessions):
-        age_column = age_column_of(files[0], rows or sessions, wanted)
+    columns = Columns(None)
+    if files:
+        names = dict.fromkeys(name for row in [*rows, *sessions] for name in row)
+        columns = columns_of(files[0], names, wanted, [path.with_suffix(".json") for path in files])
     return People(
         participants,
         dict(visits),
-        age_column if files else None,
+        columns,
         frozenset(number_columns([*rows, *sessions])),
         tuple(files),
         faults,

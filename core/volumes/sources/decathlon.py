@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from core.errors import UserError
 from core.volumes.sources.arrays import MNI_NOTE, array_file
 from core.volumes.sources.files import NIFTI, checked_file, digest_of, is_file, stem
 from core.volumes.sources.json_list import Entry, leaks, read_json_list
-from core.volumes.sources.labels import Wanted, known_text, labels_of, number_columns
+from core.volumes.sources.labels import Wanted, columns_of, known_text, labels_of, number_columns
 from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
 
 FOLDERS = (".", "imagesTr", "imagesTs", "labelsTr")
@@ -31,9 +32,8 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
     source = source / "dataset.json" if source.is_dir() else source
     content = read_json_list(source)
     channels = wanted.channels or content.channels or _numbered(source, content.entries)
-    age_column = (
-        wanted.age_column if any(wanted.age_column in entry.values for entry in content.entries) else None
-    )
+    names = dict.fromkeys(name for entry in content.entries for name in entry.values)
+    columns = columns_of(source, names, replace(wanted, is_age_asked=False))
     numeric = number_columns(
         {key: value for key, value in entry.values.items() if not value.endswith(ENDINGS)}
         for entry in content.entries
@@ -53,13 +53,14 @@ def list_decathlon(source: Path, wanted: Wanted) -> Listing:
             found = {name: file for name in maps if (file := _map(folder, entry, name, bool(wanted.maps)))}
             mask = _mask(folder, entry, wanted.mask)
             own = OWN | found.keys() | ({wanted.mask or "mask"} if mask else set())
-            labels = labels_of(entry.values, age_column=age_column, numeric=numeric, own=own, prefix="list_")
+            labels = labels_of(entry.values, columns=columns, numeric=numeric, own=own, prefix="list_")
             scans[entry.subject, session] = Scan(entry.subject, files, session, found, mask, *labels)
         except UserError as error:
             first = entry.images[0] if entry.images else ""
             rejects.append(Reject(entry.subject, first, f"{entry.where}: {error}"))
     notes = list(leaks(content.entries))
-    if wanted.age_column and not age_column:
+    notes += [note for note in columns.notes if "is taken for" in note]
+    if wanted.age_column and not columns.age:
         notes.append(f"no entry has '{wanted.age_column}': ages are unknown")
     if any(file.path.suffix == ".npy" for scan in scans.values() for file in scan.images):
         notes.append(MNI_NOTE)

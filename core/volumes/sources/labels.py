@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,18 @@ NO_VALUE = "n/a"
 UNKNOWN = {"", NO_VALUE, "na", "nan", "none", "null"}
 SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}
 OLDEST = 130.0  # years
+SYNONYMS = {
+    "age": ("age in years", "age years", "age at scan", "scan age"),
+    "sex": ("gender", "biological sex"),
+    "site": ("site id", "site name", "scan site", "acquisition site", "center", "centre", "scanner"),
+}
+"""What people call the columns that mean something here; case, spaces and underscores do not matter."""
+PER_YEAR = {"year": 1.0, "month": 12.0, "week": 365.25 / 7, "day": 365.25}
+UNITS = {
+    "y": "year", "yr": "year", "yo": "year", "year": "year", "m": "month", "mo": "month", "mth": "month",
+    "month": "month", "w": "week", "wk": "week", "week": "week", "d": "day", "day": "day",
+}  # fmt: skip
+"""Units of an age, without a plural s."""
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 
 RESERVED = {"row", *COLUMNS}
@@ -62,9 +75,9 @@ class Labels(NamedTuple):
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a table as text: comma-separated for .csv, otherwise tab-separated; UTF-8, names in the first line.
 
-    Byte order marks, CRLF, blank lines and lines cut short after the last known value are fine (the rest
-    is ""). UserError for what would have to be guessed: another encoding or separator, two columns of one
-    name, a line with too many fields; and for a table that is empty or cannot be read.
+    Byte order marks, CRLF, blank lines, lines cut short after the last known value (the rest is "") and empty fields
+    behind the last column are fine. UserError for what would have to be guessed: another encoding or separator, two
+    columns of one name, a line with too many fields; and for a table that is empty or cannot be read.
     """
     separator = "," if path.suffix.lower() == ".csv" else "\t"
     reader = csv.reader(io.StringIO(_decoded(path), newline=""), delimiter=separator, strict=True)
@@ -77,6 +90,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
             if not names:
                 names = _checked_names(path, fields, separator)
                 continue
+            while len(fields) > len(names) and not fields[-1].strip():
+                # A spreadsheet's empty columns.
+                fields.pop()
             if len(fields) > len(names):
                 raise UserError(
                     f"{path} line {reader.line_num} has {len(fields)} fields, but there are "
@@ -102,14 +118,81 @@ def need_columns(path: Path, rows: list[dict[str, str]], needed: Iterable[str], 
             )
 
 
-def age_column_of(path: Path, rows: list[dict[str, str]], wanted: Wanted) -> str | None:
-    """The column with ages; None if the table has none of its name, unless the user has named it: then a UserError."""
-    column = wanted.age_column
-    if column is not None and column not in rows[0] and not wanted.is_age_asked:
-        return None
-    if column is not None:
-        need_columns(path, rows, [column], " (or name another with --age-column)")
-    return column
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that hold what is known of a scan."""
+
+    age: str | None
+    """None: no ages."""
+    sex: str = "sex"
+    site: str = "site"
+    per_year: float = 1.0
+    """How many units of the ages make a year."""
+    notes: tuple[str, ...] = ()
+    """What was taken for what, and what was not found."""
+
+
+def columns_of(path: Path, names: Collection[str], wanted: Wanted, sidecars: Sequence[Path] = ()) -> Columns:
+    """Which columns hold age, sex and site: those of these names, else those of names that mean the same.
+
+    Args:
+        path: the table, for messages.
+        names: its columns.
+        wanted: with the column of ages that the user named, which must be there, or the usual one.
+        sidecars: JSON files that may declare the unit of a column, as BIDS has them.
+
+    Raises:
+        UserError: the column that the user named is not there, or ages have a unit that is not understood.
+    """
+    notes, found = [], dict[str, str | None]()
+    for meaning in ("age", "sex", "site"):
+        asked = wanted.age_column if meaning == "age" else meaning
+        found[meaning] = asked if asked in names else None
+        if meaning == "age" and asked is not None and wanted.is_age_asked:
+            need_columns(path, [dict.fromkeys(names, "")], [asked], " (or name another with --age-column)")
+        # Another name for the ages is the user's own.
+        if found[meaning] is None and asked == meaning:
+            same = [name for name in names if _plain(name) in map(_plain, (meaning, *SYNONYMS[meaning]))]
+            if same:
+                found[meaning] = same[0]
+                others = f" ({', '.join(map(repr, same[1:]))} mean the same, and are not)" if same[1:] else ""
+                notes.append(f"{path.name}: column '{same[0]}' is taken for {meaning}{others}")
+    if absent := [meaning for meaning in ("sex", "site") if found[meaning] is None]:
+        looked = ", ".join(name for meaning in absent for name in (meaning, *SYNONYMS[meaning]))
+        notes.append(f"{path.name} has no {' and no '.join(absent)}; looked for {looked}")
+    per_year = 1.0
+    if (age := found["age"]) is not None:
+        unit, declared_by = _unit_of(age, sidecars)
+        per_year = PER_YEAR[unit]
+        if unit != "year":
+            notes.append(f"{declared_by}: ages are in {unit}s, and are brought to years")
+    return Columns(age, found["sex"] or "sex", found["site"] or "site", per_year, tuple(notes))
+
+
+def _unit_of(column: str, sidecars: Sequence[Path]) -> tuple[str, str]:
+    """The unit of a column of ages, and what declares it: a sidecar, or its name; years if nothing does."""
+    for path in sidecars:
+        try:
+            about = json.loads(path.read_text(encoding="utf-8-sig")).get(column) if path.is_file() else None
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path} cannot be read as JSON ({error}), and may declare the unit of ages"
+            ) from None
+        text = about.get("Units", about.get("units")) if isinstance(about, dict) else None
+        if isinstance(text, str) and text.strip():
+            unit = UNITS.get(text.strip().lower().removesuffix("s"))
+            if unit is None:
+                raise UserError(
+                    f"{path}: '{column}' has the unit '{text}'; years, months, weeks or days are understood"
+                )
+            return unit, path.name
+    words = [word.removesuffix("s") for word in re.findall(r"[a-z]{3,}", column.lower())]
+    return next((UNITS[word] for word in words if word in UNITS), "year"), f"column '{column}'"
+
+
+def _plain(name: str) -> str:
+    """A name without what people write differently: case, spaces, underscores, points."""
+    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def number_columns(rows: Iterable[Row]) -> set[str]:
@@ -123,32 +206,37 @@ def number_columns(rows: Iterable[Row]) -> set[str]:
 
 
 def labels_of(
-    row: Row, *, age_column: str | None, numeric: Collection[str], own: Collection[str], prefix: str
+    row: Row, *, columns: Columns, numeric: Collection[str], own: Collection[str], prefix: str
 ) -> Labels:
     """Age, sex and site of a row, and its further columns: all but those and `own`.
 
     `numeric` columns become floats, NaN where unknown; a column named like one of the manifest's gets
     `prefix`. An age that is not there is NaN; UserError for one that is impossible.
     """
-    sex = known_text(row.get("sex", ""))
-    age = math.nan if age_column is None else age_of(row.get(age_column, ""))
+    sex = known_text(row.get(columns.sex, ""))
+    age = math.nan if columns.age is None else age_of(row.get(columns.age, ""), columns.per_year)
     extra: dict[str, str | float] = {
         (f"{prefix}{name}" if name in RESERVED else name): (
             _number(value) if name in numeric else known_text(value)
         )
         for name, value in row.items()
-        if name not in {"sex", "site", age_column, *own}
+        if name not in {columns.sex, columns.site, columns.age, *own}
     }
-    return Labels(age, SEXES.get(sex.lower(), sex), known_text(row.get("site", "")), extra)
+    return Labels(age, SEXES.get(sex.lower(), sex), known_text(row.get(columns.site, "")), extra)
 
 
-def age_of(value: str | float) -> float:
-    """Age in years, NaN where it is not known; UserError unless it is a number above 0 and below 130."""
+def age_of(value: str | float, per_year: float = 1.0) -> float:
+    """Age in years, NaN where it is not known; UserError unless it is a number above 0 and below 130 years.
+
+    Args:
+        value: as it stands in the table.
+        per_year: how many of its units make a year.
+    """
     text = known_text(str(value))
     if not text:
         return math.nan
     try:
-        age = float(text)
+        age = float(text) / per_year
     except ValueError:
         raise UserError(f"age '{text}' is not a number of years") from None
     if not (math.isfinite(age) and 0 < age < OLDEST):

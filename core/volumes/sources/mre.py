@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.volumes.sources.arrays import MNI_NOTE, mni_affine, read_header, read_values, volumes_in
 from core.volumes.sources.choose import chosen_channels
 from core.volumes.sources.files import checked_folder, digest_of, files_below, name_in, stem
-from core.volumes.sources.labels import Wanted, labels_of, plain_id
+from core.volumes.sources.labels import Columns, Wanted, labels_of, plain_id
 from core.volumes.sources.listing import ImageFile, Listing, Reject, Scan
 
 VOLUMES = ("stiffness", "dr", "T1")
@@ -97,7 +97,7 @@ def _read_study(
             if times[key] > 1:
                 raise UserError(f"{subject} is listed {times[key]} times in {study.files['id'].name}")
             labels = labels_of(
-                {**texts, "site": study.name}, age_column="age" if age_column else None, numeric=numeric,
+                {**texts, "site": study.name}, columns=Columns("age" if age_column else None), numeric=numeric,
                 own=("id", "age"), prefix="mre_",
             )  # fmt: skip
             images = tuple(ImageFile(study.files[role], row, grids[role]) for role in channels)

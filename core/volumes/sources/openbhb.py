@@ -27,8 +27,9 @@ from core.volumes.sources.arrays import (
 from core.volumes.sources.choose import chosen_channels, listed
 from core.volumes.sources.files import checked_folder, digest_of, files_below, name_in
 from core.volumes.sources.labels import (
+    Columns,
     Wanted,
-    age_column_of,
+    columns_of,
     known_name,
     known_text,
     labels_of,
@@ -89,7 +90,7 @@ def list_openbhb(source: Path, wanted: Wanted) -> Listing:
     paths = [path for path, kind in kinds.items() if kind == channels[0]]
     volumes, id_files = _volumes(source, paths)
     tables = [path for path in files_below(source, (".tsv", ".csv")) if "participants" in path.name]
-    people, age_column = _read_people(source, tables, wanted)
+    people, columns = _read_people(source, tables, wanted)
     numeric = number_columns(person.row for person in people.values())
     times = Counter(volume.subject for volume in volumes)
     scans: list[Scan] = []
@@ -108,12 +109,12 @@ def list_openbhb(source: Path, wanted: Wanted) -> Listing:
                 raise UserError(person.fault)
             row = {**person.row, SPLIT: known_text(person.row.get(SPLIT, "")) or volume.part}
             labels = labels_of(
-                row, age_column=age_column, numeric=numeric - {SPLIT}, own=OWN, prefix="participants_"
+                row, columns=columns, numeric=numeric - {SPLIT}, own=OWN, prefix="participants_"
             )
             scans.append(Scan(name, (volume.file,), "", {}, None, *labels))
         except UserError as error:
             rejects.append(Reject(name, name_in(source, volume.file.path), str(error)))
-    notes = [MNI_NOTE]
+    notes = [MNI_NOTE, *columns.notes]
     if absent := sorted(people.keys() - times.keys()):
         notes.append(
             f"{len(absent)} of {len(people)} participants have no volume here, such as sub-{absent[0]}"
@@ -207,10 +208,8 @@ def _read_ids(path: Path) -> list[object]:
     return ids
 
 
-def _read_people(
-    source: Path, tables: Sequence[Path], wanted: Wanted
-) -> tuple[dict[str, Person], str | None]:
-    """The labels of each subject in the tables, by `plain_id`, and the column with ages if there is one."""
+def _read_people(source: Path, tables: Sequence[Path], wanted: Wanted) -> tuple[dict[str, Person], Columns]:
+    """The labels of each subject in the tables, by `plain_id`, and the columns that hold them."""
     if not tables:
         raise UserError(f"{source} has no participants.tsv, so ages and sites are unknown")
     people: dict[str, Person] = {}
@@ -229,7 +228,8 @@ def _read_people(
                 continue  # its volume is rejected for having no row
             seen[key] += 1
             people[key] = _merged(people.get(key), Person(written, row), path.name, seen[key])
-    return people, age_column_of(tables[0], [columns], wanted)
+    sidecars = [path.with_suffix(".json") for path in tables]
+    return people, columns_of(tables[0], columns, wanted, sidecars)
 
 
 def _merged(known: Person | None, new: Person, table: str, times: int) -> Person:

@@ -11,7 +11,7 @@ from core.volumes.sources.arrays import MNI_NOTE, array_file
 from core.volumes.sources.files import NIFTI, checked_file, digest_of
 from core.volumes.sources.labels import (
     Wanted,
-    age_column_of,
+    columns_of,
     known_name,
     known_text,
     labels_of,
@@ -46,7 +46,7 @@ def list_table(source: Path, wanted: Wanted) -> Listing:
     maps = wanted.maps or ((found,) if found else ())
     mask = wanted.mask or _column_of_paths(rows, "mask")
     need_columns(source, rows, [column for column in (*paths, *maps, mask) if column])
-    age_column = age_column_of(source, rows, wanted)
+    columns = columns_of(source, rows[0], wanted, [source.with_suffix(".json")])
     own = {column for column in (subject_column, SESSION_COLUMN, *paths, *maps, mask) if column}
     numeric, folder = number_columns(rows), wanted.root or source.parent
     keys = Counter(_key(row, subject_column) for row in rows)
@@ -63,7 +63,7 @@ def list_table(source: Path, wanted: Wanted) -> Listing:
                     session,
                     {name: _image(folder, row, name) for name in maps if known_text(row[name])},
                     _image(folder, row, mask) if mask else None,
-                    *labels_of(row, age_column=age_column, numeric=numeric, own=own, prefix="table_"),
+                    *labels_of(row, columns=columns, numeric=numeric, own=own, prefix="table_"),
                 )
             )
         except UserError as error:
@@ -71,7 +71,8 @@ def list_table(source: Path, wanted: Wanted) -> Listing:
     arrays = any(file.path.suffix == ".npy" for scan in scans for file in scan.images)
     channels = wanted.channels or ("image",)
     notes = [MNI_NOTE] if arrays else []
-    if wanted.age_column and age_column is None:
+    notes += columns.notes
+    if wanted.age_column and columns.age is None:
         notes.append(f"the table has no column '{wanted.age_column}': ages are unknown")
     for column in FOLD_COLUMNS:
         folds = [(_key(row, subject_column)[0], known_text(row.get(column, ""))) for row in rows]
