@@ -194,7 +194,10 @@ def test_a_terminator_that_cannot_judge_is_refused(name, objectives, shared, mes
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_what_is_left_is_shown_live_in_a_terminal_and_in_a_line_per_trial_elsewhere(is_terminal):
-    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
+    # As that of the commands: brackets are text, and colours are none of it.
+    console = Console(
+        file=io.StringIO(), force_terminal=is_terminal, width=120, markup=False, color_system=None
+    )
     budget = Budget(seconds=60.0, accelerator_hours=2.0, unit="GPU", used={"0000": 3600.0})
     display = Display(console, 5, 2, budget, MAE["mae"])
     settings = {"objective": {"name": "supcon"}}
@@ -210,6 +213,7 @@ def test_what_is_left_is_shown_live_in_a_terminal_and_in_a_line_per_trial_elsewh
         console.print(display._render())
         shown = console.file.getvalue()
         assert "left: 4 trials, 60 s, 1 GPU-hours" in shown
+        assert "[" not in shown.replace("\x1b[", "")
         assert "best 4.25 years (trial 0000)" in shown
     else:
         expected = (

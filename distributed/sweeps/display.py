@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -134,8 +135,7 @@ class Display(tune.Callback):
 
     def _say(self, line: str) -> None:
         """A line where nobody sees the live display."""
-        plain = line.replace("[dim]", "").replace("[/dim]", "")
-        self.console.print(plain, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
         self.said_at = time.monotonic()
 
     def _is_best(self, value: float) -> bool:
@@ -159,14 +159,14 @@ class Display(tune.Callback):
         table = Table.grid(padding=(0, 2))
         table.add_row(self.overall)
         if not self.slots:
-            table.add_row("[dim]starting the slots …[/dim]" if not self.done else "")
+            table.add_row(Text("starting the slots …" if not self.done else "", style="dim"))
         for slot in list(self.slots.values()):
-            table.add_row(self._slot_line(slot))
+            table.add_row(Text(self._slot_line(slot)))
         trials = max(0, self.trials - self.done)
         left = [f"{trials} trials", *self.budget.remaining()]
-        table.add_row(f"[dim]left: {', '.join(left)}[/dim]")
+        table.add_row(Text(f"left: {', '.join(left)}", style="dim"))
         if self.budget.unlikely:
-            table.add_row("[dim]further improvement is unlikely: no new trials[/dim]")
+            table.add_row(Text("further improvement is unlikely: no new trials", style="dim"))
         return table
 
     def _slot_line(self, slot: _Busy) -> str:
@@ -174,7 +174,7 @@ class Display(tune.Callback):
         settings = flatten(assignment["settings"])
         what = describe({name: settings[name] for name in settings.keys() & {"objective.name"}})
         if not answer:
-            return f"  {assignment['name']}  {what}  [dim]first epoch …[/dim]"
+            return f"  {assignment['name']}  {what}  first epoch …"
         where = "refit" if answer["fold"] == HOLDOUT else f"fold {answer['fold']}"
         value = answer.get("value", math.nan)
         shown = "" if math.isnan(value) else f"  {self._value(value)}"
