@@ -332,6 +332,35 @@ def test_people_without_a_class_are_divided_by_themselves_however_that_is_writte
         make_splits(table.assign(kind=" "), 5, by="kind")
 
 
+def test_the_area_of_several_refits_is_their_mean_and_its_interval_draws_people():
+    """The number of the table, mean over seeds, and its interval belong together; against scikit-learn."""
+    draws, people = np.random.default_rng(2), 40
+    truth = np.array(["a", "b"])[np.arange(people) % 2]
+    signal = (truth == "a") * 0.6 + draws.normal(0, 1, people)
+    tables = []
+    for seed in range(3):
+        score = 1 / (1 + np.exp(-signal - draws.normal(0, 1, people)))
+        of_seed = {"subject": [f"{row:02d}" for row in range(people)], "truth": truth, "seed": seed}
+        tables.append(pd.DataFrame({**of_seed, "p_a": score, "p_b": 1 - score, "predicted": "b"}))
+    table = pd.concat(tables, ignore_index=True)
+    areas = [roc_auc_score(each["truth"] == "a", each["p_a"]) for each in tables]
+    assert pooled_auc(table) == pytest.approx(np.mean(areas))
+    ensemble = pooled_auc(table.drop(columns="seed"))
+    assert ensemble > np.mean(areas) + 0.02
+    low, high = auc_interval(table, 0.95)
+    assert low < np.mean(areas) < high
+    drawn = []
+    for _ in range(600):
+        chosen = np.concatenate([draws.choice(np.flatnonzero(truth == name), 20) for name in ("a", "b")])
+        drawn.append(
+            np.mean([roc_auc_score(truth[chosen] == "a", each["p_a"].to_numpy()[chosen]) for each in tables])
+        )
+    assert high - low == pytest.approx(np.subtract(*np.quantile(drawn, [0.975, 0.025])), rel=0.2)
+    # Seeds are no further people.
+    further = table.assign(subject=table["subject"] + table["seed"].astype(str)).drop(columns="seed")
+    assert np.subtract(*auc_interval(further, 0.95)) > 0.8 * (low - high)
+
+
 def test_people_of_several_models_are_ranked_within_their_model():
     """Against a loop over all pairs; and guessing is worth 0.5, whatever the models guess."""
     draws = np.random.default_rng(1)

@@ -18,8 +18,8 @@ from core.files.tables import PROBABILITY
 from core.report.answer.record import NothingToShow, RunRecord
 from core.run_names import WINNER
 
-OUTER = "outer"
-"""The column with the hold-out of a nested search, each of which has a model of its own."""
+OUTER, SEED = "outer", "seed"
+"""The columns with the hold-out of a nested search, and with the refit: each of them has a model of its own."""
 RESAMPLES, FEWEST_RESAMPLES = 2_000, 200
 MOST_PAIRS = 2e10
 """Of people in all resamples together; with more people there are fewer resamples."""
@@ -29,38 +29,44 @@ FEWEST_OF_A_CLASS = 5
 """Below this, an interval of an area under the ROC curve says more about these people than about others."""
 
 
-def of_people(predictions: pd.DataFrame) -> pd.DataFrame:
+def of_people(predictions: pd.DataFrame, *apart: str) -> pd.DataFrame:
     """One row per person: truth and the mean probability of every class, over scans and refit seeds.
 
-    Of a person whose scans are of two classes there are two rows. The column `OUTER` stays, if there is one.
+    Of a person whose scans are of two classes there are two rows. The column `OUTER` stays, if there is one, and the
+    columns in `apart` if they are there: then a person has a row for each of their values.
     """
     columns = [f"{PROBABILITY}{name}" for name in predicted_classes(predictions)]
     of_text = predictions.assign(truth=predictions["truth"].astype(str))
-    by = ["subject", "truth", *([OUTER] if OUTER in predictions else [])]
-    return of_text.groupby(by, sort=True)[columns].mean().reset_index(by[1:])
+    by = ["subject", "truth", *(name for name in (OUTER, *apart) if name in predictions)]
+    return of_text.groupby(by, sort=True)[columns].mean().reset_index(by if apart else by[1:])
 
 
 class _People(NamedTuple):
-    """Whom an area under the ROC curve is of."""
+    """Whom an area under the ROC curve is of: N answers of models about P people."""
 
     probabilities_nk: Floats
     classes_n: npt.NDArray[np.int64]
     models_n: npt.NDArray[np.int64]
     """By which model each is predicted."""
+    people_n: npt.NDArray[np.int64]
+    """The person that an answer is about, 0 to P - 1; each refit answers about all of them."""
 
 
 def _people(predictions: pd.DataFrame) -> _People:
-    names, people = predicted_classes(predictions), of_people(predictions)
-    probabilities_nk = people[[f"{PROBABILITY}{name}" for name in names]].to_numpy(float)
+    names, answers = predicted_classes(predictions), of_people(predictions, SEED)
+    probabilities_nk = answers[[f"{PROBABILITY}{name}" for name in names]].to_numpy(float)
     known = {name: place for place, name in enumerate(names)}
-    classes_n = np.array([known.get(name, -1) for name in people["truth"]], dtype=np.int64)
-    models = people[OUTER] if OUTER in people else np.zeros(len(people))
-    models_n = np.unique(np.asarray(models), return_inverse=True)[1].astype(np.int64)
-    return _People(probabilities_nk, classes_n, models_n)
+    classes_n = [known.get(name, -1) for name in answers["truth"]]
+    outer = [OUTER] if OUTER in answers else []
+    models = [*outer, *([SEED] if SEED in answers else [])]
+    models_n = answers.groupby(models).ngroup() if models else pd.Series(0, index=answers.index)
+    people_n = answers.groupby(["subject", "truth", *outer]).ngroup()
+    as_numbers = [np.asarray(each, dtype=np.int64) for each in (classes_n, models_n, people_n)]
+    return _People(probabilities_nk, *as_numbers)
 
 
 def pooled_auc(predictions: pd.DataFrame) -> float:
-    """The macro AUC over these people, a person once; NaN without two classes among them.
+    """The macro AUC over these people, a person once; of several refits their mean. NaN without two classes among them.
 
     Only people of one model are compared with each other. The probabilities of several models have no common scale:
     a model that saw fewer people of a class gives it less to everyone, so pairs across models make 0.4 of guessing.
@@ -81,32 +87,34 @@ def auc_interval(predictions: pd.DataFrame, level: float) -> tuple[float, float]
     """
     if predictions.empty or not predicted_classes(predictions):
         return math.nan, math.nan
-    people, value = _people(predictions), pooled_auc(predictions)
-    count = len(people.classes_n)
-    groups = [np.flatnonzero(people.classes_n == each) for each in np.unique(people.classes_n)]
+    answers, value = _people(predictions), pooled_auc(predictions)
+    count = 1 + int(answers.people_n.max())
+    classes_p = np.empty(count, dtype=np.int64)
+    classes_p[answers.people_n] = answers.classes_n
+    groups = [np.flatnonzero(classes_p == each) for each in np.unique(classes_p)]
     if len(groups) < 2 or min(map(len, groups)) < FEWEST_OF_A_CLASS or not value < 1:
         return math.nan, math.nan
     generator = np.random.default_rng(0)
-    pairs = sum(int((people.models_n == model).sum()) ** 2 for model in np.unique(people.models_n))
+    pairs = sum(int((answers.models_n == model).sum()) ** 2 for model in np.unique(answers.models_n))
     resamples = int(np.clip(MOST_PAIRS / pairs, FEWEST_RESAMPLES, RESAMPLES))
-    # How often each person is drawn, within their class.
-    times_rn = np.zeros((resamples, count), dtype=np.float32)
+    # How often each person is drawn, within their class; with them come the answers of all refits.
+    times_rp = np.zeros((resamples, count), dtype=np.float32)
     for group in groups:
-        times_rn[:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
-    drawn_r = _macro_aucs(people, times_rn)
+        times_rp[:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
+    drawn_r = _macro_aucs(answers, times_rp[:, answers.people_n])
     drawn_r = drawn_r[np.isfinite(drawn_r)]
     if np.ptp(drawn_r) == 0:
         # Everybody has the same probabilities.
         return math.nan, math.nan
-    left_out_n = np.concatenate(
+    left_out_p = np.concatenate(
         [
-            _macro_aucs(people, (np.arange(count) != part[:, None]).astype(np.float32))
+            _macro_aucs(answers, (answers.people_n != part[:, None]).astype(np.float32))
             for part in _parts(count)
         ]
     )
-    away_n = np.nanmean(left_out_n) - left_out_n[np.isfinite(left_out_n)]
-    spread = float((away_n**2).sum()) ** 1.5
-    acceleration = 0.0 if spread == 0 else float((away_n**3).sum()) / (6 * spread)
+    away_p = np.nanmean(left_out_p) - left_out_p[np.isfinite(left_out_p)]
+    spread = float((away_p**2).sum()) ** 1.5
+    acceleration = 0.0 if spread == 0 else float((away_p**3).sum()) / (6 * spread)
     below = np.clip(
         (drawn_r < value - TIE).mean() + (np.abs(drawn_r - value) <= TIE).mean() / 2, 1e-4, 1 - 1e-4
     )
@@ -185,7 +193,10 @@ def _of_held_out_people(words: Callable[[RunRecord, pd.DataFrame], str]) -> Call
 def roc_in_words(record: RunRecord, people: pd.DataFrame) -> str:
     """The areas under the curves of the figure."""
     winner = record.predictions[record.predictions["method"] == WINNER]
-    return f"Sensitivity against 1 - specificity of {len(people)} people; macro AUC {pooled_auc(winner):.2f}."
+    refits = winner[SEED].nunique()
+    what = f", by the mean probabilities of {refits} refits" if refits > 1 else ""
+    area = pooled_auc(winner.drop(columns=SEED))
+    return f"Sensitivity against 1 - specificity of {len(people)} people{what}; macro AUC {area:.2f}."
 
 
 @_of_held_out_people
