@@ -57,6 +57,18 @@ def test_the_unit_in_the_name_of_a_column_is_used_in_any_table(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "per_year"),
+    [
+        ("age_mo", 12), ("Age (months)", 12), ("age in days", 365.25), ("age_wks", 365.25 / 7), ("age, years", 1),
+        ("age_day_of_scan", 1), ("birthday_age", 1), ("age_m", 1), ("42", 1),
+    ],
+)  # fmt: skip
+def test_of_the_name_of_a_column_its_last_word_is_the_unit(tmp_path, name, per_year):
+    found = columns_of(tmp_path / "list.csv", [name], Wanted(age_column=name, is_age_asked=True))
+    assert (found.age, found.per_year) == (name, per_year)
+
+
+@pytest.mark.parametrize(
     ("sidecar", "says"),
     [
         ({"age": {"Units": "decades"}}, "'age' has the unit 'decades'; years, months, weeks or days"),

@@ -186,8 +186,10 @@ def _unit_of(column: str, sidecars: Sequence[Path]) -> tuple[str, str]:
                     f"{path}: '{column}' has the unit '{text}'; years, months, weeks or days are understood"
                 )
             return unit, path.name
-    words = [word.removesuffix("s") for word in re.findall(r"[a-z]{3,}", column.lower())]
-    return next((UNITS[word] for word in words if word in UNITS), "year"), f"column '{column}'"
+    # Of a name its last word counts, if it has more than a letter: age_months, and not age_day_of_scan.
+    last = re.findall(r"[a-z]+", column.lower())[-1:]
+    named = next((UNITS.get(word.removesuffix("s")) for word in last if len(word) > 1), None)
+    return named or "year", f"column '{column}'"
 
 
 def _plain(name: str) -> str:
